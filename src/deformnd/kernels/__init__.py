@@ -1,0 +1,1 @@
+"""How the operators are computed. Nothing in here is public."""

@@ -1,0 +1,291 @@
+"""Sizes of a call, and every check of its arguments.
+
+Note [one bilinear form]
+Both operator families come from one form, linear in `image`, `points`, weight and mask:
+
+    F(image, points) = sum over b, o, p, c, k of
+        points[b,o,p] * weight[o,c,k] * mask[b,k,p] * I(image[b,c], position[b,k,p])
+
+where I interpolates the image at p * stride - padding + k * dilation + offset. deform_conv
+returns dF/dpoints (gather) for image = input; its transpose returns dF/dimage (scatter) for
+points = input. Every gradient of either is a derivative of F with (image, points) =
+(input, grad_output) or (grad_output, input). So Geometry speaks of the image and the points,
+never of input and output, the weight is [point channels, image channels / groups, *kernel] in
+both families, and a backend needs three functions: gather, scatter and gradients of F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Geometry(NamedTuple):
+    """All sizes of one call (see Note [one bilinear form])."""
+
+    batch: int
+    image_channels: int
+    point_channels: int
+    groups: int
+    offset_groups: int  # 0: no offset
+    mask_groups: int  # 0: no mask
+    image_size: tuple[int, ...]
+    point_size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def operator_name(n: int, transposed: bool) -> str:
+    return f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d"
+
+
+def conv_geometry(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Geometry:
+    """Geometry of a deform_conv call; raises ValueError or TypeError for bad arguments."""
+    fail = _check_tensors(False, input, weight, offset, mask, bias)
+    n = input.dim() - 2
+    _check_parameters(fail, n, stride, padding, dilation, groups)
+    kernel = tuple(weight.shape[2:])
+    if input.shape[1] != weight.shape[1] * groups:
+        fail(
+            f"input has {input.shape[1]} channels, expected {weight.shape[1] * groups} "
+            f"(weight.shape[1] {weight.shape[1]} x groups {groups})"
+        )
+    if weight.shape[0] % groups:
+        fail(f"weight has {weight.shape[0]} output channels, expected a multiple of groups {groups}")
+    point_size = tuple(
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, p, d, k, t in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
+    )
+    if any(size < 1 for size in point_size):
+        fail(
+            f"the output would have size {_show(point_size)}, expected at least 1 on every axis; "
+            f"the dilated kernel is larger than the padded input (stride {_show(stride)}, "
+            f"padding {_show(padding)}, dilation {_show(dilation)})"
+        )
+    offset_groups, mask_groups = _check_offset_mask(
+        fail, offset, mask, input.shape[0], input.shape[1], "input", point_size, kernel
+    )
+    _check_bias(fail, bias, weight.shape[0])
+    return Geometry(
+        input.shape[0],
+        input.shape[1],
+        weight.shape[0],
+        groups,
+        offset_groups,
+        mask_groups,
+        tuple(input.shape[2:]),
+        point_size,
+        kernel,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+    )
+
+
+def conv_transpose_geometry(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Geometry:
+    """Geometry of a deform_conv_transpose call; raises ValueError or TypeError likewise."""
+    fail = _check_tensors(True, input, weight, offset, mask, bias)
+    n = input.dim() - 2
+    _check_parameters(fail, n, stride, padding, dilation, groups)
+    _check_list(fail, "output_padding", output_padding, n, 0)
+    for extra, s, d in zip(output_padding, stride, dilation, strict=True):
+        if extra >= max(s, d):
+            fail(
+                f"output_padding is {_show(output_padding)}, expected each value below the "
+                f"larger of stride {_show(stride)} and dilation {_show(dilation)} on its axis"
+            )
+    kernel = tuple(weight.shape[2:])
+    channels = weight.shape[1] * groups
+    if input.shape[1] != weight.shape[0]:
+        fail(f"input has {input.shape[1]} channels, expected {weight.shape[0]} (weight.shape[0])")
+    if weight.shape[0] % groups:
+        fail(f"weight has {weight.shape[0]} input channels, expected a multiple of groups {groups}")
+    image_size = tuple(
+        (s - 1) * t - 2 * p + d * (k - 1) + extra + 1
+        for s, t, p, d, k, extra in zip(
+            input.shape[2:], stride, padding, dilation, kernel, output_padding, strict=True
+        )
+    )
+    if any(size < 1 for size in image_size):
+        fail(
+            f"the output would have size {_show(image_size)}, expected at least 1 on every axis "
+            f"(stride {_show(stride)}, padding {_show(padding)}, "
+            f"output_padding {_show(output_padding)}, dilation {_show(dilation)})"
+        )
+    offset_groups, mask_groups = _check_offset_mask(
+        fail, offset, mask, input.shape[0], channels, "output", tuple(input.shape[2:]), kernel
+    )
+    _check_bias(fail, bias, channels)
+    return Geometry(
+        input.shape[0],
+        channels,
+        weight.shape[0],
+        groups,
+        offset_groups,
+        mask_groups,
+        image_size,
+        tuple(input.shape[2:]),
+        kernel,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+    )
+
+
+Fail = Callable[[str], NoReturn]
+
+
+def _show(values: Sequence[int]) -> str:
+    return "(" + ", ".join(str(v) for v in values) + ("," if len(values) == 1 else "") + ")"
+
+
+def _check_tensors(
+    transposed: bool,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Fail:
+    """Check type, device, dtype and rank of the tensors; return a function that raises."""
+    tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
+
+    def fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
+        n = input.dim() - 2 if isinstance(input, Tensor) and 3 <= input.dim() <= 5 else "N"
+        name = f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d"
+        shapes = ", ".join(
+            f"{key} {list(t.shape)}" for key, t in tensors.items() if isinstance(t, Tensor)
+        )
+        raise error(f"{name}: {message}; {shapes}")
+
+    for key, t in tensors.items():
+        if t is None and key not in ("input", "weight"):
+            continue
+        if not isinstance(t, Tensor):
+            fail(f"{key} is a {type(t).__name__}, expected a Tensor", TypeError)
+        if t.dtype not in DTYPES:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            fail(f"{key} has dtype {t.dtype}, expected one of {expected}", TypeError)
+        if t.device != input.device:
+            fail(f"{key} is on {t.device}, expected {input.device}, where input is")
+    for key, t in (("weight", weight), ("bias", bias)):
+        # Under autocast the operator below casts; here the plain convolution may still be ahead.
+        if (
+            t is not None
+            and t.dtype != input.dtype
+            and not torch.is_autocast_enabled(input.device.type)
+        ):
+            fail(f"{key} has dtype {t.dtype}, expected {input.dtype} as input", TypeError)
+    if not 3 <= input.dim() <= 5:
+        fail(f"input has {input.dim()} dimensions, expected 3 to 5 (batch, channels, 1 to 3 axes)")
+    if weight.dim() != input.dim():
+        fail(f"weight has {weight.dim()} dimensions, expected {input.dim()} as input")
+    for key, t in (("input", input), ("weight", weight)):
+        if any(size < 1 for size in t.shape[2:]):
+            what = "kernel" if key == "weight" else "spatial"
+            fail(f"{key} has {what} size {_show(t.shape[2:])}, expected at least 1 on every axis")
+    return fail
+
+
+def _check_parameters(
+    fail: Fail,
+    n: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    _check_list(fail, "stride", stride, n, 1)
+    _check_list(fail, "padding", padding, n, 0)
+    _check_list(fail, "dilation", dilation, n, 1)
+    if groups < 1:
+        fail(f"groups is {groups}, expected at least 1")
+
+
+def _check_list(fail: Fail, name: str, values: Sequence[int], n: int, least: int) -> None:
+    if len(values) != n:
+        plural = "s" if n > 1 else ""
+        fail(f"{name} is {_show(values)}, expected an int or {n} value{plural}, one for each axis")
+    if any(v < least for v in values):
+        fail(f"{name} is {_show(values)}, expected at least {least} on every axis")
+
+
+def _check_offset_mask(
+    fail: Fail,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    batch: int,
+    channels: int,
+    owner: str,
+    point_size: tuple[int, ...],
+    kernel: tuple[int, ...],
+) -> tuple[int, int]:
+    """Check offset and mask against the sizes; return their numbers of groups."""
+    n, points = len(kernel), math.prod(kernel)
+    found = []
+    for name, t, unit in (("offset", offset, n * points), ("mask", mask, points)):
+        if t is None:
+            found.append(0)
+            continue
+        if t.dim() != n + 2:
+            fail(f"{name} has {t.dim()} dimensions, expected {n + 2} as input")
+        if t.shape[0] != batch:
+            fail(f"{name} has batch size {t.shape[0]}, expected {batch} as input")
+        if t.shape[1] % unit or t.shape[1] == 0:
+            axes = f"{n} ax{'es' if n > 1 else 'is'} x " if name == "offset" else ""
+            swapped = (
+                offset is not None
+                and mask is not None
+                and mask.shape[1] % (n * points) == 0
+                and offset.shape[1] % points == 0
+            )
+            fail(
+                f"{name} has {t.shape[1]} channels, expected a multiple of {unit} "
+                f"({axes}{points} kernel points)"
+                + (" (are offset and mask swapped?)" if swapped else "")
+            )
+        if tuple(t.shape[2:]) != point_size:
+            what = "output's" if owner == "input" else "input's"
+            fail(f"{name} has spatial size {_show(t.shape[2:])}, expected the {what} {_show(point_size)}")
+        groups = t.shape[1] // unit
+        if channels % groups:
+            fail(
+                f"{name} has {groups} groups ({t.shape[1]} channels / {unit}), which do not "
+                f"divide the {channels} {owner} channels"
+            )
+        found.append(groups)
+    return found[0], found[1]
+
+
+def _check_bias(fail: Fail, bias: Tensor | None, channels: int) -> None:
+    if bias is not None and tuple(bias.shape) != (channels,):
+        fail(f"bias has shape {list(bias.shape)}, expected [{channels}]")

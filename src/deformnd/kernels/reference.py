@@ -1,0 +1,266 @@
+"""The definition of the operators in plain PyTorch: any rank, device and floating dtype.
+
+Each function is a composition of differentiable operations, so autograd gives derivatives of any
+order. It is what runs where no kernel exists, and the oracle for the kernels.
+
+Shapes: B batch, K kernel points, P positions of the points, G groups, OG and MG offset and mask
+groups, C image channels, O point channels, R rows of the bordered image (see _rows). Columns are
+[B, K, P, C]: the image sampled at every point, channels last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .geometry import Geometry
+
+
+def gather(
+    g: Geometry,
+    image: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
+    dtype = _compute_dtype(image, offset, mask)
+    columns = _masked(g, _sample(g, image.to(dtype), _cells(g, offset, image, dtype)), mask, dtype)
+    return _add_bias(_contract(g, columns, weight.to(dtype)), bias).to(image.dtype)
+
+
+def scatter(
+    g: Geometry,
+    points: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """dF/dimage [B, C, *image_size]: the forward of deform_conv_transpose."""
+    dtype = _compute_dtype(points, offset, mask)
+    columns = _masked(g, _expand(g, points.to(dtype), weight.to(dtype)), mask, dtype)
+    image = _spread(g, columns, _cells(g, offset, points, dtype))
+    return _add_bias(image, bias).to(points.dtype)
+
+
+def gradients(
+    g: Geometry,
+    image: Tensor,
+    points: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Derivatives of F by (image, points, weight, offset, mask), None where not needed."""
+    by_image, by_points, by_weight, by_offset, by_mask = needs
+    dtype = _compute_dtype(image, offset, mask)
+    cells = _cells(g, offset, image, dtype)
+    out: list[Tensor | None] = [None] * 5
+    if by_image or by_offset or by_mask:
+        expanded = _expand(g, points.to(dtype), weight.to(dtype))
+        if by_image:
+            out[0] = _spread(g, _masked(g, expanded, mask, dtype), cells).to(image.dtype)
+        if by_offset and offset is not None:
+            masked = _masked(g, expanded, mask, dtype)
+            out[3] = _position_gradient(g, image.to(dtype), masked, cells).to(offset.dtype)
+    if by_points or by_weight or by_mask:
+        sampled = _sample(g, image.to(dtype), cells)
+        columns = _masked(g, sampled, mask, dtype)
+        if by_points:
+            out[1] = _contract(g, columns, weight.to(dtype)).to(points.dtype)
+        if by_weight:
+            low = _grouped_points(g, points.to(dtype))
+            high = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
+            grad = torch.einsum("bgop,bkpgc->gock", low, high)
+            out[2] = grad.reshape(weight.shape).to(weight.dtype)
+        if by_mask and mask is not None:
+            product = (expanded * sampled).unflatten(3, (g.mask_groups, -1)).sum(4)
+            out[4] = product.permute(0, 3, 1, 2).reshape(mask.shape).to(mask.dtype)
+    return tuple(out)
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    dtype = torch.float32
+    for t in tensors:
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+class _Cells(NamedTuple):
+    """Where each sample lies: [B, K, P, OG] each (B is 1 without an offset)."""
+
+    row: Tensor  # row of the cell's first corner in the bordered image
+    fractions: tuple[Tensor, ...]  # position in the cell along each axis, in [0, 1)
+    valid: Tensor  # False for positions outside and for NaN and infinity
+
+
+# A border of two zero pixels before and one after each axis. Positions in [-1, size) find all
+# their corners there; any other is sent to -2, where all corners are zero.
+_BEFORE, _AFTER = 2, 1
+
+
+def _bordered(g: Geometry) -> list[int]:
+    return [size + _BEFORE + _AFTER for size in g.image_size]
+
+
+def _cells(g: Geometry, offset: Tensor | None, like: Tensor, dtype: torch.dtype) -> _Cells:
+    n, groups = len(g.kernel), max(g.offset_groups, 1)
+    if offset is None:
+        offset = like.new_zeros(1, n * math.prod(g.kernel), *g.point_size, dtype=dtype)
+    shape = (groups, math.prod(g.kernel), n, math.prod(g.point_size))
+    offset = offset.to(dtype).reshape(offset.shape[0], *shape)
+    positions = []
+    for a in range(n):
+        # Exact in float32 below 2^24 pixels.
+        p = torch.arange(g.point_size[a], device=like.device, dtype=dtype)
+        k = torch.arange(g.kernel[a], device=like.device, dtype=dtype)
+        p = p * g.stride[a] - g.padding[a]
+        k = k * g.dilation[a]
+        p = p.view(_along(n, a)).expand(g.point_size).reshape(1, -1)
+        k = k.view(_along(n, a)).expand(g.kernel).reshape(-1, 1)
+        positions.append((p + k)[:, :, None] + offset[:, :, :, a].permute(0, 2, 3, 1))
+    valid = torch.ones_like(positions[0], dtype=torch.bool)
+    for position, size in zip(positions, g.image_size, strict=True):
+        valid = valid & (position >= -1) & (position < size)
+    row = torch.zeros_like(positions[0], dtype=torch.long)
+    fractions = []
+    for position, size in zip(positions, _bordered(g), strict=True):
+        position = torch.where(valid, position, -float(_BEFORE))
+        floor = position.detach().floor()
+        fractions.append(position - floor)
+        row = row * size + (floor.long() + _BEFORE)
+    batch = torch.arange(g.batch, device=like.device).view(-1, 1, 1, 1)
+    group = torch.arange(groups, device=like.device)
+    row = (batch * math.prod(_bordered(g)) + row) * groups + group
+    return _Cells(row, tuple(fractions), valid)
+
+
+def _along(n: int, axis: int) -> list[int]:
+    return [-1 if a == axis else 1 for a in range(n)]
+
+
+def _corners(g: Geometry, cells: _Cells) -> list[tuple[tuple[int, ...], Tensor]]:
+    """The corners of each cell: for each of 2^n corners, its bits and its rows."""
+    groups = max(g.offset_groups, 1)
+    size = _bordered(g)
+    corners = []
+    for bits in itertools.product((0, 1), repeat=len(size)):
+        step = sum(bit * math.prod(size[a + 1 :]) for a, bit in enumerate(bits))
+        corners.append((bits, cells.row + step * groups))
+    return corners
+
+
+def _corner_weight(cells: _Cells, bits: tuple[int, ...], skip: int = -1) -> Tensor | float:
+    """Interpolation weight of a corner [B, K, P, OG]; without the factor of axis `skip`."""
+    weight: Tensor | float = 1.0
+    for a, (bit, fraction) in enumerate(zip(bits, cells.fractions, strict=True)):
+        if a != skip:
+            weight = weight * (fraction if bit else 1 - fraction)
+    return weight
+
+
+def _rows(g: Geometry, image: Tensor) -> Tensor:
+    """The image with its border as rows of one pixel and offset group [B*R*OG, C/OG]."""
+    image = F.pad(image, [_BEFORE, _AFTER] * len(g.image_size))
+    groups = max(g.offset_groups, 1)
+    count = g.batch * math.prod(_bordered(g)) * groups
+    return image.movedim(1, -1).reshape(count, g.image_channels // groups)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index]: [*index.shape, row length]."""
+    flat = index.reshape(-1, 1).expand(-1, rows.shape[1])
+    return rows.gather(0, flat).view(*index.shape, rows.shape[1])
+
+
+def _sample(g: Geometry, image: Tensor, cells: _Cells) -> Tensor:
+    """Interpolate the image at every point: columns [B, K, P, C]."""
+    rows = _rows(g, image)
+    columns: Tensor | float = 0.0
+    for bits, index in _corners(g, cells):
+        columns = columns + _take(rows, index) * _unsqueeze(_corner_weight(cells, bits))
+    assert isinstance(columns, Tensor)
+    return columns.flatten(3)
+
+
+def _spread(g: Geometry, columns: Tensor, cells: _Cells) -> Tensor:
+    """The adjoint of _sample: add columns into an image [B, C, *image_size]."""
+    groups = max(g.offset_groups, 1)
+    length = g.image_channels // groups
+    size = _bordered(g)
+    rows = columns.new_zeros(g.batch * math.prod(size) * groups, length)
+    columns = columns.unflatten(3, (groups, length))
+    for bits, index in _corners(g, cells):
+        values = columns * _unsqueeze(_corner_weight(cells, bits))
+        flat = index.reshape(-1, 1).expand(-1, length)
+        rows = rows.scatter_add(0, flat, values.reshape(flat.shape))
+    image = rows.view(g.batch, *size, g.image_channels).movedim(-1, 1)
+    inner = (slice(_BEFORE, -_AFTER),) * len(size)
+    return image[(slice(None), slice(None), *inner)].contiguous()
+
+
+def _position_gradient(g: Geometry, image: Tensor, columns: Tensor, cells: _Cells) -> Tensor:
+    """Derivative of sum(columns * _sample(image)) by the positions, in the layout of offset."""
+    rows = _rows(g, image)
+    columns = columns.unflatten(3, (-1, rows.shape[1]))  # [B, K, P, OG, C/OG]
+    grads: list[Tensor | float] = [0.0] * len(g.kernel)
+    for bits, index in _corners(g, cells):
+        dot = (_take(rows, index) * columns).sum(-1)
+        for a, bit in enumerate(bits):
+            slope = dot * _corner_weight(cells, bits, skip=a)
+            grads[a] = grads[a] + (slope if bit else -slope)
+    stacked = torch.stack([torch.as_tensor(grad) for grad in grads], 3)  # [B, K, P, n, OG]
+    stacked = torch.where(cells.valid.unsqueeze(3), stacked, 0.0)
+    return stacked.permute(0, 4, 1, 3, 2).flatten(1, 3).unflatten(2, g.point_size)
+
+
+def _unsqueeze(weight: Tensor | float) -> Tensor:
+    assert isinstance(weight, Tensor)
+    return weight.unsqueeze(-1)
+
+
+def _masked(g: Geometry, columns: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if mask is None:
+        return columns
+    shape = (g.batch, g.mask_groups, math.prod(g.kernel), math.prod(g.point_size))
+    mask = mask.to(dtype).reshape(shape)
+    mask = mask.permute(0, 2, 3, 1).unsqueeze(-1)  # [B, K, P, MG, 1]
+    return (columns.unflatten(3, (g.mask_groups, -1)) * mask).flatten(3)
+
+
+def _grouped(g: Geometry, weight: Tensor) -> Tensor:
+    outputs, inputs = g.point_channels // g.groups, g.image_channels // g.groups
+    return weight.reshape(g.groups, outputs, inputs, math.prod(g.kernel))
+
+
+def _grouped_points(g: Geometry, points: Tensor) -> Tensor:
+    return points.reshape(g.batch, g.groups, g.point_channels // g.groups, math.prod(g.point_size))
+
+
+def _contract(g: Geometry, columns: Tensor, weight: Tensor) -> Tensor:
+    """Columns times weight: points [B, O, *point_size]."""
+    columns = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
+    points = torch.einsum("bkpgc,gock->bgop", columns, _grouped(g, weight))
+    return points.reshape(g.batch, g.point_channels, *g.point_size)
+
+
+def _expand(g: Geometry, points: Tensor, weight: Tensor) -> Tensor:
+    """The adjoint of _contract: points times weight, columns [B, K, P, C]."""
+    points = _grouped_points(g, points)
+    return torch.einsum("bgop,gock->bkpgc", points, _grouped(g, weight)).flatten(3)
+
+
+def _add_bias(image: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return image
+    return image + bias.to(image.dtype).view(-1, *[1] * (image.dim() - 2))
