@@ -43,8 +43,12 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
 
 
-def operator_name(n: int, transposed: bool) -> str:
-    return f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d"
+def memory_format(t: Tensor) -> torch.memory_format:
+    """The layout that a result takes over from the tensor it belongs to."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if last is not None and t.is_contiguous(memory_format=last) and not t.is_contiguous():
+        return last
+    return torch.contiguous_format
 
 
 def conv_geometry(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Geometry
+from .geometry import Geometry, memory_format
 
 
 def gather(
@@ -33,7 +33,7 @@ def gather(
     """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
     dtype = _compute_dtype(image, offset, mask)
     columns = _masked(g, _sample(g, image.to(dtype), _cells(g, offset, image, dtype)), mask, dtype)
-    return _add_bias(_contract(g, columns, weight.to(dtype)), bias).to(image.dtype)
+    return _result(_add_bias(_contract(g, columns, weight.to(dtype)), bias), image)
 
 
 def scatter(
@@ -48,7 +48,7 @@ def scatter(
     dtype = _compute_dtype(points, offset, mask)
     columns = _masked(g, _expand(g, points.to(dtype), weight.to(dtype)), mask, dtype)
     image = _spread(g, columns, _cells(g, offset, points, dtype))
-    return _add_bias(image, bias).to(points.dtype)
+    return _result(_add_bias(image, bias), points)
 
 
 def gradients(
@@ -68,15 +68,16 @@ def gradients(
     if by_image or by_offset or by_mask:
         expanded = _expand(g, points.to(dtype), weight.to(dtype))
         if by_image:
-            out[0] = _spread(g, _masked(g, expanded, mask, dtype), cells).to(image.dtype)
+            out[0] = _result(_spread(g, _masked(g, expanded, mask, dtype), cells), image)
         if by_offset and offset is not None:
             masked = _masked(g, expanded, mask, dtype)
-            out[3] = _position_gradient(g, image.to(dtype), masked, cells).to(offset.dtype)
+            grad = _position_gradient(g, image.to(dtype), masked, cells)
+            out[3] = grad.to(offset.dtype, memory_format=torch.contiguous_format)
     if by_points or by_weight or by_mask:
         sampled = _sample(g, image.to(dtype), cells)
         columns = _masked(g, sampled, mask, dtype)
         if by_points:
-            out[1] = _contract(g, columns, weight.to(dtype)).to(points.dtype)
+            out[1] = _result(_contract(g, columns, weight.to(dtype)), points)
         if by_weight:
             low = _grouped_points(g, points.to(dtype))
             high = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
@@ -86,6 +87,11 @@ def gradients(
             product = (expanded * sampled).unflatten(3, (g.mask_groups, -1)).sum(4)
             out[4] = product.permute(0, 3, 1, 2).reshape(mask.shape).to(mask.dtype)
     return tuple(out)
+
+
+def _result(t: Tensor, like: Tensor) -> Tensor:
+    """In the dtype and memory format of the tensor it belongs to."""
+    return t.to(like.dtype).contiguous(memory_format=memory_format(like))
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -206,7 +212,7 @@ def _spread(g: Geometry, columns: Tensor, cells: _Cells) -> Tensor:
         rows = rows.scatter_add(0, flat, values.reshape(flat.shape))
     image = rows.view(g.batch, *size, g.image_channels).movedim(-1, 1)
     inner = (slice(_BEFORE, -_AFTER),) * len(size)
-    return image[(slice(None), slice(None), *inner)].contiguous()
+    return image[(slice(None), slice(None), *inner)]
 
 
 def _position_gradient(g: Geometry, image: Tensor, columns: Tensor, cells: _Cells) -> Tensor:
