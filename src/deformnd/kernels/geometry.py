@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -73,7 +73,9 @@ def conv_geometry(
             f"(weight.shape[1] {weight.shape[1]} x groups {groups})"
         )
     if weight.shape[0] % groups:
-        fail(f"weight has {weight.shape[0]} output channels, expected a multiple of groups {groups}")
+        fail(
+            f"weight has {weight.shape[0]} output channels, expected a multiple of groups {groups}"
+        )
     point_size = tuple(
         (s + 2 * p - d * (k - 1) - 1) // t + 1
         for s, p, d, k, t in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
@@ -163,6 +165,50 @@ def conv_transpose_geometry(
         tuple(padding),
         tuple(dilation),
     )
+
+
+def check_call(
+    name: str,
+    n: int,
+    tensors: dict[str, Tensor | None],
+    parameters: dict[str, Any],
+) -> None:
+    """Check what the operators cannot see of a call of one of the six functions.
+
+    That is: the type of every argument, the rank that the function's name promises, and the
+    number of values in each size.
+    """
+    for key, t in tensors.items():
+        if not isinstance(t, Tensor) and (t is not None or key in ("input", "weight")):
+            raise TypeError(f"{name}: {key} is a {type(t).__name__}, expected a Tensor")
+    input, weight = tensors["input"], tensors["weight"]
+    assert input is not None and weight is not None
+    shapes = ", ".join(f"{k} {list(t.shape)}" for k, t in tensors.items() if t is not None)
+    if input.dim() not in (n + 1, n + 2):
+        raise ValueError(
+            f"{name}: input has {input.dim()} dimensions, expected {n + 2} (batch, channels, "
+            f"{n} spatial) or {n + 1} (unbatched); {shapes}"
+        )
+    for key, dim in (("weight", n + 2), ("offset", input.dim()), ("mask", input.dim())):
+        t = tensors[key]
+        if t is not None and t.dim() != dim:
+            unbatched = " as the unbatched input" if dim == n + 1 else ""
+            raise ValueError(
+                f"{name}: {key} has {t.dim()} dimensions, expected {dim}{unbatched}; {shapes}"
+            )
+    for key, value in parameters.items():
+        sequence = isinstance(value, (tuple, list))
+        if key == "padding" and isinstance(value, str) and "output_padding" not in parameters:
+            if value not in ("same", "valid"):
+                raise ValueError(f"{name}: padding is {value!r}, expected 'same', 'valid' or ints")
+            continue
+        length = 1 if key == "groups" else n
+        wanted = "an int" if length == 1 else f"an int or {length} ints"
+        for v in value if sequence and key != "groups" else (value,):
+            if not isinstance(v, (int, torch.SymInt)) or isinstance(v, bool):
+                raise TypeError(f"{name}: {key} is {value!r}, expected {wanted}")
+        if sequence and len(value) != length:
+            raise ValueError(f"{name}: {key} is {value!r}, expected {wanted}")
 
 
 Fail = Callable[[str], NoReturn]
@@ -278,8 +324,11 @@ def _check_offset_mask(
                 + (" (are offset and mask swapped?)" if swapped else "")
             )
         if tuple(t.shape[2:]) != point_size:
-            what = "output's" if owner == "input" else "input's"
-            fail(f"{name} has spatial size {_show(t.shape[2:])}, expected the {what} {_show(point_size)}")
+            whose = "output's" if owner == "input" else "input's"
+            fail(
+                f"{name} has spatial size {_show(t.shape[2:])}, "
+                f"expected the {whose} {_show(point_size)}"
+            )
         groups = t.shape[1] // unit
         if channels % groups:
             fail(
