@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -46,7 +47,8 @@ class Geometry(NamedTuple):
 def memory_format(t: Tensor) -> torch.memory_format:
     """The layout that a result takes over from the tensor it belongs to."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    if last is not None and t.is_contiguous(memory_format=last) and not t.is_contiguous():
+    # The stride first: it decides most cases without a guard on symbolic sizes.
+    if last is not None and t.stride(-1) != 1 and t.is_contiguous(memory_format=last):
         return last
     return torch.contiguous_format
 
@@ -183,18 +185,18 @@ def check_call(
             raise TypeError(f"{name}: {key} is a {type(t).__name__}, expected a Tensor")
     input, weight = tensors["input"], tensors["weight"]
     assert input is not None and weight is not None
-    shapes = ", ".join(f"{k} {list(t.shape)}" for k, t in tensors.items() if t is not None)
     if input.dim() not in (n + 1, n + 2):
         raise ValueError(
             f"{name}: input has {input.dim()} dimensions, expected {n + 2} (batch, channels, "
-            f"{n} spatial) or {n + 1} (unbatched); {shapes}"
+            f"{n} spatial) or {n + 1} (unbatched); {_shapes(tensors)}"
         )
     for key, dim in (("weight", n + 2), ("offset", input.dim()), ("mask", input.dim())):
         t = tensors[key]
         if t is not None and t.dim() != dim:
             unbatched = " as the unbatched input" if dim == n + 1 else ""
             raise ValueError(
-                f"{name}: {key} has {t.dim()} dimensions, expected {dim}{unbatched}; {shapes}"
+                f"{name}: {key} has {t.dim()} dimensions, expected {dim}{unbatched}; "
+                f"{_shapes(tensors)}"
             )
     for key, value in parameters.items():
         sequence = isinstance(value, (tuple, list))
@@ -205,7 +207,7 @@ def check_call(
         length = 1 if key == "groups" else n
         wanted = "an int" if length == 1 else f"an int or {length} ints"
         for v in value if sequence and key != "groups" else (value,):
-            if not isinstance(v, (int, torch.SymInt)) or isinstance(v, bool):
+            if not isinstance(v, (int, torch.SymInt, Integral)) or isinstance(v, bool):
                 raise TypeError(f"{name}: {key} is {value!r}, expected {wanted}")
         if sequence and len(value) != length:
             raise ValueError(f"{name}: {key} is {value!r}, expected {wanted}")
@@ -216,6 +218,10 @@ Fail = Callable[[str], NoReturn]
 
 def _show(values: Sequence[int]) -> str:
     return "(" + ", ".join(str(v) for v in values) + ("," if len(values) == 1 else "") + ")"
+
+
+def _shapes(tensors: dict[str, Tensor | None]) -> str:
+    return ", ".join(f"{k} {list(t.shape)}" for k, t in tensors.items() if isinstance(t, Tensor))
 
 
 def _check_tensors(
@@ -232,10 +238,7 @@ def _check_tensors(
     def fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
         n = input.dim() - 2 if isinstance(input, Tensor) and 3 <= input.dim() <= 5 else "N"
         name = f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d"
-        shapes = ", ".join(
-            f"{key} {list(t.shape)}" for key, t in tensors.items() if isinstance(t, Tensor)
-        )
-        raise error(f"{name}: {message}; {shapes}")
+        raise error(f"{name}: {message}; {_shapes(tensors)}")
 
     for key, t in tensors.items():
         if t is None and key not in ("input", "weight"):

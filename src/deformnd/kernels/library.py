@@ -156,10 +156,53 @@ def _backward_fake(family: _Family) -> Callable[..., Gradients]:
     return fake
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _bias = inputs[:5]
-    ctx.save_for_backward(*tensors)
-    ctx.parameters = inputs[5:]
+def _register_derivative(
+    name: str,
+    save: Callable[[Any, tuple[Any, ...]], None],
+    gradient: Callable[..., tuple[Any, ...]],
+    vmap_rule: Callable[..., tuple[Any, Any]],
+) -> None:
+    """Register the derivative of an operator.
+
+    Not torch.library.register_autograd, since its functions refuse torch.func's transforms
+    (torch 2.13). See Note [functorch] for how this one comes to them.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.deformnd, name)(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradient(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            return vmap_rule(info, in_dims, *args)
+
+    def kernel(*args: Any) -> Any:
+        tensors = args[:5]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+        return Differentiable.forward(*args)
+
+    def transformed(*args: Any) -> Any:
+        return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+
+    _lib.impl(name, kernel, "Autograd")
+    _lib.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    input, weight, offset, mask, _bias, *parameters = inputs
+    ctx.save_for_backward(input, weight, offset, mask)
+    ctx.parameters = parameters
 
 
 def _forward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
@@ -172,7 +215,7 @@ def _forward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
     return gradient
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+def _save_backward(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.parameters = inputs[5:]
 
@@ -240,7 +283,11 @@ def _autocast(family: _Family, device: str) -> Callable[..., Tensor]:
     return forward
 
 
-# Note [vmap]: a batched weight becomes more groups, anything else more batch or more groups.
+# Note [functorch]
+# Under vmap, grad, jacrev ... torch.func's front key sees a call first. Its fallback would bring
+# the call to the Autograd key with the transform half undone, where autograd.Function cannot run.
+# So the operators have a kernel at that key, which hands the whole call to autograd.Function;
+# torch.func peels its transforms off that one by one, by the vmap rules below or by `backward`.
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int, into: int) -> Tensor | None:
@@ -308,14 +355,16 @@ def _register(family: _Family) -> None:
         _lib.impl(family.name, _autocast(family, device), "Autocast" + device.upper())
     torch.library.register_fake(forward, _forward_fake(family), lib=_lib)
     torch.library.register_fake(backward, _backward_fake(family), lib=_lib)
-    torch.library.register_autograd(
-        forward, _forward_gradient(family), setup_context=_save_forward, lib=_lib
-    )
-    torch.library.register_autograd(
-        backward, _backward_gradient(family), setup_context=_save_backward, lib=_lib
-    )
-    torch.library.register_vmap(forward, _forward_vmap(family), lib=_lib)
-    torch.library.register_vmap(backward, _backward_vmap(family), lib=_lib)
+    for name, save, gradient, vmap_rule in (
+        (family.name, _save_forward, _forward_gradient(family), _forward_vmap(family)),
+        (
+            family.name + "_backward",
+            _save_backward,
+            _backward_gradient(family),
+            _backward_vmap(family),
+        ),
+    ):
+        _register_derivative(name, save, gradient, vmap_rule)
 
 
 for _family in _FAMILIES:

@@ -218,7 +218,7 @@ def _spread(g: Geometry, columns: Tensor, cells: _Cells) -> Tensor:
 def _position_gradient(g: Geometry, image: Tensor, columns: Tensor, cells: _Cells) -> Tensor:
     """Derivative of sum(columns * _sample(image)) by the positions, in the layout of offset."""
     rows = _rows(g, image)
-    columns = columns.unflatten(3, (-1, rows.shape[1]))  # [B, K, P, OG, C/OG]
+    columns = columns.unflatten(3, (g.offset_groups, rows.shape[1]))  # [B, K, P, OG, C/OG]
     grads: list[Tensor | float] = [0.0] * len(g.kernel)
     for bits, index in _corners(g, cells):
         dot = (_take(rows, index) * columns).sum(-1)

@@ -245,7 +245,7 @@ def _values(size: Size, n: int) -> List[int]:
             return [size[0], size[1], size[2]]
         else:
             return size  # type: ignore[return-value]
-    return [size] * n if isinstance(size, int) else list(size)
+    return list(size) if isinstance(size, (tuple, list)) else [size] * n  # type: ignore[list-item]
 
 
 def _check_rank(name: str, n: int, input: Tensor, weight: Tensor) -> None:
