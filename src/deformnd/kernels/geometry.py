@@ -68,16 +68,14 @@ def conv_geometry(
     fail = _check_tensors(False, input, weight, offset, mask, bias)
     n = input.dim() - 2
     _check_parameters(fail, n, stride, padding, dilation, groups)
-    kernel = tuple(weight.shape[2:])
-    if input.shape[1] != weight.shape[1] * groups:
+    channels, points, per_group, kernel = _static(input, weight)
+    if channels != per_group * groups:
         fail(
-            f"input has {input.shape[1]} channels, expected {weight.shape[1] * groups} "
-            f"(weight.shape[1] {weight.shape[1]} x groups {groups})"
+            f"input has {channels} channels, expected {per_group * groups} "
+            f"(weight.shape[1] {per_group} x groups {groups})"
         )
-    if weight.shape[0] % groups:
-        fail(
-            f"weight has {weight.shape[0]} output channels, expected a multiple of groups {groups}"
-        )
+    if points % groups:
+        fail(f"weight has {points} output channels, expected a multiple of groups {groups}")
     point_size = tuple(
         (s + 2 * p - d * (k - 1) - 1) // t + 1
         for s, p, d, k, t in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
@@ -89,13 +87,13 @@ def conv_geometry(
             f"padding {_show(padding)}, dilation {_show(dilation)})"
         )
     offset_groups, mask_groups = _check_offset_mask(
-        fail, offset, mask, input.shape[0], input.shape[1], "input", point_size, kernel
+        fail, offset, mask, input.shape[0], channels, "input", point_size, kernel
     )
-    _check_bias(fail, bias, weight.shape[0])
+    _check_bias(fail, bias, points)
     return Geometry(
         input.shape[0],
-        input.shape[1],
-        weight.shape[0],
+        channels,
+        points,
         groups,
         offset_groups,
         mask_groups,
@@ -131,12 +129,12 @@ def conv_transpose_geometry(
                 f"output_padding is {_show(output_padding)}, expected each value below the "
                 f"larger of stride {_show(stride)} and dilation {_show(dilation)} on its axis"
             )
-    kernel = tuple(weight.shape[2:])
-    channels = weight.shape[1] * groups
-    if input.shape[1] != weight.shape[0]:
-        fail(f"input has {input.shape[1]} channels, expected {weight.shape[0]} (weight.shape[0])")
-    if weight.shape[0] % groups:
-        fail(f"weight has {weight.shape[0]} input channels, expected a multiple of groups {groups}")
+    got, points, per_group, kernel = _static(input, weight)
+    channels = per_group * groups
+    if got != points:
+        fail(f"input has {got} channels, expected {points} (weight.shape[0])")
+    if points % groups:
+        fail(f"weight has {points} input channels, expected a multiple of groups {groups}")
     image_size = tuple(
         (s - 1) * t - 2 * p + d * (k - 1) + extra + 1
         for s, t, p, d, k, extra in zip(
@@ -156,7 +154,7 @@ def conv_transpose_geometry(
     return Geometry(
         input.shape[0],
         channels,
-        weight.shape[0],
+        points,
         groups,
         offset_groups,
         mask_groups,
@@ -269,6 +267,16 @@ def _check_tensors(
     return fail
 
 
+def _static(input: Tensor, weight: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
+    """Channels of input, and channels and kernel of weight.
+
+    int() makes them constants of a graph with symbolic sizes, as torch's own convolutions do:
+    batch and spatial sizes vary between calls, these do not.
+    """
+    points, per_group, *kernel = map(int, weight.shape)
+    return int(input.shape[1]), points, per_group, tuple(kernel)
+
+
 def _check_parameters(
     fail: Fail,
     n: int,
@@ -313,7 +321,8 @@ def _check_offset_mask(
             fail(f"{name} has {t.dim()} dimensions, expected {n + 2} as input")
         if t.shape[0] != batch:
             fail(f"{name} has batch size {t.shape[0]}, expected {batch} as input")
-        if t.shape[1] % unit or t.shape[1] == 0:
+        size = int(t.shape[1])
+        if size % unit or size == 0:
             axes = f"{n} ax{'es' if n > 1 else 'is'} x " if name == "offset" else ""
             swapped = (
                 offset is not None
@@ -322,7 +331,7 @@ def _check_offset_mask(
                 and offset.shape[1] % points == 0
             )
             fail(
-                f"{name} has {t.shape[1]} channels, expected a multiple of {unit} "
+                f"{name} has {size} channels, expected a multiple of {unit} "
                 f"({axes}{points} kernel points)"
                 + (" (are offset and mask swapped?)" if swapped else "")
             )
@@ -332,10 +341,10 @@ def _check_offset_mask(
                 f"{name} has spatial size {_show(t.shape[2:])}, "
                 f"expected the {whose} {_show(point_size)}"
             )
-        groups = t.shape[1] // unit
+        groups = size // unit
         if channels % groups:
             fail(
-                f"{name} has {groups} groups ({t.shape[1]} channels / {unit}), which do not "
+                f"{name} has {groups} groups ({size} channels / {unit}), which do not "
                 f"divide the {channels} {owner} channels"
             )
         found.append(groups)

@@ -72,7 +72,7 @@ def gradients(
         if by_offset and offset is not None:
             masked = _masked(g, expanded, mask, dtype)
             grad = _position_gradient(g, image.to(dtype), masked, cells)
-            out[3] = grad.to(offset.dtype, memory_format=torch.contiguous_format)
+            out[3] = grad.to(offset.dtype).contiguous()
     if by_points or by_weight or by_mask:
         sampled = _sample(g, image.to(dtype), cells)
         columns = _masked(g, sampled, mask, dtype)
@@ -82,10 +82,10 @@ def gradients(
             low = _grouped_points(g, points.to(dtype))
             high = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
             grad = torch.einsum("bgop,bkpgc->gock", low, high)
-            out[2] = grad.reshape(weight.shape).to(weight.dtype)
+            out[2] = grad.reshape(weight.shape).to(weight.dtype).contiguous()
         if by_mask and mask is not None:
             product = (expanded * sampled).unflatten(3, (g.mask_groups, -1)).sum(4)
-            out[4] = product.permute(0, 3, 1, 2).reshape(mask.shape).to(mask.dtype)
+            out[4] = product.permute(0, 3, 1, 2).reshape(mask.shape).to(mask.dtype).contiguous()
     return tuple(out)
 
 
@@ -212,7 +212,7 @@ def _spread(g: Geometry, columns: Tensor, cells: _Cells) -> Tensor:
         rows = rows.scatter_add(0, flat, values.reshape(flat.shape))
     image = rows.view(g.batch, *size, g.image_channels).movedim(-1, 1)
     inner = (slice(None), slice(None), *[slice(_BEFORE, -_AFTER)] * len(size))
-    return image[inner]
+    return image[inner].clone(memory_format=torch.contiguous_format)
 
 
 def _position_gradient(g: Geometry, image: Tensor, columns: Tensor, cells: _Cells) -> Tensor:

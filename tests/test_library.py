@@ -1,0 +1,209 @@
+"""What the registration promises: opcheck, derivatives, autocast, vmap, compile, export."""
+
+import pytest
+import torch
+from torch.export import Dim
+
+import deformnd
+from cases import CASES, Case, gradients, relative_error, requires_grad
+
+# Small ones of each rank and family for what is slow: (numeric second derivatives, opcheck).
+SMALL = [
+    Case((4,), (2,), padding=1, channels=(2, 2)),
+    Case((3, 3), (2, 2), padding=1, channels=(2, 2), offset_groups=2, groups=2),
+    Case((2, 3, 2), (1, 2, 2), channels=(2, 2), batch=1, mask_groups=2),
+]
+SMALL += [Case(c.size, c.kernel, True, c.batch, (2, 2), groups=c.groups) for c in SMALL]
+
+
+def arguments(case, dtype=torch.float64):
+    tensors = requires_grad(case.tensors(dtype))
+    return (*tensors.values(), *case.operator_parameters())
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_numeric_derivatives(case):
+    args = arguments(case)
+    assert torch.autograd.gradcheck(case.operator(), args)
+    assert torch.autograd.gradgradcheck(case.operator(), args)
+
+
+def test_third_derivative():
+    case = SMALL[1]
+    x, w, o, m, b = requires_grad(case.tensors()).values()
+
+    def second(o):
+        y = deformnd.deform_conv2d(x, w, o, m, b, **case.parameters())
+        (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad(g.pow(2).sum(), w, create_graph=True)
+        return h
+
+    assert torch.autograd.gradcheck(second, (o,))
+
+
+def test_second_derivative_when_the_offset_depends_on_the_input():
+    case = Case((3, 3), (1, 1), channels=(2, 2), offset_groups=1, mask_groups=0, bias=False)
+    x, w, o, _, _ = case.tensors().values()
+
+    def f(x):
+        return deformnd.deform_conv2d(x, w, o + 0.1 * x.sigmoid())
+
+    assert torch.autograd.gradgradcheck(f, (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("case", [*SMALL, *CASES[10:12], *CASES[-6:-4]], ids=str)
+def test_opcheck(case):
+    args = arguments(case)
+    torch.library.opcheck(case.operator(), args)
+    grad_output = torch.randn_like(case.operator()(*args)).requires_grad_()
+    without_bias = (*args[:4], *args[5:])
+    needs = [True, True, args[2] is not None, args[3] is not None, True]
+    torch.library.opcheck(case.operator(backward=True), (grad_output, *without_bias, needs))
+
+
+@pytest.mark.parametrize("case", SMALL[1::3], ids=str)
+def test_only_the_gradients_asked_for(case, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.ops.deformnd, "deform_conv_backward", lambda *a: asked.append(a[-1]) or (None,) * 5
+    )
+    monkeypatch.setattr(
+        torch.ops.deformnd,
+        "deform_conv_transpose_backward",
+        lambda *a: asked.append(a[-1]) or (None,) * 5,
+    )
+    tensors = case.tensors()
+    for name in ("weight", "mask"):
+        tensors[name].requires_grad_()
+    case.call(tensors).sum().backward()
+    assert asked == [[False, True, False, True, False]]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch], ids=str)
+def test_each_gradient_alone_equals_it_among_all(case):
+    args = arguments(case)
+    operator = case.operator(backward=True)
+    grad_output = torch.randn_like(case.operator()(*args))
+    rest = (grad_output, *args[:4], *args[5:])
+    together = operator(*rest, [True] * 5)
+    for i in range(5):
+        alone = operator(*rest, [j == i for j in range(5)])
+        assert all(t is None for j, t in enumerate(alone) if j != i)
+        if together[i] is None:
+            assert alone[i] is None
+        else:
+            assert torch.equal(alone[i], together[i])
+
+
+def test_meta_tensors_give_shapes():
+    case = CASES[4]
+    meta = {k: None if t is None else t.to("meta") for k, t in case.tensors().items()}
+    output = case.call(meta)
+    assert output.is_meta and output.shape == case.call(case.tensors()).shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch and c.offset_groups], ids=str)
+def test_autocast(case, dtype):
+    tensors = requires_grad(case.tensors(torch.float32))
+    with torch.autocast("cpu", dtype):
+        output = case.call(tensors)
+    assert output.dtype == dtype
+    expected = case.call(tensors)
+    assert relative_error(output, expected) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    # The offset was not rounded: the result is that of half operands with the float32 offset.
+    half = {
+        k: t if t is None or k in ("offset", "mask") else t.to(dtype) for k, t in tensors.items()
+    }
+    assert torch.equal(output, case.call(half))
+    grads = gradients(output, tensors, torch.ones_like(output))
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+
+
+def test_autocast_leaves_float64_alone():
+    tensors = CASES[4].tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert CASES[4].call(tensors).dtype == torch.float64
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch], ids=str)
+@pytest.mark.parametrize(
+    "mapped", [("input",), ("offset", "mask"), ("weight",), ("input", "weight", "offset", "bias")]
+)
+def test_vmap(case, mapped):
+    tensors = case.tensors()
+    names = [name for name, t in tensors.items() if t is not None]
+    mapped = [name for name in mapped if name in names]
+    if not mapped:
+        return
+    size = 3
+    batches = {
+        name: torch.stack([case.tensors(seed=s)[name] for s in range(size)], dim=-1)
+        if name in mapped
+        else tensors[name]
+        for name in names
+    }
+    dims = tuple(-1 if name in mapped else None for name in names)
+
+    def call(*args):
+        return case.call({**dict.fromkeys(tensors), **dict(zip(names, args, strict=True))})
+
+    def loss(*args):
+        return call(*args).pow(2).sum()
+
+    one_by_one = [
+        [batches[n][..., i] if n in mapped else batches[n] for n in names] for i in range(size)
+    ]
+    got = torch.vmap(call, dims)(*batches.values())
+    expected = torch.stack([call(*args) for args in one_by_one])
+    torch.testing.assert_close(got, expected)
+    # Per-sample gradients by everything at once.
+    argnums = tuple(range(len(names)))
+    got = torch.vmap(torch.func.grad(loss, argnums), dims)(*batches.values())
+    expected = [torch.func.grad(loss, argnums)(*args) for args in one_by_one]
+    for i in argnums:
+        torch.testing.assert_close(got[i], torch.stack([e[i] for e in expected]))
+
+
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        deformnd.PackedDeformConv2d(3, 8, 3, padding=1, modulated=True),
+        torch.nn.ReLU(),
+        deformnd.PackedDeformConv2d(
+            8, 4, 3, stride=2, padding=1, offset_groups=2, mask_groups=4, modulated=True
+        ),
+        deformnd.PackedDeformConvTranspose2d(4, 4, 4, stride=2, padding=1, modulated=True),
+    )
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return layers
+
+
+def test_compile():
+    torch._dynamo.reset()
+    model = network()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for size in ((2, 3, 16, 20), (3, 3, 18, 30)):
+        x = torch.randn(size)
+        output, expected = compiled(x), model(x)
+        torch.testing.assert_close(output, expected)
+        got = torch.autograd.grad(output.sum(), list(model.parameters()))
+        for a, b in zip(
+            got, torch.autograd.grad(expected.sum(), list(model.parameters())), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_dynamic_sizes(strict, tmp_path):
+    model = network()
+    sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 16, 20),), dynamic_shapes=sizes, strict=strict
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for size in ((5, 3, 24, 36), (1, 3, 10, 12)):
+        x = torch.randn(size)
+        torch.testing.assert_close(loaded(x), model(x))

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+import deformnd
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_softmax_over_the_kernel_points_of_each_group(n, unbatched):
+    kernel = (3, 2, 1)[:n]
+    points = torch.Size(kernel).numel()
+    mask = torch.randn(2, 4 * points, *(5, 4, 3)[:n], dtype=torch.float64, requires_grad=True)
+    function = getattr(deformnd, f"mask_softmax{n}d")
+    expected = torch.cat([part.softmax(1) for part in mask.split(points, 1)], 1)
+    if unbatched:
+        mask, expected = mask[0], expected[0]
+    torch.testing.assert_close(function(mask, kernel), expected)
+    module = getattr(deformnd, f"MaskSoftmax{n}d")(kernel)
+    assert torch.equal(module(mask), function(mask, kernel))
+    assert torch.equal(torch.jit.script(module)(mask), function(mask, kernel))
+    assert torch.autograd.gradcheck(module, (mask,))
+    assert str(kernel) in repr(module)
+
+
+def test_sigmoid():
+    mask = torch.tensor([0.0, 50.0, -50.0])
+    torch.testing.assert_close(deformnd.mask_sigmoid(mask), torch.tensor([1.0, 2.0, 0.0]))
+    module = deformnd.MaskSigmoid(scale=3)
+    assert torch.equal(torch.jit.script(module)(mask), deformnd.mask_sigmoid(mask, 3.0))
+    assert repr(module) == "MaskSigmoid(scale=3.0)"
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: deformnd.mask_sigmoid(torch.zeros(1), 0.0), "mask_sigmoid: scale is 0.0"),
+        (
+            lambda: deformnd.mask_softmax2d(torch.zeros(1, 10, 2, 2), 3),
+            "mask_softmax2d: mask has 10 channels, expected a multiple of 9 kernel points",
+        ),
+        (
+            lambda: deformnd.mask_softmax2d(torch.zeros(1, 0, 2, 2), 3),
+            "mask_softmax2d: mask has 0 channels",
+        ),
+        (
+            lambda: deformnd.mask_softmax1d(torch.zeros(1, 9, 2, 2), 3),
+            "mask_softmax1d: mask has 4 dimensions, expected 3 or 2",
+        ),
+        (
+            lambda: deformnd.mask_softmax3d(torch.zeros(1, 9, 2, 2, 2), (3, 3)),
+            "mask_softmax3d: kernel_size is [3, 3], expected 3 positive values",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert message in str(caught.value)

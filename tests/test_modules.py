@@ -1,0 +1,271 @@
+"""The twelve layers."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import deformnd
+
+RANKS = [1, 2, 3]
+SIZES = {1: (9,), 2: (7, 6), 3: (5, 4, 6)}
+
+
+def layer(n, transposed=False, packed=False, **options):
+    name = "Packed" * packed + "DeformConv" + "Transpose" * transposed + f"{n}d"
+    options = {"padding": 1, **options}
+    return getattr(deformnd, name)(4, 6, 3, **options)
+
+
+def inputs(n, groups=1, modulated=True):
+    x = torch.randn(2, 4, *SIZES[n])
+    offset = torch.randn(2, groups * n * 3**n, *SIZES[n])
+    mask = torch.rand(2, groups * 3**n, *SIZES[n]) if modulated else None
+    return x, offset, mask
+
+
+def wake(module):
+    """Give the zero-initialised generators something to say."""
+    for key in ("offset_generator", "mask_generator"):
+        if getattr(module, key, None) is not None:
+            nn.init.normal_(getattr(module, key).weight, std=0.2)
+    return module
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_forward_is_the_function(n, transposed):
+    module = layer(n, transposed, groups=2)
+    function = getattr(deformnd, f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d")
+    x, offset, mask = inputs(n)
+    for m in (mask, None):
+        expected = function(x, module.weight, offset, m, module.bias, padding=1, groups=2)
+        assert torch.equal(module(x, offset, m), expected)
+    assert torch.equal(module(x[0], offset[0], mask[0]), module(x, offset, mask)[0]) or (
+        torch.allclose(module(x[0], offset[0], mask[0]), module(x, offset, mask)[0], atol=1e-6)
+    )
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_they_are_torchs_convolutions(n, transposed):
+    plain_type = getattr(nn, f"ConvTranspose{n}d" if transposed else f"Conv{n}d")
+    torch.manual_seed(0)
+    plain = plain_type(4, 6, 3, stride=2, padding=1, groups=2)
+    torch.manual_seed(0)
+    module = layer(n, transposed, stride=2, groups=2)
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    assert list(module.state_dict()) == list(plain.state_dict())
+    for key, value in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[key], value)
+    assert repr(module) == "Deform" + repr(plain)
+    x = torch.randn(2, 4, *SIZES[n])
+    assert torch.equal(module(x, None), plain(x))
+    double = layer(n, transposed, dtype=torch.float64, device="meta", bias=False)
+    assert double.weight.dtype == torch.float64 and double.weight.is_meta
+    assert double.bias is None
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_padding_modes(n, mode, padding):
+    module = layer(n, padding=padding, padding_mode=mode)
+    x, offset, mask = inputs(n)
+    function = getattr(deformnd, f"deform_conv{n}d")
+    padded = F.pad(x, [1, 1] * n, mode=mode)
+    expected = function(padded, module.weight, offset, mask, module.bias)
+    assert torch.equal(module(x, offset, mask), expected)
+    plain = getattr(nn, f"Conv{n}d")(4, 6, 3, padding=padding, padding_mode=mode)
+    plain.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x, torch.zeros_like(offset)), plain(x))
+
+
+def test_transposed_pads_with_zeros_only():
+    with pytest.raises(ValueError, match="zeros"):
+        layer(2, True, padding_mode="reflect")
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_output_size(n):
+    module = layer(n, True, stride=2)
+    x, offset, mask = inputs(n)
+    plain = getattr(nn, f"ConvTranspose{n}d")(4, 6, 3, padding=1, stride=2)
+    smallest = plain(x).shape[2:]
+    for extra in itertools.product((0, 1), repeat=n):
+        size = [s + e for s, e in zip(smallest, extra, strict=True)]
+        assert list(module(x, offset, mask, output_size=size).shape[2:]) == size
+    with pytest.raises(ValueError, match="requested an output size"):
+        module(x, offset, mask, output_size=[s + 2 for s in smallest])
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_a_fresh_packed_layer_is_the_plain_convolution(n, transposed, modulated):
+    module = layer(
+        n,
+        transposed,
+        packed=True,
+        modulated=modulated,
+        offset_groups=2,
+        mask_groups=2,
+        generator_bias=True,
+    )
+    plain = getattr(nn, f"ConvTranspose{n}d" if transposed else f"Conv{n}d")(4, 6, 3, padding=1)
+    plain.load_state_dict({k: module.state_dict()[k] for k in ("weight", "bias")})
+    x = torch.randn(2, 4, *SIZES[n])
+    torch.testing.assert_close(module(x), plain(x))
+    module(x).sum().backward()
+    assert module.offset_generator.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", None, nn.Tanh(), torch.tanh])
+def test_packed_is_generators_and_function(n, transposed, activation):
+    options = {"offset_groups": 2, "mask_groups": 1, "modulated": True, "stride": 2}
+    module = layer(
+        n,
+        transposed,
+        packed=True,
+        mask_activation=activation,
+        offset_activation=torch.tanh,
+        **options,
+    )
+    wake(module)
+    assert isinstance(module, getattr(deformnd, type(module).__name__.removeprefix("Packed")))
+    x = torch.randn(2, 4, *SIZES[n])
+    offset = module.offset_generator(x).tanh()
+    mask = module.mask_generator(x)
+    if activation == "sigmoid":
+        mask = 2 * mask.sigmoid()
+    elif activation == "softmax":
+        mask = getattr(deformnd, f"mask_softmax{n}d")(mask, 3)
+    elif activation is not None:
+        mask = mask.tanh()
+    base = super(type(module).__mro__[1], module)
+    torch.testing.assert_close(module(x), base.forward(x, offset, mask))
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("kernel, dilation", [(3, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_packed_with_padding_same(n, kernel, dilation, mode):
+    name = f"PackedDeformConv{n}d"
+    module = getattr(deformnd, name)(
+        4, 6, kernel, padding="same", dilation=dilation, modulated=True, padding_mode=mode
+    )
+    x = torch.randn(2, 4, *SIZES[n])
+    assert module(x).shape == (2, 6, *SIZES[n])
+    plain = getattr(nn, f"Conv{n}d")(
+        4, 6, kernel, padding="same", dilation=dilation, padding_mode=mode
+    )
+    plain.load_state_dict({k: module.state_dict()[k] for k in ("weight", "bias")})
+    torch.testing.assert_close(module(x), plain(x))
+    torch.testing.assert_close(torch.jit.script(module)(x), plain(x))
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_state_dict_keys_and_shapes_are_tvdcns(n, transposed):
+    module = layer(
+        n,
+        transposed,
+        packed=True,
+        offset_groups=2,
+        mask_groups=1,
+        modulated=True,
+        generator_bias=True,
+    )
+    points, pointwise = 3**n, (1,) * n if transposed else (3,) * n
+    assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == {
+        "weight": ((4, 6) if transposed else (6, 4)) + (3,) * n,
+        "bias": (6,),
+        "offset_generator.weight": (2 * n * points, 2, *pointwise),
+        "offset_generator.bias": (2 * n * points,),
+        "mask_generator.weight": (points, 4, *pointwise),
+        "mask_generator.bias": (points,),
+    }
+
+
+def test_without_generators():
+    x = torch.randn(2, 4, 7, 6)
+    module = layer(2, packed=True, deformable=False)
+    assert list(module.state_dict()) == ["weight", "bias"]
+    assert torch.equal(module(x), F.conv2d(x, module.weight, module.bias, padding=1))
+    module = wake(layer(2, packed=True, deformable=False, modulated=True))
+    assert module.offset_generator is None
+    mask = 2 * module.mask_generator(x).sigmoid()
+    expected = deformnd.deform_conv2d(x, module.weight, None, mask, module.bias, padding=1)
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_torchscript_saved_loaded_run_and_differentiated(n, transposed, packed):
+    options = {"modulated": True, "mask_activation": "softmax"} if packed else {}
+    module = wake(layer(n, transposed, packed, **options))
+    args = inputs(n)[: 1 if packed else 3]
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    output = loaded(*args)
+    assert torch.equal(output, module(*args))
+    output.sum().backward()
+    module(*args).sum().backward()
+    for got, expected in zip(loaded.parameters(), module.parameters(), strict=True):
+        assert torch.equal(got.grad, expected.grad)
+    if transposed:
+        size = list(module(*args).shape[2:])
+        torch.testing.assert_close(loaded(*args, output_size=size), module(*args))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_copies_pickles_and_hooks(packed):
+    module = wake(layer(2, packed=packed))
+    args = inputs(2)[: 1 if packed else 2]
+    expected = module(*args)
+    assert torch.equal(copy.deepcopy(module)(*args), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(*args), expected)
+    seen = []
+    module.register_forward_hook(lambda m, a, out: seen.append(out.shape))
+    module(*args)
+    assert seen == [expected.shape]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: deformnd.DeformConv2d(4, 6, (3, 3, 3)), "DeformConv2d: kernel_size is (3, 3, 3)"),
+        (lambda: deformnd.DeformConv1d(4, 6, 3, stride="2"), "DeformConv1d: stride is '2'"),
+        (lambda: deformnd.DeformConv2d(4, 6, 3, groups=3), "in_channels must be divisible"),
+        (
+            lambda: layer(2, packed=True, offset_groups=3),
+            "PackedDeformConv2d: offset_groups is 3, expected a divisor of in_channels 4",
+        ),
+        (
+            lambda: layer(2, True, packed=True, mask_groups=4),
+            "PackedDeformConvTranspose2d: mask_groups is 4, expected a divisor of out_channels 6",
+        ),
+        (
+            lambda: layer(2, packed=True, mask_activation="relu"),
+            "mask_activation is 'relu', expected 'sigmoid', 'softmax', None",
+        ),
+        (
+            lambda: layer(2, packed=True, offset_activation="tanh"),
+            "offset_activation is 'tanh', expected None, a Module or a callable",
+        ),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert message in str(caught.value)
