@@ -77,9 +77,7 @@ def test_a_network_with_dynamic_sizes(tmp_path):
     ).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    sizes = (
-        {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},
-    )
+    sizes = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
     path = tmp_path / "model.onnx"
     proto = export(model, (torch.randn(2, 3, 16, 20),), path, dynamic_shapes=sizes)
     assert [n.op_type for n in proto.graph.node].count("DeformConv") == 3
