@@ -166,7 +166,9 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   Call c;
   c.gather = *next++ != 0;
   c.threads = *next++;
-  if (c.threads < 1 || forked) c.threads = 1;
+  c.exactly = c.threads < 0;
+  if (c.exactly) c.threads = -c.threads;
+  if (forked) c.threads = 1;
   c.rank = *next++;
   for (i64* size : {&c.batch, &c.image_channels, &c.point_channels, &c.groups, &c.offset_groups,
                     &c.mask_groups})

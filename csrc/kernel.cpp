@@ -512,7 +512,8 @@ struct Plan {
     }
     // A thread wants some tens of microseconds of work.
     const double work = double(batch) * P * K * image_channels * (group_points + 16);
-    threads = i64(most(1, least(c.threads, work < 1e15 ? i64(work / 4e5) : c.threads)));
+    const double worth = c.exactly ? c.threads : work / 4e5;
+    threads = worth < double(c.threads) ? most(1, i64(worth)) : c.threads;
   }
 
   i64 axis_step(int axis) const {

@@ -19,9 +19,10 @@ from torch import Tensor
 from . import reference
 from .geometry import DTYPES, Geometry, memory_format
 
-# Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, -1 the widest that the machine has. Tests
-# set it to run each.
+# For tests only. Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, -1 the widest there are.
 level = -1
+# For tests only. Threads to use even for a small call; 0: at most torch.get_num_threads().
+threads = 0
 
 # As enum Dtype in csrc/core.h; + 4 for channels last.
 _CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
@@ -178,7 +179,7 @@ def _call(
         _PACK[len(g.kernel)](
             level,
             gather,
-            torch.get_num_threads(),
+            -threads or torch.get_num_threads(),
             len(g.kernel),
             *g[:6],
             *g.image_size,
