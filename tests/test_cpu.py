@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import multiprocessing
 import random
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import cases
+from cases import Case
 from deformnd.kernels import cpu, reference
 from deformnd.kernels.geometry import (
     Geometry,
@@ -26,7 +25,6 @@ from deformnd.kernels.geometry import (
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU core is not built")
 
-GOLDEN = Path(__file__).parent / "data" / "operators.npz"
 LEVELS = range(max(cpu.best_level(), 0) + 1)
 ALL = (True,) * 5
 NAMES = ("image", "points", "weight", "offset", "mask")
@@ -130,7 +128,12 @@ def random_geometry(rank: int, seed: int) -> Geometry:
         def each(*values: int) -> tuple[int, ...]:
             return tuple(r.choice(values) for _ in range(rank))
 
-        kernel, stride, padding, dilation = each(1, 2, 3, 3, 4), each(1, 1, 2, 3), each(0, 1, 2), each(1, 1, 2)
+        kernel, stride, padding, dilation = (
+            each(1, 2, 3, 3, 4),
+            each(1, 1, 2, 3),
+            each(0, 1, 2),
+            each(1, 1, 2),
+        )
         image = tuple(r.randint(1, (60, 14, 7)[rank - 1]) for _ in range(rank))
         size = tuple(
             (s + 2 * p - d * (k - 1) - 1) // t + 1
@@ -177,44 +180,58 @@ def plain(batch: int, channels: int, points: int, size: tuple[int, ...], **other
 def test_random_configurations(rank: int, seeds: range) -> None:
     for seed in seeds:
         g = random_geometry(rank, seed)
-        call = Call(g, seed=seed)
-        want = call.run(reference)
-        single = call.to(torch.float32)
-        # Its own reference: rounding the other tensors is not the core's error.
-        want32 = single.to(torch.float64).run(reference)
+        single = Call(g, torch.float32, seed=seed)
+        double = single.to(torch.float64)
+        want = double.run(reference)
         for cpu.level in LEVELS:
             cpu.threads = seed % 3 + 1
-            assert_close(call.run(), want, 1e-10, (seed, cpu.level, g))
-            assert_close(single.run(), want32, 1e-5, (seed, cpu.level, g))
+            assert_close(double.run(), want, 1e-10, (seed, cpu.level, g))
+            assert_close(single.run(), want, 1e-5, (seed, cpu.level, g))
 
 
-def golden_cases() -> list[tuple[str, dict[str, object]]]:
-    with np.load(GOLDEN) as data:
-        return [(f"{i:03}", case) for i, case in enumerate(json.loads(bytes(data["meta"])))]
+def run_case(case: Case, tensors: dict[str, Tensor | None], grad: Tensor) -> dict[str, Tensor]:
+    """Output and gradients (of all but the bias) of one call of the six functions."""
+    args = [tensors[name] for name in cases.NAMES]
+    input, weight, offset, mask, _ = args
+    geometry = conv_transpose_geometry if case.transposed else conv_geometry
+    g = geometry(*args, *case.operator_parameters())  # type: ignore[arg-type]
+    forward = cpu.scatter if case.transposed else cpu.gather
+    got = {"output": forward(g, *args)}  # type: ignore[arg-type]
+    image, points = (grad, input) if case.transposed else (input, grad)
+    needs = (not case.transposed, case.transposed, True, True, True)
+    grads = cpu.gradients(g, image, points, weight, offset, mask, needs)  # type: ignore[arg-type]
+    found = dict(zip(cases.NAMES[:4], (grads[case.transposed], *grads[2:]), strict=True))
+    return got | {f"grad_{name}": t for name, t in found.items() if t is not None}
 
 
-@pytest.mark.parametrize("index, case", golden_cases(), ids=lambda v: v if isinstance(v, str) else "")
-def test_golden_vectors(index: str, case: dict[str, object], level: int) -> None:
-    with np.load(GOLDEN) as data:
-        t = {
-            key[4:]: torch.from_numpy(data[key]) for key in data.files if key.startswith(f"{index}/")
-        }
-    transposed = "transpose" in str(case["op"])
-    tensors = (t["input"], t["weight"], t.get("offset"), t.get("mask"), t.get("bias"))
-    names = ("stride", "padding", "output_padding", "dilation", "groups")
-    parameters = [case[name] for name in names if transposed or name != "output_padding"]
-    g = (conv_transpose_geometry if transposed else conv_geometry)(*tensors, *parameters)  # type: ignore[arg-type, operator]
-    forward = cpu.scatter if transposed else cpu.gather
-    got: dict[str, Tensor | None] = {"output": forward(g, *tensors)}
-    image, points = (t["input"], t["grad_output"])[:: -1 if transposed else 1]
-    needs = (not transposed, transposed, True, "offset" in t, "mask" in t)
-    grads = cpu.gradients(g, image, points, t["weight"], t.get("offset"), t.get("mask"), needs)
-    got["grad_input"] = grads[1 if transposed else 0]
-    for name, grad in zip(NAMES[2:], grads[2:], strict=True):
-        got[f"grad_{name}"] = grad
-    want = {name: t[name] for name in got if name in t}
-    assert {"output", "grad_input", "grad_weight"} <= set(want)
-    assert_close(got, want, 1e-10)
+@pytest.mark.parametrize("case, tensors, arrays", cases.golden(), ids=lambda v: str(v)[:60])
+def test_golden_vectors(
+    case: Case, tensors: dict[str, Tensor | None], arrays: dict[str, Tensor], level: int
+) -> None:
+    got = run_case(case, tensors, arrays["grad_output"])
+    assert_close(got, {name: arrays[name] for name in got}, 1e-10)
+    assert len(got) == 1 + sum(t is not None for t in list(tensors.values())[:4])
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_cases(case: Case, level: int) -> None:
+    tensors = case.tensors()
+    gen = torch.Generator().manual_seed(1)
+    args = [tensors[name] for name in cases.NAMES]
+    geometry = conv_transpose_geometry if case.transposed else conv_geometry
+    g = geometry(*args, *case.operator_parameters())  # type: ignore[arg-type]
+    size = (
+        (g.image_channels, *g.image_size) if case.transposed else (g.point_channels, *g.point_size)
+    )
+    grad = torch.randn(g.batch, *size, dtype=torch.float64, generator=gen)
+    given = cases.requires_grad(tensors)
+    output = (reference.scatter if case.transposed else reference.gather)(g, *given.values())  # type: ignore[arg-type]
+    want = {"output": output.detach()}
+    del given["bias"]
+    want |= {f"grad_{k}": t for k, t in cases.gradients(output, given, grad).items()}
+    assert_close(run_case(case, tensors, grad), want, 1e-10)
+    single = {k: None if t is None else t.float() for k, t in tensors.items()}
+    assert_close(run_case(case, single, grad.float()), want, 1e-5)
 
 
 # Chosen for the paths of the core: full and ragged blocks of channels, groups that span the
@@ -244,7 +261,9 @@ def test_geometries(g: Geometry, level: int) -> None:
     assert_close(single.run(), single.to(torch.float64).run(reference), 1e-5)
 
 
-@pytest.mark.parametrize("g", GEOMETRIES[:7], ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size))))
+@pytest.mark.parametrize(
+    "g", GEOMETRIES[:7], ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size)))
+)
 @pytest.mark.parametrize(
     "dtype, limit", [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)], ids=("half", "bfloat16")
 )
@@ -257,14 +276,18 @@ def test_half_types(dtype: torch.dtype, limit: float, g: Geometry, level: int) -
     # Results are rounded once, so only their own precision is lost.
     assert_close(got, want, limit)
     assert got["gather"] is not None and got["gather"].dtype == dtype
-    assert call.offset is None or (got["offset"] is not None and got["offset"].dtype == torch.float32)
+    assert call.offset is None or (
+        got["offset"] is not None and got["offset"].dtype == torch.float32
+    )
 
 
 def test_half_conversions_are_exact() -> None:
     """A 1x1 kernel with weight 1 copies, so every half value must survive, and round to even."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     g = Geometry(1, 1, 1, 1, 0, 0, (2**16,), (2**16,), (1,), (1,), (0,), (1,))
-    for dtype, wide in itertools.product((torch.float16, torch.bfloat16), (torch.float32, torch.float64)):
+    for dtype, wide in itertools.product(
+        (torch.float16, torch.bfloat16), (torch.float32, torch.float64)
+    ):
         image = bits.view(dtype).view(1, 1, -1)
         finite = image.isfinite()
         image = torch.where(finite, image, 0)
@@ -330,7 +353,11 @@ def test_computes_only_what_is_needed(level: int) -> None:
 
 def test_any_number_of_threads_gives_the_same_bits(level: int) -> None:
     # Both parts of a group on their own threads, and images on their own.
-    for g in (plain(1, 128, 40, (20, 30)), plain(5, 64, 24, (12, 30)), plain(2, 64, 24, (9, 40), offset_groups=16)):
+    for g in (
+        plain(1, 128, 40, (20, 30)),
+        plain(5, 64, 24, (12, 30)),
+        plain(2, 64, 24, (9, 40), offset_groups=16),
+    ):
         call = Call(g, torch.float32)
         cpu.threads = 1
         want = call.run()
@@ -372,7 +399,11 @@ def test_integer_positions(size: tuple[int, ...], level: int) -> None:
 
 
 def test_empty_tensors() -> None:
-    for g in (plain(0, 4, 6, (5, 6)), plain(2, 0, 6, (5, 6), mask_groups=0), plain(2, 4, 0, (5, 6))):
+    for g in (
+        plain(0, 4, 6, (5, 6)),
+        plain(2, 0, 6, (5, 6), mask_groups=0),
+        plain(2, 4, 0, (5, 6)),
+    ):
         call = Call(g, torch.float32)
         assert_close(call.run(), call.run(reference), 0.0)
 
@@ -398,7 +429,9 @@ def test_non_finite_values_stay_in_their_group(level: int) -> None:
     assert got["gather"] is not None and got["scatter"] is not None and got["weight"] is not None
     assert got["gather"].isfinite().all(dim=(0, 2, 3)).tolist() == [c != 5 for c in range(32)]
     assert got["scatter"].isfinite().all(dim=(0, 2, 3)).tolist() == [c != 7 for c in range(32)]
-    assert got["weight"].isfinite().all(dim=(1, 2, 3)).tolist() == [c not in (5, 7) for c in range(32)]
+    assert got["weight"].isfinite().all(dim=(1, 2, 3)).tolist() == [
+        c not in (5, 7) for c in range(32)
+    ]
 
 
 def test_python_threads_at_once() -> None:
@@ -420,10 +453,9 @@ def test_python_threads_at_once() -> None:
         assert_same(g, w)
 
 
-def _child(queue: object) -> None:
-    result = Call(GEOMETRIES[0], torch.float32).run()["gather"]
-    assert result is not None
-    queue.put(result.numpy())  # type: ignore[attr-defined]
+def _child(call: Call, want: dict[str, Tensor | None]) -> None:
+    torch.set_num_threads(1)  # as a DataLoader does; the core is still told to use two
+    assert_same(call.run(), want)
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
@@ -431,16 +463,12 @@ def _child(queue: object) -> None:
 def test_runs_in_a_forked_child() -> None:
     """A DataLoader worker: the parent's thread pool is gone there."""
     cpu.threads = 2
-    want = Call(GEOMETRIES[0], torch.float32).run()["gather"]
-    assert want is not None
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_child, args=(queue,))
+    call = Call(GEOMETRIES[0], torch.float32)
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(call, call.run()))
     child.start()
     child.join(60)
     try:
         assert child.exitcode == 0
-        assert torch.equal(torch.from_numpy(queue.get()), want)
     finally:
         child.kill()
 

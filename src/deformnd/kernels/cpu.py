@@ -126,8 +126,6 @@ def _fits(g: Geometry) -> bool:
 
 def _empty(size: Sequence[int], like: Tensor) -> Tensor:
     """In the dtype and memory format of the tensor that it belongs to."""
-    if like.is_contiguous():
-        return torch.empty(size, dtype=like.dtype)
     return torch.empty(size, dtype=like.dtype, memory_format=memory_format(like))
 
 
