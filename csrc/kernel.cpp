@@ -351,7 +351,6 @@ struct Samples {
   const T* image;        // the packed block
   T* grad_image;         // likewise
   const i64* steps;      // from the first corner of a cell to each, in elements
-  i64 block;             // channels of the block
   const i32* index;      // [count] first corner
   const T* weight;       // [corner][weight_step] interpolation weight times mask
   i64 weight_step;
@@ -365,25 +364,31 @@ template <class T>
 using Sampler = void (*)(const Samples<T>&);
 
 // kColumnsWork interpolates, kSpreadWork is its adjoint into grad_image, kDotsWork sums what the
-// derivatives by position and mask are made of. One pass, since all touch the same corners.
+// derivatives by position and mask are made of. One pass, since all touch the same corners. A
+// block has NC vectors of N lanes. (Two corners in one vector, where they fit, halve the
+// instructions but not the time, and a store that overlaps the next load doubles it.)
 template <class T, int ND, int N, int NC, int Mode>
 NOINLINE void sample(const Samples<T>& s) {
   using L = Lanes<T, N>;
   using V = typename L::V;
   constexpr int Q = 1 << ND, Dots = Q < 4 ? 4 : Q;
-  const T* RESTRICT image = s.image;
-  T* RESTRICT grad_image = s.grad_image;
+  // In registers: a store could change what s refers to.
+  const i64 count = s.count, weight_step = s.weight_step, column_step = s.column_step;
+  const T *RESTRICT image = s.image, *RESTRICT weights = s.weight;
+  const T* RESTRICT grad_column = s.grad_column;
+  const i32* RESTRICT index = s.index;
+  T *RESTRICT grad_image = s.grad_image, *RESTRICT column = s.column, *RESTRICT sums = s.dots;
   i64 steps[Q];
   UNROLL for (int c = 0; c < Q; c++) steps[c] = s.steps[c];
-  for (i64 m = 0; m < s.count; m++) {
-    const i64 at = i64(s.index[m]) * s.block;
+  for (i64 m = 0; m < count; m++) {
+    const i64 at = i64(index[m]) * (N * NC);
     V weight[Q], dots[Dots];
-    UNROLL for (int c = 0; c < Q; c++) weight[c] = L::splat(s.weight[c * s.weight_step + m]);
+    UNROLL for (int c = 0; c < Q; c++) weight[c] = L::splat(weights[c * weight_step + m]);
     if (Mode & kDotsWork) UNROLL for (int c = 0; c < Dots; c++) dots[c] = L::zero();
     UNROLL for (int v = 0; v < NC; v++) {
-      const i64 first = at + v * N, column = m * s.column_step + v * N;
+      const i64 first = at + v * N;
       V value = L::zero(), grad = L::zero();
-      if (Mode & (kDotsWork | kSpreadWork)) grad = L::load(s.grad_column + column);
+      if (Mode & (kDotsWork | kSpreadWork)) grad = L::load(grad_column + v * N);
       UNROLL for (int c = 0; c < Q; c++) {
         if (Mode & (kColumnsWork | kDotsWork)) {
           const V x = L::load(image + first + steps[c]);
@@ -395,12 +400,14 @@ NOINLINE void sample(const Samples<T>& s) {
           L::store(to, L::load(to) + weight[c] * grad);
         }
       }
-      if (Mode & kColumnsWork) L::store(s.column + column, value);
+      if (Mode & kColumnsWork) L::store(column + v * N, value);
     }
+    if (Mode & kColumnsWork) column += column_step;
+    if (Mode & (kDotsWork | kSpreadWork)) grad_column += column_step;
     if (Mode & kDotsWork) UNROLL for (int c = 0; c < Dots; c += 4) {
         using F = Lanes<T, 4>;
-        T* to = s.dots + m * Dots + c;
-        F::store(to, F::load(to) + L::sum4(dots[c], dots[c + 1], dots[c + 2], dots[c + 3]));
+        F::store(sums, F::load(sums) + L::sum4(dots[c], dots[c + 1], dots[c + 2], dots[c + 3]));
+        sums += 4;
       }
   }
 }
@@ -861,7 +868,7 @@ Status gather(const Call& call) {
                 s.cells.template find<false>(p, tile, sample_group, q, q);
             }
             sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.block, nullptr,
-                     p.steps, p.block, s.cells.index + slot * p.table,
+                     p.steps, s.cells.index + slot * p.table,
                      s.cells.weight + slot * p.Q * p.table, p.table, nullptr,
                      s.columns + (u - u0) * p.block, step, nullptr});
           }
@@ -956,7 +963,7 @@ struct Reverse {
     offset_sets = sets(p.offset_groups), mask_sets = sets(p.mask_groups);
 
     cut_parts(nullptr, nullptr);
-    edge_size = most(Field<T>::scratch_size, 2 * p.K * p.block);
+    edge_size = most(Field<T>::scratch_size, 2 * N * p.K * p.block);
     Carver measure{nullptr};
     Scratch(measure, *this);
     scratch_bytes = i64(measure.used);
@@ -1077,7 +1084,7 @@ struct Reverse {
           }
           const i64 column = (u - chunk.unit) * p.block;
           sampler({tile.count, packed + (image * p.blocks + b) * size, grad_image + b * size,
-                   p.steps, p.block, s.cells.index + k * p.table,
+                   p.steps, s.cells.index + k * p.table,
                    s.cells.weight + k * Q * p.table, p.table, s.grad_columns + column,
                    s.columns + column, chunk_columns, s.dots + k * p.table * Dots});
         }
@@ -1236,21 +1243,24 @@ struct Reverse {
 
   void unpack_weight() const {
     const i64 copies = weight_slots * bands, group_blocks = p.blocks / p.groups;
-    parallel(p.threads, p.blocks * p.group_points, [&](i64 task, i64 thread) {
-      const i64 b = task / p.group_points, o = task % p.group_points;
+    const i64 size = p.K * p.block, strips = divide_up(p.group_points, N);
+    parallel(p.threads, p.blocks * strips, [&](i64 task, i64 thread) {
+      const i64 b = task / strips, o = task % strips * N, some = least(N, p.group_points - o);
       const i64 count = p.block_channels(b), channel = p.channel(b) % p.group_channels;
-      T* sums = edge + thread * edge_size;  // [kernel point][channel]
-      T* rows = sums + p.K * p.block;
-      for (i64 i = 0; i < p.K * p.block; i++) {
-        const T* from = grad_weights + (b * p.K * p.block + i) * p.group_width + o;
-        T sum = *from;
-        for (i64 copy = 1; copy < copies; copy++) sum += from[copy * weight_size];
-        sums[i] = sum;
+      T* sums = edge + thread * edge_size;  // [point][kernel point][channel]
+      T* more = sums + N * size;
+      for (i64 copy = 0; copy < copies; copy++) {
+        const T* from = grad_weights + copy * weight_size + b * size * p.group_width + o;
+        transpose(from, p.group_width, copy ? more : sums, size, some, size);
+        if (copy)
+          for (i64 i = 0; i < some * size; i++) sums[i] += more[i];
       }
-      transpose(sums, p.block, rows, p.K, count, p.K);
-      write(call.grad_weight,
-            ((b / group_blocks * p.group_points + o) * p.group_channels + channel) * p.K,
-            count * p.K, rows);
+      for (i64 i = 0; i < some; i++) {
+        transpose(sums + i * size, p.block, more, p.K, count, p.K);
+        write(call.grad_weight,
+              ((b / group_blocks * p.group_points + o + i) * p.group_channels + channel) * p.K,
+              count * p.K, more);
+      }
     });
   }
 };

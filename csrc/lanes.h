@@ -57,6 +57,7 @@ struct Plain {
 template <class T, int N>
 struct Lanes {
   static constexpr int size = N;
+  using All = typename MakeSeq<N>::type;
 #if DEFORMND_VECTORS
   typedef T V __attribute__((vector_size(N * sizeof(T))));
   typedef i32 I __attribute__((vector_size(N * sizeof(i32))));
@@ -128,7 +129,6 @@ struct Lanes {
   }
   // Transpose N vectors in place: log2 N rounds of interleaving the halves.
   static INLINE void transpose(V* a) {
-    using All = typename MakeSeq<N>::type;
     UNROLL for (int round = 1; round < N; round *= 2) {
       V b[N];
       UNROLL for (int i = 0; i < N / 2; i++) {
@@ -147,7 +147,6 @@ struct Lanes {
   }
   // The sums of the lanes of four vectors.
   static INLINE typename Lanes<T, 4>::V sum4(V a, V b, V c, V d) {
-    using All = typename MakeSeq<N>::type;
     const V blocks = add_pairs(add_pairs(a, b, All{}), add_pairs(c, d, All{}), All{});
     return Lanes<T, N>::add_blocks(blocks);
   }
