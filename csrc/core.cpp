@@ -1,0 +1,186 @@
+// The entry of the library: unpacks a call, picks the instruction set, keeps the workspace.
+
+#include "core.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <initializer_list>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(_MSC_VER)
+#include <intrin.h>
+#include <malloc.h>
+#define EXPORT extern "C" __declspec(dllexport)
+#elif defined(_WIN32)
+#include <malloc.h>
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+#ifdef DEFORMND_SANITIZE
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace deformnd {
+namespace {
+
+// ---- memory ------------------------------------------------------------------------------------
+
+constexpr size_t kKept = size_t(16) << 20;  // bytes that a thread keeps between calls
+constexpr size_t kHugePage = size_t(2) << 20;
+
+char* allocate(size_t bytes) {
+  const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+#if defined(_WIN32)
+  return static_cast<char*>(_aligned_malloc(bytes, alignment));
+#else
+  void* p = nullptr;
+  if (posix_memalign(&p, alignment, bytes)) return nullptr;
+#if defined(__linux__)
+  if (alignment == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return static_cast<char*>(p);
+#endif
+}
+
+void release(char* p) {
+#if defined(_WIN32)
+  _aligned_free(p);
+#else
+  free(p);
+#endif
+}
+
+struct Workspace {
+  char* data = nullptr;
+  size_t size = 0;
+  void drop() {
+#ifdef DEFORMND_SANITIZE
+    if (data) __asan_unpoison_memory_region(data, size);
+#endif
+    release(data);
+    data = nullptr, size = 0;
+  }
+  ~Workspace() { drop(); }
+};
+
+thread_local Workspace workspace;
+
+// ---- instruction sets --------------------------------------------------------------------------
+
+using Run = Status (*)(const Call&);
+
+#if defined(DEFORMND_X86) && defined(_MSC_VER)
+bool has(int leaf, int reg, int bit) {
+  int r[4];
+  __cpuidex(r, leaf, 0);
+  return r[reg] >> bit & 1;
+}
+bool saves(unsigned long long state) {  // the system saves these registers
+  return has(1, 2, 27) && (_xgetbv(0) & state) == state;
+}
+bool has_avx2() { return saves(6) && has(1, 2, 12) && has(1, 2, 29) && has(7, 1, 5); }
+bool has_avx512() {
+  return has_avx2() && saves(0xe6) && has(7, 1, 16) && has(7, 1, 17) && has(7, 1, 28) &&
+         has(7, 1, 30) && has(7, 1, 31);
+}
+#elif defined(DEFORMND_X86)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Of 0 baseline, 1 AVX2, 2 AVX-512: those that this machine and build have.
+int best_level() {
+#if defined(DEFORMND_X86)
+  static const int level = has_avx512() ? 2 : has_avx2() ? 1 : 0;
+  return level;
+#else
+  return 0;
+#endif
+}
+
+Run run_of(i64 level) {
+#if defined(DEFORMND_X86)
+  if (level == 2) return avx512::run;
+  if (level == 1) return avx2::run;
+#endif
+  (void)level;
+  return baseline::run;
+}
+
+// ---- fork --------------------------------------------------------------------------------------
+
+// The OpenMP pool does not survive a fork, and two threads would wait for it forever.
+std::atomic<bool> forked{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+}  // namespace
+
+char* workspace_take(size_t bytes) {
+  if (workspace.size < bytes) {
+    workspace.drop();
+    workspace.data = allocate(bytes);
+    workspace.size = workspace.data ? bytes : 0;
+  }
+#ifdef DEFORMND_SANITIZE
+  if (workspace.data) {
+    __asan_unpoison_memory_region(workspace.data, workspace.size);
+    memset(workspace.data, 0xff, workspace.size);  // NaN
+  }
+#endif
+  return workspace.data;
+}
+
+void workspace_give() {
+  if (workspace.size > kKept) workspace.drop();
+}
+
+}  // namespace deformnd
+
+// The widest level of instructions here: 0 baseline, 1 AVX2, 2 AVX-512.
+EXPORT int deformnd_level() { return deformnd::best_level(); }
+
+// Run one call; `words` is what kernels/cpu.py packs. Returns a Status.
+EXPORT int deformnd_run(const deformnd::i64* words) {
+  using namespace deformnd;
+  const i64* next = words;
+  const i64 level = *next++;
+  Call c;
+  c.gather = *next++ != 0;
+  c.threads = *next++;
+  c.exactly = c.threads < 0;
+  if (c.exactly) c.threads = -c.threads;
+  if (forked) c.threads = 1;
+  c.rank = *next++;
+  for (i64* size : {&c.batch, &c.image_channels, &c.point_channels, &c.groups, &c.offset_groups,
+                    &c.mask_groups})
+    *size = *next++;
+  for (i64* sizes : {c.image_size, c.point_size, c.kernel, c.stride, c.padding, c.dilation})
+    for (i64 v = 0; v < c.rank; v++) sizes[v] = *next++;
+  for (Array* a : {&c.image, &c.points, &c.weight, &c.offset, &c.mask, &c.bias, &c.grad_image,
+                   &c.grad_weight, &c.grad_offset, &c.grad_mask}) {
+    a->data = reinterpret_cast<char*>(static_cast<intptr_t>(*next++));
+    a->dtype = *next & 3, a->last = *next >> 2 & 1;
+    next++;
+  }
+  const int best = best_level();
+  return static_cast<int>(run_of(level < 0 || level > best ? best : level)(c));
+}

@@ -1,0 +1,54 @@
+// What the dispatcher (core.cpp) and the kernels (kernel.cpp, once per instruction set) share.
+//
+// Only plain types here: an inline function compiled for a wide instruction set could be the copy
+// that the linker keeps for all.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace deformnd {
+
+using i64 = int64_t;
+using i32 = int32_t;
+
+enum Dtype : i64 { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// A tensor of a call; no data stands for an absent one. Images and points lie channels first or
+// last, all others are contiguous.
+struct Array {
+  char* data;
+  i64 dtype;
+  bool last;
+};
+
+// One call. See Note [one bilinear form] in kernels/geometry.py for image and points.
+struct Call {
+  bool gather;  // points from the image; otherwise the given ones of the four gradients
+  i64 threads;   // at most
+  bool exactly;  // that many threads even for little work
+  i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;
+  i64 image_size[3], point_size[3], kernel[3], stride[3], padding[3], dilation[3];
+  Array image, points, weight, offset, mask, bias;
+  Array grad_image, grad_weight, grad_offset, grad_mask;
+};
+
+enum Status : i64 { kDone, kNoMemory };
+
+// Memory for one call: 64-byte aligned, or null. Kept between calls for the calling thread, since
+// fresh pages cost more than the arithmetic of a small call.
+char* workspace_take(size_t bytes);
+void workspace_give();
+
+namespace avx512 {
+Status run(const Call&);
+}
+namespace avx2 {
+Status run(const Call&);
+}
+namespace baseline {
+Status run(const Call&);
+}
+
+}  // namespace deformnd

@@ -1,0 +1,193 @@
+"""The operators by the C++ core (csrc/): same functions as reference.py, CPU tensors only.
+
+The core is one shared library beside the package, loaded through ctypes, which releases the GIL
+during a call. Where it is absent, or cannot be loaded, available() is False.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .geometry import DTYPES, Geometry, memory_format
+
+# For tests only. Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, -1 the widest there are.
+level = -1
+# For tests only. Threads to use even for a small call; 0: at most torch.get_num_threads().
+threads = 0
+
+# As enum Dtype in csrc/core.h; + 4 for channels last.
+_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
+_ABSENT = (0, 0)
+_PACK = {n: struct.Struct(f"={4 + 6 + 6 * n + 2 * 10}q").pack for n in (1, 2, 3)}
+
+
+def _load() -> ctypes.CDLL | None:
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    path = Path(__file__).parent.parent / f"_core{suffix}"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+_library = _load()
+_run: Callable[[bytes], int] | None = None if _library is None else _library.deformnd_run
+
+
+def available() -> bool:
+    """Whether the compiled core was found and loaded."""
+    return _run is not None
+
+
+def best_level() -> int:
+    """The widest level of instructions that this machine and the core have."""
+    return -1 if _library is None else int(_library.deformnd_level())
+
+
+def gather(
+    g: Geometry,
+    image: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
+    if not _fits(g):
+        return reference.gather(g, image, weight, offset, mask, bias)
+    out = _empty((g.batch, g.point_channels, *g.point_size), image)
+    _call(g, True, image, out, weight, offset, mask, bias)
+    return out
+
+
+def scatter(
+    g: Geometry,
+    points: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """dF/dimage [B, C, *image_size]: the forward of deform_conv_transpose."""
+    if not _fits(g):
+        return reference.scatter(g, points, weight, offset, mask, bias)
+    out = _empty((g.batch, g.image_channels, *g.image_size), points)
+    _call(g, False, None, points, weight, offset, mask, bias, (out, None, None, None))
+    return out
+
+
+def gradients(
+    g: Geometry,
+    image: Tensor,
+    points: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Derivatives of F by (image, points, weight, offset, mask), None where not needed."""
+    if not _fits(g):
+        return reference.gradients(g, image, points, weight, offset, mask, needs)
+    by_image, by_points, by_weight, by_offset, by_mask = needs
+    grad_image = _empty(image.shape, image) if by_image else None
+    grad_points = _empty(points.shape, points) if by_points else None
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if by_weight else None
+    grad_offset = grad_mask = None
+    if by_offset and offset is not None:
+        grad_offset = torch.empty(offset.shape, dtype=offset.dtype)
+    if by_mask and mask is not None:
+        grad_mask = torch.empty(mask.shape, dtype=mask.dtype)
+    if grad_points is not None:
+        _call(g, True, image, grad_points, weight, offset, mask, None)
+    grads = (grad_image, grad_weight, grad_offset, grad_mask)
+    if grads != (None, None, None, None):
+        _call(g, False, image, points, weight, offset, mask, None, grads)
+    return grad_image, grad_points, grad_weight, grad_offset, grad_mask
+
+
+def _fits(g: Geometry) -> bool:
+    """Whether there is anything to compute, in planes (with their border) of 32-bit indices."""
+    return (
+        g.batch > 0
+        and g.image_channels > 0
+        and g.point_channels > 0
+        and math.prod([size + 3 for size in g.image_size]) < 2**31
+    )
+
+
+def _empty(size: Sequence[int], like: Tensor) -> Tensor:
+    """In the dtype and memory format of the tensor that it belongs to."""
+    return torch.empty(size, dtype=like.dtype, memory_format=memory_format(like))
+
+
+def _layout(t: Tensor) -> tuple[Tensor, int]:
+    """The tensor with channels first or last, and whether last; copied only if neither."""
+    if t.is_contiguous():
+        return t, 0
+    if t.movedim(1, -1).is_contiguous():
+        return t, 4
+    return t.contiguous(), 0
+
+
+def _call(
+    g: Geometry,
+    gather: bool,
+    image: Tensor | None,
+    points: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    grads: Sequence[Tensor | None] = (None, None, None, None),
+) -> None:
+    """Run the core; grads are those by image, weight, offset and mask."""
+    words: list[int] = []
+    keep = []  # copies must outlive the call
+    for t in (image, points):
+        if t is None:
+            words += _ABSENT
+        else:
+            t, last = _layout(t)
+            keep.append(t)
+            words += (t.data_ptr(), _CODE[t.dtype] + last)
+    for t in (weight, offset, mask, bias):
+        if t is None:
+            words += _ABSENT
+        else:
+            t = t.contiguous()
+            keep.append(t)
+            words += (t.data_ptr(), _CODE[t.dtype])
+    for i, t in enumerate(grads):
+        if t is None:
+            words += _ABSENT
+        else:
+            last = 4 if i == 0 and not t.is_contiguous() else 0
+            words += (t.data_ptr(), _CODE[t.dtype] + last)
+    assert _run is not None
+    status = _run(
+        _PACK[len(g.kernel)](
+            level,
+            gather,
+            -threads or torch.get_num_threads(),
+            len(g.kernel),
+            *g[:6],
+            *g.image_size,
+            *g.point_size,
+            *g.kernel,
+            *g.stride,
+            *g.padding,
+            *g.dilation,
+            *words,
+        )
+    )
+    if status:
+        raise MemoryError("deformnd: no memory for the workspace of a CPU call")

@@ -1,0 +1,480 @@
+"""The C++ core against the definition in float64, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import cases
+from cases import Case
+from deformnd.kernels import cpu, reference
+from deformnd.kernels.geometry import (
+    Geometry,
+    conv_geometry,
+    conv_transpose_geometry,
+    memory_format,
+)
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU core is not built")
+
+LEVELS = range(max(cpu.best_level(), 0) + 1)
+ALL = (True,) * 5
+NAMES = ("image", "points", "weight", "offset", "mask")
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+    cpu.level, cpu.threads = -1, 0
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> int:
+    cpu.level = request.param
+    return cpu.level
+
+
+class Call:
+    """A geometry with random tensors for it."""
+
+    def __init__(
+        self, g: Geometry, dtype: torch.dtype = torch.float64, spread: float = 2.0, seed: int = 0
+    ) -> None:
+        gen = torch.Generator().manual_seed(seed)
+        n, k = len(g.kernel), math.prod(g.kernel)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=gen, dtype=torch.float64).to(dtype)
+
+        self.g = g
+        self.image = normal(g.batch, g.image_channels, *g.image_size)
+        self.points = normal(g.batch, g.point_channels, *g.point_size)
+        self.weight = normal(g.point_channels, g.image_channels // g.groups, *g.kernel)
+        self.point_bias = normal(g.point_channels)
+        self.image_bias = normal(g.image_channels)
+        self.offset = self.mask = None
+        if g.offset_groups:
+            offset = normal(g.batch, g.offset_groups * k * n, *g.point_size).double() * spread
+            # Exact in float32 and never an integer, so that every type takes the same cell.
+            self.offset = ((offset * 64).round() / 64 + 1 / 128).to(dtype)
+        if g.mask_groups:
+            self.mask = normal(g.batch, g.mask_groups * k, *g.point_size)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        other = object.__new__(Call)
+        other.__dict__ = {
+            key: value.to(dtype) if isinstance(value, Tensor) else value
+            for key, value in self.__dict__.items()
+        }
+        return other
+
+    def run(self, backend: object = cpu) -> dict[str, Tensor | None]:
+        """Both operators and all gradients."""
+        grads = backend.gradients(  # type: ignore[attr-defined]
+            self.g, self.image, self.points, self.weight, self.offset, self.mask, ALL
+        )
+        return {
+            "gather": backend.gather(  # type: ignore[attr-defined]
+                self.g, self.image, self.weight, self.offset, self.mask, self.point_bias
+            ),
+            "scatter": backend.scatter(  # type: ignore[attr-defined]
+                self.g, self.points, self.weight, self.offset, self.mask, self.image_bias
+            ),
+            **dict(zip(NAMES, grads, strict=True)),
+        }
+
+
+def assert_close(
+    got: dict[str, Tensor | None], want: dict[str, Tensor | None], limit: float, what: object = ""
+) -> None:
+    """Relative L2 error of every result."""
+    for name, expected in want.items():
+        actual = got[name]
+        if expected is None:
+            assert actual is None, (name, what)
+            continue
+        assert actual is not None, (name, what)
+        assert actual.shape == expected.shape, (name, what)
+        error = (actual.double() - expected.double()).norm()
+        assert error <= limit * expected.double().norm() + 1e-300, (name, what, float(error))
+
+
+def assert_same(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
+    for name, expected in want.items():
+        actual = got[name]
+        assert (actual is None) == (expected is None), name
+        if actual is not None and expected is not None:
+            assert torch.equal(actual, expected), name
+
+
+def random_geometry(rank: int, seed: int) -> Geometry:
+    r = random.Random(f"{rank} {seed}")
+    while True:
+        channels = r.choice((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 33, 48, 64, 72)[: 14 - 2 * rank])
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        groups = r.choice((1, 1, channels, r.choice(divisors)))
+        points = groups * r.choice((1, 1, 2, 3, 5, 8) if groups < 9 else (1, 2))
+
+        def each(*values: int) -> tuple[int, ...]:
+            return tuple(r.choice(values) for _ in range(rank))
+
+        kernel, stride, padding, dilation = (
+            each(1, 2, 3, 3, 4),
+            each(1, 1, 2, 3),
+            each(0, 1, 2),
+            each(1, 1, 2),
+        )
+        image = tuple(r.randint(1, (60, 14, 7)[rank - 1]) for _ in range(rank))
+        size = tuple(
+            (s + 2 * p - d * (k - 1) - 1) // t + 1
+            for s, p, d, k, t in zip(image, padding, dilation, kernel, stride, strict=True)
+        )
+        if min(size) > 0:
+            return Geometry(
+                r.choice((1, 1, 2, 3)),
+                channels,
+                points,
+                groups,
+                r.choice((0, 1, 1, r.choice(divisors))),
+                r.choice((0, 1, 1, r.choice(divisors))),
+                image,
+                size,
+                kernel,
+                stride,
+                padding,
+                dilation,
+            )
+
+
+def plain(batch: int, channels: int, points: int, size: tuple[int, ...], **other: int) -> Geometry:
+    """3^n kernel, stride 1, padding 1; offsets and mask of one group."""
+    n = len(size)
+    return Geometry(
+        batch,
+        channels,
+        points,
+        other.get("groups", 1),
+        other.get("offset_groups", 1),
+        other.get("mask_groups", 1),
+        size,
+        size,
+        (3,) * n,
+        (1,) * n,
+        (1,) * n,
+        (1,) * n,
+    )
+
+
+@pytest.mark.parametrize("seeds", [range(s, s + 50) for s in range(0, 500, 50)], ids=str)
+@pytest.mark.parametrize("rank", (1, 2, 3))
+def test_random_configurations(rank: int, seeds: range) -> None:
+    for seed in seeds:
+        g = random_geometry(rank, seed)
+        single = Call(g, torch.float32, seed=seed)
+        double = single.to(torch.float64)
+        want = double.run(reference)
+        for cpu.level in LEVELS:
+            cpu.threads = seed % 3 + 1
+            assert_close(double.run(), want, 1e-10, (seed, cpu.level, g))
+            assert_close(single.run(), want, 1e-5, (seed, cpu.level, g))
+
+
+def run_case(case: Case, tensors: dict[str, Tensor | None], grad: Tensor) -> dict[str, Tensor]:
+    """Output and gradients (of all but the bias) of one call of the six functions."""
+    args = [tensors[name] for name in cases.NAMES]
+    input, weight, offset, mask, _ = args
+    geometry = conv_transpose_geometry if case.transposed else conv_geometry
+    g = geometry(*args, *case.operator_parameters())  # type: ignore[arg-type]
+    forward = cpu.scatter if case.transposed else cpu.gather
+    got = {"output": forward(g, *args)}  # type: ignore[arg-type]
+    image, points = (grad, input) if case.transposed else (input, grad)
+    needs = (not case.transposed, case.transposed, True, True, True)
+    grads = cpu.gradients(g, image, points, weight, offset, mask, needs)  # type: ignore[arg-type]
+    found = dict(zip(cases.NAMES[:4], (grads[case.transposed], *grads[2:]), strict=True))
+    return got | {f"grad_{name}": t for name, t in found.items() if t is not None}
+
+
+@pytest.mark.parametrize("case, tensors, arrays", cases.golden(), ids=lambda v: str(v)[:60])
+def test_golden_vectors(
+    case: Case, tensors: dict[str, Tensor | None], arrays: dict[str, Tensor], level: int
+) -> None:
+    got = run_case(case, tensors, arrays["grad_output"])
+    assert_close(got, {name: arrays[name] for name in got}, 1e-10)
+    assert len(got) == 1 + sum(t is not None for t in list(tensors.values())[:4])
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_cases(case: Case, level: int) -> None:
+    tensors = case.tensors()
+    gen = torch.Generator().manual_seed(1)
+    args = [tensors[name] for name in cases.NAMES]
+    geometry = conv_transpose_geometry if case.transposed else conv_geometry
+    g = geometry(*args, *case.operator_parameters())  # type: ignore[arg-type]
+    size = (
+        (g.image_channels, *g.image_size) if case.transposed else (g.point_channels, *g.point_size)
+    )
+    grad = torch.randn(g.batch, *size, dtype=torch.float64, generator=gen)
+    given = cases.requires_grad(tensors)
+    output = (reference.scatter if case.transposed else reference.gather)(g, *given.values())  # type: ignore[arg-type]
+    want = {"output": output.detach()}
+    del given["bias"]
+    want |= {f"grad_{k}": t for k, t in cases.gradients(output, given, grad).items()}
+    assert_close(run_case(case, tensors, grad), want, 1e-10)
+    single = {k: None if t is None else t.float() for k, t in tensors.items()}
+    assert_close(run_case(case, single, grad.float()), want, 1e-5)
+
+
+# Chosen for the paths of the core: full and ragged blocks of channels, groups that span the
+# parts of the reverse, tiles of whole and partial rows, long kernels, depthwise.
+GEOMETRIES = [
+    plain(2, 64, 40, (9, 40)),
+    plain(1, 130, 33, (5, 70)),
+    plain(3, 72, 6, (4, 5), groups=3, offset_groups=12, mask_groups=72),
+    plain(1, 96, 24, (3, 400), offset_groups=24, mask_groups=8),
+    plain(2, 24, 24, (8, 9), groups=24, offset_groups=3, mask_groups=0),
+    plain(1, 32, 70, (300,), offset_groups=2, mask_groups=0),
+    plain(1, 48, 20, (3, 5, 33), offset_groups=0, mask_groups=3),
+    plain(2, 3, 5, (1, 1), offset_groups=3),
+    plain(1, 1, 1, (1, 1, 1)),
+    Geometry(1, 20, 300, 2, 2, 5, (90,), (29,), (31,), (2,), (3,), (1,)),
+    Geometry(2, 5, 7, 1, 1, 1, (600, 2), (601, 1), (2, 2), (1, 3), (1, 1), (1, 2)),
+]
+
+
+@pytest.mark.parametrize("g", GEOMETRIES, ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size))))
+def test_geometries(g: Geometry, level: int) -> None:
+    call = Call(g)
+    want = call.run(reference)
+    for cpu.threads in (1, 2, 5):
+        assert_close(call.run(), want, 1e-10, cpu.threads)
+    single = call.to(torch.float32)
+    assert_close(single.run(), single.to(torch.float64).run(reference), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "g", GEOMETRIES[:7], ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size)))
+)
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)], ids=("half", "bfloat16")
+)
+def test_half_types(dtype: torch.dtype, limit: float, g: Geometry, level: int) -> None:
+    call = Call(g).to(dtype)
+    if call.offset is not None:
+        call.offset = Call(g).to(torch.float32).offset
+    got = call.run()
+    want = call.to(torch.float64).run(reference)
+    # Results are rounded once, so only their own precision is lost.
+    assert_close(got, want, limit)
+    assert got["gather"] is not None and got["gather"].dtype == dtype
+    assert call.offset is None or (
+        got["offset"] is not None and got["offset"].dtype == torch.float32
+    )
+
+
+def test_half_conversions_are_exact() -> None:
+    """A 1x1 kernel with weight 1 copies, so every half value must survive, and round to even."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    g = Geometry(1, 1, 1, 1, 0, 0, (2**16,), (2**16,), (1,), (1,), (0,), (1,))
+    for dtype, wide in itertools.product(
+        (torch.float16, torch.bfloat16), (torch.float32, torch.float64)
+    ):
+        image = bits.view(dtype).view(1, 1, -1)
+        finite = image.isfinite()
+        image = torch.where(finite, image, 0)
+        one = torch.ones(1, 1, 1, dtype=dtype)
+        for cpu.level in LEVELS:
+            assert torch.equal(cpu.gather(g, image, one, None, None, None), image)
+            # The same product, written in the half type from sums that it must round.
+            scale = torch.full((1, 1, 1), 1.0009765625, dtype=wide)
+            got = cpu.gather(g, image, scale, None, None, None)
+            exact = (image.to(wide) * scale.item()).to(dtype)
+            assert torch.equal(got, exact), (dtype, wide)
+
+
+def test_offset_and_mask_of_other_dtypes(level: int) -> None:
+    g = GEOMETRIES[0]
+    call = Call(g).to(torch.float32)
+    assert call.offset is not None and call.mask is not None
+    call.offset = call.offset.double()
+    got, want = call.run(), call.to(torch.float64).run(reference)
+    assert_close(got, want, 1e-6)
+    assert got["offset"] is not None and got["offset"].dtype == torch.float64
+    call.offset, call.mask = call.offset.float(), call.mask.half()
+    assert_close(call.run(), call.to(torch.float64).run(reference), 5e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", [(40,), (6, 40), (3, 5, 9)], ids=str)
+def test_layouts(size: tuple[int, ...], dtype: torch.dtype, level: int) -> None:
+    """Channels last and slices give what contiguous tensors give, in the layout of the tensor."""
+    call = Call(plain(2, 36, 70, size)).to(dtype)
+    want = call.run()
+    last = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}[len(size)]
+
+    def assert_runs(arrange: object) -> None:
+        other = object.__new__(Call)
+        other.__dict__ = {
+            key: arrange(value) if isinstance(value, Tensor) else value  # type: ignore[operator]
+            for key, value in call.__dict__.items()
+        }
+        got = other.run()
+        assert_same(got, want)
+        for name, owner in (("gather", other.image), ("scatter", other.points)):
+            result = got[name]
+            assert result is not None
+            assert result.is_contiguous(memory_format=memory_format(owner))
+
+    assert_runs(lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t)
+    assert_runs(lambda t: t.repeat_interleave(2, dim=-1)[..., ::2])
+    if last is not None:
+        assert_runs(lambda t: t.contiguous(memory_format=last) if t.dim() > 2 else t)
+
+
+def test_computes_only_what_is_needed(level: int) -> None:
+    for g in (GEOMETRIES[0], GEOMETRIES[2], GEOMETRIES[6]):
+        call = Call(g).to(torch.float32)
+        given = (call.image, call.points, call.weight, call.offset, call.mask)
+        full = cpu.gradients(g, *given, ALL)
+        for needs in itertools.product((False, True), repeat=5):
+            got = cpu.gradients(g, *given, needs)
+            want = [t if need else None for t, need in zip(full, needs, strict=True)]
+            assert_same(dict(zip(NAMES, got, strict=True)), dict(zip(NAMES, want, strict=True)))
+
+
+def test_any_number_of_threads_gives_the_same_bits(level: int) -> None:
+    # Both parts of a group on their own threads, and images on their own.
+    for g in (
+        plain(1, 128, 40, (20, 30)),
+        plain(5, 64, 24, (12, 30)),
+        plain(2, 64, 24, (9, 40), offset_groups=16),
+    ):
+        call = Call(g, torch.float32)
+        cpu.threads = 1
+        want = call.run()
+        for cpu.threads in (2, 3, 4, 7):
+            got = call.run()
+            if cpu.threads > 2 * g.batch:  # bands of one image: other sums
+                for name in ("scatter", "image", "weight"):
+                    assert_close({name: got.pop(name)}, {name: want[name]}, 1e-6)
+            assert_same(got, {name: want[name] for name in got})
+
+
+@pytest.mark.parametrize("size", [(9,), (5, 6), (3, 4, 5)], ids=str)
+def test_odd_positions(size: tuple[int, ...], level: int) -> None:
+    """Positions that no pixel is near, or that are no numbers, sample 0 without gradient."""
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        call = Call(plain(2, 20, 6, size), dtype)
+        assert call.offset is not None
+        odd = torch.tensor(
+            [math.nan, math.inf, -math.inf, 1e30, -1e30, 3e9, -3e9, 2.0**31, 1e-40, -1e-40, -0.0],
+            dtype=dtype,
+        )
+        flat = call.offset.view(-1)
+        flat[::3] = odd.repeat(-(-len(flat) // 33))[: len(flat[::3])]
+        got = call.run()
+        for name, t in got.items():
+            assert t is not None and t.isfinite().all(), name
+        assert_close(got, call.to(torch.float64).run(reference), limit)
+
+
+@pytest.mark.parametrize("size", [(9,), (5, 6), (3, 4, 5)], ids=str)
+def test_integer_positions(size: tuple[int, ...], level: int) -> None:
+    """The cell of a position is [floor, floor + 1); -1 is inside, the size is not."""
+    for seed, dtype in enumerate((torch.float32, torch.float64)):
+        call = Call(plain(2, 20, 6, size), dtype)
+        gen = torch.Generator().manual_seed(seed)
+        assert call.offset is not None
+        call.offset = torch.randint(-7, 8, call.offset.shape, generator=gen).to(dtype)
+        assert_close(call.run(), call.to(torch.float64).run(reference), 1e-5)
+
+
+def test_empty_tensors() -> None:
+    for g in (
+        plain(0, 4, 6, (5, 6)),
+        plain(2, 0, 6, (5, 6), mask_groups=0),
+        plain(2, 4, 0, (5, 6)),
+    ):
+        call = Call(g, torch.float32)
+        assert_close(call.run(), call.run(reference), 0.0)
+
+
+def test_writes_every_element(level: int) -> None:
+    torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
+    try:
+        for g in GEOMETRIES:
+            call = Call(g, torch.float32)
+            for cpu.threads in (1, 3):
+                for name, t in call.run().items():
+                    assert t is None or t.isfinite().all(), (name, g)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_non_finite_values_stay_in_their_group(level: int) -> None:
+    g = plain(1, 32, 32, (6, 7), groups=32, offset_groups=1)
+    call = Call(g, torch.float32)
+    call.image[:, 5] = math.inf
+    call.points[:, 7] = math.nan
+    got = call.run()
+    assert got["gather"] is not None and got["scatter"] is not None and got["weight"] is not None
+    assert got["gather"].isfinite().all(dim=(0, 2, 3)).tolist() == [c != 5 for c in range(32)]
+    assert got["scatter"].isfinite().all(dim=(0, 2, 3)).tolist() == [c != 7 for c in range(32)]
+    assert got["weight"].isfinite().all(dim=(1, 2, 3)).tolist() == [
+        c not in (5, 7) for c in range(32)
+    ]
+
+
+def test_python_threads_at_once() -> None:
+    calls = [Call(GEOMETRIES[i % 7], torch.float32, seed=i) for i in range(8)]
+    cpu.threads = 2
+    want = [call.run() for call in calls]
+    got: list[dict[str, Tensor | None]] = [{} for _ in calls]
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            got[i] = calls[i].run()
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for g, w in zip(got, want, strict=True):
+        assert_same(g, w)
+
+
+def _child(call: Call, want: dict[str, Tensor | None]) -> None:
+    torch.set_num_threads(1)  # as a DataLoader does; the core is still told to use two
+    assert_same(call.run(), want)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_runs_in_a_forked_child() -> None:
+    """A DataLoader worker: the parent's thread pool is gone there."""
+    cpu.threads = 2
+    call = Call(GEOMETRIES[0], torch.float32)
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(call, call.run()))
+    child.start()
+    child.join(60)
+    try:
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+
+
+def test_huge_planes_go_to_the_reference() -> None:
+    """Planes beyond 32-bit pixel indices; the check alone, since none fits in memory here."""
+    g = plain(1, 1, 1, (2**16, 2**15))
+    assert not cpu._fits(g)
+    assert cpu._fits(plain(2**20, 2**12, 2**12, (2**15, 2**15)))
