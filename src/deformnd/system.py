@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernels import cpu
+
 
 def has_ops() -> bool:
     """Whether the compiled CPU core is present.
@@ -15,7 +17,7 @@ def has_ops() -> bool:
         >>> isinstance(deformnd.has_ops(), bool)
         True
     """
-    return False
+    return cpu.available()
 
 
 def with_cuda() -> bool:

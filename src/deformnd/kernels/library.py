@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .geometry import Geometry, conv_geometry, conv_transpose_geometry, memory_format
 
 _lib = torch.library.Library("deformnd", "DEF")
@@ -37,6 +37,11 @@ _FAMILIES = (
     _Family("deform_conv", False, _CONV, conv_geometry),
     _Family("deform_conv_transpose", True, _TRANSPOSE, conv_transpose_geometry),
 )
+
+# What computes, by dispatch key; the first stands in wherever there is no other.
+_BACKENDS: list[tuple[str, Any]] = [("CompositeExplicitAutograd", reference)]
+if cpu.available():
+    _BACKENDS.append(("CPU", cpu))
 
 # Gradients by (input, weight, offset, mask, bias); None where not needed.
 Gradients = tuple[Tensor | None, ...]
@@ -348,7 +353,7 @@ def _register(family: _Family) -> None:
         "bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         tags=tags,
     )
-    for key, backend in (("CompositeExplicitAutograd", reference),):
+    for key, backend in _BACKENDS:
         _lib.impl(family.name, _forward_kernel(family, backend), key)
         _lib.impl(family.name + "_backward", _backward_kernel(family, backend), key)
     for device in ("cpu", "cuda", "mps", "xpu"):
