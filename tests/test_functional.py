@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import deformnd
-from cases import CASES, Case, requires_grad
+from cases import CASES, Case, gradients, requires_grad
 
 PLAIN = [c for c in CASES if c.offset_groups and c.mask_groups and c.batch]
 
@@ -157,3 +157,26 @@ def test_torchscript_of_a_users_function():
     torch.testing.assert_close(torch.jit.load(buffer)(x, w, o), expected)
     with pytest.raises(torch.jit.Error, match="input has 5 dimensions"):
         network(x[None], w, o)
+
+
+ACCELERATORS = [
+    name
+    for name, backend in (("cuda", torch.cuda), ("mps", torch.mps), ("xpu", torch.xpu))
+    if backend.is_available()
+]
+
+
+@pytest.mark.parametrize("device", ACCELERATORS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accelerators_agree_with_the_cpu(case, device):
+    dtype = torch.float32 if device == "mps" else torch.float64
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if device == "mps" else {}
+    here = requires_grad(case.tensors(dtype))
+    there = requires_grad(case.tensors(dtype, device=device))
+    output, expected = case.call(there), case.call(here)
+    assert output.device.type == device
+    torch.testing.assert_close(output.cpu(), expected, **tolerance)
+    grad_output = torch.randn_like(expected)
+    got = gradients(output, there, grad_output.to(device))
+    for name, grad in gradients(expected, here, grad_output).items():
+        torch.testing.assert_close(got[name].cpu(), grad, **tolerance, msg=name)

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "and writes model.onnx, report.md and sampling.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--epochs", type=_positive, default=12, help="passes over the images")
+    demo.add_argument("--epochs", type=_positive, default=20, help="passes over the images")
     demo.add_argument("--out", type=Path, default=Path("deformnd-demo"), help="folder to write")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
     demo.add_argument("--device", default="cpu", help="torch device to train on")

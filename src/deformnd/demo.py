@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -132,6 +133,8 @@ def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
 
 def export(model: nn.Module, example: Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch")
+    # It warns of every operator of torchvision when that is not installed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     torch.onnx.export(
         model,
         (example,),
