@@ -191,17 +191,16 @@ def _register_derivative(
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             return vmap_rule(info, in_dims, *args)
 
+    apply: Any = Differentiable.apply
+
     def kernel(*args: Any) -> Any:
         tensors = args[:5]
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+            return apply(*args)
         return Differentiable.forward(*args)
 
-    def transformed(*args: Any) -> Any:
-        return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
-
     _lib.impl(name, kernel, "Autograd")
-    _lib.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
+    _lib.impl(name, apply, "FuncTorchDynamicLayerFrontMode")
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...]) -> None:
