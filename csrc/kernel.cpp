@@ -531,9 +531,9 @@ struct Plan {
       for (int v = 0; v < ND; v++)
         if (q >> (ND - 1 - v) & 1) steps[q] += axis_step(v) * block;
     }
-    // A thread wants some tens of microseconds of work.
+    // A thread wants about 20 microseconds of work, ten times what waking it costs.
     const double work = double(batch) * P * K * image_channels * (group_points + 16);
-    const double worth = c.exactly ? c.threads : work / 4e5;
+    const double worth = c.exactly ? double(c.threads) : work / 2e6;
     threads = worth < double(c.threads) ? most(1, i64(worth)) : c.threads;
   }
 
