@@ -9,6 +9,10 @@
 // a border cell with weight 0. A block holds channels of one sample group (one offset group and
 // one mask group) and one weight group, filled up with zeros to full vectors.
 //
+// Note [depthwise]
+// Where each weight group is one channel in, one channel out, the products would use one lane. So
+// a block counts as a weight group, and scale() and the like take the place of the products.
+//
 // Note [order]
 // Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
 // the channel in the block. Every sum runs in an order that depends on the sizes alone, not on
@@ -348,6 +352,37 @@ void multiply(int vectors, i64 rows, i64 panels, i64 inner, const T* a, i64 a_st
                                                c_step, accumulate);
 }
 
+// For Note [depthwise], with `width` channels:
+// c[row][channel] += sum over k of a[row][k * width + channel] b[k][channel]
+template <class T>
+NOINLINE void add_scaled(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
+                         const T* RESTRICT b, T* RESTRICT c) {
+  for (i64 m = 0; m < rows; m++)
+    for (i64 k = 0; k < inner; k++)
+      for (i64 i = 0; i < width; i++)
+        c[m * width + i] += a[m * a_step + k * width + i] * b[k * width + i];
+}
+
+// a[row][k * width + channel] = c[row][channel] b[k][channel]
+template <class T>
+NOINLINE void scale(i64 rows, i64 width, i64 inner, T* RESTRICT a, i64 a_step, const T* RESTRICT b,
+                    const T* RESTRICT c) {
+  for (i64 m = 0; m < rows; m++)
+    for (i64 k = 0; k < inner; k++)
+      for (i64 i = 0; i < width; i++)
+        a[m * a_step + k * width + i] = c[m * width + i] * b[k * width + i];
+}
+
+// b[k][channel] += sum over rows of a[row][k * width + channel] c[row][channel]
+template <class T>
+NOINLINE void add_products(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
+                           T* RESTRICT b, const T* RESTRICT c) {
+  for (i64 m = 0; m < rows; m++)
+    for (i64 k = 0; k < inner; k++)
+      for (i64 i = 0; i < width; i++)
+        b[k * width + i] += a[m * a_step + k * width + i] * c[m * width + i];
+}
+
 // ---- samples -----------------------------------------------------------------------------------
 
 enum Work { kColumnsWork = 1, kDotsWork = 2, kSpreadWork = 4 };
@@ -478,6 +513,7 @@ struct Plan {
   i64 batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[ND], point_size[ND], kernel[ND], stride[ND], padding[ND], dilation[ND];
   i64 threads;
+  bool depthwise;
   i64 K, P, pixels;       // kernel points, point positions, image pixels
   i64 padded[ND], plane;  // sizes and pixels of a packed plane
   i64 sample_groups;      // one offset group and one mask group each
@@ -501,6 +537,8 @@ struct Plan {
       K *= kernel[v], P *= point_size[v], pixels *= image_size[v], plane *= padded[v];
     }
     sample_groups = lcm(most(offset_groups, 1), most(mask_groups, 1));
+    depthwise = groups > 1 && groups == image_channels && groups == point_channels;
+    if (depthwise) groups = 1;
     runs = lcm(sample_groups, groups), run = image_channels / runs;
     lanes = run > 8 || N <= 4 ? N : run <= 4 ? 4 : least(8, N);
     const i64 run_vectors = divide_up(run, lanes);
@@ -513,9 +551,12 @@ struct Plan {
         }
     block = lanes * vectors, blocks_per_run = run_vectors / vectors;
     blocks = runs * blocks_per_run;
-    group_points = point_channels / groups, group_channels = image_channels / groups;
+    if (depthwise) groups = blocks;
+    group_points = depthwise ? block : point_channels / groups;
+    group_channels = depthwise ? 1 : image_channels / groups;
     panel_vectors = group_points <= N ? 1 : 2;
-    panel = panel_vectors * N, panels = divide_up(group_points, panel);
+    panel = depthwise ? block : panel_vectors * N;
+    panels = divide_up(group_points, panel);
     group_width = panels * panel;
 
     const i64 width = point_size[ND - 1], rows = P / width;
@@ -552,6 +593,9 @@ struct Plan {
   i64 channel(i64 b) const { return b / blocks_per_run * run + b % blocks_per_run * block; }
   i64 block_channels(i64 b) const { return least(block, run - b % blocks_per_run * block); }
 
+  i64 group_point(i64 group) const { return depthwise ? channel(group) : group * group_points; }
+  i64 points_in(i64 group) const { return depthwise ? block_channels(group) : group_points; }
+
   i64 units_per_chunk(i64 units_together, i64 alignment) const {
     const i64 align = most(1, alignment / block);
     const i64 count = most(1, (units_together * block + kColumns / 2) / kColumns);
@@ -584,7 +628,7 @@ i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64
     for (i64 u = b * p.K; u < end * p.K; u += size) {
       const i64 count = least(size, end * p.K - u);
       const i64 panels = divide_up(count * p.block, 2 * p.N);
-      if (chunks) chunks[n] = {u, count, group, panels, *weights};
+      if (chunks) chunks[n] = {u, count, group, panels, p.depthwise ? u * p.block : *weights};
       *weights += panels * 2 * p.N * p.group_points;
       *widest = most(*widest, panels * 2 * p.N);
       n++;
@@ -630,6 +674,19 @@ void load_weight(const Plan<T, ND>& p, i64 point, i64 b, T* to, T* scratch) {
   const i64 at = (point * p.group_channels + channel) * p.K;
   if (count < p.block) memset(to, 0, size_t(p.K * p.block) * sizeof(T));
   transpose(view(p.call.weight, at, count * p.K, scratch), p.K, to, p.block, p.K, count);
+}
+
+// For Note [depthwise]: [unit][channel of the block]
+template <class T, int ND>
+void pack_weight_by_channel(const Plan<T, ND>& p, T* packed, T* scratch, i64 scratch_size) {
+  parallel(p.threads, p.blocks, [&](i64 b, i64 thread) {
+    const i64 count = p.block_channels(b);
+    T* to = packed + b * p.K * p.block;
+    if (count < p.block) memset(to, 0, size_t(p.K * p.block) * sizeof(T));
+    const T* from =
+        view(p.call.weight, p.channel(b) * p.K, count * p.K, scratch + thread * scratch_size);
+    transpose(from, p.K, to, p.block, p.K, count);
+  });
 }
 
 // For Gather: [group][panel of points][column of the group][point of the panel]
@@ -847,7 +904,10 @@ Status gather(const Call& call) {
   layout(Carver{memory});
 
   const Field<T> points{call.points, p.point_channels, p.P};
-  pack_weight_by_point(p, weights, edge, edge_size);
+  if (p.depthwise)
+    pack_weight_by_channel(p, weights, edge, edge_size);
+  else
+    pack_weight_by_point(p, weights, edge, edge_size);
   for (i64 first = 0; first < p.batch; first += flight) {
     const i64 images = least(flight, p.batch - first);
     pack_image(p, first, images, packed, edge, edge_size);
@@ -861,8 +921,8 @@ Status gather(const Call& call) {
       const i64 panel_end = all_panels * (split + 1) / splits;
       for (i64 j = all_panels * split / splits; j < panel_end;) {
         const i64 group = j / p.panels, some = least(panel_end, (group + 1) * p.panels) - j;
-        const i64 point = group * p.group_points + j % p.panels * p.panel;
-        const i64 count = least(some * p.panel, (group + 1) * p.group_points - point);
+        const i64 skipped = j % p.panels * p.panel, point = p.group_point(group) + skipped;
+        const i64 count = least(some * p.panel, p.points_in(group) - skipped);
         const i64 width = some * p.panel;
         if (call.bias.data) {
           for (i64 m = 0; m < tile.count; m++) {
@@ -872,6 +932,8 @@ Status gather(const Call& call) {
               memcpy(s.points + m * width, s.points, size_t(count) * sizeof(T));
             for (i64 i = count; i < width; i++) s.points[m * width + i] = 0;
           }
+        } else if (p.depthwise) {
+          memset(s.points, 0, size_t(tile.count * width) * sizeof(T));
         }
         for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
           const i64 units = least(chunk_units, group_units - u0), step = chunk_units * p.block;
@@ -889,10 +951,14 @@ Status gather(const Call& call) {
                      p.steps, s.cells.index + slot * p.table, s.cells.weight + slot * p.Q * p.table,
                      p.table, nullptr, s.columns + (u - u0) * p.block, step, nullptr});
           }
-          multiply<T, false, false>(p.panel_vectors, tile.count, some, units * p.block, s.columns,
-                                    step, weights + (j * group_columns + u0 * p.block) * p.panel,
-                                    group_columns * p.panel, s.points, width,
-                                    call.bias.data || u0 > 0);
+          if (p.depthwise)
+            add_scaled(tile.count, p.block, units, s.columns, step,
+                       weights + j * group_columns + u0 * p.block, s.points);
+          else
+            multiply<T, false, false>(p.panel_vectors, tile.count, some, units * p.block, s.columns,
+                                      step, weights + (j * group_columns + u0 * p.block) * p.panel,
+                                      group_columns * p.panel, s.points, width,
+                                      call.bias.data || u0 > 0);
         }
         for (i64 i = 0; i < tile.segments; i++)
           points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
@@ -957,7 +1023,7 @@ struct Reverse {
            (c.grad_offset.data || c.grad_mask.data ? kDotsWork : 0) |
            (c.grad_image.data ? kSpreadWork : 0);
     sampler = sampler_of<T, ND>(mode, p.lanes, p.vectors);
-    weight_size = p.units() * p.block * p.group_width;
+    weight_size = p.units() * p.block * (p.depthwise ? 1 : p.group_width);
     image_size = p.blocks * p.plane * p.block;
     offset_size = p.offset_groups * p.K * ND * p.P;
     mask_size = p.mask_groups * p.K * p.P;
@@ -1037,7 +1103,10 @@ struct Reverse {
     layout(Carver{memory});
     cut_parts(chunks, part_chunks);
 
-    if (expands) pack_weight_by_column(p, chunks, chunk_count, weights, edge, edge_size);
+    if (expands && p.depthwise)
+      pack_weight_by_channel(p, weights, edge, edge_size);
+    else if (expands)
+      pack_weight_by_column(p, chunks, chunk_count, weights, edge, edge_size);
     if (call.grad_weight.data)
       parallel(p.threads, weight_slots * bands * p.blocks, [&](i64 task, i64) {
         const i64 size = weight_size / p.blocks;
@@ -1084,10 +1153,15 @@ struct Reverse {
         const Chunk& chunk = chunks[i];
         const i64 columns = chunk.count * p.block;
         load_points(s, tile, chunk.group, thread);
-        if (mode & (kDotsWork | kSpreadWork))
-          multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
-                                   p.tile_pixels, weights + chunk.weights, p.group_points * 2 * N,
-                                   s.grad_columns, chunk_columns, false);
+        if (mode & (kDotsWork | kSpreadWork)) {
+          if (p.depthwise)
+            scale(tile.count, p.block, chunk.count, s.grad_columns, chunk_columns,
+                  weights + chunk.weights, s.by_panel);
+          else
+            multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
+                                     p.tile_pixels, weights + chunk.weights, p.group_points * 2 * N,
+                                     s.grad_columns, chunk_columns, false);
+        }
         for (i64 u = chunk.unit; u < chunk.unit + chunk.count; u++) {
           const i64 b = u / p.K, k = u % p.K, sample_group = p.sample_group(b);
           if (sample_group != current) {
@@ -1102,11 +1176,16 @@ struct Reverse {
                    s.grad_columns + column, s.columns + column, chunk_columns,
                    s.dots + k * p.table * Dots});
         }
-        if (mode & kColumnsWork)
-          multiply<T, true, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
-                                  chunk_columns, s.by_panel, p.tile_pixels * p.panel,
-                                  grad_weight + chunk.unit * p.block * p.group_width, p.group_width,
-                                  true);
+        if (mode & kColumnsWork) {
+          if (p.depthwise)
+            add_products(tile.count, p.block, chunk.count, s.columns, chunk_columns,
+                         grad_weight + chunk.unit * p.block, s.by_panel);
+          else
+            multiply<T, true, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
+                                    chunk_columns, s.by_panel, p.tile_pixels * p.panel,
+                                    grad_weight + chunk.unit * p.block * p.group_width,
+                                    p.group_width, true);
+        }
       }
       store_dots(s, tile, first, image, part, current);
     }
@@ -1116,25 +1195,25 @@ struct Reverse {
     if (s.loaded == group) return;
     s.loaded = group;
     const Field<T> points{call.points, p.point_channels, p.P};
-    const i64 point = group * p.group_points, step = p.tile_pixels;
+    const i64 point = p.group_point(group), count = p.points_in(group), step = p.tile_pixels;
     for (i64 i = 0; i < tile.segments; i++) {
       const i64 pixel = tile.first + i * tile.step;
       T* to = s.by_point + i * tile.length;
       if (call.points.last) {
         T* rows = edge + thread * edge_size;
-        for (i64 o = 0; o < p.group_points; o += 64) {
-          const i64 some = least(64, p.group_points - o);
+        for (i64 o = 0; o < count; o += 64) {
+          const i64 some = least(64, count - o);
           points.load(tile.image, point + o, some, pixel, tile.length, rows, some, nullptr);
           transpose(rows, some, to + o * step, step, some, tile.length);
         }
       } else {
-        for (i64 o = 0; o < p.group_points; o++)
+        for (i64 o = 0; o < count; o++)
           read(call.points, points.at(tile.image, point + o, pixel), tile.length, to + o * step);
       }
     }
-    if (!(mode & kColumnsWork)) return;
+    if (!(mode & kColumnsWork || p.depthwise)) return;
     for (i64 j = 0; j < p.panels; j++) {
-      const i64 some = least(p.panel, p.group_points - j * p.panel);
+      const i64 some = least(p.panel, count - j * p.panel);
       T* to = s.by_panel + j * step * p.panel;
       if (some < p.panel) memset(to, 0, size_t(tile.count * p.panel) * sizeof(T));
       transpose(s.by_point + j * p.panel * step, step, to, p.panel, tile.count, some);
@@ -1262,6 +1341,18 @@ struct Reverse {
 
   void unpack_weight() const {
     const i64 copies = weight_slots * bands, group_blocks = p.blocks / p.groups;
+    if (p.depthwise) {
+      parallel(p.threads, p.blocks, [&](i64 b, i64 thread) {
+        const i64 size = p.K * p.block, count = p.block_channels(b);
+        T* sums = grad_weights + b * size;
+        T* rows = edge + thread * edge_size;
+        for (i64 copy = 1; copy < copies; copy++)
+          for (i64 i = 0; i < size; i++) sums[i] += sums[copy * weight_size + i];
+        transpose(sums, p.block, rows, p.K, count, p.K);
+        write(call.grad_weight, p.channel(b) * p.K, count * p.K, rows);
+      });
+      return;
+    }
     const i64 size = p.K * p.block, strips = divide_up(p.group_points, N);
     parallel(p.threads, p.blocks * strips, [&](i64 task, i64 thread) {
       const i64 b = task / strips, o = task % strips * N, some = least(N, p.group_points - o);
