@@ -25,7 +25,7 @@ struct Array {
 
 // One call. See Note [one bilinear form] in kernels/geometry.py for image and points.
 struct Call {
-  bool gather;  // points from the image; otherwise the given ones of the four gradients
+  bool gather;   // points from the image; otherwise the given ones of the four gradients
   i64 threads;   // at most
   bool exactly;  // that many threads even for little work
   i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;

@@ -9,14 +9,18 @@
 // a border cell with weight 0. A block holds channels of one sample group (one offset group and
 // one mask group) and one weight group, filled up with zeros to full vectors.
 //
+// Note [depthwise]
+// Where each weight group is one channel in, one channel out, the products would use one lane. So
+// a block counts as a weight group, and scale() and the like take the place of the products.
+//
 // Note [order]
 // Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
 // the channel in the block. Every sum runs in an order that depends on the sizes alone, not on
 // the number of threads; the one exception stands at `bands` in Reverse.
 
-#include "core.h"
-
 #include <string.h>
+
+#include "core.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -61,7 +65,7 @@ inline i64 lcm(i64 a, i64 b) { return a / gcd(a, b) * b; }
 
 // Run body(task, thread) for all tasks.
 template <class Body>
-void parallel(i64 threads, i64 tasks, const Body& body) {
+void parallel([[maybe_unused]] i64 threads, i64 tasks, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && tasks > 1) {
 #pragma omp parallel num_threads(int(least(threads, tasks)))
@@ -193,9 +197,11 @@ inline void transpose_by(const T* from, i64 from_step, T* to, i64 to_step, i64 r
     i64 c = 0;
     for (; c + N <= columns; c += N) {
       typename L::V a[N];
-      UNROLL for (int i = 0; i < N; i++) a[i] = L::load(from + (c + i) * from_step + r);
+      UNROLL
+      for (int i = 0; i < N; i++) a[i] = L::load(from + (c + i) * from_step + r);
       L::transpose(a);
-      UNROLL for (int i = 0; i < N; i++) L::store(to + (r + i) * to_step + c, a[i]);
+      UNROLL
+      for (int i = 0; i < N; i++) L::store(to + (r + i) * to_step + c, a[i]);
     }
     if (c == columns) continue;
     if constexpr (N > 4)
@@ -282,18 +288,24 @@ NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* 
                            T* RESTRICT c, i64 c_step, bool accumulate) {
   using L = Lanes<T, Machine<T>::lanes>;
   typename L::V sums[R][NV];
-  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < NV; j++) sums[i][j] =
-      accumulate ? L::load(c + i * c_step + j * L::size) : L::zero();
+  UNROLL
+  for (int i = 0; i < R; i++) UNROLL
+  for (int j = 0; j < NV; j++)
+    sums[i][j] = accumulate ? L::load(c + i * c_step + j * L::size) : L::zero();
   for (i64 k = 0; k < inner; k++) {
     typename L::V row[NV];
-    UNROLL for (int j = 0; j < NV; j++) row[j] = L::load(b + (k * NV + j) * L::size);
-    UNROLL for (int i = 0; i < R; i++) {
+    UNROLL
+    for (int j = 0; j < NV; j++) row[j] = L::load(b + (k * NV + j) * L::size);
+    UNROLL
+    for (int i = 0; i < R; i++) {
       const typename L::V s = L::splat(Transposed ? a[k * a_step + i] : a[i * a_step + k]);
-      UNROLL for (int j = 0; j < NV; j++) sums[i][j] = sums[i][j] + s * row[j];
+      UNROLL
+      for (int j = 0; j < NV; j++) sums[i][j] = sums[i][j] + s * row[j];
     }
   }
-  UNROLL for (int i = 0; i < R; i++)
-      UNROLL for (int j = 0; j < NV; j++) L::store(c + i * c_step + j * L::size, sums[i][j]);
+  UNROLL
+  for (int i = 0; i < R; i++) UNROLL
+  for (int j = 0; j < NV; j++) L::store(c + i * c_step + j * L::size, sums[i][j]);
 }
 
 template <class T>
@@ -340,6 +352,37 @@ void multiply(int vectors, i64 rows, i64 panels, i64 inner, const T* a, i64 a_st
                                                c_step, accumulate);
 }
 
+// For Note [depthwise], with `width` channels:
+// c[row][channel] += sum over k of a[row][k * width + channel] b[k][channel]
+template <class T>
+NOINLINE void add_scaled(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
+                         const T* RESTRICT b, T* RESTRICT c) {
+  for (i64 m = 0; m < rows; m++)
+    for (i64 k = 0; k < inner; k++)
+      for (i64 i = 0; i < width; i++)
+        c[m * width + i] += a[m * a_step + k * width + i] * b[k * width + i];
+}
+
+// a[row][k * width + channel] = c[row][channel] b[k][channel]
+template <class T>
+NOINLINE void scale(i64 rows, i64 width, i64 inner, T* RESTRICT a, i64 a_step, const T* RESTRICT b,
+                    const T* RESTRICT c) {
+  for (i64 m = 0; m < rows; m++)
+    for (i64 k = 0; k < inner; k++)
+      for (i64 i = 0; i < width; i++)
+        a[m * a_step + k * width + i] = c[m * width + i] * b[k * width + i];
+}
+
+// b[k][channel] += sum over rows of a[row][k * width + channel] c[row][channel]
+template <class T>
+NOINLINE void add_products(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
+                           T* RESTRICT b, const T* RESTRICT c) {
+  for (i64 m = 0; m < rows; m++)
+    for (i64 k = 0; k < inner; k++)
+      for (i64 i = 0; i < width; i++)
+        b[k * width + i] += a[m * a_step + k * width + i] * c[m * width + i];
+}
+
 // ---- samples -----------------------------------------------------------------------------------
 
 enum Work { kColumnsWork = 1, kDotsWork = 2, kSpreadWork = 4 };
@@ -348,16 +391,16 @@ enum Work { kColumnsWork = 1, kDotsWork = 2, kSpreadWork = 4 };
 template <class T>
 struct Samples {
   i64 count;
-  const T* image;        // the packed block
-  T* grad_image;         // likewise
-  const i64* steps;      // from the first corner of a cell to each, in elements
-  const i32* index;      // [count] first corner
-  const T* weight;       // [corner][weight_step] interpolation weight times mask
+  const T* image;    // the packed block
+  T* grad_image;     // likewise
+  const i64* steps;  // from the first corner of a cell to each, in elements
+  const i32* index;  // [count] first corner
+  const T* weight;   // [corner][weight_step] interpolation weight times mask
   i64 weight_step;
   const T* grad_column;  // [count][column_step]
   T* column;             // likewise
   i64 column_step;
-  T* dots;               // [count][corner, at least 4] sums of grad_column times corner
+  T* dots;  // [count][corner, at least 4] sums of grad_column times corner
 };
 
 template <class T>
@@ -379,17 +422,22 @@ NOINLINE void sample(const Samples<T>& s) {
   const i32* RESTRICT index = s.index;
   T *RESTRICT grad_image = s.grad_image, *RESTRICT column = s.column, *RESTRICT sums = s.dots;
   i64 steps[Q];
-  UNROLL for (int c = 0; c < Q; c++) steps[c] = s.steps[c];
+  UNROLL
+  for (int c = 0; c < Q; c++) steps[c] = s.steps[c];
   for (i64 m = 0; m < count; m++) {
     const i64 at = i64(index[m]) * (N * NC);
     V weight[Q], dots[Dots];
-    UNROLL for (int c = 0; c < Q; c++) weight[c] = L::splat(weights[c * weight_step + m]);
-    if (Mode & kDotsWork) UNROLL for (int c = 0; c < Dots; c++) dots[c] = L::zero();
-    UNROLL for (int v = 0; v < NC; v++) {
+    UNROLL
+    for (int c = 0; c < Q; c++) weight[c] = L::splat(weights[c * weight_step + m]);
+    if (Mode & kDotsWork) UNROLL
+    for (int c = 0; c < Dots; c++) dots[c] = L::zero();
+    UNROLL
+    for (int v = 0; v < NC; v++) {
       const i64 first = at + v * N;
       V value = L::zero(), grad = L::zero();
       if (Mode & (kDotsWork | kSpreadWork)) grad = L::load(grad_column + v * N);
-      UNROLL for (int c = 0; c < Q; c++) {
+      UNROLL
+      for (int c = 0; c < Q; c++) {
         if (Mode & (kColumnsWork | kDotsWork)) {
           const V x = L::load(image + first + steps[c]);
           if (Mode & kColumnsWork) value = c == 0 ? weight[c] * x : value + weight[c] * x;
@@ -404,11 +452,12 @@ NOINLINE void sample(const Samples<T>& s) {
     }
     if (Mode & kColumnsWork) column += column_step;
     if (Mode & (kDotsWork | kSpreadWork)) grad_column += column_step;
-    if (Mode & kDotsWork) UNROLL for (int c = 0; c < Dots; c += 4) {
-        using F = Lanes<T, 4>;
-        F::store(sums, F::load(sums) + L::sum4(dots[c], dots[c + 1], dots[c + 2], dots[c + 3]));
-        sums += 4;
-      }
+    if (Mode & kDotsWork) UNROLL
+    for (int c = 0; c < Dots; c += 4) {
+      using F = Lanes<T, 4>;
+      F::store(sums, F::load(sums) + L::sum4(dots[c], dots[c + 1], dots[c + 2], dots[c + 3]));
+      sums += 4;
+    }
   }
 }
 
@@ -464,15 +513,16 @@ struct Plan {
   i64 batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[ND], point_size[ND], kernel[ND], stride[ND], padding[ND], dilation[ND];
   i64 threads;
-  i64 K, P, pixels;                 // kernel points, point positions, image pixels
-  i64 padded[ND], plane;            // sizes and pixels of a packed plane
-  i64 sample_groups;                // one offset group and one mask group each
-  i64 runs, run;                    // runs of channels of one sample group and one weight group
-  int lanes, vectors;               // of a block
+  bool depthwise;
+  i64 K, P, pixels;       // kernel points, point positions, image pixels
+  i64 padded[ND], plane;  // sizes and pixels of a packed plane
+  i64 sample_groups;      // one offset group and one mask group each
+  i64 runs, run;          // runs of channels of one sample group and one weight group
+  int lanes, vectors;     // of a block
   i64 block, blocks_per_run, blocks;
   i64 group_points, group_channels;  // channels of a weight group
   int panel_vectors;
-  i64 panel, panels, group_width;   // the points of a weight group in panels
+  i64 panel, panels, group_width;  // the points of a weight group in panels
   i64 tile_rows, tile_columns, row_tiles, column_tiles, tiles, tile_pixels, table;
   i64 steps[Q];
 
@@ -487,6 +537,8 @@ struct Plan {
       K *= kernel[v], P *= point_size[v], pixels *= image_size[v], plane *= padded[v];
     }
     sample_groups = lcm(most(offset_groups, 1), most(mask_groups, 1));
+    depthwise = groups > 1 && groups == image_channels && groups == point_channels;
+    if (depthwise) groups = 1;
     runs = lcm(sample_groups, groups), run = image_channels / runs;
     lanes = run > 8 || N <= 4 ? N : run <= 4 ? 4 : least(8, N);
     const i64 run_vectors = divide_up(run, lanes);
@@ -499,9 +551,12 @@ struct Plan {
         }
     block = lanes * vectors, blocks_per_run = run_vectors / vectors;
     blocks = runs * blocks_per_run;
-    group_points = point_channels / groups, group_channels = image_channels / groups;
+    if (depthwise) groups = blocks;
+    group_points = depthwise ? block : point_channels / groups;
+    group_channels = depthwise ? 1 : image_channels / groups;
     panel_vectors = group_points <= N ? 1 : 2;
-    panel = panel_vectors * N, panels = divide_up(group_points, panel);
+    panel = depthwise ? block : panel_vectors * N;
+    panels = divide_up(group_points, panel);
     group_width = panels * panel;
 
     const i64 width = point_size[ND - 1], rows = P / width;
@@ -517,9 +572,9 @@ struct Plan {
       for (int v = 0; v < ND; v++)
         if (q >> (ND - 1 - v) & 1) steps[q] += axis_step(v) * block;
     }
-    // A thread wants some tens of microseconds of work.
+    // A thread wants about 20 microseconds of work, ten times what waking it costs.
     const double work = double(batch) * P * K * image_channels * (group_points + 16);
-    const double worth = c.exactly ? c.threads : work / 4e5;
+    const double worth = c.exactly ? double(c.threads) : work / 2e6;
     threads = worth < double(c.threads) ? most(1, i64(worth)) : c.threads;
   }
 
@@ -537,6 +592,9 @@ struct Plan {
   i64 mask_group(i64 s) const { return s * mask_groups / sample_groups; }
   i64 channel(i64 b) const { return b / blocks_per_run * run + b % blocks_per_run * block; }
   i64 block_channels(i64 b) const { return least(block, run - b % blocks_per_run * block); }
+
+  i64 group_point(i64 group) const { return depthwise ? channel(group) : group * group_points; }
+  i64 points_in(i64 group) const { return depthwise ? block_channels(group) : group_points; }
 
   i64 units_per_chunk(i64 units_together, i64 alignment) const {
     const i64 align = most(1, alignment / block);
@@ -570,7 +628,7 @@ i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64
     for (i64 u = b * p.K; u < end * p.K; u += size) {
       const i64 count = least(size, end * p.K - u);
       const i64 panels = divide_up(count * p.block, 2 * p.N);
-      if (chunks) chunks[n] = {u, count, group, panels, *weights};
+      if (chunks) chunks[n] = {u, count, group, panels, p.depthwise ? u * p.block : *weights};
       *weights += panels * 2 * p.N * p.group_points;
       *widest = most(*widest, panels * 2 * p.N);
       n++;
@@ -618,6 +676,19 @@ void load_weight(const Plan<T, ND>& p, i64 point, i64 b, T* to, T* scratch) {
   transpose(view(p.call.weight, at, count * p.K, scratch), p.K, to, p.block, p.K, count);
 }
 
+// For Note [depthwise]: [unit][channel of the block]
+template <class T, int ND>
+void pack_weight_by_channel(const Plan<T, ND>& p, T* packed, T* scratch, i64 scratch_size) {
+  parallel(p.threads, p.blocks, [&](i64 b, i64 thread) {
+    const i64 count = p.block_channels(b);
+    T* to = packed + b * p.K * p.block;
+    if (count < p.block) memset(to, 0, size_t(p.K * p.block) * sizeof(T));
+    const T* from =
+        view(p.call.weight, p.channel(b) * p.K, count * p.K, scratch + thread * scratch_size);
+    transpose(from, p.K, to, p.block, p.K, count);
+  });
+}
+
 // For Gather: [group][panel of points][column of the group][point of the panel]
 template <class T, int ND>
 void pack_weight_by_point(const Plan<T, ND>& p, T* packed, T* scratch, i64 scratch_size) {
@@ -647,8 +718,7 @@ void pack_weight_by_column(const Plan<T, ND>& p, const Chunk* chunks, i64 count,
   parallel(p.threads, p.blocks * p.group_points, [&](i64 task, i64 thread) {
     const i64 b = task / p.group_points, o = task % p.group_points;
     T* columns = scratch + thread * scratch_size;
-    load_weight(p, b / group_blocks * p.group_points + o, b, columns,
-                columns + p.K * p.block);
+    load_weight(p, b / group_blocks * p.group_points + o, b, columns, columns + p.K * p.block);
     i64 low = 0, high = count;  // the chunk of the block's first unit
     while (high - low > 1) {
       const i64 middle = (low + high) / 2;
@@ -751,25 +821,30 @@ struct Cells {
         const i64 c = tile.length >= N ? least(c0, tile.length - N) : 0;
         const i64 m = s * tile.length + c;
         V position[ND];
-        UNROLL for (int v = 0; v < ND; v++) {
+        UNROLL
+        for (int v = 0; v < ND; v++) {
           position[v] = L::load(base + v * p.table + m) + L::splat(shift[v]);
           if (given[v]) position[v] = position[v] + L::load(given[v] + c);
         }
         M inside = (position[0] >= L::splat(-1)) & (position[0] < L::splat(T(p.image_size[0])));
-        UNROLL for (int v = 1; v < ND; v++) inside = inside & (position[v] >= L::splat(-1)) &
-                                                     (position[v] < L::splat(T(p.image_size[v])));
+        UNROLL
+        for (int v = 1; v < ND; v++)
+          inside =
+              inside & (position[v] >= L::splat(-1)) & (position[v] < L::splat(T(p.image_size[v])));
         const V mask_value = given[ND] ? L::load(given[ND] + c) : L::splat(1);
         I index_value = L::splat_index(0);
         V corner[Q];
         corner[0] = L::select(inside, mask_value, L::zero());
-        UNROLL for (int v = 0; v < ND; v++) {
+        UNROLL
+        for (int v = 0; v < ND; v++) {
           // Only now is the conversion to an integer defined.
           const V safe = L::select(inside, position[v], L::zero());
           const V floor = L::floor(safe), part = safe - floor;
           index_value = index_value * L::splat_index(i32(p.padded[v])) + L::to_index(floor) +
                         L::splat_index(1);
           if (Reverse) L::store(fraction + (slot * ND + v) * p.table + m, part);
-          UNROLL for (int q = (1 << v) - 1; q >= 0; q--) {
+          UNROLL
+          for (int q = (1 << v) - 1; q >= 0; q--) {
             const V high = corner[q] * part;
             corner[2 * q + 1] = high;
             corner[2 * q] = corner[q] - high;
@@ -777,8 +852,8 @@ struct Cells {
         }
         L::store_index(index + slot * p.table + m,
                        L::select_index(inside, index_value, L::splat_index(outside)));
-        UNROLL for (int q = 0; q < Q; q++)
-            L::store(weight + (slot * Q + q) * p.table + m, corner[q]);
+        UNROLL
+        for (int q = 0; q < Q; q++) L::store(weight + (slot * Q + q) * p.table + m, corner[q]);
         if (Reverse) L::store(mask + slot * p.table + m, mask_value);
       }
     }
@@ -829,7 +904,10 @@ Status gather(const Call& call) {
   layout(Carver{memory});
 
   const Field<T> points{call.points, p.point_channels, p.P};
-  pack_weight_by_point(p, weights, edge, edge_size);
+  if (p.depthwise)
+    pack_weight_by_channel(p, weights, edge, edge_size);
+  else
+    pack_weight_by_point(p, weights, edge, edge_size);
   for (i64 first = 0; first < p.batch; first += flight) {
     const i64 images = least(flight, p.batch - first);
     pack_image(p, first, images, packed, edge, edge_size);
@@ -843,8 +921,8 @@ Status gather(const Call& call) {
       const i64 panel_end = all_panels * (split + 1) / splits;
       for (i64 j = all_panels * split / splits; j < panel_end;) {
         const i64 group = j / p.panels, some = least(panel_end, (group + 1) * p.panels) - j;
-        const i64 point = group * p.group_points + j % p.panels * p.panel;
-        const i64 count = least(some * p.panel, (group + 1) * p.group_points - point);
+        const i64 skipped = j % p.panels * p.panel, point = p.group_point(group) + skipped;
+        const i64 count = least(some * p.panel, p.points_in(group) - skipped);
         const i64 width = some * p.panel;
         if (call.bias.data) {
           for (i64 m = 0; m < tile.count; m++) {
@@ -854,6 +932,8 @@ Status gather(const Call& call) {
               memcpy(s.points + m * width, s.points, size_t(count) * sizeof(T));
             for (i64 i = count; i < width; i++) s.points[m * width + i] = 0;
           }
+        } else if (p.depthwise) {
+          memset(s.points, 0, size_t(tile.count * width) * sizeof(T));
         }
         for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
           const i64 units = least(chunk_units, group_units - u0), step = chunk_units * p.block;
@@ -868,14 +948,17 @@ Status gather(const Call& call) {
                 s.cells.template find<false>(p, tile, sample_group, q, q);
             }
             sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.block, nullptr,
-                     p.steps, s.cells.index + slot * p.table,
-                     s.cells.weight + slot * p.Q * p.table, p.table, nullptr,
-                     s.columns + (u - u0) * p.block, step, nullptr});
+                     p.steps, s.cells.index + slot * p.table, s.cells.weight + slot * p.Q * p.table,
+                     p.table, nullptr, s.columns + (u - u0) * p.block, step, nullptr});
           }
-          multiply<T, false, false>(p.panel_vectors, tile.count, some, units * p.block, s.columns,
-                                    step, weights + (j * group_columns + u0 * p.block) * p.panel,
-                                    group_columns * p.panel, s.points, width,
-                                    call.bias.data || u0 > 0);
+          if (p.depthwise)
+            add_scaled(tile.count, p.block, units, s.columns, step,
+                       weights + j * group_columns + u0 * p.block, s.points);
+          else
+            multiply<T, false, false>(p.panel_vectors, tile.count, some, units * p.block, s.columns,
+                                      step, weights + (j * group_columns + u0 * p.block) * p.panel,
+                                      group_columns * p.panel, s.points, width,
+                                      call.bias.data || u0 > 0);
         }
         for (i64 i = 0; i < tile.segments; i++)
           points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
@@ -903,10 +986,10 @@ struct Reverse {
   int mode;
   Sampler<T> sampler;
   i64 part_blocks, parts;
-  i64 flight;                   // images at a time
-  i64 weight_slots;             // image n adds to gradient n % weight_slots of the weight
-  i64 bands;                    // parts of the tiles, each with its own gradients
-  i64 offset_sets, mask_sets;   // partial sums, where several parts share a group
+  i64 flight;                  // images at a time
+  i64 weight_slots;            // image n adds to gradient n % weight_slots of the weight
+  i64 bands;                   // parts of the tiles, each with its own gradients
+  i64 offset_sets, mask_sets;  // partial sums, where several parts share a group
   i64 chunk_count, chunk_columns, weights_size;  // chunks, most columns of one, packed weights
   i64 weight_size, image_size, offset_size, mask_size;
   i64 scratch_bytes, edge_size;
@@ -940,7 +1023,7 @@ struct Reverse {
            (c.grad_offset.data || c.grad_mask.data ? kDotsWork : 0) |
            (c.grad_image.data ? kSpreadWork : 0);
     sampler = sampler_of<T, ND>(mode, p.lanes, p.vectors);
-    weight_size = p.units() * p.block * p.group_width;
+    weight_size = p.units() * p.block * (p.depthwise ? 1 : p.group_width);
     image_size = p.blocks * p.plane * p.block;
     offset_size = p.offset_groups * p.K * ND * p.P;
     mask_size = p.mask_groups * p.K * p.P;
@@ -976,8 +1059,7 @@ struct Reverse {
   }
   i64 sets(i64 groups) const {
     i64 n = 0;
-    for (i64 g = 0; g < groups; g++)
-      n = most(n, last_part(g, groups) - first_part(g, groups) + 1);
+    for (i64 g = 0; g < groups; g++) n = most(n, last_part(g, groups) - first_part(g, groups) + 1);
     return n;
   }
   // Set 0 is the result itself where that has the computing type.
@@ -1021,7 +1103,10 @@ struct Reverse {
     layout(Carver{memory});
     cut_parts(chunks, part_chunks);
 
-    if (expands) pack_weight_by_column(p, chunks, chunk_count, weights, edge, edge_size);
+    if (expands && p.depthwise)
+      pack_weight_by_channel(p, weights, edge, edge_size);
+    else if (expands)
+      pack_weight_by_column(p, chunks, chunk_count, weights, edge, edge_size);
     if (call.grad_weight.data)
       parallel(p.threads, weight_slots * bands * p.blocks, [&](i64 task, i64) {
         const i64 size = weight_size / p.blocks;
@@ -1038,8 +1123,8 @@ struct Reverse {
       });
       if (spreads) unpack_image(first, images);
       if (call.grad_offset.data)
-        add_sets(call.grad_offset, offset_buffer, offset_size, p.offset_groups, offset_sets,
-                 first, images);
+        add_sets(call.grad_offset, offset_buffer, offset_size, p.offset_groups, offset_sets, first,
+                 images);
       if (call.grad_mask.data)
         add_sets(call.grad_mask, mask_buffer, mask_size, p.mask_groups, mask_sets, first, images);
     }
@@ -1054,8 +1139,7 @@ struct Reverse {
     const i64 block_begin = part * part_blocks;
     const i64 block_end = least(p.blocks, block_begin + part_blocks), size = p.plane * p.block;
     T* grad_image = grad_packed + (band * flight + image) * image_size;
-    T* grad_weight =
-        grad_weights + ((first + image) % weight_slots * bands + band) * weight_size;
+    T* grad_weight = grad_weights + ((first + image) % weight_slots * bands + band) * weight_size;
     if (mode & kSpreadWork)
       memset(grad_image + block_begin * size, 0,
              size_t((block_end - block_begin) * size) * sizeof(T));
@@ -1069,30 +1153,39 @@ struct Reverse {
         const Chunk& chunk = chunks[i];
         const i64 columns = chunk.count * p.block;
         load_points(s, tile, chunk.group, thread);
-        if (mode & (kDotsWork | kSpreadWork))
-          multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
-                                   p.tile_pixels, weights + chunk.weights,
-                                   p.group_points * 2 * N, s.grad_columns, chunk_columns, false);
+        if (mode & (kDotsWork | kSpreadWork)) {
+          if (p.depthwise)
+            scale(tile.count, p.block, chunk.count, s.grad_columns, chunk_columns,
+                  weights + chunk.weights, s.by_panel);
+          else
+            multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
+                                     p.tile_pixels, weights + chunk.weights, p.group_points * 2 * N,
+                                     s.grad_columns, chunk_columns, false);
+        }
         for (i64 u = chunk.unit; u < chunk.unit + chunk.count; u++) {
           const i64 b = u / p.K, k = u % p.K, sample_group = p.sample_group(b);
           if (sample_group != current) {
             if (current >= 0) store_dots(s, tile, first, image, part, current);
             current = sample_group;
-            for (i64 q = 0; q < p.K; q++)
-              s.cells.template find<true>(p, tile, sample_group, q, q);
+            for (i64 q = 0; q < p.K; q++) s.cells.template find<true>(p, tile, sample_group, q, q);
             if (mode & kDotsWork) memset(s.dots, 0, size_t(p.K * p.table * Dots) * sizeof(T));
           }
           const i64 column = (u - chunk.unit) * p.block;
           sampler({tile.count, packed + (image * p.blocks + b) * size, grad_image + b * size,
-                   p.steps, s.cells.index + k * p.table,
-                   s.cells.weight + k * Q * p.table, p.table, s.grad_columns + column,
-                   s.columns + column, chunk_columns, s.dots + k * p.table * Dots});
+                   p.steps, s.cells.index + k * p.table, s.cells.weight + k * Q * p.table, p.table,
+                   s.grad_columns + column, s.columns + column, chunk_columns,
+                   s.dots + k * p.table * Dots});
         }
-        if (mode & kColumnsWork)
-          multiply<T, true, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
-                                  chunk_columns, s.by_panel, p.tile_pixels * p.panel,
-                                  grad_weight + chunk.unit * p.block * p.group_width,
-                                  p.group_width, true);
+        if (mode & kColumnsWork) {
+          if (p.depthwise)
+            add_products(tile.count, p.block, chunk.count, s.columns, chunk_columns,
+                         grad_weight + chunk.unit * p.block, s.by_panel);
+          else
+            multiply<T, true, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
+                                    chunk_columns, s.by_panel, p.tile_pixels * p.panel,
+                                    grad_weight + chunk.unit * p.block * p.group_width,
+                                    p.group_width, true);
+        }
       }
       store_dots(s, tile, first, image, part, current);
     }
@@ -1102,25 +1195,25 @@ struct Reverse {
     if (s.loaded == group) return;
     s.loaded = group;
     const Field<T> points{call.points, p.point_channels, p.P};
-    const i64 point = group * p.group_points, step = p.tile_pixels;
+    const i64 point = p.group_point(group), count = p.points_in(group), step = p.tile_pixels;
     for (i64 i = 0; i < tile.segments; i++) {
       const i64 pixel = tile.first + i * tile.step;
       T* to = s.by_point + i * tile.length;
       if (call.points.last) {
         T* rows = edge + thread * edge_size;
-        for (i64 o = 0; o < p.group_points; o += 64) {
-          const i64 some = least(64, p.group_points - o);
+        for (i64 o = 0; o < count; o += 64) {
+          const i64 some = least(64, count - o);
           points.load(tile.image, point + o, some, pixel, tile.length, rows, some, nullptr);
           transpose(rows, some, to + o * step, step, some, tile.length);
         }
       } else {
-        for (i64 o = 0; o < p.group_points; o++)
+        for (i64 o = 0; o < count; o++)
           read(call.points, points.at(tile.image, point + o, pixel), tile.length, to + o * step);
       }
     }
-    if (!(mode & kColumnsWork)) return;
+    if (!(mode & kColumnsWork || p.depthwise)) return;
     for (i64 j = 0; j < p.panels; j++) {
-      const i64 some = least(p.panel, p.group_points - j * p.panel);
+      const i64 some = least(p.panel, count - j * p.panel);
       T* to = s.by_panel + j * step * p.panel;
       if (some < p.panel) memset(to, 0, size_t(tile.count * p.panel) * sizeof(T));
       transpose(s.by_point + j * p.panel * step, step, to, p.panel, tile.count, some);
@@ -1158,15 +1251,19 @@ struct Reverse {
           T rows[Dots * N];
           transpose_by<T, 4>(s.dots + m * Dots, Dots, rows, N, Dots, N);
           V value[Q], slope[ND][Q];
-          UNROLL for (int q = 0; q < Q; q++) value[q] = L::load(rows + q * N);
+          UNROLL
+          for (int q = 0; q < Q; q++) value[q] = L::load(rows + q * N);
           // Interpolate axis by axis; the slope of an axis is interpolated along the later ones.
-          UNROLL for (int v = 0; v < ND; v++) {
+          UNROLL
+          for (int v = 0; v < ND; v++) {
             const int half = Q >> (v + 1);
             const i64 at = (k * ND + v) * p.table + i * tile.length + c;
             const V part_v = L::load(s.cells.fraction + at);
-            UNROLL for (int q = 0; q < half; q++) {
-              UNROLL for (int w = 0; w < v; w++) slope[w][q] =
-                  slope[w][q] + part_v * (slope[w][q + half] - slope[w][q]);
+            UNROLL
+            for (int q = 0; q < half; q++) {
+              UNROLL
+              for (int w = 0; w < v; w++)
+                slope[w][q] = slope[w][q] + part_v * (slope[w][q + half] - slope[w][q]);
               slope[v][q] = value[q + half] - value[q];
               value[q] = value[q] + part_v * slope[v][q];
             }
@@ -1185,8 +1282,9 @@ struct Reverse {
           };
           if (offsets) {
             const V mask = L::load(s.cells.mask + m);
-            UNROLL for (int v = 0; v < ND; v++)
-                store(offsets + (k * ND + v) * p.P + pixel, slope[v][0] * mask, fresh_offset);
+            UNROLL
+            for (int v = 0; v < ND; v++)
+              store(offsets + (k * ND + v) * p.P + pixel, slope[v][0] * mask, fresh_offset);
           }
           if (masks) store(masks + k * p.P + pixel, value[0], fresh_mask);
         }
@@ -1243,6 +1341,18 @@ struct Reverse {
 
   void unpack_weight() const {
     const i64 copies = weight_slots * bands, group_blocks = p.blocks / p.groups;
+    if (p.depthwise) {
+      parallel(p.threads, p.blocks, [&](i64 b, i64 thread) {
+        const i64 size = p.K * p.block, count = p.block_channels(b);
+        T* sums = grad_weights + b * size;
+        T* rows = edge + thread * edge_size;
+        for (i64 copy = 1; copy < copies; copy++)
+          for (i64 i = 0; i < size; i++) sums[i] += sums[copy * weight_size + i];
+        transpose(sums, p.block, rows, p.K, count, p.K);
+        write(call.grad_weight, p.channel(b) * p.K, count * p.K, rows);
+      });
+      return;
+    }
     const i64 size = p.K * p.block, strips = divide_up(p.group_points, N);
     parallel(p.threads, p.blocks * strips, [&](i64 task, i64 thread) {
       const i64 b = task / strips, o = task % strips * N, some = least(N, p.group_points - o);

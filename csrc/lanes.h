@@ -38,8 +38,8 @@ struct MakeSeq<0, I...> {
 template <class T, int N>
 struct Plain {
   T v[N];
-#define LANEWISE(result, expression)            \
-  Plain<result, N> r;                           \
+#define LANEWISE(result, expression)               \
+  Plain<result, N> r;                              \
   for (int i = 0; i < N; i++) r.v[i] = expression; \
   return r;
   friend INLINE Plain operator+(Plain a, Plain b) { LANEWISE(T, a.v[i] + b.v[i]) }
@@ -82,8 +82,8 @@ struct Lanes {
   typedef Plain<T, N> V;
   typedef Plain<i32, N> I;
   typedef Plain<i32, N> M;
-#define LANEWISE(result, expression)            \
-  result r;                                     \
+#define LANEWISE(result, expression)               \
+  result r;                                        \
   for (int i = 0; i < N; i++) r.v[i] = expression; \
   return r;
   static INLINE V splat(T s) { LANEWISE(V, s) }
@@ -129,13 +129,16 @@ struct Lanes {
   }
   // Transpose N vectors in place: log2 N rounds of interleaving the halves.
   static INLINE void transpose(V* a) {
-    UNROLL for (int round = 1; round < N; round *= 2) {
+    UNROLL
+    for (int round = 1; round < N; round *= 2) {
       V b[N];
-      UNROLL for (int i = 0; i < N / 2; i++) {
+      UNROLL
+      for (int i = 0; i < N / 2; i++) {
         b[2 * i] = low(a[i], a[i + N / 2], All{});
         b[2 * i + 1] = high(a[i], a[i + N / 2], All{});
       }
-      UNROLL for (int i = 0; i < N; i++) a[i] = b[i];
+      UNROLL
+      for (int i = 0; i < N; i++) a[i] = b[i];
     }
   }
 
