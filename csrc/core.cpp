@@ -31,8 +31,6 @@
 namespace deformnd {
 namespace {
 
-// ---- memory ------------------------------------------------------------------------------------
-
 constexpr size_t kKept = size_t(16) << 20;  // bytes that a thread keeps between calls
 constexpr size_t kHugePage = size_t(2) << 20;
 
@@ -73,8 +71,6 @@ struct Workspace {
 };
 
 thread_local Workspace workspace;
-
-// ---- instruction sets --------------------------------------------------------------------------
 
 using Run = Status (*)(const Call&);
 
@@ -122,8 +118,6 @@ Run run_of(i64 level) {
   (void)level;
   return baseline::run;
 }
-
-// ---- fork --------------------------------------------------------------------------------------
 
 // The OpenMP pool does not survive a fork, and two threads would wait for it forever.
 std::atomic<bool> forked{false};
