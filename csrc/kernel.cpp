@@ -34,8 +34,6 @@ namespace DEFORMND_ISA {
 
 #include "lanes.h"
 
-// ---- sizes of the machine ----------------------------------------------------------------------
-
 template <class T>
 struct Machine {
   static constexpr int natural = DEFORMND_BYTES / int(sizeof(T));
@@ -95,8 +93,6 @@ struct Carver {
     return part;
   }
 };
-
-// ---- numbers -----------------------------------------------------------------------------------
 
 inline float from_bits(uint32_t bits) {
   float f;
@@ -279,8 +275,6 @@ struct Field {
   }
 };
 
-// ---- products ----------------------------------------------------------------------------------
-
 // C[R, NV vectors] += A[R, inner] B[inner, NV vectors]; the rows of B follow one another.
 // A(i, k) lies at i * a_step + k, or at k * a_step + i where it is Transposed.
 template <class T, int R, int NV, bool Transposed>
@@ -289,9 +283,11 @@ NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* 
   using L = Lanes<T, Machine<T>::lanes>;
   typename L::V sums[R][NV];
   UNROLL
-  for (int i = 0; i < R; i++) UNROLL
-  for (int j = 0; j < NV; j++)
-    sums[i][j] = accumulate ? L::load(c + i * c_step + j * L::size) : L::zero();
+  for (int i = 0; i < R; i++) {
+    UNROLL
+    for (int j = 0; j < NV; j++)
+      sums[i][j] = accumulate ? L::load(c + i * c_step + j * L::size) : L::zero();
+  }
   for (i64 k = 0; k < inner; k++) {
     typename L::V row[NV];
     UNROLL
@@ -304,8 +300,10 @@ NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* 
     }
   }
   UNROLL
-  for (int i = 0; i < R; i++) UNROLL
-  for (int j = 0; j < NV; j++) L::store(c + i * c_step + j * L::size, sums[i][j]);
+  for (int i = 0; i < R; i++) {
+    UNROLL
+    for (int j = 0; j < NV; j++) L::store(c + i * c_step + j * L::size, sums[i][j]);
+  }
 }
 
 template <class T>
@@ -383,8 +381,6 @@ NOINLINE void add_products(i64 rows, i64 width, i64 inner, const T* RESTRICT a, 
         b[k * width + i] += a[m * a_step + k * width + i] * c[m * width + i];
 }
 
-// ---- samples -----------------------------------------------------------------------------------
-
 enum Work { kColumnsWork = 1, kDotsWork = 2, kSpreadWork = 4 };
 
 // The samples of one unit: all pixels of a tile at one kernel point, in one block.
@@ -429,8 +425,10 @@ NOINLINE void sample(const Samples<T>& s) {
     V weight[Q], dots[Dots];
     UNROLL
     for (int c = 0; c < Q; c++) weight[c] = L::splat(weights[c * weight_step + m]);
-    if (Mode & kDotsWork) UNROLL
-    for (int c = 0; c < Dots; c++) dots[c] = L::zero();
+    if (Mode & kDotsWork) {
+      UNROLL
+      for (int c = 0; c < Dots; c++) dots[c] = L::zero();
+    }
     UNROLL
     for (int v = 0; v < NC; v++) {
       const i64 first = at + v * N;
@@ -452,11 +450,12 @@ NOINLINE void sample(const Samples<T>& s) {
     }
     if (Mode & kColumnsWork) column += column_step;
     if (Mode & (kDotsWork | kSpreadWork)) grad_column += column_step;
-    if (Mode & kDotsWork) UNROLL
-    for (int c = 0; c < Dots; c += 4) {
-      using F = Lanes<T, 4>;
-      F::store(sums, F::load(sums) + L::sum4(dots[c], dots[c + 1], dots[c + 2], dots[c + 3]));
-      sums += 4;
+    if (Mode & kDotsWork) {
+      UNROLL
+      for (int c = 0; c < Dots; c += 4, sums += 4) {
+        using F = Lanes<T, 4>;
+        F::store(sums, F::load(sums) + L::sum4(dots[c], dots[c + 1], dots[c + 2], dots[c + 3]));
+      }
     }
   }
 }
@@ -485,8 +484,6 @@ Sampler<T> sampler_of(int mode, int lanes, int vectors) {
     default: return sampler_of<T, ND, 7>(lanes, vectors);
   }
 }
-
-// ---- the plan of a call ------------------------------------------------------------------------
 
 // Units [unit, unit + count) of one weight group, for one product.
 struct Chunk {
@@ -638,8 +635,6 @@ i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64
   return n;
 }
 
-// ---- packing -----------------------------------------------------------------------------------
-
 template <class T, int ND>
 void pack_image(const Plan<T, ND>& p, i64 first, i64 images, T* packed, T* scratch,
                 i64 scratch_size) {
@@ -743,8 +738,6 @@ void pack_weight_by_column(const Plan<T, ND>& p, const Chunk* chunks, i64 count,
     }
   });
 }
-
-// ---- cells -------------------------------------------------------------------------------------
 
 // Where the samples of a tile lie, for `slots` kernel points of one sample group.
 template <class T, int ND>
@@ -860,8 +853,6 @@ struct Cells {
   }
 };
 
-// ---- gather ------------------------------------------------------------------------------------
-
 template <class T, int ND>
 Status gather(const Call& call) {
   using P = Plan<T, ND>;
@@ -970,8 +961,6 @@ Status gather(const Call& call) {
   workspace_give();
   return kDone;
 }
-
-// ---- the reverse: the four gradients, and the transposed operator ------------------------------
 
 // The channels are cut into parts. A thread takes one part of one image (or of some images, where
 // they share a gradient of the weight) through all tiles, so gradients of image and weight need
