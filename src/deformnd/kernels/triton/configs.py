@@ -1,0 +1,68 @@
+"""Tile sizes, by operator, element width and channels; nothing is tuned on a user's call.
+
+A row is right for every size: it only decides how fast. The first row that fits is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    operator: str
+    width: int  # bytes of an element of the image
+    channels: int  # up to so many point channels of a group (inverse: image channels of a unit)
+    block_p: int  # positions (inverse: list entries) of a program
+    block_o: int  # point channels
+    block_c: int  # image channels
+    warps: int
+    stages: int
+
+
+ANY = 1 << 31
+
+# Tiles for one unit at a time (kernels.py, Note [units]), then for many ("narrow").
+TABLE = (
+    Row("gather", 2, 32, 128, 32, 32, 4, 2),
+    Row("gather", 2, 64, 128, 64, 32, 4, 2),
+    Row("gather", 2, 128, 128, 128, 32, 4, 2),
+    Row("gather", 2, ANY, 128, 256, 32, 8, 2),
+    Row("gather", 4, 64, 128, 64, 32, 4, 2),
+    Row("gather", 4, 128, 64, 128, 32, 4, 2),
+    Row("gather", 4, ANY, 128, 256, 32, 8, 2),
+    Row("gather narrow", 2, 64, 128, 64, 32, 4, 2),
+    Row("gather narrow", 2, ANY, 64, 128, 32, 4, 2),
+    Row("gather narrow", 4, ANY, 64, 64, 32, 4, 2),
+    Row("spread", 2, 128, 64, 128, 32, 4, 2),
+    Row("spread", 2, 256, 64, 256, 32, 4, 2),
+    Row("spread", 2, ANY, 64, 64, 32, 4, 2),
+    Row("spread", 4, 128, 64, 128, 32, 4, 2),
+    Row("spread", 4, ANY, 64, 64, 32, 4, 2),
+    Row("spread narrow", 2, 128, 64, 128, 32, 4, 2),
+    Row("spread narrow", 2, ANY, 64, 64, 32, 4, 2),
+    Row("spread narrow", 4, ANY, 64, 64, 32, 4, 2),
+    Row("inverse", 2, 64, 64, 64, 64, 4, 2),
+    Row("inverse", 2, 128, 128, 32, 128, 4, 3),
+    Row("inverse", 2, ANY, 128, 32, 256, 4, 3),
+    Row("inverse", 4, 64, 64, 32, 64, 4, 2),
+    Row("inverse", 4, ANY, 64, 32, 128, 4, 2),
+    Row("weight", 2, 64, 64, 64, 64, 4, 2),
+    Row("weight", 2, ANY, 64, 128, 64, 4, 2),
+    Row("weight", 4, ANY, 64, 64, 64, 4, 2),
+    Row("weight narrow", 2, ANY, 64, 64, 32, 4, 2),
+    Row("weight narrow", 4, ANY, 64, 64, 32, 4, 2),
+)
+
+# Units of at most so many channels are taken several at a time.
+NARROW = 32
+
+# Tiles of the image for the inverse gather, by rank: 64 pixels each.
+TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
+
+
+def find(operator: str, width: int, channels: int) -> Row:
+    for row in TABLE:
+        if row.operator == operator and row.width == width and channels <= row.channels:
+            return row
+    raise LookupError(f"no row for {operator}, width {width}")
