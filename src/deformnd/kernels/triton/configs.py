@@ -57,6 +57,9 @@ TABLE = (
 # Units of at most so many channels are taken several at a time.
 NARROW = 32
 
+# Positions that are listed at once for the inverse gather.
+LISTED = 512
+
 # Tiles of the image for the inverse gather, by rank: 64 pixels each.
 TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 

@@ -197,6 +197,15 @@ def _points_at(b, p, o, positions, outputs, POINTS_LAST: tl.constexpr, VECTOR: t
 
 
 @triton.jit
+def _item(b, runs, unit, UNITS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the image of a batch item starts; `runs` are its units x pixels."""
+    if UNITS == 1:
+        return tl.multiple_of(b.to(tl.int64) * runs * unit, VECTOR)
+    else:
+        return b.to(tl.int64) * runs * BLOCK_C
+
+
+@triton.jit
 def _wide_columns(image, indices, weights, amplitude, image_size, channels, c, c_in,
                   INDEX: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """Sample channels c of one unit at one position each: [len(position), len(c)]."""
@@ -265,7 +274,7 @@ def gather(image, weight, offset, mask, bias, out,
     c_first = (o0 // group_out) * group_in
     c_last = ((tl.minimum(o0 + BLOCK_O, outputs) - 1) // group_out + 1) * group_in
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    image += b.to(tl.int64) * units * pixels * (unit if UNITS == 1 else BLOCK_C)
+    image += _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
     for tap in range(split * taps // splits, (split + 1) * taps // splits):
         for u0 in range(c_first // unit, (c_last + unit - 1) // unit, UNITS):
             if UNITS == 1:
@@ -277,7 +286,7 @@ def gather(image, weight, offset, mask, bias, out,
                 )
                 indices, factors, slopes = _cell(at, valid, image_size)
                 first = tl.maximum(c_first, u0 * unit)
-                last = tl.minimum(c_last, (u0 + 1) * unit)
+                last = tl.multiple_of(tl.minimum(c_last, (u0 + 1) * unit), VECTOR_C)
                 for c0 in range(first, last, BLOCK_C):
                     c = tl.multiple_of(c0 + tl.arange(0, BLOCK_C), VECTOR_C)
                     columns = _wide_columns(
@@ -380,7 +389,7 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
     split = tl.program_id(1)
     p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < positions
-    start = b.to(tl.int64) * units * pixels * (unit if UNITS == 1 else BLOCK_C)
+    start = _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
     if by_position:
         image += start
     if grad_image is not None:
@@ -388,11 +397,12 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
     held = None
     if HOLD:
         o = tl.arange(0, BLOCK_O)
-        place = _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O)
-        here = inside[:, None] & (o < outputs)[None, :]
-        held = _parts(
-            tl.load(points + place, mask=here, other=0.0), points.dtype.element_ty, PRECISION
+        x = tl.load(
+            points + _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O),
+            mask=inside[:, None] & (o < outputs)[None, :],
+            other=0.0,
         )
+        held = _parts(x, points.dtype.element_ty, PRECISION)
     for tap in range(split * taps // splits, (split + 1) * taps // splits):
         for u0 in range(0, units, UNITS):
             if UNITS == 1:
@@ -521,14 +531,16 @@ def _grad_columns(points, held, weight, b, p, inside, tap, c, c_in, c_first, c_l
 
 
 @triton.jit
-def _tile_of(indices, valid, image_size, q: tl.constexpr, TILE: tl.constexpr):
+def _tile_of(indices, valid, image_size, q, TILE: tl.constexpr):
     """The tile of corner q, and whether no corner of fewer set bits lies in the same one."""
     tile = None
     new = valid
     for a in tl.static_range(len(image_size)):
-        part = indices[a][(q >> (len(image_size) - 1 - a)) & 1] // TILE[a]
-        if (q >> (len(image_size) - 1 - a)) & 1:
-            new = new & (part != indices[a][0] // TILE[a])
+        high = ((q >> (len(image_size) - 1 - a)) & 1) == 1
+        first = indices[a][0] // TILE[a]
+        last = indices[a][1] // TILE[a]
+        new = new & ((first != last) | (high == 0))
+        part = tl.where(high, last, first)
         if a == 0:
             tile = part
         else:
@@ -568,7 +580,7 @@ def bucket(offset, counts, ends, entries, sizes, groups, tiles, segments, segmen
             offset, item // groups, item % groups, groups, tap, p, p < stop, sizes
         )
         indices, factors, slopes = _cell(at, valid, image_size)
-        for q in tl.static_range(2 ** len(image_size)):
+        for q in range(2 ** len(image_size)):
             tile, new = _tile_of(indices, valid, image_size, q, TILE)
             if FILL:
                 # Sorted by tile, the samples of a tile are a run; a sample's place is its place
@@ -633,7 +645,7 @@ def inverse(points, weight, offset, mask, bias, ends, entries, out,
     c_in = c < last
     o_first = (c0 // group_in) * group_out
     o_last = ((tl.minimum(c0 + BLOCK_C, last) - 1) // group_in + 1) * group_out
-    points += b.to(tl.int64) * positions * outputs
+    points += tl.multiple_of(b.to(tl.int64) * positions * outputs, VECTOR_O)
     acc = tl.zeros((PIXELS, BLOCK_C), tl.float32)
     for tap in range(taps):
         slot = ((item.to(tl.int64) * tiles + tile) * taps + tap) * segments
@@ -709,7 +721,7 @@ def weight_gradient(image, points, offset, mask, out,
         per_unit = (unit + BLOCK_C - 1) // BLOCK_C
         u0 = block // per_unit
         c_first = u0 * unit + (block % per_unit) * BLOCK_C
-        c_stop = tl.minimum(c_first + BLOCK_C, (u0 + 1) * unit)
+        c_stop = tl.multiple_of(tl.minimum(c_first + BLOCK_C, (u0 + 1) * unit), VECTOR_C)
         c = tl.multiple_of(c_first + lane, VECTOR_C)
         c_in = c < c_stop
     else:
@@ -733,7 +745,7 @@ def weight_gradient(image, points, offset, mask, out,
         inside = p < positions
         place = _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O)
         x = tl.load(points + place, mask=inside[:, None] & o_in[None, :], other=0.0)
-        here = image + b.to(tl.int64) * units * pixels * (unit if UNITS == 1 else BLOCK_C)
+        here = image + _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
         if UNITS == 1:
             at, valid = _positions(
                 offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes

@@ -591,8 +591,9 @@ def _inverse(call: _Call, points: Tensor, bias: Tensor | None, like: Tensor) -> 
     owners = g.batch * max(g.offset_groups, 1) * math.prod(g.kernel)
     positions = math.prod(g.point_size)
     # A program lists `segment` positions; enough programs to fill a device.
-    segments = min(triton.cdiv(positions, 1024), max(1, triton.cdiv(512, owners)))
-    segment = triton.cdiv(triton.cdiv(positions, segments), 1024) * 1024
+    block = configs.LISTED
+    segments = min(triton.cdiv(positions, block), max(1, triton.cdiv(512, owners)))
+    segment = triton.cdiv(triton.cdiv(positions, segments), block) * block
     segments = triton.cdiv(positions, segment)
     most = owners * positions * 2 ** len(g.kernel)
     counts = torch.zeros(owners * tiles * segments, dtype=torch.int32, device=points.device)
@@ -618,7 +619,7 @@ def _bucket_launches(
 ) -> tuple[_Launch, _Launch]:
     groups = max(g.offset_groups, 1)
     owners = g.batch * groups * math.prod(g.kernel)
-    block = _fit(min(segment, math.prod(g.point_size)), 1024)
+    block = _fit(math.prod(g.point_size), configs.LISTED)
 
     def launch(fill: bool) -> _Launch:
         return _Launch(
@@ -818,7 +819,18 @@ def _compile(
     for i, (name, value) in enumerate(constants, start=len(types) - len(constants)):
         assert function.arg_names[i] == name
         bound[(i,)] = value
-    aligned = {(i,): [["tt.divisibility", 16]] for i, d in enumerate(dtypes) if d is not None}
+    vectors = {"C": ("channels", "unit", "group_in"), "O": ("outputs", "group_out")}
+    divisors = {
+        name: vector
+        for constant, vector in constants
+        for name in vectors.get(constant.removeprefix("VECTOR_"), ())
+    }
+    divisors |= {function.arg_names[i]: 16 for i, d in enumerate(dtypes) if d is not None}
+    aligned = {
+        (i,): [["tt.divisibility", divisors[name]]]
+        for i, name in enumerate(function.arg_names)
+        if name in divisors
+    }
     source = ASTSource(function, signature, bound, aligned)
     return triton.compile(source, target=target, options=dict(options))
 
