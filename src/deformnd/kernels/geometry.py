@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from numbers import Integral
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class Geometry(NamedTuple):
 def memory_format(t: Tensor) -> torch.memory_format:
     """The layout that a result takes over from the tensor it belongs to."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    if last is not None and t.is_contiguous(memory_format=last) and not t.is_contiguous():
+    # The stride first: it decides most cases without a guard on symbolic sizes.
+    if last is not None and t.stride(-1) != 1 and t.is_contiguous(memory_format=last):
         return last
     return torch.contiguous_format
 
@@ -73,7 +75,9 @@ def conv_geometry(
             f"(weight.shape[1] {weight.shape[1]} x groups {groups})"
         )
     if weight.shape[0] % groups:
-        fail(f"weight has {weight.shape[0]} output channels, expected a multiple of groups {groups}")
+        fail(
+            f"weight has {weight.shape[0]} output channels, expected a multiple of groups {groups}"
+        )
     point_size = tuple(
         (s + 2 * p - d * (k - 1) - 1) // t + 1
         for s, p, d, k, t in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
@@ -165,11 +169,59 @@ def conv_transpose_geometry(
     )
 
 
+def check_call(
+    name: str,
+    n: int,
+    tensors: dict[str, Tensor | None],
+    parameters: dict[str, Any],
+) -> None:
+    """Check what the operators cannot see of a call of one of the six functions.
+
+    That is: the type of every argument, the rank that the function's name promises, and the
+    number of values in each size.
+    """
+    for key, t in tensors.items():
+        if not isinstance(t, Tensor) and (t is not None or key in ("input", "weight")):
+            raise TypeError(f"{name}: {key} is a {type(t).__name__}, expected a Tensor")
+    input, weight = tensors["input"], tensors["weight"]
+    assert input is not None and weight is not None
+    if input.dim() not in (n + 1, n + 2):
+        raise ValueError(
+            f"{name}: input has {input.dim()} dimensions, expected {n + 2} (batch, channels, "
+            f"{n} spatial) or {n + 1} (unbatched); {_shapes(tensors)}"
+        )
+    for key, dim in (("weight", n + 2), ("offset", input.dim()), ("mask", input.dim())):
+        t = tensors[key]
+        if t is not None and t.dim() != dim:
+            unbatched = " as the unbatched input" if dim == n + 1 else ""
+            raise ValueError(
+                f"{name}: {key} has {t.dim()} dimensions, expected {dim}{unbatched}; "
+                f"{_shapes(tensors)}"
+            )
+    for key, value in parameters.items():
+        sequence = isinstance(value, (tuple, list))
+        if key == "padding" and isinstance(value, str) and "output_padding" not in parameters:
+            if value not in ("same", "valid"):
+                raise ValueError(f"{name}: padding is {value!r}, expected 'same', 'valid' or ints")
+            continue
+        length = 1 if key == "groups" else n
+        wanted = "an int" if length == 1 else f"an int or {length} ints"
+        for v in value if sequence and key != "groups" else (value,):
+            if not isinstance(v, (int, torch.SymInt, Integral)) or isinstance(v, bool):
+                raise TypeError(f"{name}: {key} is {value!r}, expected {wanted}")
+        if sequence and len(value) != length:
+            raise ValueError(f"{name}: {key} is {value!r}, expected {wanted}")
+
+
 Fail = Callable[[str], NoReturn]
 
 
 def _show(values: Sequence[int]) -> str:
     return "(" + ", ".join(str(v) for v in values) + ("," if len(values) == 1 else "") + ")"
+
+
+def _shapes(tensors: dict[str, Tensor | None]) -> str:
+    return ", ".join(f"{k} {list(t.shape)}" for k, t in tensors.items() if isinstance(t, Tensor))
 
 
 def _check_tensors(
@@ -186,10 +238,7 @@ def _check_tensors(
     def fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
         n = input.dim() - 2 if isinstance(input, Tensor) and 3 <= input.dim() <= 5 else "N"
         name = f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d"
-        shapes = ", ".join(
-            f"{key} {list(t.shape)}" for key, t in tensors.items() if isinstance(t, Tensor)
-        )
-        raise error(f"{name}: {message}; {shapes}")
+        raise error(f"{name}: {message}; {_shapes(tensors)}")
 
     for key, t in tensors.items():
         if t is None and key not in ("input", "weight"):
@@ -278,8 +327,11 @@ def _check_offset_mask(
                 + (" (are offset and mask swapped?)" if swapped else "")
             )
         if tuple(t.shape[2:]) != point_size:
-            what = "output's" if owner == "input" else "input's"
-            fail(f"{name} has spatial size {_show(t.shape[2:])}, expected the {what} {_show(point_size)}")
+            whose = "output's" if owner == "input" else "input's"
+            fail(
+                f"{name} has spatial size {_show(t.shape[2:])}, "
+                f"expected the {whose} {_show(point_size)}"
+            )
         groups = t.shape[1] // unit
         if channels % groups:
             fail(

@@ -211,14 +211,14 @@ def _spread(g: Geometry, columns: Tensor, cells: _Cells) -> Tensor:
         flat = index.reshape(-1, 1).expand(-1, length)
         rows = rows.scatter_add(0, flat, values.reshape(flat.shape))
     image = rows.view(g.batch, *size, g.image_channels).movedim(-1, 1)
-    inner = (slice(_BEFORE, -_AFTER),) * len(size)
-    return image[(slice(None), slice(None), *inner)]
+    inner = (slice(None), slice(None), *[slice(_BEFORE, -_AFTER)] * len(size))
+    return image[inner]
 
 
 def _position_gradient(g: Geometry, image: Tensor, columns: Tensor, cells: _Cells) -> Tensor:
     """Derivative of sum(columns * _sample(image)) by the positions, in the layout of offset."""
     rows = _rows(g, image)
-    columns = columns.unflatten(3, (-1, rows.shape[1]))  # [B, K, P, OG, C/OG]
+    columns = columns.unflatten(3, (g.offset_groups, rows.shape[1]))  # [B, K, P, OG, C/OG]
     grads: list[Tensor | float] = [0.0] * len(g.kernel)
     for bits, index in _corners(g, cells):
         dot = (_take(rows, index) * columns).sum(-1)
@@ -227,7 +227,8 @@ def _position_gradient(g: Geometry, image: Tensor, columns: Tensor, cells: _Cell
             grads[a] = grads[a] + (slope if bit else -slope)
     stacked = torch.stack([torch.as_tensor(grad) for grad in grads], 3)  # [B, K, P, n, OG]
     stacked = torch.where(cells.valid.unsqueeze(3), stacked, 0.0)
-    return stacked.permute(0, 4, 1, 3, 2).flatten(1, 3).unflatten(2, g.point_size)
+    channels = g.offset_groups * math.prod(g.kernel) * len(g.kernel)
+    return stacked.permute(0, 4, 1, 3, 2).reshape(g.batch, channels, *g.point_size)
 
 
 def _unsqueeze(weight: Tensor | float) -> Tensor:
@@ -241,7 +242,8 @@ def _masked(g: Geometry, columns: Tensor, mask: Tensor | None, dtype: torch.dtyp
     shape = (g.batch, g.mask_groups, math.prod(g.kernel), math.prod(g.point_size))
     mask = mask.to(dtype).reshape(shape)
     mask = mask.permute(0, 2, 3, 1).unsqueeze(-1)  # [B, K, P, MG, 1]
-    return (columns.unflatten(3, (g.mask_groups, -1)) * mask).flatten(3)
+    columns = columns.unflatten(3, (g.mask_groups, -1)) * mask
+    return columns.flatten(3)
 
 
 def _grouped(g: Geometry, weight: Tensor) -> Tensor:

@@ -1,0 +1,8 @@
+"""What users call: the functions, the mask activations and the modules."""
+
+from . import functional, masks, modules
+from .functional import *  # noqa: F403
+from .masks import *  # noqa: F403
+from .modules import *  # noqa: F403
+
+__all__ = [*functional.__all__, *masks.__all__, *modules.__all__]

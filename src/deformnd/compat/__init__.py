@@ -1,0 +1,1 @@
+"""Faces of other packages, so that their users move by changing an import."""

@@ -1,0 +1,371 @@
+"""The operators as torch sees them: schemas, kernels, fakes, autograd, autocast, vmap.
+
+The dispatcher is the only registry: it picks the kernel by device, and the reference runs
+wherever no other kernel is registered. Both families share every rule below; what differs is
+the schema, the function that makes the Geometry, and which tensor is the image (see
+Note [one bilinear form] in geometry.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .geometry import Geometry, conv_geometry, conv_transpose_geometry, memory_format
+
+_lib = torch.library.Library("deformnd", "DEF")
+
+_TENSORS = "Tensor input, Tensor weight, Tensor? offset, Tensor? mask"
+_CONV = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_TRANSPOSE = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups"
+)
+
+
+class _Family(NamedTuple):
+    name: str
+    transposed: bool
+    parameters: str
+    geometry: Callable[..., Geometry]
+
+
+_FAMILIES = (
+    _Family("deform_conv", False, _CONV, conv_geometry),
+    _Family("deform_conv_transpose", True, _TRANSPOSE, conv_transpose_geometry),
+)
+
+# Gradients by (input, weight, offset, mask, bias); None where not needed.
+Gradients = tuple[Tensor | None, ...]
+
+
+def _forward_kernel(family: _Family, backend: Any) -> Callable[..., Tensor]:
+    compute = backend.scatter if family.transposed else backend.gather
+
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        offset: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        *parameters: Any,
+    ) -> Tensor:
+        g = family.geometry(input, weight, offset, mask, bias, *parameters)
+        result: Tensor = compute(g, input, weight, offset, mask, bias)
+        return result
+
+    return forward
+
+
+def _backward_kernel(family: _Family, backend: Any) -> Callable[..., Gradients]:
+    def backward(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        offset: Tensor | None,
+        mask: Tensor | None,
+        *parameters: Any,
+    ) -> Gradients:
+        needs = parameters[-1]
+        g = family.geometry(input, weight, offset, mask, None, *parameters[:-1])
+        _check_grad_output(family, g, grad_output, input)
+        by_input, by_weight, by_offset, by_mask, by_bias = needs
+        by_offset, by_mask = by_offset and offset is not None, by_mask and mask is not None
+        grads: Gradients = (None,) * 5
+        if by_input or by_weight or by_offset or by_mask:
+            image, points = (grad_output, input) if family.transposed else (input, grad_output)
+            by_image, by_points = (False, by_input) if family.transposed else (by_input, False)
+            grads = backend.gradients(
+                g,
+                image,
+                points,
+                weight,
+                offset,
+                mask,
+                (by_image, by_points, by_weight, by_offset, by_mask),
+            )
+        grad_image, grad_points, grad_weight, grad_offset, grad_mask = grads
+        grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))) if by_bias else None
+        grad_input = grad_points if family.transposed else grad_image
+        return grad_input, grad_weight, grad_offset, grad_mask, grad_bias
+
+    return backward
+
+
+def _check_grad_output(family: _Family, g: Geometry, grad_output: Tensor, input: Tensor) -> None:
+    expected = _output_shape(family, g)
+    if tuple(grad_output.shape) != expected:
+        raise ValueError(
+            f"{family.name}_backward: grad_output has shape {list(grad_output.shape)}, "
+            f"expected {list(expected)}"
+        )
+    for what, got, want in (
+        ("dtype", grad_output.dtype, input.dtype),
+        ("device", grad_output.device, input.device),
+    ):
+        if got != want:
+            raise TypeError(
+                f"{family.name}_backward: grad_output has {what} {got}, expected {want} as input"
+            )
+
+
+def _output_shape(family: _Family, g: Geometry) -> tuple[int, ...]:
+    if family.transposed:
+        return (g.batch, g.image_channels, *g.image_size)
+    return (g.batch, g.point_channels, *g.point_size)
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
+    )
+
+
+def _forward_fake(family: _Family) -> Callable[..., Tensor]:
+    def fake(input: Tensor, *rest: Any) -> Tensor:
+        return _empty(_output_shape(family, family.geometry(input, *rest)), input)
+
+    return fake
+
+
+def _backward_fake(family: _Family) -> Callable[..., Gradients]:
+    def fake(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        offset: Tensor | None,
+        mask: Tensor | None,
+        *parameters: Any,
+    ) -> Gradients:
+        needs = parameters[-1]
+        g = family.geometry(input, weight, offset, mask, None, *parameters[:-1])
+        _check_grad_output(family, g, grad_output, input)
+        grads: list[Tensor | None] = [None] * 5
+        if needs[0]:
+            grads[0] = _empty(input.shape, input)
+        for i, t in ((1, weight), (2, offset), (3, mask)):
+            if needs[i] and t is not None:
+                grads[i] = t.new_empty(t.shape)
+        if needs[4]:
+            grads[4] = grad_output.new_empty(grad_output.shape[1])
+        return tuple(grads)
+
+    return fake
+
+
+def _register_derivative(
+    name: str,
+    save: Callable[[Any, tuple[Any, ...]], None],
+    gradient: Callable[..., tuple[Any, ...]],
+    vmap_rule: Callable[..., tuple[Any, Any]],
+) -> None:
+    """Register the derivative of an operator.
+
+    Not torch.library.register_autograd, since its functions refuse torch.func's transforms
+    (torch 2.13). See Note [functorch] for how this one comes to them.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.deformnd, name)(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradient(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            return vmap_rule(info, in_dims, *args)
+
+    def kernel(*args: Any) -> Any:
+        tensors = args[:5]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+        return Differentiable.forward(*args)
+
+    def transformed(*args: Any) -> Any:
+        return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+
+    _lib.impl(name, kernel, "Autograd")
+    _lib.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    input, weight, offset, mask, _bias, *parameters = inputs
+    ctx.save_for_backward(input, weight, offset, mask)
+    ctx.parameters = parameters
+
+
+def _forward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
+    def gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        backward = getattr(torch.ops.deformnd, family.name + "_backward")
+        needs = list(ctx.needs_input_grad[:5])
+        grads = backward(grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
+        return (*grads, *(None for _ in ctx.parameters))
+
+    return gradient
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.parameters = inputs[5:]
+
+
+def _backward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
+    """The second derivative: autograd through the reference, so it has derivatives in turn."""
+    reference_backward = _backward_kernel(family, reference)
+
+    def gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that the derivative by one argument does not run on through the graph that
+            # made another one (an offset predicted from the input).
+            tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            wanted = [
+                i
+                for i, t in enumerate(tensors)
+                if t is not None and t.requires_grad and ctx.needs_input_grad[i]
+            ]
+            grads = reference_backward(*tensors, *ctx.parameters)
+            pairs = [
+                (grad, grad_grad)
+                for grad, grad_grad in zip(grads, grad_grads, strict=True)
+                if grad is not None and grad_grad is not None and grad.requires_grad
+            ]
+            found: Sequence[Tensor | None] = [None] * len(wanted)
+            if pairs and wanted:
+                found = torch.autograd.grad(
+                    [grad for grad, _ in pairs],
+                    [t for i, t in enumerate(tensors) if t is not None and i in wanted],
+                    [grad_grad for _, grad_grad in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+        result: list[Tensor | None] = [None] * (5 + len(ctx.parameters))
+        for i, t in zip(wanted, found, strict=True):
+            result[i] = t
+        return tuple(result)
+
+    return gradient
+
+
+def _autocast(family: _Family, device: str) -> Callable[..., Tensor]:
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        offset: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        *parameters: Any,
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(t: Tensor | None) -> Tensor | None:
+            # As torch's own rules: float64 stays. Offset and mask are not cast at all.
+            return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+        operator = getattr(torch.ops.deformnd, family.name)
+        with torch.autocast(device, enabled=False):
+            result: Tensor = operator(
+                cast(input), cast(weight), offset, mask, cast(bias), *parameters
+            )
+        return result
+
+    return forward
+
+
+# Note [functorch]
+# Under vmap, grad, jacrev ... torch.func's front key sees a call first. Its fallback would bring
+# the call to the Autograd key with the transform half undone, where autograd.Function cannot run.
+# So the operators have a kernel at that key, which hands the whole call to autograd.Function;
+# torch.func peels its transforms off that one by one, by the vmap rules below or by `backward`.
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int, into: int) -> Tensor | None:
+    """Merge the mapped dimension `dim` of t (None: not mapped) into dimension `into`."""
+    if t is None:
+        return None
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.movedim(0, into).flatten(into, into + 1)
+
+
+def _forward_vmap(family: _Family) -> Callable[..., tuple[Tensor, int]]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        operator = getattr(torch.ops.deformnd, family.name)
+        size: int = info.batch_size
+        input, weight, offset, mask, bias, *parameters, groups = args
+        dims = in_dims[:5]
+        if dims[1] is None and dims[4] is None:
+            folded = [
+                _fold(t, d, size, 0)
+                for t, d in ((input, dims[0]), (offset, dims[2]), (mask, dims[3]))
+            ]
+            output = operator(folded[0], weight, folded[1], folded[2], bias, *parameters, groups)
+            return output.unflatten(0, (size, output.shape[0] // size)), 0
+        into = (1, 0, 1, 1, 0)
+        folded = [_fold(t, d, size, i) for t, d, i in zip(args[:5], dims, into, strict=True)]
+        output = operator(*folded, *parameters, groups * size)
+        return output.unflatten(1, (size, output.shape[1] // size)), 1
+
+    return rule
+
+
+def _backward_vmap(family: _Family) -> Callable[..., tuple[Any, Any]]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        operator = getattr(torch.ops.deformnd, family.name + "_backward")
+        size: int = info.batch_size
+        *parameters, groups, needs = args[5:]
+        into = (1, 1, 0, 1, 1)
+        folded = [_fold(t, d, size, i) for t, d, i in zip(args[:5], in_dims[:5], into, strict=True)]
+        grads = operator(*folded, *parameters, groups * size, needs)
+        out_dims = (1, 0, 1, 1, 0)
+        grads = tuple(
+            None if t is None else t.unflatten(d, (size, t.shape[d] // size))
+            for t, d in zip(grads, out_dims, strict=True)
+        )
+        return grads, tuple(None if t is None else d for t, d in zip(grads, out_dims, strict=True))
+
+    return rule
+
+
+def _register(family: _Family) -> None:
+    forward, backward = f"deformnd::{family.name}", f"deformnd::{family.name}_backward"
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _lib.define(
+        f"{family.name}({_TENSORS}, Tensor? bias, {family.parameters}) -> Tensor", tags=tags
+    )
+    _lib.define(
+        f"{family.name}_backward(Tensor grad_output, {_TENSORS}, {family.parameters}, "
+        "bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=tags,
+    )
+    for key, backend in (("CompositeExplicitAutograd", reference),):
+        _lib.impl(family.name, _forward_kernel(family, backend), key)
+        _lib.impl(family.name + "_backward", _backward_kernel(family, backend), key)
+    for device in ("cpu", "cuda", "mps", "xpu"):
+        _lib.impl(family.name, _autocast(family, device), "Autocast" + device.upper())
+    torch.library.register_fake(forward, _forward_fake(family), lib=_lib)
+    torch.library.register_fake(backward, _backward_fake(family), lib=_lib)
+    for name, save, gradient, vmap_rule in (
+        (family.name, _save_forward, _forward_gradient(family), _forward_vmap(family)),
+        (
+            family.name + "_backward",
+            _save_backward,
+            _backward_gradient(family),
+            _backward_vmap(family),
+        ),
+    ):
+        _register_derivative(name, save, gradient, vmap_rule)
+
+
+for _family in _FAMILIES:
+    _register(_family)

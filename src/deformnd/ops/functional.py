@@ -1,0 +1,412 @@
+"""The six functions.
+
+They are thin on purpose: each brings sizes to lists, resolves padding='same' and unbatched input,
+and calls torch.ops.deformnd, or the ordinary convolution where there is nothing to deform. All of
+it compiles under torch.jit.script, which is why the annotations are those of typing.
+"""
+
+# ruff: noqa: UP006, UP007, UP035, UP045
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels import library as library  # registers torch.ops.deformnd
+from ..kernels.geometry import check_call, conv_geometry, conv_transpose_geometry
+
+__all__ = [
+    "deform_conv1d",
+    "deform_conv2d",
+    "deform_conv3d",
+    "deform_conv_transpose1d",
+    "deform_conv_transpose2d",
+    "deform_conv_transpose3d",
+]
+
+if TYPE_CHECKING:
+    Size = Union[int, Sequence[int]]
+    Padding = Union[str, int, Sequence[int]]
+else:  # TorchScript knows no Sequence and no Tuple[int, ...].
+    Size = Union[int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
+    Padding = Union[str, int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
+
+
+def deform_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    return deform_conv(1, input, weight, offset, mask, bias, stride, padding, dilation, groups)
+
+
+def deform_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    return deform_conv(2, input, weight, offset, mask, bias, stride, padding, dilation, groups)
+
+
+def deform_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    return deform_conv(3, input, weight, offset, mask, bias, stride, padding, dilation, groups)
+
+
+def deform_conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    return deform_conv_transpose(
+        1, input, weight, offset, mask, bias, stride, padding, output_padding, dilation, groups
+    )
+
+
+def deform_conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    return deform_conv_transpose(
+        2, input, weight, offset, mask, bias, stride, padding, output_padding, dilation, groups
+    )
+
+
+def deform_conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    return deform_conv_transpose(
+        3, input, weight, offset, mask, bias, stride, padding, output_padding, dilation, groups
+    )
+
+
+def deform_conv(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
+    bias: Optional[Tensor],
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    groups: int,
+) -> Tensor:
+    """deform_conv{n}d; the modules call it with their rank."""
+    name = f"deform_conv{n}d"
+    if torch.jit.is_scripting():
+        _check_rank(name, n, input, weight)
+    else:
+        check_call(
+            name,
+            n,
+            {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias},
+            {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        )
+    unbatched = input.dim() == n + 1
+    if unbatched:
+        input, offset, mask = _batch_of_one(input, offset, mask)
+    strides, dilations = _values(stride, n), _values(dilation, n)
+    if isinstance(padding, str):
+        paddings = [0] * n
+        if padding == "same":
+            input, paddings = _pad_same(name, input, weight.shape[2:], strides, dilations)  # type: ignore[arg-type]
+    else:
+        paddings = _values(padding, n)
+    if offset is not None or mask is not None:
+        output = torch.ops.deformnd.deform_conv(
+            input, weight, offset, mask, bias, strides, paddings, dilations, groups
+        )
+    else:
+        if not torch.jit.is_scripting():
+            conv_geometry(input, weight, None, None, bias, strides, paddings, dilations, groups)
+        if n == 1:
+            output = torch.conv1d(input, weight, bias, strides, paddings, dilations, groups)
+        elif n == 2:
+            output = torch.conv2d(input, weight, bias, strides, paddings, dilations, groups)
+        else:
+            output = torch.conv3d(input, weight, bias, strides, paddings, dilations, groups)
+    return output.squeeze(0) if unbatched else output  # type: ignore[no-any-return]
+
+
+def deform_conv_transpose(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
+    bias: Optional[Tensor],
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    dilation: Size,
+    groups: int,
+) -> Tensor:
+    """deform_conv_transpose{n}d; the modules call it with their rank."""
+    name = f"deform_conv_transpose{n}d"
+    if torch.jit.is_scripting():
+        _check_rank(name, n, input, weight)
+    else:
+        check_call(
+            name,
+            n,
+            {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias},
+            {
+                "stride": stride,
+                "padding": padding,
+                "output_padding": output_padding,
+                "dilation": dilation,
+                "groups": groups,
+            },
+        )
+    unbatched = input.dim() == n + 1
+    if unbatched:
+        input, offset, mask = _batch_of_one(input, offset, mask)
+    strides, dilations = _values(stride, n), _values(dilation, n)
+    paddings, extra = _values(padding, n), _values(output_padding, n)
+    if offset is not None or mask is not None:
+        output = torch.ops.deformnd.deform_conv_transpose(
+            input, weight, offset, mask, bias, strides, paddings, extra, dilations, groups
+        )
+    else:
+        if not torch.jit.is_scripting():
+            conv_transpose_geometry(
+                input, weight, None, None, bias, strides, paddings, extra, dilations, groups
+            )
+        if n == 1:
+            output = torch.conv_transpose1d(
+                input, weight, bias, strides, paddings, extra, groups, dilations
+            )
+        elif n == 2:
+            output = torch.conv_transpose2d(
+                input, weight, bias, strides, paddings, extra, groups, dilations
+            )
+        else:
+            output = torch.conv_transpose3d(
+                input, weight, bias, strides, paddings, extra, groups, dilations
+            )
+    return output.squeeze(0) if unbatched else output  # type: ignore[no-any-return]
+
+
+def _values(size: Size, n: int) -> List[int]:
+    if torch.jit.is_scripting():
+        if isinstance(size, int):
+            return [size] * n
+        elif isinstance(size, Tuple[int]):  # type: ignore[arg-type]
+            return [size[0]]
+        elif isinstance(size, Tuple[int, int]):  # type: ignore[arg-type]
+            return [size[0], size[1]]
+        elif isinstance(size, Tuple[int, int, int]):  # type: ignore[arg-type]
+            return [size[0], size[1], size[2]]
+        else:
+            return size  # type: ignore[return-value]
+    return list(size) if isinstance(size, (tuple, list)) else [size] * n  # type: ignore[list-item]
+
+
+def _check_rank(name: str, n: int, input: Tensor, weight: Tensor) -> None:
+    """What check_call does, as far as TorchScript leaves it to us."""
+    if input.dim() != n + 1 and input.dim() != n + 2:
+        raise ValueError(f"{name}: input has {input.dim()} dimensions, expected {n + 2} or {n + 1}")
+    if weight.dim() != n + 2:
+        raise ValueError(f"{name}: weight has {weight.dim()} dimensions, expected {n + 2}")
+
+
+def _batch_of_one(
+    input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor]
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    if offset is not None:
+        offset = offset.unsqueeze(0)
+    if mask is not None:
+        mask = mask.unsqueeze(0)
+    return input.unsqueeze(0), offset, mask
+
+
+def _pad_same(
+    name: str, input: Tensor, kernel: List[int], stride: List[int], dilation: List[int]
+) -> Tuple[Tensor, List[int]]:
+    """The symmetric part of padding='same', and the input with the odd zero, if any, behind it.
+
+    A zero more behind the input changes no sample: outside is zero anyway.
+    """
+    padding: List[int] = []
+    odd: List[int] = []
+    for a in range(len(kernel)):
+        if stride[a] != 1:
+            raise ValueError(f"{name}: padding='same' expects stride 1, got {stride}")
+        total = dilation[a] * (kernel[a] - 1)
+        padding.append(total // 2)
+        odd = [0, total % 2] + odd  # noqa: RUF005 (TorchScript)
+    if 1 in odd:
+        input = F.pad(input, odd)
+    return input, padding
+
+
+_AXES = {1: "W", 2: "H, W", 3: "D, H, W"}
+_DISPLACEMENT = {1: "dx", 2: "(dy, dx)", 3: "(dz, dy, dx)"}
+
+_CONV_DOC = """{n}-D deformable convolution.
+
+Each of the K = prod(kernel size) kernel points of each output position samples the input, with
+{interpolation} interpolation, at its regular place plus a learned offset, and the sample is
+multiplied by a learned mask before the convolution's weighted sum. With offset and mask None it
+is torch.nn.functional.conv{n}d, bit for bit.
+
+Args:
+    input: [B, Cin, {axes}], or unbatched [Cin, {axes}]. float16, bfloat16, float32 or float64, on
+        any device; channels_last input gives channels_last output.
+    weight: [Cout, Cin / groups, *kernel], of input's dtype.
+    offset: [B, OG * K * {n}, *out], in input pixels, or None for none. Any of the floating dtypes
+        (float32 offsets with half input are the accurate choice). The channel is
+        (g * K + k) * {n} + axis: groups outermost, then kernel points in row-major order, then
+        the axis, {displacement}. The number of groups OG is read off and must divide Cin; group g
+        moves the samples of the g-th block of Cin / OG channels.{halves}
+    mask: [B, MG * K, *out], or None for all ones. Channel g * K + k. MG divides Cin and is
+        independent of OG and groups.
+    bias: [Cout], of input's dtype, or None.
+    stride: step of the output positions in pixels; an int or one for each axis.
+    padding: zeros around the input in pixels, or 'valid' (none) or 'same' (output as large as
+        the input; stride 1).
+    dilation: distance of the kernel points in pixels.
+    groups: blocks of input and output channels that are convolved separately.
+
+Returns:
+    [B, Cout, *out] in input's dtype; out = (size + 2 padding - dilation (kernel - 1) - 1) //
+    stride + 1. Outside the input is zero: a sample fades out between the border pixel and one
+    pixel beyond. A NaN or infinite position samples 0 and gets no gradient.
+
+Raises:
+    ValueError, TypeError: an argument does not fit; the message names it.
+
+Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any order
+in all five tensors; the derivative by an offset is that of the cell [floor, floor + 1). The CPU
+result does not depend on the run; so does the GPU's under torch.use_deterministic_algorithms.
+
+References:
+    Deformable Convolutional Networks, arXiv 1703.06211; Deformable ConvNets v2 (masks),
+    arXiv 1811.11168.
+
+Example:
+    >>> import torch
+    >>> from deformnd import deform_conv{n}d
+    >>> input, weight = torch.rand({input}), torch.rand({weight})
+    >>> offset, mask = torch.randn({offset}), torch.rand({mask})
+    >>> deform_conv{n}d(input, weight, offset, mask, padding=1).shape
+    torch.Size([{output}])
+"""
+
+_TRANSPOSE_DOC = """{n}-D transposed deformable convolution, the adjoint of deform_conv{n}d.
+
+Each input position writes its K = prod(kernel size) weighted contributions into the output, each
+at its regular place plus a learned offset, spread over the neighbouring pixels with the weights of
+{interpolation} interpolation and multiplied by a learned mask. With offset and mask None it is
+torch.nn.functional.conv_transpose{n}d, bit for bit.
+
+Args:
+    input: [B, Cin, {axes}], or unbatched [Cin, {axes}]. float16, bfloat16, float32 or float64, on
+        any device; channels_last input gives channels_last output.
+    weight: [Cin, Cout / groups, *kernel], of input's dtype.
+    offset: [B, OG * K * {n}, {axes}] (input's spatial size), in output pixels, or None for none.
+        Channels as in deform_conv{n}d, the axis innermost: {displacement}. OG divides Cout.
+    mask: [B, MG * K, {axes}], or None for all ones. Channel g * K + k. MG divides Cout.
+    bias: [Cout], of input's dtype, or None.
+    stride: distance of the input positions in output pixels; an int or one for each axis.
+    padding: pixels cut from each side of the output.
+    output_padding: pixels added behind the output; below the larger of stride and dilation.
+    dilation: distance of the kernel points in pixels.
+    groups: blocks of input and output channels that are convolved separately.
+
+Returns:
+    [B, Cout, *out] in input's dtype; out = (size - 1) stride - 2 padding + dilation (kernel - 1)
+    + output_padding + 1. What falls outside is dropped, also at NaN and infinite positions.
+
+Raises:
+    ValueError, TypeError: an argument does not fit; the message names it.
+
+Precision, derivatives and determinism are those of deform_conv{n}d.
+
+References:
+    Deformable Convolutional Networks, arXiv 1703.06211; transposed, arXiv 2210.09446.
+
+Example:
+    >>> import torch
+    >>> from deformnd import deform_conv_transpose{n}d
+    >>> input, weight = torch.rand({input}), torch.rand({weight_t})
+    >>> offset, mask = torch.randn({offset}), torch.rand({mask})
+    >>> deform_conv_transpose{n}d(input, weight, offset, mask, padding=1).shape
+    torch.Size([{output}])
+"""
+
+
+def _document() -> None:
+    for n, conv, transpose in (
+        (1, deform_conv1d, deform_conv_transpose1d),
+        (2, deform_conv2d, deform_conv_transpose2d),
+        (3, deform_conv3d, deform_conv_transpose3d),
+    ):
+        size, kernel = ", ".join(["8"] * n), ", ".join(["3"] * n)
+        words = {
+            "n": n,
+            "axes": _AXES[n],
+            "interpolation": {1: "linear", 2: "bilinear", 3: "trilinear"}[n],
+            "displacement": _DISPLACEMENT[n],
+            "halves": ""
+            if n == 1
+            else " Halves (all dy,\n        then all dx) have the same shape and cannot be "
+            "detected: interleave them first.",
+            "input": f"2, 4, {size}",
+            "weight": f"6, 4, {kernel}",
+            "weight_t": f"4, 6, {kernel}",
+            "offset": f"2, {n * 3**n}, {size}",
+            "mask": f"2, {3**n}, {size}",
+            "output": f"2, 6, {size}",
+        }
+        conv.__doc__ = _CONV_DOC.format(**words)
+        transpose.__doc__ = _TRANSPOSE_DOC.format(**words)
+
+
+_document()

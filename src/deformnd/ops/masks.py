@@ -1,0 +1,163 @@
+"""Activations that turn what a network predicts into masks."""
+
+# ruff: noqa: UP006, UP035
+from typing import List
+
+import torch
+from torch import Tensor, nn
+
+from .functional import Size, _values
+
+__all__ = [
+    "MaskSigmoid",
+    "MaskSoftmax1d",
+    "MaskSoftmax2d",
+    "MaskSoftmax3d",
+    "mask_sigmoid",
+    "mask_softmax1d",
+    "mask_softmax2d",
+    "mask_softmax3d",
+]
+
+
+def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
+    """scale * sigmoid(mask), elementwise.
+
+    The default scale makes a prediction of zero a mask of one, so that a layer whose mask
+    predictor is zero-initialised starts as if it had no mask.
+
+    Args:
+        mask: any shape, floating dtype.
+        scale: the largest value, above 0.
+
+    Raises:
+        ValueError: scale is not positive.
+
+    References:
+        Deformable ConvNets v2, arXiv 1811.11168 (there with scale 1).
+
+    Example:
+        >>> import torch
+        >>> from deformnd import mask_sigmoid
+        >>> mask_sigmoid(torch.zeros(2))
+        tensor([1., 1.])
+    """
+    if not scale > 0:
+        raise ValueError(f"mask_sigmoid: scale is {scale}, expected a positive number")
+    return torch.sigmoid(mask) * scale
+
+
+def mask_softmax1d(mask: Tensor, kernel_size: Size) -> Tensor:
+    return _mask_softmax(1, mask, kernel_size)
+
+
+def mask_softmax2d(mask: Tensor, kernel_size: Size) -> Tensor:
+    return _mask_softmax(2, mask, kernel_size)
+
+
+def mask_softmax3d(mask: Tensor, kernel_size: Size) -> Tensor:
+    return _mask_softmax(3, mask, kernel_size)
+
+
+def _mask_softmax(n: int, mask: Tensor, kernel_size: Size) -> Tensor:
+    name = f"mask_softmax{n}d"
+    kernel = _values(kernel_size, n)
+    points = 1
+    for k in kernel:
+        points *= k
+    if len(kernel) != n or points < 1:
+        raise ValueError(f"{name}: kernel_size is {kernel}, expected {n} positive values")
+    if mask.dim() != n + 1 and mask.dim() != n + 2:
+        raise ValueError(f"{name}: mask has {mask.dim()} dimensions, expected {n + 2} or {n + 1}")
+    axis = mask.dim() - n - 1
+    channels = mask.shape[axis]
+    if channels % points != 0 or channels == 0:
+        raise ValueError(
+            f"{name}: mask has {channels} channels, expected a multiple of {points} kernel points; "
+            f"mask {list(mask.shape)}, kernel_size {kernel}"
+        )
+    grouped = mask.unflatten(axis, [channels // points, points])
+    return torch.softmax(grouped, axis + 1).flatten(axis, axis + 1)
+
+
+_SOFTMAX_DOC = """Softmax over the {n}-D kernel points of each mask group.
+
+Args:
+    mask: [B, MG * K, *out], or unbatched, floating dtype; K = prod(kernel_size), channel g * K + k.
+    kernel_size: an int or {n}.
+
+Returns:
+    The same shape; the K values of a group at one position are positive and add up to 1.
+
+Raises:
+    ValueError: the channels are no multiple of K, or the rank is another.
+
+References:
+    InternImage (DCNv3), arXiv 2211.05778.
+
+Example:
+    >>> import torch
+    >>> from deformnd import mask_softmax{n}d
+    >>> mask = mask_softmax{n}d(torch.randn(2, {channels}, {size}), 3)
+    >>> bool(torch.allclose(mask[:, :{points}].sum(1), torch.ones(2, {size})))
+    True
+"""
+
+for _n, _f in ((1, mask_softmax1d), (2, mask_softmax2d), (3, mask_softmax3d)):
+    _f.__doc__ = _SOFTMAX_DOC.format(
+        n=_n, channels=2 * 3**_n, points=3**_n, size=", ".join(["8"] * _n)
+    )
+
+
+class MaskSigmoid(nn.Module):
+    """Module of `mask_sigmoid`.
+
+    Example:
+        >>> import torch
+        >>> from deformnd import MaskSigmoid
+        >>> MaskSigmoid()(torch.zeros(2))
+        tensor([1., 1.])
+    """
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.scale = float(scale)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return mask_sigmoid(mask, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class _MaskSoftmaxNd(nn.Module):
+    rank: int
+    kernel_size: List[int]
+
+    def __init__(self, kernel_size: Size) -> None:
+        super().__init__()
+        self.kernel_size = _values(kernel_size, self.rank)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return _mask_softmax(len(self.kernel_size), mask, self.kernel_size)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={tuple(self.kernel_size)}"
+
+
+class MaskSoftmax1d(_MaskSoftmaxNd):
+    """Module of `mask_softmax1d`."""
+
+    rank = 1
+
+
+class MaskSoftmax2d(_MaskSoftmaxNd):
+    """Module of `mask_softmax2d`."""
+
+    rank = 2
+
+
+class MaskSoftmax3d(_MaskSoftmaxNd):
+    """Module of `mask_softmax3d`."""
+
+    rank = 3

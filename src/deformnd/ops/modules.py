@@ -1,0 +1,558 @@
+"""Layers: the six operators as modules, and packed ones that predict their own offset and mask.
+
+The rank-free bases do the work; the twelve classes name it. Weight initialisation, repr, dtype and
+device arguments and state_dict names are those of torch's own convolutions, which they subclass.
+"""
+
+# ruff: noqa: UP006, UP007, UP035, UP045
+import math
+from collections.abc import Callable
+from typing import Any, List, Optional, Union
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from . import masks
+from .functional import Padding, Size, _values, deform_conv, deform_conv_transpose
+
+__all__ = [
+    "DeformConv1d",
+    "DeformConv2d",
+    "DeformConv3d",
+    "DeformConvTranspose1d",
+    "DeformConvTranspose2d",
+    "DeformConvTranspose3d",
+    "PackedDeformConv1d",
+    "PackedDeformConv2d",
+    "PackedDeformConv3d",
+    "PackedDeformConvTranspose1d",
+    "PackedDeformConvTranspose2d",
+    "PackedDeformConvTranspose3d",
+]
+
+Activation = Union[str, Callable[[Tensor], Tensor], None]
+
+
+_CONV_DOC = """`deform_conv{n}d` with its weight and bias: forward(input, offset, mask=None).
+
+Args:
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+        device, dtype: as for torch.nn.Conv{n}d, in this order. padding_mode is 'zeros',
+        'reflect', 'replicate' or 'circular'; with the last three, samples that leave the padded
+        input are still 0.
+
+Shapes, channel order of offset and mask, errors and precision are those of `deform_conv{n}d`.
+
+Example:
+    >>> import torch
+    >>> from deformnd import DeformConv{n}d
+    >>> layer = DeformConv{n}d(4, 6, kernel_size=3, padding=1)
+    >>> input, offset = torch.rand(2, 4, {size}), torch.randn(2, {offset}, {size})
+    >>> layer(input, offset).shape
+    torch.Size([2, 6, {size}])
+"""
+
+_TRANSPOSE_DOC = """`deform_conv_transpose{n}d` with its weight and bias.
+
+forward(input, offset, mask=None, output_size=None); output_size chooses among the sizes that a
+stride above 1 leaves open, as for torch.nn.ConvTranspose{n}d.
+
+Args:
+    in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups,
+        bias, padding_mode, device, dtype: as for torch.nn.ConvTranspose{n}d, in this order.
+        padding_mode is 'zeros'.
+
+Shapes, channel order of offset and mask, errors and precision are those of
+`deform_conv_transpose{n}d`.
+
+Example:
+    >>> import torch
+    >>> from deformnd import DeformConvTranspose{n}d
+    >>> layer = DeformConvTranspose{n}d(4, 6, kernel_size=3, padding=1)
+    >>> input, offset = torch.rand(2, 4, {size}), torch.randn(2, {offset}, {size})
+    >>> layer(input, offset).shape
+    torch.Size([2, 6, {size}])
+"""
+
+_PACKED_DOC = """`DeformConv{kind}{n}d` that predicts its own offset and mask: forward({call}).
+
+The predictors `offset_generator` and `mask_generator` are
+{generator}.
+They start at zero: with mask_activation 'sigmoid' a fresh layer computes exactly the plain
+convolution.
+
+Args:
+    in_channels ... groups, bias, padding_mode, device, dtype: as for `DeformConv{kind}{n}d`.
+    offset_groups, mask_groups: blocks of channels with an offset, or a mask, of their own; each
+        divides {divides}. They are the generators' groups, too.
+    generator_bias: whether the generators have a bias.
+    deformable: False for no offset.
+    modulated: True for a mask.
+    offset_activation: None, a Module or a callable on the predicted offset (in pixels).
+    mask_activation: 'sigmoid' (2 * sigmoid), 'softmax' (over the kernel points of each group,
+        arXiv 2211.05778), None, a Module or a callable.
+{padding}
+Example:
+    >>> import torch
+    >>> from deformnd import PackedDeformConv{kind}{n}d
+    >>> layer = PackedDeformConv{kind}{n}d(4, 6, kernel_size=3, padding=1, modulated=True)
+    >>> layer(torch.rand(2, 4, {size})).shape
+    torch.Size([2, 6, {size}])
+"""
+
+
+def _words(n: int) -> dict[str, Any]:
+    return {"n": n, "size": ", ".join(["8"] * n), "offset": n * 3**n}
+
+
+_PACKED_CONV = {
+    "kind": "",
+    "call": "input",
+    "generator": "convolutions with this layer's kernel size, stride, padding and dilation",
+    "divides": "in_channels",
+    "padding": "\nThe generators pad with zeros whatever padding_mode is, as in tvdcn.\n",
+}
+_PACKED_TRANSPOSE = {
+    "kind": "Transpose",
+    "call": "input, output_size=None",
+    "generator": "pointwise convolutions",
+    "divides": "in_channels and out_channels",
+    "padding": "",
+}
+
+
+class _DeformConvNd(_ConvNd):
+    rank: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            _tuple(self, "kernel_size", kernel_size),
+            _tuple(self, "stride", stride),
+            padding if isinstance(padding, str) else _tuple(self, "padding", padding),
+            _tuple(self, "dilation", dilation),
+            False,  # transposed
+            (0,) * self.rank,  # output_padding
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
+    ) -> Tensor:
+        return self._deform(input, offset, mask)
+
+    def _deform(self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor]) -> Tensor:
+        n = len(self.kernel_size)
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return deform_conv(
+                n,
+                input,
+                self.weight,
+                offset,
+                mask,
+                self.bias,
+                self.stride,
+                0,
+                self.dilation,
+                self.groups,
+            )
+        return deform_conv(
+            n,
+            input,
+            self.weight,
+            offset,
+            mask,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+class _DeformConvTransposeNd(_ConvTransposeNd):
+    rank: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            _tuple(self, "kernel_size", kernel_size),
+            _tuple(self, "stride", stride),
+            _tuple(self, "padding", padding),
+            _tuple(self, "dilation", dilation),
+            True,  # transposed
+            _tuple(self, "output_padding", output_padding),
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        offset: Optional[Tensor],
+        mask: Optional[Tensor] = None,
+        output_size: Optional[List[int]] = None,
+    ) -> Tensor:
+        return self._deform(input, offset, mask, output_size)
+
+    def _deform(
+        self,
+        input: Tensor,
+        offset: Optional[Tensor],
+        mask: Optional[Tensor],
+        output_size: Optional[List[int]],
+    ) -> Tensor:
+        n = len(self.kernel_size)
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            n,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        return deform_conv_transpose(
+            n,
+            input,
+            self.weight,
+            offset,
+            mask,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+def _tuple(module: Any, name: str, size: Size) -> tuple[int, ...]:
+    values = tuple(_values(size, module.rank))
+    if len(values) != module.rank or not all(isinstance(v, int) for v in values):
+        plural = "s" if module.rank > 1 else ""
+        raise ValueError(
+            f"{type(module).__name__}: {name} is {size!r}, "
+            f"expected an int or {module.rank} int{plural}"
+        )
+    return values
+
+
+class DeformConv1d(_DeformConvNd):
+    __doc__ = _CONV_DOC.format(**_words(1))
+    rank = 1
+
+
+class DeformConv2d(_DeformConvNd):
+    __doc__ = _CONV_DOC.format(**_words(2))
+    rank = 2
+
+
+class DeformConv3d(_DeformConvNd):
+    __doc__ = _CONV_DOC.format(**_words(3))
+    rank = 3
+
+
+class DeformConvTranspose1d(_DeformConvTransposeNd):
+    __doc__ = _TRANSPOSE_DOC.format(**_words(1))
+    rank = 1
+
+
+class DeformConvTranspose2d(_DeformConvTransposeNd):
+    __doc__ = _TRANSPOSE_DOC.format(**_words(2))
+    rank = 2
+
+
+class DeformConvTranspose3d(_DeformConvTransposeNd):
+    __doc__ = _TRANSPOSE_DOC.format(**_words(3))
+    rank = 3
+
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_SOFTMAX = {1: masks.MaskSoftmax1d, 2: masks.MaskSoftmax2d, 3: masks.MaskSoftmax3d}
+
+
+class _Call(nn.Module):
+    """A callable as a module: TorchScript cannot test a function against None."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.function(t)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def _module(activation: Any) -> Optional[nn.Module]:
+    if activation is None or isinstance(activation, nn.Module):
+        return activation
+    return _Call(activation)
+
+
+class _Packed(_ConvNd):
+    """What the packed layers add to either family: the generators and their activations."""
+
+    rank: int
+
+    def _add_generators(
+        self,
+        generator: dict[str, Any],
+        offset_groups: int,
+        mask_groups: int,
+        deformable: bool,
+        modulated: bool,
+        offset_activation: Activation,
+        mask_activation: Activation,
+    ) -> None:
+        name = type(self).__name__
+        sides = {"in_channels": self.in_channels}
+        if self.transposed:
+            sides["out_channels"] = self.out_channels
+        for key, groups in (("offset_groups", offset_groups), ("mask_groups", mask_groups)):
+            for side, channels in sides.items():
+                if groups < 1 or channels % groups:
+                    raise ValueError(
+                        f"{name}: {key} is {groups}, expected a divisor of {side} {channels}"
+                    )
+        if isinstance(offset_activation, str):
+            raise ValueError(
+                f"{name}: offset_activation is {offset_activation!r}, "
+                "expected None, a Module or a callable"
+            )
+        if mask_activation == "sigmoid":
+            mask_activation = masks.MaskSigmoid(scale=2.0)
+        elif mask_activation == "softmax":
+            mask_activation = _SOFTMAX[self.rank](list(self.kernel_size))
+        elif isinstance(mask_activation, str):
+            raise ValueError(
+                f"{name}: mask_activation is {mask_activation!r}, "
+                "expected 'sigmoid', 'softmax', None, a Module or a callable"
+            )
+        self.offset_groups = offset_groups
+        self.mask_groups = mask_groups
+        self.deformable = deformable
+        self.modulated = modulated
+        points = math.prod(self.kernel_size)
+        for present, key, channels, groups in (
+            (deformable, "offset_generator", self.rank * points * offset_groups, offset_groups),
+            (modulated, "mask_generator", points * mask_groups, mask_groups),
+        ):
+            module = None
+            if present:
+                convolution = _CONVOLUTIONS[self.rank]
+                module = convolution(self.in_channels, channels, groups=groups, **generator)
+            self.register_module(key, module)
+        self.offset_activation = _module(offset_activation)
+        self.mask_activation = _module(mask_activation)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight as torch's convolution does, and the generators with zero."""
+        super().reset_parameters()
+        for key in ("offset_generator", "mask_generator"):
+            generator = getattr(self, key, None)  # None, too, while the base class is made
+            if generator is not None:
+                nn.init.zeros_(generator.weight)
+                if generator.bias is not None:
+                    nn.init.zeros_(generator.bias)
+
+    def _offset(self, input: Tensor) -> Optional[Tensor]:
+        if self.offset_generator is None:
+            return None
+        offset: Tensor = self.offset_generator(input)  # type: ignore[operator]
+        if self.offset_activation is not None:
+            offset = self.offset_activation(offset)
+        return offset
+
+    def _mask(self, input: Tensor) -> Optional[Tensor]:
+        if self.mask_generator is None:
+            return None
+        mask: Tensor = self.mask_generator(input)  # type: ignore[operator]
+        if self.mask_activation is not None:
+            mask = self.mask_activation(mask)
+        return mask
+
+    def extra_repr(self) -> str:
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return (
+            f"{plain}, offset_groups={self.offset_groups}, "
+            f"mask_groups={self.mask_groups}, deformable={self.deformable}, "
+            f"modulated={self.modulated}"
+        )
+
+
+class _PackedDeformConvNd(_Packed, _DeformConvNd):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        mask_groups: int = 1,
+        bias: bool = True,
+        generator_bias: bool = False,
+        deformable: bool = True,
+        modulated: bool = False,
+        offset_activation: Activation = None,
+        mask_activation: Activation = "sigmoid",
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        generator = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "bias": generator_bias,
+            "device": device,
+            "dtype": dtype,
+        }
+        self._add_generators(
+            generator,
+            offset_groups,
+            mask_groups,
+            deformable,
+            modulated,
+            offset_activation,
+            mask_activation,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        return self._deform(input, self._offset(input), self._mask(input))
+
+
+class _PackedDeformConvTransposeNd(_Packed, _DeformConvTransposeNd):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        output_padding: Size = 0,
+        groups: int = 1,
+        offset_groups: int = 1,
+        mask_groups: int = 1,
+        bias: bool = True,
+        generator_bias: bool = False,
+        deformable: bool = True,
+        modulated: bool = False,
+        offset_activation: Activation = None,
+        mask_activation: Activation = "sigmoid",
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            output_padding,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        generator = {"kernel_size": 1, "bias": generator_bias, "device": device, "dtype": dtype}
+        self._add_generators(
+            generator,
+            offset_groups,
+            mask_groups,
+            deformable,
+            modulated,
+            offset_activation,
+            mask_activation,
+        )
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, output_size: Optional[List[int]] = None
+    ) -> Tensor:
+        return self._deform(input, self._offset(input), self._mask(input), output_size)
+
+
+class PackedDeformConv1d(_PackedDeformConvNd, DeformConv1d):
+    __doc__ = _PACKED_DOC.format(**_words(1), **_PACKED_CONV)
+
+
+class PackedDeformConv2d(_PackedDeformConvNd, DeformConv2d):
+    __doc__ = _PACKED_DOC.format(**_words(2), **_PACKED_CONV)
+
+
+class PackedDeformConv3d(_PackedDeformConvNd, DeformConv3d):
+    __doc__ = _PACKED_DOC.format(**_words(3), **_PACKED_CONV)
+
+
+class PackedDeformConvTranspose1d(_PackedDeformConvTransposeNd, DeformConvTranspose1d):
+    __doc__ = _PACKED_DOC.format(**_words(1), **_PACKED_TRANSPOSE)
+
+
+class PackedDeformConvTranspose2d(_PackedDeformConvTransposeNd, DeformConvTranspose2d):
+    __doc__ = _PACKED_DOC.format(**_words(2), **_PACKED_TRANSPOSE)
+
+
+class PackedDeformConvTranspose3d(_PackedDeformConvTransposeNd, DeformConvTranspose3d):
+    __doc__ = _PACKED_DOC.format(**_words(3), **_PACKED_TRANSPOSE)

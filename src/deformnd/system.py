@@ -1,0 +1,66 @@
+"""What can run here. The names are tvdcn's; the answers are this package's."""
+
+from __future__ import annotations
+
+import torch
+
+
+def has_ops() -> bool:
+    """Whether the compiled CPU core is present.
+
+    Without it every operator still works, on the slower reference.
+
+    Example:
+        >>> import deformnd
+        >>> isinstance(deformnd.has_ops(), bool)
+        True
+    """
+    return False
+
+
+def with_cuda() -> bool:
+    """Whether the GPU kernels can run: a CUDA device is present and Triton is installed.
+
+    The kernels are Triton programs, compiled for the device at their first call; no CUDA toolkit
+    is needed and none was used to build this package.
+
+    Example:
+        >>> import deformnd
+        >>> isinstance(deformnd.with_cuda(), bool)
+        True
+    """
+    return False
+
+
+def cuda_version() -> int:
+    """The CUDA version that the GPU kernels use: torch's own, as major * 1000 + minor * 10.
+
+    -1 where with_cuda() is False. There is no version that the package was built with, since
+    Triton compiles for the device at hand.
+
+    Example:
+        >>> import deformnd
+        >>> deformnd.cuda_version() == -1 or deformnd.with_cuda()
+        True
+    """
+    if not with_cuda() or torch.version.cuda is None:
+        return -1
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major) * 1000 + int(minor) * 10
+
+
+def cuda_arch_list() -> list[str]:
+    """Compute capabilities of the devices present, for which Triton compiles, such as ['9.0'].
+
+    Empty where with_cuda() is False.
+
+    Example:
+        >>> import deformnd
+        >>> bool(deformnd.cuda_arch_list()) == deformnd.with_cuda()
+        True
+    """
+    if not with_cuda():
+        return []
+    devices = range(torch.cuda.device_count())
+    found = {torch.cuda.get_device_capability(d) for d in devices}
+    return [f"{major}.{minor}" for major, minor in sorted(found)]

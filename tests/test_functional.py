@@ -1,0 +1,159 @@
+"""The six functions: layouts, defaults, shapes, TorchScript."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import deformnd
+from cases import CASES, Case, requires_grad
+
+PLAIN = [c for c in CASES if c.offset_groups and c.mask_groups and c.batch]
+
+
+def test_public_names_are_at_top_level_and_under_ops():
+    for name in deformnd.ops.__all__:
+        assert getattr(deformnd, name) is getattr(deformnd.ops, name)
+    assert {c.name for c in CASES} <= set(deformnd.__all__)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_to_deform_is_torchs_convolution_bit_for_bit(case):
+    tensors = case.tensors(torch.float32)
+    input, weight, _, _, bias = tensors.values()
+    function = getattr(F, case.name.removeprefix("deform_"))
+    got = case.call({**tensors, "offset": None, "mask": None})
+    assert torch.equal(got, function(input, weight, bias, **case.parameters()))
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_unbatched(case):
+    tensors = case.tensors()
+    one = dict(tensors)
+    for name in ("input", "offset", "mask"):
+        one[name] = tensors[name][0]
+    torch.testing.assert_close(case.call(one), case.call(tensors)[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_non_contiguous_arguments(case):
+    tensors = case.tensors()
+    strided = {
+        name: None if t is None else torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+        for name, t in tensors.items()
+    }
+    torch.testing.assert_close(case.call(strided), case.call(tensors))
+
+
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.n > 1], ids=str)
+def test_channels_last_in_channels_last_out(case):
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[case.n]
+    tensors = requires_grad(case.tensors())
+    expected = case.call(tensors)
+    assert expected.is_contiguous()
+    moved = dict(tensors)
+    moved["input"] = tensors["input"].detach().contiguous(memory_format=layout).requires_grad_()
+    output = case.call(moved)
+    if moved["input"][0, 0].numel() > 1:  # one pixel is laid out both ways
+        assert output.is_contiguous(memory_format=layout)
+        (grad,) = torch.autograd.grad(output.sum(), moved["input"])
+        assert grad.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_padding_by_name(n, kernel):
+    case = Case((7, 6, 5)[:n], (kernel,) * n, padding=0)
+    tensors = case.tensors()
+    function = getattr(deformnd, case.name)
+    input, weight, offset, mask, bias = tensors.values()
+    assert torch.equal(
+        function(input, weight, offset, mask, bias, padding="valid"), case.call(tensors)
+    )
+    conv = getattr(F, f"conv{n}d")
+    plain = conv(input, weight, bias, padding="same")
+    assert torch.equal(function(input, weight, bias=bias, padding="same"), plain)
+    zero = torch.zeros(2, n * kernel**n, *case.size, dtype=torch.float64)
+    got = function(input, weight, zero, bias=bias, padding="same")
+    torch.testing.assert_close(got, plain)
+    if kernel % 2 == 0:
+        # The odd zero goes behind: as explicit padding of one more row, cut off again.
+        offset = torch.randn(2, n * kernel**n, *case.size, dtype=torch.float64)
+        wide = F.pad(offset, [0, 1] * n)
+        explicit = function(F.pad(input, [0, 2] * n), weight, wide, bias=bias, padding=1)
+        cut = (..., *[slice(0, s) for s in case.size])
+        got = function(input, weight, offset, bias=bias, padding="same")
+        torch.testing.assert_close(got, explicit[cut])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_offset_and_mask_may_have_another_dtype(dtype):
+    case = Case((6, 7), (3, 3), padding=1)
+    tensors = case.tensors(torch.float32)
+    mixed = requires_grad({**tensors, "offset": tensors["offset"].to(dtype)})
+    output = case.call(mixed)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(
+        output, case.call({**tensors, "offset": mixed["offset"].float()}), rtol=1e-4, atol=1e-5
+    )
+    (grad,) = torch.autograd.grad(output.sum(), mixed["offset"])
+    assert grad.dtype == dtype
+
+
+def test_numbers_of_numpy_are_ints():
+    case = Case((6, 7), (3, 3), padding=1)
+    x, w, o, m, b = case.tensors().values()
+    one = np.int64(1)
+    got = deformnd.deform_conv2d(x, w, o, m, b, one, (one, one), one, one)
+    assert torch.equal(got, case.call(case.tensors()))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.batch and c.groups == 1 and not c.transposed], ids=str
+)
+def test_empty_channels(case):
+    tensors = case.tensors()
+    tensors["input"], tensors["weight"] = tensors["input"][:, :0], tensors["weight"][:, :0]
+    output = case.call(requires_grad(tensors))
+    bias = 0 if tensors["bias"] is None else tensors["bias"].view(-1, *[1] * case.n)
+    torch.testing.assert_close(output, torch.zeros_like(output) + bias)
+    output.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_torchscript(case):
+    tensors = requires_grad(case.tensors())
+    scripted = torch.jit.script(getattr(deformnd, case.name))
+    expected = case.call(tensors)
+    output = scripted(**tensors, **case.parameters())
+    assert torch.equal(output, expected)
+    lists = {k: list(case.values(k)) for k in case.parameters() if k != "groups"}
+    assert torch.equal(scripted(**tensors, **lists, groups=case.groups), expected)
+    given = [t for t in tensors.values() if t is not None]
+    got = torch.autograd.grad(output.sum(), given)
+    for a, b in zip(got, torch.autograd.grad(expected.sum(), given), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_of_a_users_function():
+    @torch.jit.script
+    def network(x: torch.Tensor, w: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        y = deformnd.deform_conv2d(x, w, o, padding="same")
+        y = y + deformnd.deform_conv2d(x, w, None, padding=(1, 1))
+        return y + deformnd.deform_conv2d(x[0], w, o[0], stride=[1, 1], padding=1)
+
+    case = Case((6, 7), (3, 3), padding=1, batch=1, mask_groups=0, bias=False)
+    x, w, o, _, _ = case.tensors().values()
+    buffer = io.BytesIO()
+    torch.jit.save(network, buffer)
+    buffer.seek(0)
+    deformed = case.call(case.tensors())
+    expected = 2 * deformed + F.conv2d(x, w, padding=1)
+    torch.testing.assert_close(torch.jit.load(buffer)(x, w, o), expected)
+    with pytest.raises(torch.jit.Error, match="input has 5 dimensions"):
+        network(x[None], w, o)
