@@ -674,12 +674,8 @@ def _weight_gradient(call: _Call, image: Tensor, points: Tensor, weight: Tensor)
     taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
     parts = image.new_empty(splits, _weights(g), dtype=torch.float32)
     launch(call.image(image), placed, call.offset, call.mask, parts)
-    out = torch.empty_like(weight, memory_format=memory_format(weight))
-    if out.is_contiguous():
-        strides = (1, group_in * taps, taps)
-    else:
-        strides = (group_in, group_in * taps, 1)
-    sizes = (taps, g.point_channels, group_in)
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
     _reduce_launch(splits, sizes, strides)(parts, None, out)
     return out
 
@@ -781,7 +777,7 @@ class _Launch:
             tuple(self.constants.items()),
             tuple(self.options.items()),
             target,
-            torch.cuda.current_device() if torch.cuda.is_available() else -1,
+            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
         )
 
 
