@@ -1,6 +1,6 @@
 """Times tile sizes for the tables in kernels/triton/configs.py.
 
-    python benchmarks/gpu_tune.py [operator ...]
+    python benchmarks/gpu_tune.py [operator ...] [--widths 2 4] [--shapes big ...]
 
 For every kind of row and the shapes that would use it: compiles the candidates in parallel,
 times each kernel alone, and prints the best by geometric mean over the shapes.
@@ -8,13 +8,13 @@ times each kernel alone, and prints the best by geometric mean over the shapes.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import sys
 from typing import Any
 
 import torch
@@ -190,10 +190,14 @@ class Data:
 def main() -> None:
     from triton.testing import do_bench
 
-    only = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("operators", nargs="*", default=sorted({row.operator for row in BASE}))
+    parser.add_argument("--widths", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    args = parser.parse_args()
     jobs = []
     for kind in BASE:
-        if only and kind.operator not in only:
+        if kind.operator not in args.operators or kind.width not in args.widths:
             continue
         below = max(
             (
@@ -204,7 +208,7 @@ def main() -> None:
             ),
             default=0,
         )
-        for name in SHAPES:
+        for name in args.shapes:
             g = geometry(name)
             units = launch._units(g)
             if units.narrow != ("narrow" in kind.operator) and kind.operator != "inverse":
