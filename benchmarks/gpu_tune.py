@@ -153,7 +153,7 @@ class Data:
             owners = g.batch * max(g.offset_groups, 1) * math.prod(g.kernel)
             positions = math.prod(g.point_size)
             counts = torch.zeros(owners * tiles, dtype=torch.int32, device="cuda")
-            count, fill = launch._bucket_launches(g, tiles, 1, -(-positions // 512) * 512)
+            count, fill = launch._bucket_launches(g, tiles, False, 512)
             count(self.offset, counts, None, None)
             ends = torch.cumsum(counts, 0, dtype=torch.int32)
             most = owners * positions * 2 ** len(g.kernel)
@@ -185,6 +185,11 @@ class Data:
             return (self.image, self.points, *places, parts)
         out = torch.empty_like(self.image)
         return (self.points, self.weight, *places, None, *self.lists(), out)
+
+
+def _leading(times: dict[tuple[int, ...], float], count: int) -> str:
+    best = sorted(times.items(), key=lambda item: item[1])[:count]
+    return "  ".join(f"{'/'.join(map(str, k))} {v:.4f}" for k, v in best)
 
 
 def main() -> None:
@@ -225,7 +230,8 @@ def main() -> None:
     print(len(jobs), "candidates,", len(failures), "do not compile", *failures[:3], flush=True)
     times: dict[Any, dict[str, dict[tuple[int, ...], float]]] = collections.defaultdict(dict)
     held: tuple[Any, Data] | None = None
-    for kind, (name, row) in sorted(jobs, key=lambda j: (j[1][0], j[0].width)):
+    jobs.sort(key=lambda job: (job[1][0], job[0].width))
+    for i, (kind, (name, row)) in enumerate(jobs):
         if held is None or held[0] != (name, row.width):
             held = None
             torch.cuda.empty_cache()
@@ -237,24 +243,24 @@ def main() -> None:
             made(*arguments)
             ms = do_bench(lambda: made(*arguments), warmup=3, rep=12, return_mode="median")  # noqa: B023
         except Exception as failure:
-            if "out of resource" not in str(failure):
-                print(name, row, repr(failure)[:200])
-            continue
+            if "out of resource" in str(failure):
+                continue
+            print(name, row)
+            raise
         key = (row.block_p, row.block_o, row.block_c, row.warps, row.stages)
-        times[kind].setdefault(name, {})[key] = ms
+        found = times[kind].setdefault(name, {})
+        found[key] = ms
+        if i + 1 == len(jobs) or jobs[i + 1][0] is not kind or jobs[i + 1][1][0] != name:
+            print(name, kind.operator, kind.width, _leading(found, 6), flush=True)
     report = []
     for kind, by_shape in times.items():
         print(f"{kind.operator}, width {kind.width}, up to {kind.channels} channels")
-        for name, found in by_shape.items():
-            best = sorted(found.items(), key=lambda item: item[1])[:5]
-            print(f"  {name:6}", "  ".join(f"{'/'.join(map(str, k))} {v:.4f}" for k, v in best))
         common = set.intersection(*(set(found) for found in by_shape.values()))
         means = {
             k: math.exp(sum(math.log(found[k]) for found in by_shape.values()) / len(by_shape))
             for k in common
         }
-        best = sorted(means.items(), key=lambda item: item[1])[:3]
-        print("  mean  ", "  ".join(f"{'/'.join(map(str, k))} {v:.4f}" for k, v in best), flush=True)
+        print("  mean of", *by_shape, _leading(means, 4), flush=True)
         report.append({"kind": str(kind), "times": {n: {str(k): v for k, v in f.items()} for n, f in by_shape.items()}})
     if "OUT" in os.environ:
         with open(os.path.join(os.environ["OUT"], "tune.json"), "w") as file:

@@ -263,6 +263,7 @@ def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
 
 def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_allows_tf32", lambda: False)
+    monkeypatch.setattr(configs, "FEW", 0)
     for case in (INTERPRETED[3], INTERPRETED[6]):
         # The interpreter truncates to bfloat16 where the hardware rounds.
         check(case.make(torch.float32, "cpu"), 3e-5, 3e-5)
@@ -333,8 +334,9 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (launch._weight_launch(g, *key, 132)[0], (dtype, dtype, *given, single)),
         (launch._inverse_launch(g, width, precision, 4, 1),
          (dtype, weight, *given, None, integer, integer, dtype)),
-        (launch._bucket_launches(g, 4, 1, 512)[0], (dtype, integer, None, None)),
-        (launch._bucket_launches(g, 4, 1, 512)[1], (dtype, integer, integer, integer)),
+        (launch._bucket_launches(g, 4, True, 512)[0], (dtype, integer, None, None)),
+        (launch._bucket_launches(g, 4, True, 512)[1], (dtype, integer, integer, integer)),
+        (launch._bucket_launches(g, 4, False, 512)[1], (dtype, integer, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
         (launch._pack_launch(g, False, precision == "split"), (dtype, weight)),
         (launch._relayout_launch(launch._units(g), "channels", "rows", 2, 256),

@@ -17,8 +17,10 @@ and what they leave. Points are [B, P, O] or [B, O, P] (POINTS_LAST or not).
 
 Note [precision]
 "native" multiplies half and bfloat16 numbers as they are, "tf32" rounds float32 ones to TF32,
-"split" writes each float32 factor as head + tail in bfloat16 and adds three products: relative
-error 4e-6 at three times the cost of one half product. All sums are in float32.
+"ieee" does not (no tensor cores). "split" writes each float32 factor as head + tail in bfloat16
+and adds three products: relative error 4e-6 in a sum of many terms, at three times the cost of
+one half product. All sums are in float32; tensor cores round theirs toward zero, so the longest
+ones take them only a tile at a time in "split" (_dot_once), which is ten times more accurate.
 
 Note [corners]
 A position is valid in [-1, size) on every axis; NaN and infinity are not. A corner outside
@@ -152,10 +154,19 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
         acc = tl.dot(a[1], b[0], acc)
         acc = tl.dot(a[0], b[1], acc)
         return tl.dot(a[0], b[0], acc)
-    elif PRECISION == "tf32":
-        return tl.dot(a[0], b[0], acc, input_precision="tf32")
+    elif PRECISION != "native":
+        return tl.dot(a[0], b[0], acc, input_precision=PRECISION)
     else:
         return tl.dot(a[0], b[0], acc)
+
+
+@triton.jit
+def _dot_once(a, b, acc, PRECISION: tl.constexpr):
+    """As _dot, but where it counts tensor cores add up this one product only."""
+    if PRECISION == "split":
+        return acc + _dot(a, b, tl.zeros(acc.shape, tl.float32), PRECISION)
+    else:
+        return _dot(a, b, acc, PRECISION)
 
 
 @triton.jit
@@ -556,14 +567,15 @@ def _count_run(tile_a, count_a, tile_b, count_b):
 
 @triton.jit
 def bucket(offset, counts, ends, entries, sizes, groups, tiles, segments, segment,
-           FILL: tl.constexpr, KEY: tl.constexpr, TILE: tl.constexpr,
+           FILL: tl.constexpr, ORDERED: tl.constexpr, KEY: tl.constexpr, TILE: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
-    """List the samples by (batch item, offset group, tile, kernel point), segment by segment.
+    """List the samples by (batch item, offset group, tile, kernel point).
 
     First pass (not FILL): count. Second: write each sample's position index to `entries`; `ends`
     are the running sums of the counts, and the counts go down as entries are written. A program
-    owns a segment of `segment` positions of one (batch item, group, kernel point) and walks it
-    in order, so the lists are the same in every run. Grid: (B x groups x taps x segments).
+    takes a segment of `segment` positions of one (batch item, group, kernel point). ORDERED: each
+    segment has counts of its own and is walked in order, so the lists are the same in every run.
+    Grid: (B x groups x taps x segments).
     """
     image_size = sizes[0]
     positions = _volume(sizes[1])
@@ -582,7 +594,8 @@ def bucket(offset, counts, ends, entries, sizes, groups, tiles, segments, segmen
         indices, factors, slopes = _cell(at, valid, image_size)
         for q in range(2 ** len(image_size)):
             tile, new = _tile_of(indices, valid, image_size, q, TILE)
-            if FILL:
+            slot = (item.to(tl.int64) * tiles + tile) * taps + tap
+            if FILL and ORDERED:
                 # Sorted by tile, the samples of a tile are a run; a sample's place is its place
                 # in the run, after what the segment has written to the tile before.
                 key = tl.sort(tl.where(new, tile.to(KEY) * BLOCK + lane, tiles.to(KEY) * BLOCK))
@@ -597,8 +610,12 @@ def bucket(offset, counts, ends, entries, sizes, groups, tiles, segments, segmen
                 tl.debug_barrier()  # all have read what is left
                 tl.atomic_add(counts + slot, -1, mask=new, sem="relaxed")
                 tl.debug_barrier()
+            elif FILL:
+                left = tl.atomic_add(counts + slot, -1, mask=new, sem="relaxed")
+                place = tl.load(ends + slot, mask=new, other=0) - left
+                tl.store(entries + place, p, mask=new)
             else:
-                slot = ((item.to(tl.int64) * tiles + tile) * taps + tap) * segments + s
+                slot = slot * segments + s if ORDERED else slot
                 tl.atomic_add(counts + slot, 1, mask=new, sem="relaxed")
 
 
@@ -682,7 +699,7 @@ def inverse(points, weight, offset, mask, bias, ends, entries, out,
                     GROUPED, VECTOR_C, PRECISION,
                 )  # fmt: skip
                 z = _parts(z, points.dtype.element_ty, PRECISION)
-                acc = _dot(z, w, acc, PRECISION)
+                acc = _dot_once(z, w, acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + c, mask=c_in, other=0.0).to(tl.float32)[None, :]
     row = tl.multiple_of((b.to(tl.int64) * _volume(image_size) + row) * channels, VECTOR_C)
@@ -777,12 +794,7 @@ def weight_gradient(image, points, offset, mask, out,
             columns = tl.reshape(tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * BLOCK_C))
         x = _transpose_parts(_parts(x, points.dtype.element_ty, PRECISION), PRECISION)
         y = _parts(columns, image.dtype.element_ty, PRECISION)
-        if PRECISION == "split":
-            # Tensor cores round their running sum toward zero; over this long a sum that would
-            # cost an order of magnitude (3e-5), so they add up one tile only.
-            acc += _dot(x, y, tl.zeros((BLOCK_O, UNITS * BLOCK_C), tl.float32), PRECISION)
-        else:
-            acc = _dot(x, y, acc, PRECISION)
+        acc = _dot_once(x, y, acc, PRECISION)
     keep = o_in[:, None] & c_in[None, :]
     row = tl.multiple_of(((split * taps + tap).to(tl.int64) * outputs + o) * group_in, VECTOR_C)
     if GROUPED:
@@ -794,13 +806,15 @@ def weight_gradient(image, points, offset, mask, out,
 
 
 @triton.jit
-def reduce(parts, bias, out, count, splits, sizes, strides, BLOCK: tl.constexpr):
+def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
     """Sum partial results [splits, *sizes] (three sizes) plus a bias along the middle one."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     acc = tl.zeros((BLOCK,), tl.float32)
     for s in range(splits):
-        acc += tl.load(parts + s * count + i, mask=inside, other=0.0)
+        acc += tl.load(parts + i, mask=inside, other=0.0)
+        parts += count
     at = _unravel(i, sizes)
     if bias is not None:
         acc += tl.load(bias + at[1], mask=inside, other=0.0).to(tl.float32)
@@ -830,7 +844,7 @@ def pack_weight(weight, out, taps, outputs, group_in, weights, LAST: tl.constexp
 @triton.jit
 def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixel_from, batch_to,
              unit_to, pixel_to, blocks, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
-             VECTOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+             VECTOR_C: tl.constexpr, VECTOR_P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
              PAD: tl.constexpr):  # fmt: skip
     """Copy an image between layouts, add a bias, convert the dtype.
 
@@ -846,13 +860,15 @@ def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixe
     j = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     wide_p = p.to(tl.int64)
     wide_j = j.to(tl.int64)
-    source += b * batch_from + u.to(tl.int64) * unit_from
-    out += b * batch_to + u.to(tl.int64) * unit_to
+    start = b * batch_from + u.to(tl.int64) * unit_from
+    source += tl.multiple_of(start, VECTOR_C if FROM_LAST else VECTOR_P)
+    start = b * batch_to + u.to(tl.int64) * unit_to
+    out += tl.multiple_of(start, VECTOR_C if TO_LAST else VECTOR_P)
     inside = (p < pixels)[:, None] & (j < unit)[None, :]
     if FROM_LAST:
-        place = tl.multiple_of(wide_p * pixel_from, VECTOR)[:, None] + j[None, :]
+        place = tl.multiple_of(wide_p * pixel_from, VECTOR_C)[:, None] + j[None, :]
     else:
-        place = (wide_j * pixel_from)[None, :] + p[:, None]
+        place = tl.multiple_of(wide_j * pixel_from, VECTOR_P)[None, :] + p[:, None]
     value = tl.load(source + place, mask=inside, other=0.0)
     if bias is not None:
         value = value.to(tl.float32)
@@ -860,7 +876,7 @@ def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixe
     if PAD:
         inside = (p < pixels)[:, None] & (j < PAD)[None, :]
     if TO_LAST:
-        place = tl.multiple_of(wide_p * pixel_to, VECTOR)[:, None] + j[None, :]
+        place = tl.multiple_of(wide_p * pixel_to, VECTOR_C)[:, None] + j[None, :]
     else:
-        place = (wide_j * pixel_to)[None, :] + p[:, None]
+        place = tl.multiple_of(wide_j * pixel_to, VECTOR_P)[None, :] + p[:, None]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)

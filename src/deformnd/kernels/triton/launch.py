@@ -155,7 +155,8 @@ class _Call:
         self.units = _units(g)
         self.precision = "native"
         if weight.dtype == torch.float32:
-            self.precision = "tf32" if _allows_tf32() else "split"
+            few = min(g.image_channels, g.point_channels) // g.groups < configs.FEW
+            self.precision = "tf32" if _allows_tf32() else "ieee" if few else "split"
         self._packed: Tensor | None = None
         self._image: tuple[Tensor, Tensor] | None = None
         self._rows: tuple[Tensor, Tensor] | None = None
@@ -276,7 +277,8 @@ def _relayout_launch(units: _Units, source: str, to: str, batch: int, pixels: in
     block_c = _fit(units.padded, 64, least=1)
     block_p = _fit(pixels, 4096 // max(block_c, 32), least=1)
     blocks = triton.cdiv(pixels, block_p)
-    pitches = [_strides(units, x, pixels)[2] for x in (source, to) if x != "channels"]
+    # What divides every distance between the channels of different pixels and units.
+    pitches = [s for x in (source, to) if x != "channels" for s in _strides(units, x, pixels)]
     pad = units.padded if to == "planes" and units.padded != units.length else 0
     return _Launch(
         "relayout",
@@ -286,7 +288,8 @@ def _relayout_launch(units: _Units, source: str, to: str, batch: int, pixels: in
         dict(
             FROM_LAST=source != "channels",
             TO_LAST=to != "channels",
-            VECTOR=math.gcd(16, *pitches),
+            VECTOR_C=math.gcd(16, units.length, *pitches),
+            VECTOR_P=math.gcd(16, pixels),
             BLOCK_P=block_p,
             BLOCK_C=block_c,
             PAD=pad,
@@ -430,8 +433,8 @@ def _gather_launch(
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(g.point_channels, block_o)
     programs = g.batch * tiles * blocks
     splits = 1
-    if programs < multiprocessors:
-        splits = min(taps, 2 * multiprocessors // programs)
+    if 2 * programs <= multiprocessors:
+        splits = min(taps, multiprocessors // programs)
     launch = _Launch(
         "gather",
         (programs, splits, 1),
@@ -461,7 +464,7 @@ def _reduce_launch(
         "reduce",
         (triton.cdiv(count, 1024), 1, 1),
         (count, splits, sizes, strides),
-        dict(BLOCK=1024),
+        dict(INDEX=tl.int32 if count * splits < 2**31 else tl.int64, BLOCK=1024),
         4,
         1,
     )
@@ -578,9 +581,9 @@ def _spread_launch(
 
 
 def _by_inverse(g: Geometry) -> bool:
-    """Whether the image gradient goes by inverse gather: bitwise repeatable, and faster than
-    atomic additions except where many units share the lists' cost."""
-    return torch.are_deterministic_algorithms_enabled() or not _units(g).narrow
+    """Whether the image gradient goes by inverse gather: bitwise repeatable if the lists are
+    in order, and faster than atomic additions unless few channels share the cost of a list."""
+    return torch.are_deterministic_algorithms_enabled() or _units(g).length > configs.NARROW
 
 
 def _inverse(call: _Call, points: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
@@ -590,16 +593,19 @@ def _inverse(call: _Call, points: Tensor, bias: Tensor | None, like: Tensor) -> 
     tiles = math.prod(triton.cdiv(s, t) for s, t in zip(g.image_size, tile, strict=True))
     owners = g.batch * max(g.offset_groups, 1) * math.prod(g.kernel)
     positions = math.prod(g.point_size)
-    # A program lists `segment` positions; enough programs to fill a device.
+    ordered = torch.are_deterministic_algorithms_enabled()
     block = configs.LISTED
-    segments = min(triton.cdiv(positions, block), max(1, triton.cdiv(512, owners)))
-    segment = triton.cdiv(triton.cdiv(positions, segments), block) * block
-    segments = triton.cdiv(positions, segment)
+    # Programs a list: in order, each has counts of its own, so no more than fill a device.
+    programs = triton.cdiv(positions, block)
+    if ordered:
+        programs = min(programs, max(1, triton.cdiv(512, owners)))
+    segment = triton.cdiv(triton.cdiv(positions, programs), block) * block
+    segments = triton.cdiv(positions, segment) if ordered else 1
     most = owners * positions * 2 ** len(g.kernel)
     counts = torch.zeros(owners * tiles * segments, dtype=torch.int32, device=points.device)
     index = torch.int32 if most < 2**31 else torch.int64
     entries = torch.empty(most, dtype=torch.int32, device=points.device)
-    count, fill = _bucket_launches(g, tiles, segments, segment)
+    count, fill = _bucket_launches(g, tiles, ordered, segment)
     count(call.offset, counts, None, None)
     ends = torch.cumsum(counts, 0, dtype=index)
     fill(call.offset, counts, ends, entries)
@@ -615,8 +621,10 @@ def _inverse(call: _Call, points: Tensor, bias: Tensor | None, like: Tensor) -> 
 
 @functools.lru_cache(maxsize=4096)
 def _bucket_launches(
-    g: Geometry, tiles: int, segments: int, segment: int
+    g: Geometry, tiles: int, ordered: bool, segment: int
 ) -> tuple[_Launch, _Launch]:
+    """The passes that count and fill; a program takes `segment` positions."""
+    segments = triton.cdiv(math.prod(g.point_size), segment)
     groups = max(g.offset_groups, 1)
     owners = g.batch * groups * math.prod(g.kernel)
     block = _fit(math.prod(g.point_size), configs.LISTED)
@@ -628,6 +636,7 @@ def _bucket_launches(
             (_sizes(g), groups, tiles, segments, segment),
             dict(
                 FILL=fill,
+                ORDERED=ordered,
                 KEY=tl.int32 if (tiles + 1) * block < 2**31 else tl.int64,
                 TILE=configs.TILES[len(g.kernel)],
                 BLOCK=block,
@@ -790,6 +799,14 @@ _POINTERS = {
 }
 
 
+# The arguments that are multiples of a constant.
+_DIVIDED = {
+    "VECTOR_C": ("channels", "unit", "group_in"),
+    "VECTOR_O": ("outputs", "group_out"),
+    "VECTOR_P": ("pixels",),
+}
+
+
 def _types(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_types(v) for v in value)
@@ -815,11 +832,8 @@ def _compile(
     for i, (name, value) in enumerate(constants, start=len(types) - len(constants)):
         assert function.arg_names[i] == name
         bound[(i,)] = value
-    vectors = {"C": ("channels", "unit", "group_in"), "O": ("outputs", "group_out")}
     divisors = {
-        name: vector
-        for constant, vector in constants
-        for name in vectors.get(constant.removeprefix("VECTOR_"), ())
+        name: divisor for constant, divisor in constants for name in _DIVIDED.get(constant, ())
     }
     divisors |= {function.arg_names[i]: 16 for i, d in enumerate(dtypes) if d is not None}
     aligned = {
