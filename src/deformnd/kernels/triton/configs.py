@@ -26,24 +26,25 @@ ANY = 1 << 31
 TABLE = (
     Row("gather", 2, 32, 128, 32, 32, 4, 2),
     Row("gather", 2, 64, 64, 64, 32, 4, 1),
-    Row("gather", 2, 128, 64, 128, 32, 4, 1),
+    Row("gather", 2, 128, 128, 128, 32, 4, 3),
     Row("gather", 2, ANY, 64, 256, 64, 8, 3),
     Row("gather", 4, 64, 128, 64, 32, 4, 2),
     Row("gather", 4, 128, 64, 128, 32, 4, 2),
     Row("gather", 4, ANY, 128, 256, 32, 8, 2),
     Row("gather narrow", 2, 64, 64, 64, 32, 4, 1),
-    Row("gather narrow", 2, ANY, 64, 128, 32, 4, 1),
+    Row("gather narrow", 2, ANY, 128, 128, 16, 4, 2),
     Row("gather narrow", 4, ANY, 64, 64, 32, 4, 2),
     Row("spread", 2, 128, 64, 128, 32, 4, 2),
     Row("spread", 2, 256, 64, 256, 64, 4, 2),
     Row("spread", 2, ANY, 64, 64, 64, 4, 2),
     Row("spread", 4, 128, 64, 128, 32, 4, 2),
     Row("spread", 4, ANY, 64, 64, 32, 4, 2),
-    Row("spread narrow", 2, 128, 64, 128, 16, 4, 2),
+    Row("spread narrow", 2, 64, 64, 64, 16, 4, 2),
+    Row("spread narrow", 2, 128, 128, 128, 32, 4, 1),
     Row("spread narrow", 2, ANY, 64, 64, 16, 4, 2),
     Row("spread narrow", 4, ANY, 64, 64, 16, 4, 2),
-    Row("inverse", 2, 64, 64, 64, 64, 4, 2),
-    Row("inverse", 2, 128, 128, 32, 128, 4, 3),
+    Row("inverse", 2, 64, 128, 64, 64, 4, 1),
+    Row("inverse", 2, 128, 128, 64, 128, 4, 1),
     Row("inverse", 2, ANY, 128, 32, 256, 4, 3),
     Row("inverse", 4, 64, 64, 32, 64, 4, 2),
     Row("inverse", 4, ANY, 64, 32, 128, 4, 2),
@@ -58,9 +59,9 @@ TABLE = (
 # atomic additions.
 NARROW = 32
 
-# With fewer channels than this the errors of "split" do not average out (kernels.py), and plain
-# float32 products are no bottleneck.
-FEW = 32
+# In so few weights of a group and kernel point the errors of "split" (kernels.py) do not average
+# out, and plain float32 products are no bottleneck.
+FEW = 1024
 
 # Positions that are listed at once for the inverse gather.
 LISTED = 512

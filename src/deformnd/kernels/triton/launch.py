@@ -142,6 +142,17 @@ def _units(g: Geometry) -> _Units:
     return _Units(length, count, narrow, triton.next_power_of_2(length) if narrow else length)
 
 
+def _precision(g: Geometry, dtype: torch.dtype) -> str:
+    """See kernels.py, Note [precision]."""
+    if dtype != torch.float32:
+        return "native"
+    # With narrow units the gathers cost most, and Triton 3.6 cannot compile TF32 weight gradients.
+    if _allows_tf32() and not _units(g).narrow:
+        return "tf32"
+    per_group = g.image_channels * g.point_channels // g.groups**2
+    return "ieee" if per_group < configs.FEW else "split"
+
+
 class _Call:
     """What the operators of one call share: contiguous tensors, layouts made at most once."""
 
@@ -153,10 +164,7 @@ class _Call:
         self.mask = mask
         self._weight = weight
         self.units = _units(g)
-        self.precision = "native"
-        if weight.dtype == torch.float32:
-            few = min(g.image_channels, g.point_channels) // g.groups < configs.FEW
-            self.precision = "tf32" if _allows_tf32() else "ieee" if few else "split"
+        self.precision = _precision(g, weight.dtype)
         self._packed: Tensor | None = None
         self._image: tuple[Tensor, Tensor] | None = None
         self._rows: tuple[Tensor, Tensor] | None = None
