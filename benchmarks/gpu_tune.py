@@ -93,7 +93,7 @@ def prepare(job: tuple[str, configs.Row]) -> tuple[Any, tuple[Any, ...]]:
         made, splits = launch._gather_launch(g, row.width, precision, False, MULTIPROCESSORS)
         return made, (dtype, weight, dtype, dtype, dtype, single if splits > 1 else dtype)
     if operator == "spread":
-        atomics = "narrow" in row.operator
+        atomics = "narrow" in row.operator or row.width == 4
         made = launch._spread_launch(
             g, row.width, precision, True, atomics, True, MULTIPROCESSORS
         )
@@ -192,6 +192,42 @@ def _leading(times: dict[tuple[int, ...], float], count: int) -> str:
     return "  ".join(f"{'/'.join(map(str, k))} {v:.4f}" for k, v in best)
 
 
+def hopper(shapes: list[str]) -> None:
+    """The kernels of gluon.py, whose rows have fewer choices."""
+    from triton.testing import do_bench
+
+    for name in shapes:
+        g = geometry(name)
+        if launch._units(g).count > 1:
+            continue
+        data = Data(name, 2)
+        weight = data.weight.view(-1)
+        grads = (torch.empty_like(data.offset), torch.empty_like(data.mask))
+        out = torch.empty_like(data.points)
+        for operator in ("gather", "along"):
+            found = {}
+            for c, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4)):
+                row = configs.HopperRow(operator, configs.ANY, 256, c, warps, stages)
+                configs.HOPPER = (row,)
+                launch._hopper_gather_launch.cache_clear()
+                launch._hopper_along_launch.cache_clear()
+                taps = math.prod(g.kernel)
+                if operator == "gather":
+                    made = launch._hopper_gather_launch(g, torch.float16, False, 0)
+                    packed = weight.view(taps * g.image_channels, -1)
+                    tensors = (data.image, packed, data.offset, data.mask, data.bias, out)
+                else:
+                    made = launch._hopper_along_launch(g, torch.float16, MULTIPROCESSORS)
+                    packed = weight.view(taps * g.point_channels, -1)
+                    tensors = (data.image, data.points, packed, data.offset, data.mask, *grads)
+                if made is None or not made(*tensors):
+                    launch._BROKEN.clear()
+                    continue
+                ms = do_bench(lambda: made(*tensors), warmup=3, rep=12, return_mode="median")  # noqa: B023
+                found[c, warps, stages] = ms
+            print(name, "hopper", operator, _leading(found, 6), flush=True)
+
+
 def main() -> None:
     from triton.testing import do_bench
 
@@ -199,7 +235,10 @@ def main() -> None:
     parser.add_argument("operators", nargs="*", default=sorted({row.operator for row in BASE}))
     parser.add_argument("--widths", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--hopper", action="store_true", help="the kernels of gluon.py only")
     args = parser.parse_args()
+    if args.hopper:
+        return hopper(args.shapes)
     jobs = []
     for kind in BASE:
         if kind.operator not in args.operators or kind.width not in args.widths:
@@ -239,7 +278,7 @@ def main() -> None:
         try:
             made, _ = prepare((name, row))
             operator = row.operator.split()[0]
-            arguments = held[1].arguments(operator, made, "narrow" in row.operator)
+            arguments = held[1].arguments(operator, made, "narrow" in row.operator or row.width == 4)
             made(*arguments)
             ms = do_bench(lambda: made(*arguments), warmup=3, rep=12, return_mode="median")  # noqa: B023
         except Exception as failure:

@@ -368,6 +368,29 @@ def test_compiles(
         assert compiled.metadata.shared <= (163 if capability == 80 else 227) * 1024
 
 
+@pytest.mark.skipif(INTERPRETING or launch.gluon is None, reason="no Gluon")
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_compiles_for_hopper(n: int) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    size, kernel, ones = (16,) * n, (3,) * n, (1,) * n
+    g = Geometry(2, 64, 128, 1, 1, 1, size, size, kernel, ones, ones, ones)
+    for dtype in (torch.float16, torch.bfloat16):
+        for made in (
+            launch._hopper_gather_launch(g, dtype, False, 0),
+            launch._hopper_gather_launch(g, dtype, True, 0),
+            launch._hopper_along_launch(g, dtype, 132),
+        ):
+            assert made is not None
+            dtypes = [dtype] * (6 if made.launch.kernel == "gather" else 7)
+            dtypes[made.launch.descriptor] = launch._descriptor_type(
+                dtype, made.block, made.layout
+            )
+            compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
+            assert "wgmma" in compiled.asm["ptx"]
+            assert compiled.metadata.shared <= 227 * 1024
+
+
 # On a GPU
 
 
@@ -390,6 +413,10 @@ GPU_CASES = [
     Case((14, 14), (3, 3), image=512, points=512, batch=1),
     Case((300,), (5,), image=512, points=128, dilation=(3,)),
     Case((7, 16, 16), (3, 3, 3), image=64, points=32),
+    Case((7, 15, 16), (3, 3, 3), image=64, points=64),
+    Case((7, 15, 16), (3, 3, 3), image=64, points=128, last=True, transposed=True),
+    Case((301,), (5,), image=96, points=192, mask_groups=0),
+    Case((30, 31), (3, 3), image=256, points=256, last=True, bias=False),
 ]
 
 
@@ -399,6 +426,7 @@ GPU_CASES = [
 def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
     # Offsets in float32: coordinates in half of these sizes are exact only nearly.
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+    assert not launch._BROKEN
 
 
 def draw(rng: random.Random, n: int) -> Case:

@@ -70,6 +70,32 @@ LISTED = 512
 TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
 
+@dataclass(frozen=True)
+class HopperRow:
+    operator: str  # a kernel of gluon.py; a program takes 16 positions a warp
+    channels: int  # up to so many point channels
+    block_o: int
+    block_c: int
+    warps: int
+    stages: int
+
+
+HOPPER = (
+    HopperRow("gather", 64, 64, 32, 4, 2),
+    HopperRow("gather", 128, 128, 64, 4, 2),
+    HopperRow("gather", ANY, 256, 32, 4, 2),
+    HopperRow("along", 128, 128, 32, 4, 3),
+    HopperRow("along", ANY, 256, 64, 4, 2),
+)
+
+# Whether forward interpolation in half numbers may round to half after every corner.
+HALF = True
+
+
+def find_hopper(operator: str, channels: int) -> HopperRow:
+    return next(r for r in HOPPER if r.operator == operator and channels <= r.channels)
+
+
 def find(operator: str, width: int, channels: int) -> Row:
     for row in TABLE:
         if row.operator == operator and row.width == width and channels <= row.channels:

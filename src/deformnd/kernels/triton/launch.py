@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,15 @@ try:
     from . import kernels
 except ImportError:
     triton = None
+
+try:  # Gluon's interface may yet change; without it everything runs on the kernels above.
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import gluon
+except Exception:
+    gluon = None
 
 
 def available() -> bool:
@@ -61,7 +71,7 @@ def scatter(
         return reference.scatter(g, points, weight, offset, mask, bias)
     with _on_device_of(points):
         call = _Call.of(g, points, offset, mask, weight)
-        if _by_inverse(g):
+        if _by_inverse(g, points):
             return _inverse(call, points, bias, points)
         return _spread(call, None, points, bias, (True, False, False), points)[0]
 
@@ -84,13 +94,13 @@ def gradients(
     out: list[Tensor | None] = [None] * 5
     with _on_device_of(image):
         call = _Call.of(g, image, offset, mask, weight)
-        if by_image and _by_inverse(g):
+        if by_image and _by_inverse(g, image):
             call.rows(points)  # first, so that all kernels use them
         if by_points:
             out[1] = _gather(call, image, None, points)
         if by_weight:
             out[2] = _weight_gradient(call, image, points, weight)
-        atomics = by_image and not _by_inverse(g)
+        atomics = by_image and not _by_inverse(g, image)
         if by_offset or by_mask or atomics:
             out[0], out[3], out[4] = _spread(
                 call, image, points, None, (atomics, by_offset, by_mask), image
@@ -185,6 +195,15 @@ class _Call:
         if self._packed is None:
             self._packed = _pack_weight(self.g, self._weight, self.precision == "split")
         return self._packed
+
+    def fragments(self, by_gather: bool) -> Tensor:
+        """As gluon.py takes it."""
+        last = not self._weight.is_contiguous() and self._weight.movedim(1, -1).is_contiguous()
+        weight = _aligned(self._weight if last else self._weight.contiguous())
+        out = weight.new_empty(weight.numel())
+        _fragments_launch(self.g, last, by_gather)(weight, out)
+        rows = math.prod(self.g.kernel) * weight.shape[1 if by_gather else 0]
+        return out.view(rows, -1)
 
     def image(self, image: Tensor) -> Tensor:
         """As rows [B, S, C], or as planes [B, units, S, padded] if the units are narrow."""
@@ -337,6 +356,19 @@ def _pack_launch(g: Geometry, last: bool, split: bool) -> _Launch:
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _fragments_launch(g: Geometry, last: bool, by_gather: bool) -> _Launch:
+    count = _weights(g)
+    return _Launch(
+        "pack_fragments",
+        (triton.cdiv(count, 1024), 1, 1),
+        (math.prod(g.kernel), g.point_channels, g.image_channels, count),
+        dict(LAST=last, GATHER=by_gather, BLOCK=1024),
+        4,
+        1,
+    )
+
+
 # Operators
 
 
@@ -347,6 +379,12 @@ def _gather(call: _Call, image: Tensor, bias: Tensor | None, like: Tensor) -> Te
     last = form is not torch.contiguous_format
     shape = (g.batch, g.point_channels, *g.point_size)
     out = torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=form)
+    if _on_hopper(g, image):
+        made = _hopper_gather_launch(g, image.dtype, last, _multiprocessors(image.device))
+        if made is not None and made(
+            call.image(image), call.fragments(True), call.offset, call.mask, bias, out
+        ):
+            return out
     key = (image.element_size(), call.precision, last, _multiprocessors(image.device))
     launch, splits = _gather_launch(g, *key)
     target = out
@@ -451,6 +489,7 @@ def _gather_launch(
             POINTS_LAST=last,
             **_constants(g, precision, _image_rows(g)),
             EVEN=g.groups == 1 and _units(g).length % block_c == 0,
+            HALF=configs.HALF,
             SPLIT=splits > 1,
             UNITS=units,
             BLOCK_P=block_p,
@@ -500,6 +539,11 @@ def _spread(
         shape = (g.batch, units.count * units.padded * pixels)
         grad_image = torch.zeros(shape, dtype=torch.float32, device=points.device)
     by_position = grad_offset is not None or grad_mask is not None
+    if by_position and not by_image and last and image is not None and _on_hopper(g, image):
+        made = _hopper_along_launch(g, image.dtype, _multiprocessors(image.device))
+        tensors = (call.image(image), placed, call.fragments(False), call.offset, call.mask)
+        if made is not None and made(*tensors, grad_offset, grad_mask):
+            return None, grad_offset, grad_mask
     key = (points.element_size(), call.precision, last, by_image, by_position)
     _spread_launch(g, *key, _multiprocessors(points.device))(
         call.image(image) if by_position and image is not None else None,
@@ -588,10 +632,152 @@ def _spread_launch(
     )
 
 
-def _by_inverse(g: Geometry) -> bool:
-    """Whether the image gradient goes by inverse gather: bitwise repeatable if the lists are
-    in order, and faster than atomic additions unless few channels share the cost of a list."""
-    return torch.are_deterministic_algorithms_enabled() or _units(g).length > configs.NARROW
+# Hopper
+
+
+def _on_hopper(g: Geometry, image: Tensor) -> bool:
+    """Whether gluon.py can take the call: half numbers, one group, one unit, sizes that fit."""
+    return (
+        gluon is not None
+        and image.is_cuda
+        and image.element_size() == 2
+        and _capability(image.device) == (9, 0)
+        and g.groups == 1
+        and _units(g).count == 1
+        and g.offset_groups == 1
+        and g.image_channels % 32 == 0
+        and g.point_channels % 64 == 0
+        and max(_image_rows(g), math.prod(g.point_size) * g.point_channels) < 2**31
+        and math.prod(g.image_size) * 2 ** len(g.image_size) < 2**31
+    )
+
+
+class _HopperLaunch:
+    """A Gluon kernel; calling it says whether it ran. One that cannot be compiled never does."""
+
+    def __init__(self, launch: _Launch, block: tuple[int, int], layout: Any) -> None:
+        self.launch = launch
+        self.block = list(block)
+        self.layout = layout
+
+    def __call__(self, *tensors: Tensor | None) -> bool:
+        if self.launch.kernel in _BROKEN:
+            return False
+        given: list[Any] = list(tensors)
+        at = self.launch.descriptor
+        given[at] = TensorDescriptor.from_tensor(given[at], self.block, self.layout)
+        try:
+            self.launch(*given)
+        except Exception as failure:
+            _BROKEN.add(self.launch.kernel)
+            warnings.warn(f"deformnd: {self.launch.kernel} of gluon.py: {failure}", stacklevel=2)
+            return False
+        return True
+
+
+_BROKEN: set[str] = set()
+
+
+def _columns_layout(rows: int, channels: int, warps: int) -> Any:
+    """Eight consecutive channels to a lane, as wgmma has them (gluon.py)."""
+    registers = [[0, 1], [0, 2], [0, 4]]
+    registers += [[0, 32 << i] for i in range((channels // 32).bit_length() - 1)] + [[8, 0]]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    warp = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [rows, channels])
+
+
+def _mma_layout(columns: int, warps: int) -> Any:
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16]
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _hopper_gather_launch(
+    g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
+) -> _HopperLaunch | None:
+    row = configs.find_hopper("gather", g.point_channels)
+    block_p = 16 * row.warps
+    block_o = math.gcd(row.block_o, g.point_channels)
+    # Eight corners of 32 channels take the registers of four of 64.
+    block_c = math.gcd(row.block_c if len(g.kernel) < 3 else 32, g.image_channels)
+    tiles = triton.cdiv(math.prod(g.point_size), block_p)
+    blocks = g.point_channels // block_o
+    if g.batch * tiles * blocks < multiprocessors:
+        return None  # the Triton kernel has more warps to a program, and may split the sum
+    shared = gl.NVMMASharedLayout.get_default_for([block_c, block_o], _GLUON_TYPES[dtype])
+    launch = _Launch(
+        "gather",
+        (g.batch * tiles * blocks, 1, 1),
+        (_sizes(g), g.image_channels, g.point_channels, tiles, blocks),
+        dict(
+            POINTS_LAST=last,
+            HALF=configs.HALF,
+            BLOCK_P=block_p,
+            BLOCK_O=block_o,
+            BLOCK_C=block_c,
+            STAGES=row.stages,
+            MMA=_mma_layout(block_o, row.warps),
+            COLUMNS=_columns_layout(block_p, block_c, row.warps),
+            ROWS=_columns_layout(block_p, block_o, row.warps),
+            PLANES=gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p],
+                                    [0, 1]),
+            num_warps=row.warps,
+        ),
+        row.warps,
+        1,
+        descriptor=1,
+    )  # fmt: skip
+    return _HopperLaunch(launch, (block_c, block_o), shared)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hopper_along_launch(
+    g: Geometry, dtype: torch.dtype, multiprocessors: int
+) -> _HopperLaunch | None:
+    block_o = g.point_channels
+    if block_o > 256 or block_o & (block_o - 1):
+        return None
+    row = configs.find_hopper("along", g.point_channels)
+    block_p = 16 * row.warps
+    block_c = math.gcd(row.block_c if len(g.kernel) < 3 else 32, g.image_channels)
+    tiles = triton.cdiv(math.prod(g.point_size), block_p)
+    taps = math.prod(g.kernel)
+    splits = max(1, min(taps, 2 * multiprocessors // (g.batch * tiles)))
+    shared = gl.NVMMASharedLayout.get_default_for([block_o, block_c], _GLUON_TYPES[dtype])
+    across = min(32, block_o // 8)
+    launch = _Launch(
+        "along",
+        (g.batch * tiles, splits, 1),
+        (_sizes(g), g.image_channels, g.point_channels, tiles, splits),
+        dict(
+            BLOCK_P=block_p,
+            BLOCK_O=block_o,
+            BLOCK_C=block_c,
+            STAGES=row.stages,
+            MMA=_mma_layout(block_c, row.warps),
+            COLUMNS=_columns_layout(block_p, block_c, row.warps),
+            ROWS=gl.BlockedLayout([1, 8], [32 // across, across], [row.warps, 1], [1, 0]),
+            num_warps=row.warps,
+        ),
+        row.warps,
+        1,
+        descriptor=2,
+    )
+    return _HopperLaunch(launch, (block_o, block_c), shared)
+
+
+def _by_inverse(g: Geometry, like: Tensor) -> bool:
+    """Whether the image gradient goes by inverse gather.
+
+    It is bitwise repeatable if the lists are in order. For half numbers it is also faster than
+    atomic additions, unless few channels share the cost of a list; for float32 it has more
+    products to split (kernels.py, Note [precision]), so it is slower and less accurate.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return True
+    return like.element_size() == 2 and _units(g).length > configs.NARROW
 
 
 def _inverse(call: _Call, points: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
@@ -752,8 +938,10 @@ class _Launch:
         constants: dict[str, Any],
         warps: int,
         stages: int,
+        descriptor: int | None = None,
     ) -> None:
         self.kernel = kernel
+        self.descriptor = descriptor  # which argument of a Gluon kernel is a tensor descriptor
         self.grid = grid
         self.integers = integers
         self.constants = constants
@@ -761,13 +949,13 @@ class _Launch:
         self.tail = (*integers, *constants.values())
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Any) -> None:
         device = next(t for t in tensors if t is not None).device
         if device.type == "cpu":  # under TRITON_INTERPRET=1
             kernel = getattr(kernels, self.kernel)
             kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
             return
-        dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        dtypes = tuple(None if t is None else _dtype(t) for t in tensors)
         compiled = self.compiled.get((device.index, dtypes))
         if compiled is None:
             target = triton.runtime.driver.active.get_current_target()
@@ -782,11 +970,11 @@ class _Launch:
             None,
             None,
             None,
-            *[None if t is None else t.data_ptr() for t in tensors],
+            *[t.data_ptr() if isinstance(t, Tensor) else t for t in tensors],
             *self.tail,
         )
 
-    def compile(self, dtypes: Sequence[torch.dtype | None], target: Any) -> Any:
+    def compile(self, dtypes: Sequence[Any], target: Any) -> Any:
         return _compile(
             self.kernel,
             tuple(dtypes),
@@ -795,6 +983,7 @@ class _Launch:
             tuple(self.options.items()),
             target,
             torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
+            self.descriptor is not None,
         )
 
 
@@ -805,6 +994,20 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+
+
+_GLUON_TYPES = {} if gluon is None else {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def _dtype(t: Any) -> Any:
+    """A tensor's dtype; a descriptor's type in a signature."""
+    if isinstance(t, Tensor):
+        return t.dtype
+    return _descriptor_type(t.base.dtype, t.block_shape, t.layout)
+
+
+def _descriptor_type(dtype: torch.dtype, block: Sequence[int], layout: Any) -> str:
+    return f"tensordesc<{_POINTERS[dtype].removeprefix('*')}{list(block)},{layout!r}>"
 
 
 # The arguments that are multiples of a constant.
@@ -830,10 +1033,11 @@ def _compile(
     options: tuple[tuple[str, int], ...],
     target: Any,
     device: int,
+    for_hopper: bool,
 ) -> Any:
     """Compile for a target; `device` only keeps apart what is loaded on different devices."""
-    function = getattr(kernels, kernel)
-    types: list[Any] = ["constexpr" if d is None else _POINTERS[d] for d in dtypes]
+    function = getattr(gluon if for_hopper else kernels, kernel)
+    types: list[Any] = ["constexpr" if d is None else _POINTERS.get(d, d) for d in dtypes]
     types += [*integers, *["constexpr"] * len(constants)]
     signature = dict(zip(function.arg_names, types, strict=True))
     bound: dict[tuple[int, ...], Any] = {(i,): None for i, d in enumerate(dtypes) if d is None}
@@ -843,13 +1047,15 @@ def _compile(
     divisors = {
         name: divisor for constant, divisor in constants for name in _DIVIDED.get(constant, ())
     }
-    divisors |= {function.arg_names[i]: 16 for i, d in enumerate(dtypes) if d is not None}
+    divisors |= {function.arg_names[i]: 16 for i, d in enumerate(dtypes) if d in _POINTERS}
+    if for_hopper:
+        divisors |= {"channels": 16, "outputs": 16}
     aligned = {
         (i,): [["tt.divisibility", divisors[name]]]
         for i, name in enumerate(function.arg_names)
         if name in divisors
     }
-    source = ASTSource(function, signature, bound, aligned)
+    source = (GluonASTSource if for_hopper else ASTSource)(function, signature, bound, aligned)
     return triton.compile(source, target=target, options=dict(options))
 
 
@@ -858,6 +1064,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache(maxsize=None)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _allows_tf32() -> bool:
