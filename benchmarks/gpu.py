@@ -155,7 +155,6 @@ def timed(
     leaves = tuple(t.detach().requires_grad_() for t in tensors)
     y = call(leaves)
     wanted = [t for t in leaves if y.grad_fn is not None]
-    grad = grad.contiguous(memory_format=torch.preserve_format)
     backward = median_ms(
         lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True, allow_unused=True)
     )
@@ -247,7 +246,8 @@ def measure(
         last = problem.last()
         grad = problem.grad
         if problem.n > 1:
-            grad = grad.contiguous(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[problem.n])
+            form = {2: torch.channels_last, 3: torch.channels_last_3d}[problem.n]
+            grad = grad.contiguous(memory_format=form)
         row["dense forward"], row["dense backward"] = timed(problem.dense, last, grad)
         if dtype == "float32":
             # In the run with TF32 off, what cuDNN takes for the same accuracy.
@@ -306,22 +306,7 @@ def main() -> None:
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
-    rows = []
-    print(
-        "shape            dtype      forward    tv  dense backward    tv  dense  determ.  "
-        "MiB  tv MiB output worst error"
-    )
-    for dtype in args.dtypes:
-        for name in args.shapes:
-            rows.append(measure(name, SHAPES[name], dtype))
-            print(show(rows[-1]), flush=True)
-    if not args.quick:
-        for name in ("big", "r50c4", "b64", "edvr"):
-            rows.append(measure(name, SHAPES[name], "float16", channels_last=True))
-            print(show(rows[-1]), flush=True)
-        for name, shape in SCALING.items():
-            rows.append(measure(name, shape, "float16", light=True))
-            print(show(rows[-1]), flush=True)
+    rows: list[dict[str, Any]] = []
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -330,10 +315,27 @@ def main() -> None:
         "command": "python benchmarks/gpu.py",
         "rows": rows,
     }
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(show(row), flush=True)
+        if args.out:
+            with open(args.out, "w") as file:
+                json.dump(report, file, indent=1)
+                file.write("\n")
+
+    print(
+        "shape            dtype      forward    tv  dense backward    tv  dense  determ.  "
+        "MiB  tv MiB output worst error"
+    )
+    for dtype in args.dtypes:
+        for name in args.shapes:
+            add(measure(name, SHAPES[name], dtype))
+    if not args.quick:
+        for name in ("big", "r50c4", "b64", "edvr"):
+            add(measure(name, SHAPES[name], "float16", channels_last=True))
+        for name, shape in SCALING.items():
+            add(measure(name, shape, "float16", light=True))
 
 
 if __name__ == "__main__":

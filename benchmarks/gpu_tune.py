@@ -94,9 +94,7 @@ def prepare(job: tuple[str, configs.Row]) -> tuple[Any, tuple[Any, ...]]:
         return made, (dtype, weight, dtype, dtype, dtype, single if splits > 1 else dtype)
     if operator == "spread":
         atomics = "narrow" in row.operator or row.width == 4
-        made = launch._spread_launch(
-            g, row.width, precision, True, atomics, True, MULTIPROCESSORS
-        )
+        made = launch._spread_launch(g, row.width, precision, True, atomics, True, MULTIPROCESSORS)
         return made, (dtype, dtype, weight, *(dtype,) * 4, single if atomics else None)
     if operator == "weight":
         made, _ = launch._weight_launch(g, row.width, precision, True, MULTIPROCESSORS)
@@ -133,7 +131,7 @@ class Data:
         def randn(*size: int) -> torch.Tensor:
             return torch.randn(*size, device="cuda").to(dtype)
 
-        self.image = randn(g.batch, math.prod(g.image_size), units.count * units.padded)
+        self.image = randn(g.batch, math.prod(g.image_size), units.number * units.padded)
         self.points = randn(g.batch, math.prod(g.point_size), g.point_channels)
         weight = randn(g.point_channels, g.image_channels, *g.kernel)
         self.weight = launch._pack_weight(g, weight, width == 4)
@@ -198,7 +196,7 @@ def hopper(shapes: list[str]) -> None:
 
     for name in shapes:
         g = geometry(name)
-        if launch._units(g).count > 1:
+        if launch._units(g).number > 1:
             continue
         data = Data(name, 2)
         weight = data.weight.view(-1)
@@ -278,7 +276,8 @@ def main() -> None:
         try:
             made, _ = prepare((name, row))
             operator = row.operator.split()[0]
-            arguments = held[1].arguments(operator, made, "narrow" in row.operator or row.width == 4)
+            atomics = "narrow" in row.operator or row.width == 4
+            arguments = held[1].arguments(operator, made, atomics)
             made(*arguments)
             ms = do_bench(lambda: made(*arguments), warmup=3, rep=12, return_mode="median")  # noqa: B023
         except Exception as failure:
@@ -300,7 +299,8 @@ def main() -> None:
             for k in common
         }
         print("  mean of", *by_shape, _leading(means, 4), flush=True)
-        report.append({"kind": str(kind), "times": {n: {str(k): v for k, v in f.items()} for n, f in by_shape.items()}})
+        found_by_name = {n: {str(k): v for k, v in f.items()} for n, f in by_shape.items()}
+        report.append({"kind": str(kind), "times": found_by_name})
     if "OUT" in os.environ:
         with open(os.path.join(os.environ["OUT"], "tune.json"), "w") as file:
             json.dump(report, file)

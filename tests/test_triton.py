@@ -101,9 +101,7 @@ class Case:
                 x, weight, offset, mask, bias, stride, padding, (0,) * n, dilation, self.groups
             )
         else:
-            g = conv_geometry(
-                x, weight, offset, mask, bias, stride, padding, dilation, self.groups
-            )
+            g = conv_geometry(x, weight, offset, mask, bias, stride, padding, dilation, self.groups)
         shape = (g.batch, g.image_channels, *g.image_size)
         if not self.transposed:
             shape = (g.batch, g.point_channels, *g.point_size)
@@ -269,9 +267,7 @@ def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -
         check(case.make(torch.float32, "cpu"), 3e-5, 3e-5)
 
 
-def test_interpreted_deterministic(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units take the inverse gather too, and lists longer than a block are right."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     monkeypatch.setattr(configs, "LISTED", 16)
@@ -383,9 +379,7 @@ def test_compiles_for_hopper(n: int) -> None:
         ):
             assert made is not None
             dtypes = [dtype] * (6 if made.launch.kernel == "gather" else 7)
-            dtypes[made.launch.descriptor] = launch._descriptor_type(
-                dtype, made.block, made.layout
-            )
+            dtypes[made.launch.descriptor] = launch._descriptor_type(dtype, made.block, made.layout)
             compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024

@@ -11,6 +11,9 @@ Corners of block i + 1 are loaded while wgmma multiplies block i. A register ope
 overwritten before its wgmma is done, so the wait names it.
 """
 
+# Tuples of Triton grow by +.
+# ruff: noqa: RUF005, RUF059
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -136,14 +139,11 @@ def _fetch(image, code, c0, channels, image_size):
 
 
 @gluon.jit
-def _blend(values, packed, dtype: gl.constexpr, HALF: gl.constexpr):
+def _blend(values, packed, dtype: gl.constexpr):
     columns = None
     for q in gl.static_range(len(values)):
         weight = _half(packed[q // 2], q % 2)[:, None]
-        if HALF and dtype == gl.float16:
-            term = values[q] * weight
-        else:
-            term = values[q].to(gl.float32) * weight.to(gl.float32)
+        term = values[q].to(gl.float32) * weight.to(gl.float32)
         if q == 0:
             columns = term
         else:
@@ -159,7 +159,7 @@ def _bytes(rows, columns):
 @gluon.jit
 def gather(image, weight, offset, mask, bias, out,
            sizes, channels, outputs, tiles, blocks,
-           POINTS_LAST: gl.constexpr, HALF: gl.constexpr, BLOCK_P: gl.constexpr,
+           POINTS_LAST: gl.constexpr, BLOCK_P: gl.constexpr,
            BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
            COLUMNS: gl.constexpr, ROWS: gl.constexpr, PLANES: gl.constexpr,
            num_warps: gl.constexpr):  # fmt: skip
@@ -199,7 +199,7 @@ def gather(image, weight, offset, mask, bias, out,
     packed = _weights(axes, amplitude)
     values = _fetch(here, code, c0, channels, image_size)
     for i in range(steps):
-        a = _blend(values, packed, dtype, HALF)
+        a = _blend(values, packed, dtype)
         a = gl.reshape(a, [BLOCK_P, BLOCK_C // 32, 4, 2, 2, 2])
         a = gl.reshape(gl.permute(a, (0, 1, 3, 4, 2, 5)), [BLOCK_P, BLOCK_C])
         a = gl.convert_layout(a, operand)

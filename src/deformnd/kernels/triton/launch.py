@@ -26,7 +26,7 @@ try:
 
     from . import kernels
 except ImportError:
-    triton = None
+    triton = None  # type: ignore[assignment, unused-ignore]
 
 try:  # Gluon's interface may yet change; without it everything runs on the kernels above.
     from triton.experimental.gluon import language as gl
@@ -35,7 +35,7 @@ try:  # Gluon's interface may yet change; without it everything runs on the kern
 
     from . import gluon
 except Exception:
-    gluon = None
+    gluon = None  # type: ignore[assignment]
 
 
 def available() -> bool:
@@ -73,7 +73,9 @@ def scatter(
         call = _Call.of(g, points, offset, mask, weight)
         if _by_inverse(g, points):
             return _inverse(call, points, bias, points)
-        return _spread(call, None, points, bias, (True, False, False), points)[0]
+        image = _spread(call, None, points, bias, (True, False, False), points)[0]
+        assert image is not None
+        return image
 
 
 def gradients(
@@ -138,7 +140,7 @@ class _Units(NamedTuple):
     """How a call's image channels split into units."""
 
     length: int
-    count: int
+    number: int
     narrow: bool
     padded: int  # length of a unit in memory
 
@@ -147,9 +149,9 @@ class _Units(NamedTuple):
 def _units(g: Geometry) -> _Units:
     channels = g.image_channels
     length = math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
-    count = channels // length
-    narrow = count > 1 and length <= configs.NARROW
-    return _Units(length, count, narrow, triton.next_power_of_2(length) if narrow else length)
+    number = channels // length
+    narrow = number > 1 and length <= configs.NARROW
+    return _Units(length, number, narrow, triton.next_power_of_2(length) if narrow else length)
 
 
 def _precision(g: Geometry, dtype: torch.dtype) -> str:
@@ -260,7 +262,7 @@ def _as_rows(t: Tensor) -> Tensor:
 
 
 def _planes(t: Tensor, units: _Units) -> Tensor:
-    out = t.new_empty(t.shape[0], units.count, _pixels(t), units.padded)
+    out = t.new_empty(t.shape[0], units.number, _pixels(t), units.padded)
     last = t.movedim(1, -1).is_contiguous()
     source = t if last or t.is_contiguous() else t.contiguous()
     if units.padded == 1 and not last:
@@ -291,12 +293,12 @@ def _relayout(
 
 def _strides(units: _Units, layout: str, pixels: int) -> tuple[int, int, int]:
     """Of a batch item, a unit, and a pixel (of a channel in "channels")."""
-    channels = units.length * units.count
+    channels = units.length * units.number
     if layout == "channels":
         return channels * pixels, units.length * pixels, pixels
     if layout == "rows":
         return channels * pixels, units.length, channels
-    return units.count * pixels * units.padded, pixels * units.padded, units.padded
+    return units.number * pixels * units.padded, pixels * units.padded, units.padded
 
 
 @functools.lru_cache(maxsize=4096)
@@ -309,9 +311,15 @@ def _relayout_launch(units: _Units, source: str, to: str, batch: int, pixels: in
     pad = units.padded if to == "planes" and units.padded != units.length else 0
     return _Launch(
         "relayout",
-        (blocks * units.count * batch, triton.cdiv(units.padded, block_c), 1),
-        (pixels, units.count, units.length, *_strides(units, source, pixels))
-        + (*_strides(units, to, pixels), blocks),
+        (blocks * units.number * batch, triton.cdiv(units.padded, block_c), 1),
+        (
+            pixels,
+            units.number,
+            units.length,
+            *_strides(units, source, pixels),
+            *_strides(units, to, pixels),
+            blocks,
+        ),
         dict(
             FROM_LAST=source != "channels",
             TO_LAST=to != "channels",
@@ -415,8 +423,8 @@ def _channels(g: Geometry) -> tuple[int, ...]:
         g.point_channels,
         g.image_channels // g.groups,
         g.point_channels // g.groups,
-        units.count // max(g.offset_groups, 1),
-        units.count // max(g.mask_groups, 1),
+        units.number // max(g.offset_groups, 1),
+        units.number // max(g.mask_groups, 1),
     )
 
 
@@ -443,9 +451,9 @@ def _blocks(g: Geometry, operator: str, width: int, channels: int) -> tuple[conf
     row = configs.find(operator + " narrow" if units.narrow else operator, width, channels)
     if not units.narrow:
         return row, 1, _fit(units.length, row.block_c)
-    # At least 16 lanes, which a product needs.
-    at_once = min(row.block_c // units.padded, triton.next_power_of_2(units.count))
-    return row, max(at_once, 16 // units.padded, 2), units.padded
+    # At least the lanes of _LEAST.
+    at_once = min(row.block_c // units.padded, triton.next_power_of_2(units.number))
+    return row, max(at_once, min(_LEAST, row.block_c) // units.padded, 2), units.padded
 
 
 def _outputs_of(g: Geometry, channels: int) -> int:
@@ -458,13 +466,18 @@ def _outputs_of(g: Geometry, channels: int) -> int:
     return min(met, g.groups) * group_out
 
 
-def _fit(size: int, block: int, least: int = 16) -> int:
+# Channels of a block at least. A product needs 16, but with 16 columns Triton 3.6 makes wgmma read
+# outside shared memory.
+_LEAST = 32
+
+
+def _fit(size: int, block: int, least: int = _LEAST) -> int:
     return int(min(block, max(least, triton.next_power_of_2(size))))
 
 
 def _image_rows(g: Geometry) -> int:
     units = _units(g)
-    return math.prod(g.image_size) * units.count * units.padded
+    return math.prod(g.image_size) * units.number * units.padded
 
 
 @functools.lru_cache(maxsize=4096)
@@ -474,7 +487,7 @@ def _gather_launch(
     group_out = g.point_channels // g.groups
     row, units, block_c = _blocks(g, "gather", width, group_out)
     positions, taps = math.prod(g.point_size), math.prod(g.kernel)
-    block_p = _fit(positions, row.block_p)
+    block_p = _fit(positions, row.block_p, 16)
     block_o = _fit(g.point_channels, row.block_o)
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(g.point_channels, block_o)
     programs = g.batch * tiles * blocks
@@ -489,7 +502,6 @@ def _gather_launch(
             POINTS_LAST=last,
             **_constants(g, precision, _image_rows(g)),
             EVEN=g.groups == 1 and _units(g).length % block_c == 0,
-            HALF=configs.HALF,
             SPLIT=splits > 1,
             UNITS=units,
             BLOCK_P=block_p,
@@ -536,7 +548,7 @@ def _spread(
         grad_mask = _by_unit(g, call.mask, g.mask_groups)
     pixels = math.prod(g.image_size)
     if by_image:
-        shape = (g.batch, units.count * units.padded * pixels)
+        shape = (g.batch, units.number * units.padded * pixels)
         grad_image = torch.zeros(shape, dtype=torch.float32, device=points.device)
     by_position = grad_offset is not None or grad_mask is not None
     if by_position and not by_image and last and image is not None and _on_hopper(g, image):
@@ -567,20 +579,22 @@ def _spread(
 
 def _by_unit(g: Geometry, like: Tensor, groups: int) -> Tensor:
     """A gradient like `like`, but of each unit where a group has several."""
-    count = _units(g).count
+    count = _units(g).number
     if count == groups:
         return torch.empty_like(like)
     return like.new_empty(like.numel() * (count // groups), dtype=torch.float32)
 
 
 def _sum_units(g: Geometry, grad: Tensor, like: Tensor, groups: int) -> Tensor:
-    count = _units(g).count
+    count = _units(g).number
     if count == groups:
         return grad
     return grad.view(g.batch, groups, count // groups, -1).sum(2).view(like.shape).to(like.dtype)
 
 
-def _image_like(g: Geometry, laid: Tensor, bias: Tensor | None, layout: str, like: Tensor) -> Tensor:
+def _image_like(
+    g: Geometry, laid: Tensor, bias: Tensor | None, layout: str, like: Tensor
+) -> Tensor:
     """An image in the dtype and memory format of `like` from one laid out for the kernels."""
     form = memory_format(like)
     last = form is not torch.contiguous_format
@@ -609,7 +623,7 @@ def _spread_launch(
 ) -> _Launch:
     row, units, block_c = _blocks(g, "spread", width, g.point_channels // g.groups)
     positions, taps = math.prod(g.point_size), math.prod(g.kernel)
-    block_p = _fit(positions, row.block_p)
+    block_p = _fit(positions, row.block_p, 16)
     block_o = _fit(_outputs_of(g, units * block_c), row.block_o)
     tiles = triton.cdiv(positions, block_p)
     splits = max(1, min(taps, 4 * multiprocessors // (g.batch * tiles)))
@@ -643,7 +657,7 @@ def _on_hopper(g: Geometry, image: Tensor) -> bool:
         and image.element_size() == 2
         and _capability(image.device) == (9, 0)
         and g.groups == 1
-        and _units(g).count == 1
+        and _units(g).number == 1
         and g.offset_groups == 1
         and g.image_channels % 32 == 0
         and g.point_channels % 64 == 0
@@ -665,6 +679,7 @@ class _HopperLaunch:
             return False
         given: list[Any] = list(tensors)
         at = self.launch.descriptor
+        assert at is not None
         given[at] = TensorDescriptor.from_tensor(given[at], self.block, self.layout)
         try:
             self.launch(*given)
@@ -713,7 +728,6 @@ def _hopper_gather_launch(
         (_sizes(g), g.image_channels, g.point_channels, tiles, blocks),
         dict(
             POINTS_LAST=last,
-            HALF=configs.HALF,
             BLOCK_P=block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
@@ -843,9 +857,7 @@ def _bucket_launches(
 
 
 @functools.lru_cache(maxsize=4096)
-def _inverse_launch(
-    g: Geometry, width: int, precision: str, tiles: int, segments: int
-) -> _Launch:
+def _inverse_launch(g: Geometry, width: int, precision: str, tiles: int, segments: int) -> _Launch:
     units = _units(g)
     row = configs.find("inverse", width, units.length)
     tile = configs.TILES[len(g.kernel)]
@@ -853,7 +865,7 @@ def _inverse_launch(
     constants = _constants(g, precision, math.prod(g.point_size) * g.point_channels)
     return _Launch(
         "inverse",
-        (g.batch * units.count * tiles, triton.cdiv(units.length, block_c), 1),
+        (g.batch * units.number * tiles, triton.cdiv(units.length, block_c), 1),
         (_sizes(g), *_channels(g), _weights(g), tiles, segments),
         dict(
             **constants,
@@ -890,12 +902,12 @@ def _weight_launch(
     units = _units(g)
     row, at_once, block_c = _blocks(g, "weight", width, g.point_channels // g.groups)
     positions, taps = math.prod(g.point_size), math.prod(g.kernel)
-    block_p = _fit(positions, row.block_p)
+    block_p = _fit(positions, row.block_p, 16)
     tiles = triton.cdiv(positions, block_p)
     if units.narrow:
-        blocks, channels = triton.cdiv(units.count, at_once), at_once * units.length
+        blocks, channels = triton.cdiv(units.number, at_once), at_once * units.length
     else:
-        blocks, channels = units.count * triton.cdiv(units.length, block_c), block_c
+        blocks, channels = units.number * triton.cdiv(units.length, block_c), block_c
     outputs = _outputs_of(g, channels)
     block_o = _fit(outputs, row.block_o)
     over = triton.cdiv(outputs, block_o)
@@ -1024,7 +1036,7 @@ def _types(value: Any) -> Any:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compile(
     kernel: str,
     dtypes: tuple[torch.dtype | None, ...],
@@ -1059,14 +1071,14 @@ def _compile(
     return triton.compile(source, target=target, options=dict(options))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
