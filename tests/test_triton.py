@@ -10,9 +10,11 @@ import dataclasses
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -308,6 +310,48 @@ def exact_positions(device: str) -> None:
 # Compiled without a device
 
 
+def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
+    """Instructions that read a uniform register before any instruction has written it.
+
+    ptxas (12.8, with Triton 3.6) hoists the descriptors of some products out of a loop past what
+    they are made from. The kernel then reads outside shared memory; the tables avoid such tiles.
+    """
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    (tmp_path / "cubin").write_bytes(cubin)
+    listing = subprocess.run(
+        [tools / "cuobjdump", "--dump-sass", tmp_path / "cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    written: set[int] = set()
+    found = []
+    for line in listing.splitlines():
+        match = re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ +)?(\S+)(.*?);", line)
+        if not match:
+            continue
+        name, rest = match.groups()
+        operands = [x.strip() for x in rest.split(",")]
+        target = None
+        if re.match(r"U(?!BLK|TMA|CGABAR)|R2UR|S2UR|CS2UR|VOTEU|REDUX", name):
+            if re.fullmatch(r"U?P\w+", operands[0]):
+                operands = operands[1:]
+            if operands and re.fullmatch(r"UR\d+", operands[0]):
+                target = int(operands.pop(0)[2:])
+        read = []
+        for operand in operands:
+            for kind, number in re.findall(r"(gdesc\[|)UR(\d+)", operand):
+                # A pair of descriptors, of which a left factor in registers needs but one.
+                one = name.startswith("HGMMA") and re.fullmatch(r"R\d+", operands[1])
+                parts = range(2 if one else 0, 4) if kind else range(1)
+                read += [int(number) + i for i in parts]
+        if not written.issuperset(read):
+            found.append(line.strip())
+        if target is not None:
+            written |= {target, target + 1} if re.search(r"64|WIDE|CS2", name) else {target}
+    return found
+
+
 def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> list[Any]:
     """One launch of every kernel with the dtypes of its tensors."""
     size, kernel = (16,) * n, (3,) * n
@@ -353,7 +397,12 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
     ],
 )
 def test_compiles(
-    n: int, dtype: torch.dtype, offset_groups: int, groups: int, capability: int
+    n: int,
+    dtype: torch.dtype,
+    offset_groups: int,
+    groups: int,
+    capability: int,
+    tmp_path: Path,
 ) -> None:
     from triton.backends.compiler import GPUTarget
 
@@ -362,11 +411,13 @@ def test_compiles(
         assert "cubin" in compiled.asm
         # What an sm_80 has for a block; consumer chips of that line have 99 KiB.
         assert compiled.metadata.shared <= (163 if capability == 80 else 227) * 1024
+        if capability == 90:
+            assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
 @pytest.mark.skipif(INTERPRETING or launch.gluon is None, reason="no Gluon")
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_compiles_for_hopper(n: int) -> None:
+def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
 
     size, kernel, ones = (16,) * n, (3,) * n, (1,) * n
@@ -383,6 +434,26 @@ def test_compiles_for_hopper(n: int) -> None:
             compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
+            assert not unset_registers(compiled.asm["cubin"], tmp_path)
+
+
+def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The check above sees what it is for, as long as ptxas does it."""
+    from triton.backends.compiler import GPUTarget
+
+    if INTERPRETING or not triton.__version__.startswith("3.6"):
+        pytest.skip("known of Triton 3.6")
+    bad = configs.Row("inverse", 2, configs.ANY, 32, 64, 64, 4, 1)
+    monkeypatch.setattr(configs, "TABLE", (bad, *configs.TABLE))
+    forget()
+    size, ones = (180, 320), (1, 1)
+    g = Geometry(1, 64, 64, 1, 16, 16, size, size, (3, 3), ones, ones, ones)
+    half, integer = torch.float16, torch.int32
+    made = launch._inverse_launch(g, 2, "native", 920, 1)
+    dtypes = (half, half, half, half, None, integer, integer, half)
+    compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
+    forget()
+    assert unset_registers(compiled.asm["cubin"], tmp_path)
 
 
 # On a GPU

@@ -119,7 +119,9 @@ def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
 
 
 def _on_device_of(t: Tensor) -> Any:
-    return torch.cuda.device_of(t) if t.is_cuda else _NOTHING
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device_of(t)
 
 
 class _Nothing:
@@ -466,8 +468,7 @@ def _outputs_of(g: Geometry, channels: int) -> int:
     return min(met, g.groups) * group_out
 
 
-# Channels of a block at least. A product needs 16, but with 16 columns Triton 3.6 makes wgmma read
-# outside shared memory.
+# Channels of a block at least: a product needs 16, and 32 fill a sector of memory.
 _LEAST = 32
 
 
@@ -797,23 +798,12 @@ def _by_inverse(g: Geometry, like: Tensor) -> bool:
 def _inverse(call: _Call, points: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
     """Derivative by the image, in the memory format of `like`."""
     g = call.g
-    tile = configs.TILES[len(g.kernel)]
-    tiles = math.prod(triton.cdiv(s, t) for s, t in zip(g.image_size, tile, strict=True))
-    owners = g.batch * max(g.offset_groups, 1) * math.prod(g.kernel)
-    positions = math.prod(g.point_size)
-    ordered = torch.are_deterministic_algorithms_enabled()
-    block = configs.LISTED
-    # Programs a list: in order, each has counts of its own, so no more than fill a device.
-    programs = triton.cdiv(positions, block)
-    if ordered:
-        programs = min(programs, max(1, triton.cdiv(512, owners)))
-    segment = triton.cdiv(triton.cdiv(positions, programs), block) * block
-    segments = triton.cdiv(positions, segment) if ordered else 1
-    most = owners * positions * 2 ** len(g.kernel)
-    counts = torch.zeros(owners * tiles * segments, dtype=torch.int32, device=points.device)
-    index = torch.int32 if most < 2**31 else torch.int64
-    entries = torch.empty(most, dtype=torch.int32, device=points.device)
-    count, fill = _bucket_launches(g, tiles, ordered, segment)
+    plan = _list_plan(g, torch.are_deterministic_algorithms_enabled())
+    tiles, segments = plan.tiles, plan.segments
+    counts = torch.zeros(plan.counts, dtype=torch.int32, device=points.device)
+    entries = torch.empty(plan.entries, dtype=torch.int32, device=points.device)
+    index = torch.int32 if plan.entries < 2**31 else torch.int64
+    count, fill = plan.launches
     count(call.offset, counts, None, None)
     ends = torch.cumsum(counts, 0, dtype=index)
     fill(call.offset, counts, ends, entries)
@@ -825,6 +815,35 @@ def _inverse(call: _Call, points: Tensor, bias: Tensor | None, like: Tensor) -> 
         rows, call.weight(), call.offset, call.mask, bias, ends, entries, laid
     )
     return _image_like(g, laid, None, "rows", like)
+
+
+class _ListPlan(NamedTuple):
+    tiles: int
+    segments: int
+    counts: int
+    entries: int  # at most
+    launches: tuple[_Launch, _Launch]
+
+
+@functools.lru_cache(maxsize=4096)
+def _list_plan(g: Geometry, ordered: bool) -> _ListPlan:
+    tile = configs.TILES[len(g.kernel)]
+    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
+    owners = g.batch * max(g.offset_groups, 1) * math.prod(g.kernel)
+    positions, block = math.prod(g.point_size), configs.LISTED
+    # Programs a list: in order, each has counts of its own, so no more than fill a device.
+    programs = -(-positions // block)
+    if ordered:
+        programs = min(programs, max(1, -(-512 // owners)))
+    segment = -(-positions // programs // block) * block
+    segments = -(-positions // segment) if ordered else 1
+    return _ListPlan(
+        tiles,
+        segments,
+        owners * tiles * segments,
+        owners * positions * 2 ** len(g.kernel),
+        _bucket_launches(g, tiles, ordered, segment),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -973,7 +992,7 @@ class _Launch:
             target = triton.runtime.driver.active.get_current_target()
             compiled = self.compile(dtypes, target)
             self.compiled[(device.index, dtypes)] = compiled
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
         compiled.run(
             *self.grid,
             stream,
