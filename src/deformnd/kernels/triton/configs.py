@@ -1,0 +1,106 @@
+"""Tile sizes, by operator, element width and channels; nothing is tuned on a user's call.
+
+A row is right for every size: it only decides how fast. The first row that fits is taken.
+Measured on an NVIDIA H200 with torch 2.11 and Triton 3.6 by benchmarks/gpu_tune.py, on the
+shapes there (two dimensions, 3 x 3 and 7 x 7 kernel points).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    operator: str
+    width: int  # bytes of an element of the image
+    channels: int  # up to so many point channels of a group (inverse: image channels of a unit)
+    block_p: int  # positions (inverse: list entries) of a program
+    block_o: int  # point channels
+    block_c: int  # image channels
+    warps: int
+    stages: int
+
+
+ANY = 1 << 31
+
+# Tiles for one unit at a time (kernels.py, Note [units]), then for many ("narrow").
+#
+# Some other tiles of "inverse" (32/64/64/4/1 with many units) compile to wrong machine code with
+# Triton 3.6: tests/test_triton.py, unset_registers, looks for that in every row it compiles.
+TABLE = (
+    Row("gather", 2, 32, 128, 32, 32, 4, 2),
+    Row("gather", 2, 64, 64, 64, 32, 4, 1),
+    Row("gather", 2, 128, 128, 128, 32, 4, 3),
+    Row("gather", 2, ANY, 64, 256, 64, 8, 3),
+    Row("gather", 4, 64, 128, 64, 32, 4, 2),
+    Row("gather", 4, 128, 64, 128, 32, 4, 2),
+    Row("gather", 4, ANY, 128, 256, 32, 8, 1),
+    Row("gather narrow", 2, 64, 64, 64, 32, 4, 1),
+    Row("gather narrow", 2, ANY, 128, 128, 32, 4, 2),
+    Row("gather narrow", 4, ANY, 128, 64, 32, 4, 1),
+    Row("spread", 2, 128, 64, 128, 32, 4, 2),
+    Row("spread", 2, 256, 64, 256, 64, 4, 2),
+    Row("spread", 2, ANY, 64, 64, 64, 4, 2),
+    Row("spread", 4, 64, 128, 64, 32, 4, 3),
+    Row("spread", 4, 128, 64, 128, 32, 4, 2),
+    Row("spread", 4, ANY, 128, 64, 64, 8, 3),
+    Row("spread narrow", 2, 64, 64, 64, 32, 4, 1),
+    Row("spread narrow", 2, 128, 128, 128, 32, 4, 1),
+    Row("spread narrow", 2, ANY, 64, 64, 32, 4, 2),
+    Row("spread narrow", 4, ANY, 32, 64, 64, 4, 1),
+    Row("inverse", 2, 64, 64, 64, 64, 4, 2),
+    Row("inverse", 2, 128, 128, 32, 128, 4, 3),
+    Row("inverse", 2, ANY, 128, 32, 256, 4, 3),
+    Row("inverse", 4, ANY, 64, 32, 64, 4, 1),
+    Row("weight", 2, 64, 64, 64, 64, 4, 2),
+    Row("weight", 2, ANY, 64, 256, 64, 4, 1),
+    Row("weight", 4, 64, 32, 64, 64, 4, 1),
+    Row("weight", 4, ANY, 64, 256, 64, 8, 1),
+    Row("weight narrow", 2, ANY, 64, 64, 32, 4, 1),
+    Row("weight narrow", 4, ANY, 32, 64, 32, 4, 1),
+)
+
+# Units of at most so many channels are taken several at a time, and their image gradient goes by
+# atomic additions.
+NARROW = 32
+
+# In so few weights of a group and kernel point the errors of "split" (kernels.py) do not average
+# out, and plain float32 products are no bottleneck.
+FEW = 1024
+
+# Positions that are listed at once for the inverse gather.
+LISTED = 512
+
+# Tiles of the image for the inverse gather, by rank: 64 pixels each.
+TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
+
+
+@dataclass(frozen=True)
+class HopperRow:
+    operator: str  # a kernel of gluon.py; a program takes 16 positions a warp
+    channels: int  # up to so many point channels
+    block_o: int
+    block_c: int
+    warps: int
+    stages: int
+
+
+HOPPER = (
+    HopperRow("gather", 64, 64, 32, 4, 2),
+    HopperRow("gather", 128, 128, 64, 4, 2),
+    HopperRow("gather", ANY, 256, 32, 4, 2),
+    HopperRow("along", 128, 128, 32, 4, 3),
+    HopperRow("along", ANY, 256, 64, 4, 2),
+)
+
+
+def find_hopper(operator: str, channels: int) -> HopperRow:
+    return next(r for r in HOPPER if r.operator == operator and channels <= r.channels)
+
+
+def find(operator: str, width: int, channels: int) -> Row:
+    for row in TABLE:
+        if row.operator == operator and row.width == width and channels <= row.channels:
+            return row
+    raise LookupError(f"no row for {operator}, width {width}")

@@ -1,0 +1,920 @@
+"""Triton kernels of the bilinear form (geometry.py, Note [one bilinear form]).
+
+Every kernel serves one, two and three axes: sizes are tuples, and loops over axes and corners
+unroll. Letters: B batch, P positions of the points, K kernel points, S pixels of the image,
+C image channels, O point channels.
+
+Note [units]
+A unit is a run of image channels that shares one offset group and one mask group; `unit` is its
+length U. Positions, cells and corner weights are found once per (position, kernel point, unit).
+  wide    UNITS == 1: one unit at a time, its channels in blocks of BLOCK_C. The image lies in
+          rows of pixels [B, S, C] (channels last).
+  narrow  UNITS > 1: that many units at once, each padded to BLOCK_C channels (a power of two).
+          The image lies in planes [B, C / U, S, BLOCK_C], so that the two corners of a cell
+          along the last axis are neighbours in memory.
+Weights lie as [K, O, C / groups]; in "split" precision as two such arrays, the bfloat16 heads
+and what they leave. Points are [B, P, O] or [B, O, P] (POINTS_LAST or not).
+
+Note [precision]
+"native" multiplies half and bfloat16 numbers as they are, "tf32" rounds float32 ones to TF32,
+"ieee" does not (no tensor cores). "split" writes each float32 factor as head + tail in bfloat16
+and adds three products: relative error 4e-6 in a sum of many terms, at three times the cost of
+one half product. All sums are in float32; tensor cores round theirs toward zero, so the longest
+ones take them only a tile at a time in "split" (_dot_once), which is ten times more accurate.
+
+Note [corners]
+A position is valid in [-1, size) on every axis; NaN and infinity are not. A corner outside
+the image is moved inside and gets weight 0 along its axis, so a load needs no predicate;
+an invalid sample has amplitude 0. No float is converted that an integer cannot hold.
+"""
+
+# Tuples of Triton grow by +, and a name of an outer loop must not be taken for another type.
+# ruff: noqa: RUF005, RUF059, B007
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _volume(size):
+    volume = size[0]
+    for a in tl.static_range(1, len(size)):
+        volume = volume * size[a]
+    return volume
+
+
+@triton.jit
+def _unravel(index, size):
+    """Coordinates of a row-major index."""
+    point = ()
+    for a in tl.static_range(len(size)):
+        point = (index % size[len(size) - 1 - a],) + point
+        index = index // size[len(size) - 1 - a]
+    return point
+
+
+@triton.jit
+def _positions(offset, b, group, groups, tap, p, inside, sizes):
+    """Where kernel point `tap` of the points p samples, and whether that is valid.
+
+    group may be a scalar with p [N], or [M, 1] with p [1, N].
+    """
+    image_size, point_size, kernel_size, stride, padding, dilation = sizes
+    point = _unravel(p, point_size)
+    shift = _unravel(tap, kernel_size)
+    valid = inside
+    positions = ()
+    base = (b.to(tl.int64) * groups + group) * _volume(kernel_size) + tap
+    for a in tl.static_range(len(image_size)):
+        grid = point[a] * stride[a] - padding[a] + shift[a] * dilation[a]
+        position = grid.to(tl.float32)
+        if offset is not None:
+            place = (base * len(image_size) + a) * _volume(point_size) + p
+            position += tl.load(offset + place, mask=inside, other=0.0).to(tl.float32)
+        valid = valid & (position >= -1.0) & (position < image_size[a])
+        positions = positions + (position,)
+    return positions, valid
+
+
+@triton.jit
+def _amplitude(mask, b, group, groups, tap, p, inside, valid, sizes):
+    """The mask's value, 0 where the sample is not valid."""
+    amplitude = tl.where(valid, 1.0, 0.0)
+    if mask is not None:
+        place = (b.to(tl.int64) * groups + group) * _volume(sizes[2]) + tap
+        value = tl.load(mask + place * _volume(sizes[1]) + p, mask=inside, other=0.0)
+        amplitude = tl.where(valid, value.to(tl.float32), 0.0)
+    return amplitude
+
+
+@triton.jit
+def _cell(positions, valid, image_size):
+    """Per axis: (low, high) indices inside the image, their weights, their derivatives."""
+    indices = ()
+    weights = ()
+    slopes = ()
+    for a in tl.static_range(len(image_size)):
+        position = tl.where(valid, positions[a], 0.0)
+        floor = tl.floor(position)
+        low = floor.to(tl.int32)
+        has_low = low >= 0
+        has_high = low + 1 < image_size[a]
+        fraction = position - floor
+        indices = indices + ((tl.maximum(low, 0), tl.minimum(low + 1, image_size[a] - 1)),)
+        weights = weights + (
+            (tl.where(has_low, 1.0 - fraction, 0.0), tl.where(has_high, fraction, 0.0)),
+        )
+        slopes = slopes + ((tl.where(has_low, -1.0, 0.0), tl.where(has_high, 1.0, 0.0)),)
+    return indices, weights, slopes
+
+
+@triton.jit
+def _corner_row(indices, image_size, q: tl.constexpr):
+    """The pixel of corner q; the bits of q choose low or high, the last axis is bit 0."""
+    row = indices[0][(q >> (len(image_size) - 1)) & 1]
+    for a in tl.static_range(1, len(image_size)):
+        row = row * image_size[a] + indices[a][(q >> (len(image_size) - 1 - a)) & 1]
+    return row
+
+
+@triton.jit
+def _corner_weight(weights, slopes, q: tl.constexpr, along: tl.constexpr):
+    """Weight of corner q; its derivative along an axis if `along` >= 0."""
+    if along == 0:
+        weight = slopes[0][(q >> (len(weights) - 1)) & 1]
+    else:
+        weight = weights[0][(q >> (len(weights) - 1)) & 1]
+    for a in tl.static_range(1, len(weights)):
+        if a == along:
+            weight = weight * slopes[a][(q >> (len(weights) - 1 - a)) & 1]
+        else:
+            weight = weight * weights[a][(q >> (len(weights) - 1 - a)) & 1]
+    return weight
+
+
+@triton.jit
+def _blend(value, weight, HALF: tl.constexpr):
+    """value * weight, in float32 unless HALF allows half numbers to stay half.
+
+    Rounding to half after every corner makes a forward 4.4e-4 wrong instead of 3e-4.
+    """
+    if HALF and value.dtype == tl.float16:
+        return value * weight.to(tl.float16)
+    else:
+        return value.to(tl.float32) * weight
+
+
+@triton.jit
+def _parts(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """The factors that stand for x in a product (Note [precision])."""
+    if PRECISION == "split":
+        head = x.to(tl.bfloat16)
+        return (head, (x - head.to(tl.float32)).to(tl.bfloat16))
+    else:
+        return (x.to(dtype),)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "split":
+        acc = tl.dot(a[1], b[0], acc)
+        acc = tl.dot(a[0], b[1], acc)
+        return tl.dot(a[0], b[0], acc)
+    elif PRECISION != "native":
+        return tl.dot(a[0], b[0], acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a[0], b[0], acc)
+
+
+@triton.jit
+def _dot_once(a, b, acc, PRECISION: tl.constexpr):
+    """As _dot, but where it counts tensor cores add up this one product only."""
+    if PRECISION == "split":
+        return acc + _dot(a, b, tl.zeros(acc.shape, tl.float32), PRECISION)
+    else:
+        return _dot(a, b, acc, PRECISION)
+
+
+@triton.jit
+def _load_weight(weight, tap, o, o_in, c, c_in, outputs, group_in, group_out, weights,
+                 GROUPED: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Factors of weight[tap, o, c] [len(o), len(c)], 0 where o and c are of different groups."""
+    inside = o_in[:, None] & c_in[None, :]
+    row = tl.multiple_of((tap * outputs + o) * group_in, VECTOR)
+    if GROUPED:
+        first = tl.multiple_of((o // group_out) * group_in, VECTOR)
+        column = c[None, :] - first[:, None]
+        inside = inside & (column >= 0) & (column < group_in)
+        place = row[:, None] + column
+    else:
+        place = row[:, None] + c[None, :]
+    head = tl.load(weight + place, mask=inside, other=0.0)
+    if PRECISION == "split":
+        return (head, tl.load(weight + weights + place, mask=inside, other=0.0))
+    else:
+        return (head,)
+
+
+@triton.jit
+def _transpose_parts(parts, PRECISION: tl.constexpr):
+    if PRECISION == "split":
+        return (tl.trans(parts[0]), tl.trans(parts[1]))
+    else:
+        return (tl.trans(parts[0]),)
+
+
+@triton.jit
+def _points_at(b, p, o, positions, outputs, POINTS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Where points[b, o, p] lie [len(p), len(o)]."""
+    if POINTS_LAST:
+        row = tl.multiple_of((b.to(tl.int64) * positions + p) * outputs, VECTOR)
+        return row[:, None] + o[None, :]
+    else:
+        return (b.to(tl.int64) * outputs + o)[None, :] * positions + p[:, None]
+
+
+@triton.jit
+def _item(b, runs, unit, UNITS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the image of a batch item starts; `runs` are its units x pixels."""
+    if UNITS == 1:
+        return tl.multiple_of(b.to(tl.int64) * runs * unit, VECTOR)
+    else:
+        return b.to(tl.int64) * runs * BLOCK_C
+
+
+@triton.jit
+def _wide_columns(image, indices, weights, amplitude, image_size, channels, c, c_in,
+                  INDEX: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
+                  HALF: tl.constexpr):  # fmt: skip
+    """Sample channels c of one unit at one position each: [len(position), len(c)]."""
+    columns = None
+    for q in tl.static_range(2 ** len(image_size)):
+        row = _corner_row(indices, image_size, q).to(INDEX)
+        place = tl.multiple_of(row * channels, VECTOR)[:, None] + c[None, :]
+        if EVEN:
+            value = tl.load(image + place)
+        else:
+            value = tl.load(image + place, mask=c_in[None, :], other=0.0)
+        term = _blend(value, (_corner_weight(weights, None, q, -1) * amplitude)[:, None], HALF)
+        if q == 0:
+            columns = term
+        else:
+            columns += term
+    return columns
+
+
+@triton.jit
+def _narrow_columns(image, plane, indices, weights, amplitude, image_size,
+                    INDEX: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Sample whole units: [units, len(position), BLOCK_C]."""
+    columns = None
+    j = tl.arange(0, BLOCK_C)[None, None, :]
+    for q in tl.static_range(2 ** len(image_size)):
+        row = plane + _corner_row(indices, image_size, q).to(INDEX)
+        value = tl.load(image + ((row * BLOCK_C)[:, :, None] + j))
+        weight = _corner_weight(weights, None, q, -1) * amplitude
+        term = _blend(value, weight[:, :, None], HALF)
+        if q == 0:
+            columns = term
+        else:
+            columns += term
+    return columns
+
+
+@triton.jit
+def gather(image, weight, offset, mask, bias, out,
+           sizes, channels, unit, outputs, group_in, group_out, offset_units, mask_units,
+           weights, tiles, blocks, splits,
+           POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+           INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
+           EVEN: tl.constexpr, SPLIT: tl.constexpr, UNITS: tl.constexpr,
+           BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """dF/dpoints: a program samples BLOCK_P positions and multiplies by BLOCK_O rows of weight.
+
+    Grid: (B x tiles x blocks of O, splits). With SPLIT a program takes a share of the kernel
+    points and writes a partial sum [splits, ...] in float32.
+    """
+    image_size = sizes[0]
+    point_size = sizes[1]
+    kernel_size = sizes[2]
+    pixels = _volume(image_size)
+    positions = _volume(point_size)
+    taps = _volume(kernel_size)
+    units = channels // unit
+    tile = tl.program_id(0) // blocks
+    o0 = (tl.program_id(0) % blocks) * BLOCK_O
+    b = tile // tiles
+    split = tl.program_id(1)
+    p = (tile % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = p < positions
+    o = o0 + tl.arange(0, BLOCK_O)
+    o_in = o < outputs
+    # The channels of the groups that these outputs belong to, and the units that hold them.
+    c_first = (o0 // group_out) * group_in
+    c_last = ((tl.minimum(o0 + BLOCK_O, outputs) - 1) // group_out + 1) * group_in
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    image += _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
+    for tap in range(split * taps // splits, (split + 1) * taps // splits):
+        for u0 in range(c_first // unit, (c_last + unit - 1) // unit, UNITS):
+            if UNITS == 1:
+                at, valid = _positions(
+                    offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes
+                )
+                amplitude = _amplitude(
+                    mask, b, u0 // mask_units, units // mask_units, tap, p, inside, valid, sizes
+                )
+                indices, factors, slopes = _cell(at, valid, image_size)
+                first = tl.maximum(c_first, u0 * unit)
+                last = tl.multiple_of(tl.minimum(c_last, (u0 + 1) * unit), VECTOR_C)
+                for c0 in range(first, last, BLOCK_C):
+                    c = tl.multiple_of(c0 + tl.arange(0, BLOCK_C), VECTOR_C)
+                    columns = _wide_columns(
+                        image, indices, factors, amplitude, image_size, channels, c, c < last,
+                        INDEX, VECTOR_C, EVEN, False,
+                    )  # fmt: skip
+                    w = _load_weight(
+                        weight, tap, o, o_in, c, c < last, outputs, group_in, group_out, weights,
+                        GROUPED, VECTOR_C, PRECISION,
+                    )  # fmt: skip
+                    a = _parts(columns, image.dtype.element_ty, PRECISION)
+                    acc = _dot(a, _transpose_parts(w, PRECISION), acc, PRECISION)
+            else:
+                u = u0 + tl.arange(0, UNITS)[:, None]
+                here = (u < units) & inside[None, :]
+                u = tl.minimum(u, units - 1)
+                at, valid = _positions(
+                    offset, b, u // offset_units, units // offset_units, tap, p[None, :], here,
+                    sizes,
+                )  # fmt: skip
+                amplitude = _amplitude(
+                    mask, b, u // mask_units, units // mask_units, tap, p[None, :], here, valid,
+                    sizes,
+                )  # fmt: skip
+                indices, factors, slopes = _cell(at, valid, image_size)
+                columns = _narrow_columns(
+                    image, u.to(INDEX) * pixels, indices, factors, amplitude, image_size,
+                    INDEX, BLOCK_C, False,
+                )  # fmt: skip
+                lane = tl.arange(0, UNITS * BLOCK_C)
+                c_in = (lane % BLOCK_C < unit) & (u0 + lane // BLOCK_C < units)
+                w = _load_weight(
+                    weight, tap, o, o_in, (u0 + lane // BLOCK_C) * unit + lane % BLOCK_C, c_in,
+                    outputs, group_in, group_out, weights, GROUPED, VECTOR_C, PRECISION,
+                )  # fmt: skip
+                columns = tl.reshape(
+                    tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * BLOCK_C)
+                )
+                a = _parts(columns, image.dtype.element_ty, PRECISION)
+                acc = _dot(a, _transpose_parts(w, PRECISION), acc, PRECISION)
+    here = inside[:, None] & o_in[None, :]
+    if SPLIT:
+        out += split.to(tl.int64) * (tl.num_programs(0) // (tiles * blocks)) * positions * outputs
+    elif bias is not None:
+        acc += tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
+    place = _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O)
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _add_along(totals, dot, weights, slopes, amplitude, q: tl.constexpr, RANK: tl.constexpr):
+    """Add what corner q gives to the derivatives by the position's axes and by the mask."""
+    sums = ()
+    for a in tl.static_range(RANK):
+        sums = sums + (totals[a] + dot * amplitude * _corner_weight(weights, slopes, q, a),)
+    return sums + (totals[RANK] + dot * _corner_weight(weights, slopes, q, -1),)
+
+
+@triton.jit
+def _store_along(grad_offset, grad_mask, totals, b, u, units, tap, p, here, valid, sizes):
+    """Store the derivatives of one kernel point, laid out as an offset and a mask a unit."""
+    positions = _volume(sizes[1])
+    rank: tl.constexpr = len(sizes[0])
+    base = (b.to(tl.int64) * units + u) * _volume(sizes[2]) + tap
+    if grad_offset is not None:
+        for a in tl.static_range(rank):
+            value = tl.where(valid, totals[a], 0.0).to(grad_offset.dtype.element_ty)
+            tl.store(grad_offset + (base * rank + a) * positions + p, value, mask=here)
+    if grad_mask is not None:
+        value = tl.where(valid, totals[rank], 0.0).to(grad_mask.dtype.element_ty)
+        tl.store(grad_mask + base * positions + p, value, mask=here)
+
+
+@triton.jit
+def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
+           sizes, channels, unit, outputs, group_in, group_out, offset_units, mask_units,
+           weights, tiles, splits,
+           POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+           INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
+           EVEN: tl.constexpr, HOLD: tl.constexpr, UNITS: tl.constexpr,
+           BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """dF/doffset and dF/dmask, and dF/dimage by atomic additions.
+
+    What the columns' derivative points @ weight[tap] is, a program finds for BLOCK_P positions
+    and BLOCK_C channels and keeps in registers; its dot products with the gathered corners, over
+    the channels of a unit, give everything by offset and mask. Each of grad_offset, grad_mask
+    and grad_image (float32, laid out as image) may be None. Grid: (B x tiles, splits of the
+    kernel points). HOLD: the points' channels fit in one block, which stays.
+    """
+    image_size = sizes[0]
+    point_size = sizes[1]
+    kernel_size = sizes[2]
+    rank: tl.constexpr = len(image_size)
+    by_position: tl.constexpr = grad_offset is not None or grad_mask is not None
+    pixels = _volume(image_size)
+    positions = _volume(point_size)
+    taps = _volume(kernel_size)
+    units = channels // unit
+    b = tl.program_id(0) // tiles
+    split = tl.program_id(1)
+    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = p < positions
+    start = _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
+    if by_position:
+        image += start
+    if grad_image is not None:
+        grad_image += start
+    held = None
+    if HOLD:
+        o = tl.arange(0, BLOCK_O)
+        x = tl.load(
+            points + _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O),
+            mask=inside[:, None] & (o < outputs)[None, :],
+            other=0.0,
+        )
+        held = _parts(x, points.dtype.element_ty, PRECISION)
+    for tap in range(split * taps // splits, (split + 1) * taps // splits):
+        for u0 in range(0, units, UNITS):
+            if UNITS == 1:
+                at, valid = _positions(
+                    offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes
+                )
+                amplitude = _amplitude(
+                    mask, b, u0 // mask_units, units // mask_units, tap, p, inside, valid, sizes
+                )
+                indices, factors, slopes = _cell(at, valid, image_size)
+                dots = ()
+                for q in tl.static_range(2**rank):
+                    dots = dots + (tl.zeros((BLOCK_P,), tl.float32),)
+                last = (u0 + 1) * unit
+                for c0 in range(u0 * unit, last, BLOCK_C):
+                    c = tl.multiple_of(c0 + tl.arange(0, BLOCK_C), VECTOR_C)
+                    c_in = c < last
+                    grad = _grad_columns(
+                        points, held, weight, b, p, inside, tap, c, c_in, c0,
+                        tl.minimum(c0 + BLOCK_C, last) - 1, positions, outputs, group_in,
+                        group_out, weights, POINTS_LAST, GROUPED, PRECISION, VECTOR_C, VECTOR_O,
+                        HOLD, BLOCK_P, BLOCK_O, BLOCK_C,
+                    )  # fmt: skip
+                    new = ()
+                    for q in tl.static_range(2**rank):
+                        row = _corner_row(indices, image_size, q).to(INDEX)
+                        place = tl.multiple_of(row * channels, VECTOR_C)[:, None] + c[None, :]
+                        dot = dots[q]
+                        if by_position:
+                            if EVEN:
+                                value = tl.load(image + place)
+                            else:
+                                value = tl.load(image + place, mask=c_in[None, :], other=0.0)
+                            dot += tl.sum(value.to(tl.float32) * grad, 1)
+                        new = new + (dot,)
+                        if grad_image is not None:
+                            w = amplitude * _corner_weight(factors, None, q, -1)
+                            touched = (w != 0.0)[:, None] & c_in[None, :]
+                            tl.atomic_add(
+                                grad_image + place, grad * w[:, None], mask=touched, sem="relaxed"
+                            )
+                    dots = new
+                if by_position:
+                    totals = ()
+                    for a in tl.static_range(rank + 1):
+                        totals = totals + (tl.zeros((BLOCK_P,), tl.float32),)
+                    for q in tl.static_range(2**rank):
+                        totals = _add_along(totals, dots[q], factors, slopes, amplitude, q, rank)
+                    _store_along(
+                        grad_offset, grad_mask, totals, b, u0, units, tap, p, inside, valid, sizes
+                    )
+            else:
+                u = u0 + tl.arange(0, UNITS)[:, None]
+                here = (u < units) & inside[None, :]
+                u = tl.minimum(u, units - 1)
+                at, valid = _positions(
+                    offset, b, u // offset_units, units // offset_units, tap, p[None, :], here,
+                    sizes,
+                )  # fmt: skip
+                amplitude = _amplitude(
+                    mask, b, u // mask_units, units // mask_units, tap, p[None, :], here, valid,
+                    sizes,
+                )  # fmt: skip
+                indices, factors, slopes = _cell(at, valid, image_size)
+                lane = tl.arange(0, UNITS * BLOCK_C)
+                c_in = (lane % BLOCK_C < unit) & (u0 + lane // BLOCK_C < units)
+                grad = _grad_columns(
+                    points, held, weight, b, p, inside, tap,
+                    (u0 + lane // BLOCK_C) * unit + lane % BLOCK_C, c_in, u0 * unit,
+                    tl.minimum(u0 + UNITS, units) * unit - 1, positions, outputs, group_in,
+                    group_out, weights, POINTS_LAST, GROUPED, PRECISION, VECTOR_C, VECTOR_O,
+                    HOLD, BLOCK_P, BLOCK_O, UNITS * BLOCK_C,
+                )  # fmt: skip
+                grad = tl.permute(tl.reshape(grad, (BLOCK_P, UNITS, BLOCK_C)), (1, 0, 2))
+                j = tl.arange(0, BLOCK_C)[None, None, :]
+                totals = ()
+                for a in tl.static_range(rank + 1):
+                    totals = totals + (tl.zeros((UNITS, BLOCK_P), tl.float32),)
+                for q in tl.static_range(2**rank):
+                    row = u.to(INDEX) * pixels + _corner_row(indices, image_size, q).to(INDEX)
+                    place = (row * BLOCK_C)[:, :, None] + j
+                    if by_position:
+                        dot = tl.sum(tl.load(image + place).to(tl.float32) * grad, 2)
+                        totals = _add_along(totals, dot, factors, slopes, amplitude, q, rank)
+                    if grad_image is not None:
+                        w = amplitude * _corner_weight(factors, None, q, -1)
+                        touched = (w != 0.0)[:, :, None] & (j < unit)
+                        tl.atomic_add(
+                            grad_image + place, grad * w[:, :, None], mask=touched, sem="relaxed"
+                        )
+                if by_position:
+                    _store_along(
+                        grad_offset, grad_mask, totals, b, u, units, tap, p[None, :], here, valid,
+                        sizes,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _grad_columns(points, held, weight, b, p, inside, tap, c, c_in, c_first, c_last,
+                  positions, outputs, group_in, group_out, weights,
+                  POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+                  VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr, HOLD: tl.constexpr,
+                  BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """points @ weight[tap] [BLOCK_P, LANES] for channels c, all within c_first .. c_last."""
+    acc = tl.zeros((BLOCK_P, LANES), tl.float32)
+    if HOLD:
+        o = tl.arange(0, BLOCK_O)
+        w = _load_weight(weight, tap, o, o < outputs, c, c_in, outputs, group_in, group_out,
+                         weights, GROUPED, VECTOR_C, PRECISION)  # fmt: skip
+        return _dot(held, w, acc, PRECISION)
+    else:
+        o_first = (c_first // group_in) * group_out
+        o_last = (c_last // group_in + 1) * group_out
+        for o0 in range(o_first, o_last, BLOCK_O):
+            o = tl.multiple_of(o0 + tl.arange(0, BLOCK_O), VECTOR_O)
+            place = _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O)
+            x = tl.load(points + place, mask=inside[:, None] & (o < o_last)[None, :], other=0.0)
+            w = _load_weight(weight, tap, o, o < o_last, c, c_in, outputs, group_in, group_out,
+                             weights, GROUPED, VECTOR_C, PRECISION)  # fmt: skip
+            acc = _dot(_parts(x, points.dtype.element_ty, PRECISION), w, acc, PRECISION)
+        return acc
+
+
+# The image gradient without atomics: samples are listed by the tile of the image that they touch
+# (once for every tile that one of their corners lies in), and a tile gathers what touches it.
+
+
+@triton.jit
+def _tile_of(indices, valid, image_size, q, TILE: tl.constexpr):
+    """The tile of corner q, and whether no corner of fewer set bits lies in the same one."""
+    tile = None
+    new = valid
+    for a in tl.static_range(len(image_size)):
+        high = ((q >> (len(image_size) - 1 - a)) & 1) == 1
+        first = indices[a][0] // TILE[a]
+        last = indices[a][1] // TILE[a]
+        new = new & ((first != last) | (high == 0))
+        part = tl.where(high, last, first)
+        if a == 0:
+            tile = part
+        else:
+            tile = tile * ((image_size[a] + TILE[a] - 1) // TILE[a]) + part
+    return tile, new
+
+
+@triton.jit
+def _count_run(tile_a, count_a, tile_b, count_b):
+    """Scan: the number of elements since the tile changed."""
+    return tile_b, tl.where(tile_a == tile_b, count_a + count_b, count_b)
+
+
+@triton.jit
+def bucket(offset, counts, ends, entries, sizes, groups, tiles, segments, segment,
+           FILL: tl.constexpr, ORDERED: tl.constexpr, KEY: tl.constexpr, TILE: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
+    """List the samples by (batch item, offset group, tile, kernel point).
+
+    First pass (not FILL): count. Second: write each sample's position index to `entries`; `ends`
+    are the running sums of the counts, and the counts go down as entries are written. A program
+    takes a segment of `segment` positions of one (batch item, group, kernel point). ORDERED: each
+    segment has counts of its own and is walked in order, so the lists are the same in every run.
+    Grid: (B x groups x taps x segments).
+    """
+    image_size = sizes[0]
+    positions = _volume(sizes[1])
+    taps = _volume(sizes[2])
+    s = tl.program_id(0) % segments
+    owner = tl.program_id(0) // segments
+    tap = owner % taps
+    item = owner // taps  # (batch item, group)
+    lane = tl.arange(0, BLOCK)
+    stop = tl.minimum((s + 1) * segment, positions)
+    for p0 in range(s * segment, stop, BLOCK):
+        p = p0 + lane
+        at, valid = _positions(
+            offset, item // groups, item % groups, groups, tap, p, p < stop, sizes
+        )
+        indices, factors, slopes = _cell(at, valid, image_size)
+        for q in range(2 ** len(image_size)):
+            tile, new = _tile_of(indices, valid, image_size, q, TILE)
+            slot = (item.to(tl.int64) * tiles + tile) * taps + tap
+            if FILL and ORDERED:
+                # Sorted by tile, the samples of a tile are a run; a sample's place is its place
+                # in the run, after what the segment has written to the tile before.
+                key = tl.sort(tl.where(new, tile.to(KEY) * BLOCK + lane, tiles.to(KEY) * BLOCK))
+                new = key < tiles.to(KEY) * BLOCK
+                tile, run = tl.associative_scan(
+                    (key // BLOCK, tl.full((BLOCK,), 1, tl.int32)), 0, _count_run
+                )
+                slot = ((item.to(tl.int64) * tiles + tile) * taps + tap) * segments + s
+                left = tl.load(counts + slot, mask=new, other=0, volatile=True)
+                place = tl.load(ends + slot, mask=new, other=0) - left + run - 1
+                tl.store(entries + place, (p0 + key % BLOCK).to(tl.int32), mask=new)
+                tl.debug_barrier()  # all have read what is left
+                tl.atomic_add(counts + slot, -1, mask=new, sem="relaxed")
+                tl.debug_barrier()
+            elif FILL:
+                left = tl.atomic_add(counts + slot, -1, mask=new, sem="relaxed")
+                place = tl.load(ends + slot, mask=new, other=0) - left
+                tl.store(entries + place, p, mask=new)
+            else:
+                slot = slot * segments + s if ORDERED else slot
+                tl.atomic_add(counts + slot, 1, mask=new, sem="relaxed")
+
+
+@triton.jit
+def inverse(points, weight, offset, mask, bias, ends, entries, out,
+            sizes, channels, unit, outputs, group_in, group_out, offset_units, mask_units,
+            weights, tiles, segments,
+            GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+            VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr, TILE: tl.constexpr,
+            PIXELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+            BLOCK_C: tl.constexpr):  # fmt: skip
+    """dF/dimage by inverse gather: what every listed sample adds to a tile, by three products'
+    worth of tensor cores: (interpolation weights [pixels, samples] @ points) @ weight[tap].
+
+    points and out are rows (channels last). Grid: (B x units x tiles, blocks of a unit).
+    """
+    image_size = sizes[0]
+    point_size = sizes[1]
+    kernel_size = sizes[2]
+    rank: tl.constexpr = len(image_size)
+    positions = _volume(point_size)
+    taps = _volume(kernel_size)
+    units = channels // unit
+    groups = units // offset_units
+    tile = tl.program_id(0) % tiles
+    u = (tl.program_id(0) // tiles) % units
+    b = tl.program_id(0) // tiles // units
+    item = b * groups + u // offset_units
+    across = ()
+    for a in tl.static_range(rank):
+        across = across + ((image_size[a] + TILE[a] - 1) // TILE[a],)
+    corner = _unravel(tile, across)
+    local = _unravel(tl.arange(0, PIXELS), TILE)
+    pixel = ()
+    here = tl.arange(0, PIXELS) >= 0
+    row = tl.zeros((PIXELS,), INDEX)
+    for a in tl.static_range(rank):
+        pixel = pixel + (corner[a] * TILE[a] + local[a],)
+        here = here & (pixel[a] < image_size[a])
+        row = row * image_size[a] + pixel[a]
+    c0 = u * unit + tl.program_id(1) * BLOCK_C
+    last = (u + 1) * unit
+    c = tl.multiple_of(c0 + tl.arange(0, BLOCK_C), VECTOR_C)
+    c_in = c < last
+    o_first = (c0 // group_in) * group_out
+    o_last = ((tl.minimum(c0 + BLOCK_C, last) - 1) // group_in + 1) * group_out
+    points += tl.multiple_of(b.to(tl.int64) * positions * outputs, VECTOR_O)
+    acc = tl.zeros((PIXELS, BLOCK_C), tl.float32)
+    for tap in range(taps):
+        slot = ((item.to(tl.int64) * tiles + tile) * taps + tap) * segments
+        start = tl.load(ends + slot - 1, mask=slot > 0, other=0)
+        stop = tl.load(ends + slot + segments - 1)
+        for e0 in range(start, stop, BLOCK_E):
+            e = e0 + tl.arange(0, BLOCK_E)
+            listed = e < stop
+            p = tl.load(entries + e, mask=listed, other=0)
+            at, valid = _positions(
+                offset, b, u // offset_units, groups, tap, p, listed, sizes
+            )
+            amplitude = _amplitude(
+                mask, b, u // mask_units, units // mask_units, tap, p, listed, valid, sizes
+            )
+            s = tl.where(here[:, None], amplitude[None, :], 0.0)
+            for a in tl.static_range(rank):
+                position = tl.where(valid, at[a], 0.0)
+                distance = tl.abs(position[None, :] - pixel[a].to(tl.float32)[:, None])
+                s = s * tl.maximum(1.0 - distance, 0.0)
+            s = _parts(s, points.dtype.element_ty, PRECISION)
+            for o0 in range(o_first, o_last, BLOCK_O):
+                o = tl.multiple_of(o0 + tl.arange(0, BLOCK_O), VECTOR_O)
+                o_in = o < o_last
+                x = tl.load(
+                    points + tl.multiple_of(p.to(INDEX) * outputs, VECTOR_O)[:, None] + o[None, :],
+                    mask=listed[:, None] & o_in[None, :],
+                    other=0.0,
+                )
+                x = _parts(x, points.dtype.element_ty, PRECISION)
+                z = _dot(s, x, tl.zeros((PIXELS, BLOCK_O), tl.float32), PRECISION)
+                w = _load_weight(
+                    weight, tap, o, o_in, c, c_in, outputs, group_in, group_out, weights,
+                    GROUPED, VECTOR_C, PRECISION,
+                )  # fmt: skip
+                z = _parts(z, points.dtype.element_ty, PRECISION)
+                acc = _dot_once(z, w, acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + c, mask=c_in, other=0.0).to(tl.float32)[None, :]
+    row = tl.multiple_of((b.to(tl.int64) * _volume(image_size) + row) * channels, VECTOR_C)
+    tl.store(
+        out + (row[:, None] + c[None, :]),
+        acc.to(out.dtype.element_ty),
+        mask=here[:, None] & c_in[None, :],
+    )
+
+
+@triton.jit
+def weight_gradient(image, points, offset, mask, out,
+                    sizes, batch, channels, unit, outputs, group_in, group_out, offset_units,
+                    mask_units, tiles, blocks, splits,
+                    POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+                    INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
+                    EVEN: tl.constexpr, UNITS: tl.constexpr, BLOCK_P: tl.constexpr,
+                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """dF/dweight: partial sums [splits, K, O, C / groups] over shares of the positions.
+
+    A program samples the columns of one kernel point for a block of channels and multiplies
+    points^T @ columns. Grid: (taps x blocks of C, blocks of a group's O, splits).
+    """
+    image_size = sizes[0]
+    point_size = sizes[1]
+    kernel_size = sizes[2]
+    pixels = _volume(image_size)
+    positions = _volume(point_size)
+    taps = _volume(kernel_size)
+    units = channels // unit
+    tap = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(2)
+    lane = tl.arange(0, UNITS * BLOCK_C)
+    if UNITS == 1:
+        per_unit = (unit + BLOCK_C - 1) // BLOCK_C
+        u0 = block // per_unit
+        c_first = u0 * unit + (block % per_unit) * BLOCK_C
+        c_stop = tl.multiple_of(tl.minimum(c_first + BLOCK_C, (u0 + 1) * unit), VECTOR_C)
+        c = tl.multiple_of(c_first + lane, VECTOR_C)
+        c_in = c < c_stop
+    else:
+        u0 = block * UNITS
+        c_first = u0 * unit
+        c_stop = tl.minimum(u0 + UNITS, units) * unit
+        c = (u0 + lane // BLOCK_C) * unit + lane % BLOCK_C
+        c_in = (lane % BLOCK_C < unit) & (u0 + lane // BLOCK_C < units)
+    o_first = (c_first // group_in) * group_out
+    o_last = ((c_stop - 1) // group_in + 1) * group_out
+    o = tl.multiple_of(o_first + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O), VECTOR_O)
+    o_in = o < o_last
+    acc = tl.zeros((BLOCK_O, UNITS * BLOCK_C), tl.float32)
+    total = batch * tiles
+    for t in range(
+        (split.to(tl.int64) * total // splits).to(tl.int32),
+        ((split + 1).to(tl.int64) * total // splits).to(tl.int32),
+    ):
+        b = t // tiles
+        p = (t % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = p < positions
+        place = _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O)
+        x = tl.load(points + place, mask=inside[:, None] & o_in[None, :], other=0.0)
+        here = image + _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
+        if UNITS == 1:
+            at, valid = _positions(
+                offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes
+            )
+            amplitude = _amplitude(
+                mask, b, u0 // mask_units, units // mask_units, tap, p, inside, valid, sizes
+            )
+            indices, factors, slopes = _cell(at, valid, image_size)
+            columns = _wide_columns(
+                here, indices, factors, amplitude, image_size, channels, c, c_in,
+                INDEX, VECTOR_C, EVEN, True,
+            )  # fmt: skip
+        else:
+            u = u0 + tl.arange(0, UNITS)[:, None]
+            listed = (u < units) & inside[None, :]
+            u = tl.minimum(u, units - 1)
+            at, valid = _positions(
+                offset, b, u // offset_units, units // offset_units, tap, p[None, :], listed, sizes
+            )
+            amplitude = _amplitude(
+                mask, b, u // mask_units, units // mask_units, tap, p[None, :], listed, valid,
+                sizes,
+            )  # fmt: skip
+            indices, factors, slopes = _cell(at, valid, image_size)
+            columns = _narrow_columns(
+                here, u.to(INDEX) * pixels, indices, factors, amplitude, image_size,
+                INDEX, BLOCK_C, True,
+            )  # fmt: skip
+            columns = tl.reshape(tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * BLOCK_C))
+        x = _transpose_parts(_parts(x, points.dtype.element_ty, PRECISION), PRECISION)
+        y = _parts(columns, image.dtype.element_ty, PRECISION)
+        acc = _dot_once(x, y, acc, PRECISION)
+    keep = o_in[:, None] & c_in[None, :]
+    row = tl.multiple_of(((split * taps + tap).to(tl.int64) * outputs + o) * group_in, VECTOR_C)
+    if GROUPED:
+        column = c[None, :] - ((o // group_out) * group_in)[:, None]
+        keep = keep & (column >= 0) & (column < group_in)
+    else:
+        column = c[None, :]
+    tl.store(out + (row[:, None] + column), acc, mask=keep)
+
+
+@triton.jit
+def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
+    """Sum partial results [splits, *sizes] (three sizes) plus a bias along the middle one."""
+    i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for s in range(splits):
+        acc += tl.load(parts + i, mask=inside, other=0.0)
+        parts += count
+    at = _unravel(i, sizes)
+    if bias is not None:
+        acc += tl.load(bias + at[1], mask=inside, other=0.0).to(tl.float32)
+    place = at[0] * strides[0] + at[1] * strides[1] + at[2] * strides[2]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pack_weight(weight, out, taps, outputs, group_in, weights, LAST: tl.constexpr,
+                SPLIT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units])."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < weights
+    c = i % group_in
+    o = (i // group_in) % outputs
+    tap = i // group_in // outputs
+    place = (o * taps + tap) * group_in + c if LAST else (o * group_in + c) * taps + tap
+    value = tl.load(weight + place, mask=inside, other=0.0)
+    if SPLIT:
+        head = value.to(tl.bfloat16)
+        tl.store(out + i, head, mask=inside)
+        tl.store(out + weights + i, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out + i, value, mask=inside)
+
+
+@triton.jit
+def _accumulator_order(i):
+    """The column of a wgmma accumulator whose place, in order of lanes, is i (of each 32)."""
+    return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 8 % 4) * 2 + i % 2
+
+
+@triton.jit
+def _operand_order(i):
+    """Likewise for the columns of an operand in registers."""
+    return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 16 % 2) * 4 + (i // 8 % 2) * 2 + i % 2
+
+
+@triton.jit
+def pack_fragments(weight, out, taps, outputs, channels, count, LAST: tl.constexpr,
+                   GATHER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Weight [O, C, K] (LAST: [O, K, C]) as gluon.py takes it: [K, C, O] (GATHER) or [K, O, C],
+    the rows and columns that registers hold in the order in which they do."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    if GATHER:
+        o = _accumulator_order(i % outputs)
+        c = _operand_order(i // outputs % channels)
+    else:
+        c = _accumulator_order(i % channels)
+        o = i // channels % outputs
+    tap = i // outputs // channels
+    place = (o * taps + tap) * channels + c if LAST else (o * channels + c) * taps + tap
+    tl.store(out + i, tl.load(weight + place, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixel_from, batch_to,
+             unit_to, pixel_to, blocks, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
+             VECTOR_C: tl.constexpr, VECTOR_P: tl.constexpr, BLOCK_P: tl.constexpr,
+             BLOCK_C: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
+    """Copy an image between layouts, add a bias, convert the dtype.
+
+    Element (batch item, unit, pixel, channel of the unit) lies at the given strides; with LAST
+    the channels are contiguous, else the pixels are and `pixel` is the stride of the channels.
+    PAD channels of a unit are written, with zeros after the unit's own. Grid: (blocks of pixels
+    x units x B, blocks of channels).
+    """
+    tile = tl.program_id(0) % blocks
+    u = (tl.program_id(0) // blocks) % units
+    b = (tl.program_id(0) // blocks // units).to(tl.int64)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    j = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wide_p = p.to(tl.int64)
+    wide_j = j.to(tl.int64)
+    start = b * batch_from + u.to(tl.int64) * unit_from
+    source += tl.multiple_of(start, VECTOR_C if FROM_LAST else VECTOR_P)
+    start = b * batch_to + u.to(tl.int64) * unit_to
+    out += tl.multiple_of(start, VECTOR_C if TO_LAST else VECTOR_P)
+    inside = (p < pixels)[:, None] & (j < unit)[None, :]
+    if FROM_LAST:
+        place = tl.multiple_of(wide_p * pixel_from, VECTOR_C)[:, None] + j[None, :]
+    else:
+        place = tl.multiple_of(wide_j * pixel_from, VECTOR_P)[None, :] + p[:, None]
+    value = tl.load(source + place, mask=inside, other=0.0)
+    if bias is not None:
+        value = value.to(tl.float32)
+        value += tl.load(bias + u * unit + j, mask=j < unit, other=0.0).to(tl.float32)[None, :]
+    if PAD:
+        inside = (p < pixels)[:, None] & (j < PAD)[None, :]
+    if TO_LAST:
+        place = tl.multiple_of(wide_p * pixel_to, VECTOR_C)[:, None] + j[None, :]
+    else:
+        place = tl.multiple_of(wide_j * pixel_to, VECTOR_P)[None, :] + p[:, None]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,691 @@
+"""The Triton backend against the float64 reference: interpreted, compiled, and on a GPU.
+
+Triton must know before it is imported that it is to interpret, so the interpreted tests run in
+a process of their own with TRITON_INTERPRET=1, which test_in_interpreter starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deformnd.kernels import reference
+from deformnd.kernels.geometry import (
+    Geometry,
+    conv_geometry,
+    conv_transpose_geometry,
+    memory_format,
+)
+from deformnd.kernels.triton import configs, launch
+
+triton = pytest.importorskip("triton")
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")
+
+# The largest relative L2 error of the result and of the gradients.
+TOLERANCE = {
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (4e-4, 2e-3),
+    torch.bfloat16: (3e-3, 1e-2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    transposed: bool = False
+    batch: int = 2
+    image: int = 4  # channels
+    points: int = 6
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    offset_groups: int = 1
+    mask_groups: int = 1
+    bias: bool = True
+    last: bool = False
+
+    def make(
+        self, dtype: torch.dtype, device: str, seed: int = 0, float_offset: bool = False
+    ) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        n = len(self.size)
+        stride, padding = self.stride or (1,) * n, self.padding or (1,) * n
+        dilation, taps = self.dilation or (1,) * n, math.prod(self.kernel)
+        x = randn(self.batch, self.points if self.transposed else self.image, *self.size)
+        weight = randn(self.points, self.image // self.groups, *self.kernel)
+        weight /= math.sqrt(weight[0].numel())
+        bias = randn(self.image if self.transposed else self.points) if self.bias else None
+        if self.last and n > 1:
+            form = {2: torch.channels_last, 3: torch.channels_last_3d}[n]
+            x, weight = x.to(memory_format=form), weight.to(memory_format=form)
+        if self.transposed:
+            point_size = self.size
+        else:
+            point_size = tuple(
+                (s + 2 * p - d * (k - 1) - 1) // t + 1
+                for s, p, d, k, t in zip(
+                    self.size, padding, dilation, self.kernel, stride, strict=True
+                )
+            )
+        offset = mask = None
+        if self.offset_groups:
+            shape = (self.batch, self.offset_groups * taps * n, *point_size)
+            # Away from integers, where float32 and float64 may find different cells.
+            whole = torch.randint(-3, 3, shape, generator=generator)
+            offset = whole + 0.15 + 0.7 * torch.rand(shape, generator=generator)
+            offset = offset.to(device, torch.float32 if float_offset else dtype)
+        if self.mask_groups:
+            shape = (self.batch, self.mask_groups * taps, *point_size)
+            mask = torch.rand(shape, generator=generator).to(device, dtype)
+        if self.transposed:
+            g = conv_transpose_geometry(
+                x, weight, offset, mask, bias, stride, padding, (0,) * n, dilation, self.groups
+            )
+        else:
+            g = conv_geometry(x, weight, offset, mask, bias, stride, padding, dilation, self.groups)
+        shape = (g.batch, g.image_channels, *g.image_size)
+        if not self.transposed:
+            shape = (g.batch, g.point_channels, *g.point_size)
+        return Problem(g, self.transposed, x, weight, offset, mask, bias, randn(*shape))
+
+
+@dataclasses.dataclass
+class Problem:
+    g: Geometry
+    transposed: bool
+    x: Tensor
+    weight: Tensor
+    offset: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    grad: Tensor
+
+    def double(self) -> Problem:
+        return Problem(
+            **{
+                f.name: value.double() if isinstance(value, Tensor) else value
+                for f in dataclasses.fields(self)
+                for value in [getattr(self, f.name)]
+            }
+        )
+
+    def forward(self, backend: Any) -> Tensor:
+        function = backend.scatter if self.transposed else backend.gather
+        return function(self.g, self.x, self.weight, self.offset, self.mask, self.bias)
+
+    def backward(self, backend: Any, needs: tuple[bool, ...] = (True,) * 4) -> tuple[Any, ...]:
+        """Gradients of input, weight, offset and mask."""
+        by_x, *others = needs
+        if self.transposed:
+            grads = backend.gradients(
+                self.g, self.grad, self.x, self.weight, self.offset, self.mask,
+                (False, by_x, *others),
+            )  # fmt: skip
+            return grads[1:]
+        grads = backend.gradients(
+            self.g, self.x, self.grad, self.weight, self.offset, self.mask, (by_x, False, *others)
+        )
+        return (grads[0], *grads[2:])
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    norm = expected.norm().item()
+    distance = (got.double() - expected).norm().item()
+    return distance / norm if norm else distance
+
+
+def check(problem: Problem, forward: float, backward: float) -> None:
+    exact = problem.double()
+    y = problem.forward(launch)
+    assert y.dtype == problem.x.dtype and memory_format(y) == memory_format(problem.x)
+    assert error(y, exact.forward(reference)) <= forward
+    expected = exact.backward(reference)
+    tensors = (problem.x, problem.weight, problem.offset, problem.mask)
+    for name, got, want, t in zip(
+        ("input", "weight", "offset", "mask"), problem.backward(launch), expected, tensors,
+        strict=True,
+    ):  # fmt: skip
+        if want is None:
+            assert got is None
+            continue
+        assert got.dtype == t.dtype and got.shape == t.shape
+        form = memory_format(t) if name == "input" else torch.contiguous_format
+        assert got.is_contiguous(memory_format=form)
+        assert error(got, want) <= backward, f"gradient of {name}"
+
+
+# Interpreted on the CPU
+
+
+@pytest.mark.skipif(INTERPRETING, reason="is in the interpreter")
+def test_in_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-rs", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    child = subprocess.run(
+        [*command, "-k", "test_interpreted"], env=environment, capture_output=True, text=True
+    )
+    print(child.stdout, child.stderr)
+    assert child.returncode == 0
+    if "passed" not in child.stdout:
+        pytest.skip(child.stdout)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's interpreter, and tiles fit for it."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    if not INTERPRETING:
+        pytest.skip("runs in test_in_interpreter")
+    if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("Triton 3.6 interprets with NumPy below 2.4 only")
+    rows = tuple(
+        dataclasses.replace(row, block_p=32, block_o=16, block_c=16) for row in configs.TABLE
+    )
+    monkeypatch.setattr(configs, "TABLE", rows)
+
+    # The interpreter multiplies the bits of bfloat16 numbers as integers.
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        def widen(x: Any) -> Any:
+            if x.dtype != triton.language.bfloat16:
+                return x
+            bits = x.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), triton.language.float32)
+
+        return original(self, widen(a), widen(b), *args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    """Drop the launches that were made with other kernels or tables."""
+    for value in vars(launch).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+
+
+INTERPRETED = [
+    Case((9,), (3,), batch=1),
+    Case((11,), (4,), stride=(2,), padding=(3,), dilation=(2,), groups=2, offset_groups=2,
+         mask_groups=4, batch=1),
+    Case((8,), (1,), padding=(0,), mask_groups=0, bias=False, transposed=True),
+    Case((6, 7), (3, 3), batch=1, last=True),
+    Case((7, 5), (3, 2), stride=(2, 1), padding=(2, 0), dilation=(1, 2), groups=2),
+    Case((5, 4), (2, 3), image=20, points=17, offset_groups=1, mask_groups=0, batch=1),
+    Case((4, 5), (1, 3), image=12, offset_groups=4, mask_groups=2, batch=1, last=True),
+    Case((5, 4), (3, 1), groups=2, offset_groups=0, mask_groups=2, batch=1),
+    Case((4, 4), (2, 2), points=4, groups=4, offset_groups=4, mask_groups=1, batch=1),
+    Case((4, 3), (2, 2), stride=(2, 2), transposed=True),
+    Case((4, 3), (2, 2), stride=(2, 2), transposed=True, offset_groups=2, last=True, batch=1),
+    Case((3, 4, 3), (2, 1, 2), batch=1),
+    Case((3, 2, 3), (1, 2, 2), offset_groups=2, mask_groups=1, batch=1, transposed=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_interpreted(case: Case, interpreted: None) -> None:
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
+    # The interpreter rounds every product of half numbers, the hardware fuses it with the sum.
+    case = Case((5, 5), (3, 3), image=8, batch=1)
+    check(case.make(dtype, "cpu", float_offset=True), 1e-2, 2e-2)
+
+
+def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_allows_tf32", lambda: False)
+    monkeypatch.setattr(configs, "FEW", 0)
+    for case in (INTERPRETED[3], INTERPRETED[6]):
+        # The interpreter truncates to bfloat16 where the hardware rounds.
+        check(case.make(torch.float32, "cpu"), 3e-5, 3e-5)
+
+
+def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many units take the inverse gather too, and lists longer than a block are right."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(configs, "LISTED", 16)
+    for case in (
+        Case((5, 4), (1, 2), offset_groups=2, mask_groups=2, batch=1),
+        Case((40,), (2,), offset_groups=1, batch=1),
+    ):
+        check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+
+
+def test_interpreted_nonfinite(interpreted: None) -> None:
+    nonfinite(Case((5, 5), (3, 3), batch=1), "cpu")
+    nonfinite(Case((5, 5), (1, 3), batch=1, offset_groups=4, mask_groups=4), "cpu")
+
+
+def nonfinite(case: Case, device: str) -> None:
+    """NaN, infinite and huge offsets sample 0; their gradients are those of the reference."""
+    problem = case.make(torch.float32, device)
+    assert problem.offset is not None
+    flat = problem.offset.view(-1)
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -3e9, 6e4], device=device)
+    flat[: 6 * (len(flat) // 12)].view(-1, 6)[:] = bad
+    check(problem, 1e-5, 1e-5)
+
+
+def test_interpreted_exact_positions(interpreted: None) -> None:
+    exact_positions("cpu")
+
+
+def exact_positions(device: str) -> None:
+    """On integers the cell is [floor, floor + 1): at -1 a slope, at the size none."""
+    problem = Case((4, 4), (3, 3), batch=1).make(torch.float32, device)
+    assert problem.offset is not None
+    problem.offset.zero_()
+    check(problem, 1e-5, 1e-5)
+
+
+# Compiled without a device
+
+
+def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
+    """Instructions that read a uniform register before any instruction has written it.
+
+    ptxas (12.8, with Triton 3.6) hoists the descriptors of some products out of a loop past what
+    they are made from. The kernel then reads outside shared memory; the tables avoid such tiles.
+    """
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    (tmp_path / "cubin").write_bytes(cubin)
+    listing = subprocess.run(
+        [tools / "cuobjdump", "--dump-sass", tmp_path / "cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    written: set[int] = set()
+    found = []
+    for line in listing.splitlines():
+        match = re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ +)?(\S+)(.*?);", line)
+        if not match:
+            continue
+        name, rest = match.groups()
+        operands = [x.strip() for x in rest.split(",")]
+        target = None
+        if re.match(r"U(?!BLK|TMA|CGABAR)|R2UR|S2UR|CS2UR|VOTEU|REDUX", name):
+            if re.fullmatch(r"U?P\w+", operands[0]):
+                operands = operands[1:]
+            if operands and re.fullmatch(r"UR\d+", operands[0]):
+                target = int(operands.pop(0)[2:])
+        read = []
+        for operand in operands:
+            for kind, number in re.findall(r"(gdesc\[|)UR(\d+)", operand):
+                # A pair of descriptors, of which a left factor in registers needs but one.
+                one = name.startswith("HGMMA") and re.fullmatch(r"R\d+", operands[1])
+                parts = range(2 if one else 0, 4) if kind else range(1)
+                read += [int(number) + i for i in parts]
+        if not written.issuperset(read):
+            found.append(line.strip())
+        if target is not None:
+            written |= {target, target + 1} if re.search(r"64|WIDE|CS2", name) else {target}
+    return found
+
+
+def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> list[Any]:
+    """One launch of every kernel with the dtypes of its tensors."""
+    size, kernel = (16,) * n, (3,) * n
+    ones = (1,) * n
+    g = Geometry(
+        2, 64, 64, groups, offset_groups, offset_groups, size, size, kernel, ones, ones, ones
+    )
+    width, precision = dtype.itemsize, "split" if dtype == torch.float32 else "native"
+    weight = torch.bfloat16 if precision == "split" else dtype
+    single, integer = torch.float32, torch.int32
+    given = (dtype, dtype)  # offset and mask
+    key = (width, precision, True)
+    gather, splits = launch._gather_launch(g, *key, 132)
+    return [
+        (gather, (dtype, weight, *given, dtype, single if splits > 1 else dtype)),
+        (launch._spread_launch(g, *key, False, True, 132),
+         (dtype, dtype, weight, *given, *given, None)),
+        (launch._spread_launch(g, *key, True, False, 132),
+         (None, dtype, weight, *given, None, None, single)),
+        (launch._weight_launch(g, *key, 132)[0], (dtype, dtype, *given, single)),
+        (launch._inverse_launch(g, width, precision, 4, 1),
+         (dtype, weight, *given, None, integer, integer, dtype)),
+        (launch._bucket_launches(g, 4, True, 512)[0], (dtype, integer, None, None)),
+        (launch._bucket_launches(g, 4, True, 512)[1], (dtype, integer, integer, integer)),
+        (launch._bucket_launches(g, 4, False, 512)[1], (dtype, integer, integer, integer)),
+        (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
+        (launch._pack_launch(g, False, precision == "split"), (dtype, weight)),
+        (launch._relayout_launch(launch._units(g), "channels", "rows", 2, 256),
+         (dtype, dtype, None)),
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(INTERPRETING, reason="does not compile")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("n", "dtype", "offset_groups", "groups"),
+    [
+        (1, torch.bfloat16, 1, 1),
+        (2, torch.float16, 1, 1),
+        (2, torch.float16, 16, 4),
+        (2, torch.float32, 1, 1),
+        (3, torch.float32, 8, 1),
+    ],
+)
+def test_compiles(
+    n: int,
+    dtype: torch.dtype,
+    offset_groups: int,
+    groups: int,
+    capability: int,
+    tmp_path: Path,
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    for made, dtypes in launches(n, dtype, offset_groups, groups):
+        compiled = made.compile(dtypes, GPUTarget("cuda", capability, 32))
+        assert "cubin" in compiled.asm
+        # What an sm_80 has for a block; consumer chips of that line have 99 KiB.
+        assert compiled.metadata.shared <= (163 if capability == 80 else 227) * 1024
+        if capability == 90:
+            assert not unset_registers(compiled.asm["cubin"], tmp_path)
+
+
+@pytest.mark.skipif(INTERPRETING or launch.gluon is None, reason="no Gluon")
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    size, kernel, ones = (16,) * n, (3,) * n, (1,) * n
+    g = Geometry(2, 64, 128, 1, 1, 1, size, size, kernel, ones, ones, ones)
+    for dtype in (torch.float16, torch.bfloat16):
+        for made in (
+            launch._hopper_gather_launch(g, dtype, False, 0),
+            launch._hopper_gather_launch(g, dtype, True, 0),
+            launch._hopper_along_launch(g, dtype, 132),
+        ):
+            assert made is not None
+            dtypes = [dtype] * (6 if made.launch.kernel == "gather" else 7)
+            dtypes[made.launch.descriptor] = launch._descriptor_type(dtype, made.block, made.layout)
+            compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
+            assert "wgmma" in compiled.asm["ptx"]
+            assert compiled.metadata.shared <= 227 * 1024
+            assert not unset_registers(compiled.asm["cubin"], tmp_path)
+
+
+def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The check above sees what it is for, as long as ptxas does it."""
+    from triton.backends.compiler import GPUTarget
+
+    if INTERPRETING or not triton.__version__.startswith("3.6"):
+        pytest.skip("known of Triton 3.6")
+    bad = configs.Row("inverse", 2, configs.ANY, 32, 64, 64, 4, 1)
+    monkeypatch.setattr(configs, "TABLE", (bad, *configs.TABLE))
+    forget()
+    size, ones = (180, 320), (1, 1)
+    g = Geometry(1, 64, 64, 1, 16, 16, size, size, (3, 3), ones, ones, ones)
+    half, integer = torch.float16, torch.int32
+    made = launch._inverse_launch(g, 2, "native", 920, 1)
+    dtypes = (half, half, half, half, None, integer, integer, half)
+    compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
+    forget()
+    assert unset_registers(compiled.asm["cubin"], tmp_path)
+
+
+# On a GPU
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+GPU_CASES = [
+    *INTERPRETED,
+    *(dataclasses.replace(c, transposed=not c.transposed) for c in INTERPRETED),
+    Case((33, 30), (3, 3), image=64, points=64),
+    Case((33, 30), (3, 3), image=64, points=64, last=True, transposed=True),
+    Case((20, 23), (3, 3), image=128, points=256, offset_groups=8, mask_groups=8),
+    Case((20, 23), (3, 3), image=96, points=160, groups=32, last=True),
+    Case((20, 23), (3, 3), image=64, points=64, groups=64, offset_groups=64, mask_groups=64),
+    Case((14, 14), (3, 3), image=512, points=512, batch=1),
+    Case((300,), (5,), image=512, points=128, dilation=(3,)),
+    Case((7, 16, 16), (3, 3, 3), image=64, points=32),
+    Case((7, 15, 16), (3, 3, 3), image=64, points=64),
+    Case((7, 15, 16), (3, 3, 3), image=64, points=128, last=True, transposed=True),
+    Case((301,), (5,), image=96, points=192, mask_groups=0),
+    Case((30, 31), (3, 3), image=256, points=256, last=True, bias=False),
+]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
+    # Offsets in float32: coordinates in half of these sizes are exact only nearly.
+    check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+    assert not launch._BROKEN
+
+
+def draw(rng: random.Random, n: int) -> Case:
+    """A random configuration whose channels come from few kinds, so that few kernels compile."""
+    image, points, groups, offset_groups, mask_groups = rng.choice(
+        [
+            (4, 6, 1, 1, 1),
+            (4, 6, 2, 2, 1),
+            (12, 8, 2, 0, 3),
+            (16, 16, 1, 4, 4),
+            (24, 24, 1, 1, 0),
+            (32, 32, 4, 2, 4),
+            (32, 32, 32, 32, 32),
+            (64, 64, 1, 1, 1),
+            (64, 128, 2, 1, 1),
+            (96, 48, 1, 2, 2),
+        ]
+    )
+    longest = {1: 150, 2: 24, 3: 9}[n]
+    while True:
+        size = tuple(rng.randint(1, longest) for _ in range(n))
+        kernel = tuple(rng.randint(1, 4 if n < 3 else 3) for _ in range(n))
+        padding = tuple(rng.randint(0, 3) for _ in range(n))
+        dilation = tuple(rng.randint(1, 2) for _ in range(n))
+        stride = tuple(rng.randint(1, 3) for _ in range(n))
+        transposed = rng.random() < 0.5
+        reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+        if transposed:
+            fits = all(
+                (s - 1) * t - 2 * p + r >= 1
+                for s, t, p, r in zip(size, stride, padding, reach, strict=True)
+            )
+        else:
+            fits = all(s + 2 * p >= r for s, p, r in zip(size, padding, reach, strict=True))
+        if fits:
+            return Case(
+                size, kernel, transposed, rng.randint(1, 3), image, points, stride, padding,
+                dilation, groups, offset_groups, mask_groups, rng.random() < 0.7,
+                rng.random() < 0.4,
+            )  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_gpu_random(n: int, part: int, dtype: torch.dtype, exact_float32: None) -> None:
+    rng = random.Random(100 * n + part)
+    for i in range(50):
+        case = draw(rng, n)
+        try:
+            check(case.make(dtype, "cuda", seed=i, float_offset=i % 4 > 0), *TOLERANCE[dtype])
+        except AssertionError as failure:
+            raise AssertionError(f"{i}: {case}") from failure
+
+
+@gpu
+def test_gpu_nonfinite(exact_float32: None) -> None:
+    nonfinite(Case((5, 5), (3, 3)), "cuda")
+    nonfinite(Case((5, 5), (3, 3), offset_groups=4, mask_groups=4), "cuda")
+    nonfinite(Case((5, 5), (3, 3), transposed=True), "cuda")
+    exact_positions("cuda")
+
+
+@gpu
+def test_gpu_tf32() -> None:
+    if not launch._allows_tf32():
+        pytest.skip("TF32 is off by default here")
+    check(Case((9, 9), (3, 3), image=64, points=64).make(torch.float32, "cuda"), 2e-3, 2e-3)
+
+
+@gpu
+def test_gpu_float64_and_empty() -> None:
+    problem = Case((5, 5), (3, 3)).make(torch.float64, "cuda")
+    assert torch.equal(problem.forward(launch), problem.forward(reference))
+    assert Case((5, 5), (3, 3), batch=0).make(torch.float16, "cuda").forward(launch).numel() == 0
+
+
+@gpu
+def test_gpu_needs() -> None:
+    """Only what is asked for comes back."""
+    problem = Case((9, 9), (3, 3)).make(torch.float16, "cuda")
+    for i in range(4):
+        needs = tuple(j == i for j in range(4))
+        assert [x is not None for x in problem.backward(launch, needs)] == list(needs)
+
+
+@gpu
+@pytest.mark.parametrize("offset_groups", [1, 16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gpu_deterministic(offset_groups: int, transposed: bool, exact_float32: None) -> None:
+    """Bitwise the same results, also where very many samples crowd into one tile."""
+    case = Case(
+        (40, 40), (3, 3), transposed, image=64, points=64, offset_groups=offset_groups,
+        mask_groups=offset_groups,
+    )  # fmt: skip
+    problem = case.make(torch.float32, "cuda")
+    assert problem.offset is not None
+    problem.offset[1].sub_(torch.arange(40.0, device="cuda") - 3.3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(problem, 1e-5, 1e-5)
+        first = (problem.forward(launch), *problem.backward(launch))
+        for _ in range(5):
+            again = (problem.forward(launch), *problem.backward(launch))
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@gpu
+@pytest.mark.parametrize("segment", [512, 1 << 20])
+def test_gpu_lists(segment: int) -> None:
+    """The lists in order hold what those out of order hold, each bucket's samples in order."""
+    size = (181, 300)
+    g = Geometry(1, 32, 32, 1, 2, 0, size, size, (3, 3), (1, 1), (1, 1), (1, 1))
+    offset = 3 * torch.randn(1, 36, *size, device="cuda")
+    tiles = 23 * 38
+    found = []
+    for ordered in (True, False):
+        segments = -(-math.prod(size) // segment) if ordered else 1
+        count, fill = launch._bucket_launches(g, tiles, ordered, segment if ordered else 512)
+        counts = torch.zeros(18 * tiles * segments, dtype=torch.int32, device="cuda")
+        count(offset, counts, None, None)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        entries = torch.full((18 * math.prod(size) * 4,), -1, dtype=torch.int32, device="cuda")
+        fill(offset, counts, ends, entries)
+        assert not counts.any()
+        total = int(ends[-1])
+        assert (entries[:total] >= 0).all() and (entries[total:] == -1).all()
+        ends = ends[segments - 1 :: segments]
+        bucket = torch.searchsorted(ends, torch.arange(total, device="cuda"), right=True)
+        found.append((ends, (bucket * math.prod(size) + entries[:total]).sort().values))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("offset_groups", [1, 16])
+def test_gpu_graph(offset_groups: int) -> None:
+    """A CUDA graph captures a forward and a backward, and replays them on new values."""
+    case = Case((20, 20), (3, 3), image=64, points=64, offset_groups=offset_groups)
+    problem = case.make(torch.float16, "cuda")
+    problem.forward(launch), problem.backward(launch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = (problem.forward(launch), *problem.backward(launch))
+    problem.x.copy_(torch.randn_like(problem.x))
+    graph.replay()
+    exact = problem.double()
+    expected = (exact.forward(reference), *exact.backward(reference))
+    for got, want in zip(captured, expected, strict=True):
+        assert error(got, want) <= 2e-3
+
+
+@gpu
+def test_gpu_unusual_tensors(exact_float32: None) -> None:
+    """Slices, unaligned storage and channels-last offsets; another stream."""
+    plain = Case((9, 8), (3, 3), image=8).make(torch.float32, "cuda")
+
+    def slices(t: Tensor) -> Tensor:
+        room = t.new_full((*t.shape[:-1], t.shape[-1] + 3), math.nan)
+        room[..., 1:-2] = t
+        return room[..., 1:-2]
+
+    assert plain.offset is not None and plain.mask is not None
+    odd = dataclasses.replace(
+        plain, x=slices(plain.x), weight=slices(plain.weight), grad=slices(plain.grad),
+        offset=plain.offset.to(memory_format=torch.channels_last), mask=slices(plain.mask),
+    )  # fmt: skip
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        check(odd, 1e-5, 1e-5)
+    torch.cuda.synchronize()
+
+
+@gpu
+def test_gpu_large() -> None:
+    """More than 2^31 elements in one image: 64-bit addresses."""
+    size = (2**21 + 8,)
+    g = Geometry(1, 1040, 16, 1, 1, 0, size, size, (1,), (1,), (0,), (1,))
+    image = torch.zeros(1, 1040, *size, device="cuda", dtype=torch.float16)
+    image[:, 1024:, -64:] = torch.randn(16, 64, device="cuda")
+    weight = torch.randn(16, 1040, 1, device="cuda", dtype=torch.float16)
+    offset = torch.full((1, 1, *size), 0.25, device="cuda", dtype=torch.float16)
+    got = launch.gather(g, image, weight, offset, None, None)[..., -64:]
+    part = SimpleNamespace(image=image[..., -65:].double(), offset=offset[..., -65:].double())
+    small = g._replace(image_size=(65,), point_size=(65,))
+    want = reference.gather(small, part.image, weight.double(), part.offset, None, None)[..., 1:]
+    assert error(got, want) <= 1e-3
+    points = torch.zeros(1, 16, *size, device="cuda", dtype=torch.float16)
+    points[..., -64:] = torch.randn(16, 64, device="cuda")
+    got = launch.scatter(g, points, weight, offset, None, None)[..., -60:]
+    want = reference.scatter(
+        small, points[..., -65:].double(), weight.double(), part.offset, None, None
+    )[..., -60:]
+    assert error(got, want) <= 1e-3
