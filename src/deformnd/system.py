@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from .kernels import cpu
@@ -31,7 +33,7 @@ def with_cuda() -> bool:
         >>> isinstance(deformnd.with_cuda(), bool)
         True
     """
-    return False
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def cuda_version() -> int:

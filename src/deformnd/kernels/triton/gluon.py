@@ -268,9 +268,7 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask,
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, ROWS))
     points += b.to(gl.int64) * positions * outputs
     here = (p < positions)[:, None] & (o < outputs)[None, :]
-    grads.store(
-        gl.load(points + (p * outputs)[:, None] + o[None, :], mask=here, other=0.0)
-    )
+    grads.store(gl.load(points + (p * outputs)[:, None] + o[None, :], mask=here, other=0.0))
     held = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_O, BLOCK_C], weight.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):

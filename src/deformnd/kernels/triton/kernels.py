@@ -341,9 +341,7 @@ def gather(image, weight, offset, mask, bias, out,
                     weight, tap, o, o_in, (u0 + lane // BLOCK_C) * unit + lane % BLOCK_C, c_in,
                     outputs, group_in, group_out, weights, GROUPED, VECTOR_C, PRECISION,
                 )  # fmt: skip
-                columns = tl.reshape(
-                    tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * BLOCK_C)
-                )
+                columns = tl.reshape(tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * BLOCK_C))
                 a = _parts(columns, image.dtype.element_ty, PRECISION)
                 acc = _dot(a, _transpose_parts(w, PRECISION), acc, PRECISION)
     here = inside[:, None] & o_in[None, :]
@@ -680,9 +678,7 @@ def inverse(points, weight, offset, mask, bias, ends, entries, out,
             e = e0 + tl.arange(0, BLOCK_E)
             listed = e < stop
             p = tl.load(entries + e, mask=listed, other=0)
-            at, valid = _positions(
-                offset, b, u // offset_units, groups, tap, p, listed, sizes
-            )
+            at, valid = _positions(offset, b, u // offset_units, groups, tap, p, listed, sizes)
             amplitude = _amplitude(
                 mask, b, u // mask_units, units // mask_units, tap, p, listed, valid, sizes
             )
