@@ -155,11 +155,17 @@ def error(got: Tensor, expected: Tensor) -> float:
     return distance / norm if norm else distance
 
 
+def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether the error is within the tolerance, which the errors of few elements, not averaged,
+    exceed: a single half number is rounded by up to 4.9e-4."""
+    return error(got, expected) <= tolerance * (1 + 4 / math.sqrt(expected.numel()))
+
+
 def check(problem: Problem, forward: float, backward: float) -> None:
     exact = problem.double()
     y = problem.forward(launch)
     assert y.dtype == problem.x.dtype and memory_format(y) == memory_format(problem.x)
-    assert error(y, exact.forward(reference)) <= forward
+    assert close(y, exact.forward(reference), forward)
     expected = exact.backward(reference)
     tensors = (problem.x, problem.weight, problem.offset, problem.mask)
     for name, got, want, t in zip(
@@ -172,7 +178,7 @@ def check(problem: Problem, forward: float, backward: float) -> None:
         assert got.dtype == t.dtype and got.shape == t.shape
         form = memory_format(t) if name == "input" else torch.contiguous_format
         assert got.is_contiguous(memory_format=form)
-        assert error(got, want) <= backward, f"gradient of {name}"
+        assert close(got, want, backward), f"gradient of {name}: {error(got, want):.2e}"
 
 
 # Interpreted on the CPU

@@ -493,7 +493,8 @@ def _gather_launch(
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(g.point_channels, block_o)
     programs = g.batch * tiles * blocks
     splits = 1
-    if 2 * programs <= multiprocessors:
+    # A short sum is not worth a second kernel.
+    if 2 * programs <= multiprocessors and taps * g.image_channels // g.groups >= 512:
         splits = min(taps, multiprocessors // programs)
     launch = _Launch(
         "gather",
@@ -986,12 +987,12 @@ class _Launch:
             kernel = getattr(kernels, self.kernel)
             kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
             return
-        dtypes = tuple(None if t is None else _dtype(t) for t in tensors)
-        compiled = self.compiled.get((device.index, dtypes))
+        key = (device.index, *[getattr(t, "dtype", None) for t in tensors])
+        compiled = self.compiled.get(key)
         if compiled is None:
             target = triton.runtime.driver.active.get_current_target()
-            compiled = self.compile(dtypes, target)
-            self.compiled[(device.index, dtypes)] = compiled
+            compiled = self.compile([None if t is None else _dtype(t) for t in tensors], target)
+            self.compiled[key] = compiled
         stream = triton.runtime.driver.active.get_current_stream(device.index)
         compiled.run(
             *self.grid,
