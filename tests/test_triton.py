@@ -317,7 +317,9 @@ def exact_positions(device: str) -> None:
 
 
 def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
-    """Instructions that read a uniform register which no other instruction writes.
+    """Instructions that read a uniform register before any in program order has written it.
+
+    A block out of line that jumps back may be taken for one; look at the listing then.
 
     ptxas (12.8, with Triton 3.6) hoists the descriptors of some products out of a loop past what
     they are made from. The kernel then reads outside shared memory; the tables avoid such tiles.
@@ -330,8 +332,8 @@ def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
         text=True,
         check=True,
     ).stdout
-    writers: dict[int, set[str]] = {}
-    readers: list[tuple[str, int]] = []
+    written: set[int] = set()
+    found = []
     for line in listing.splitlines():
         match = re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ +)?(\S+)(.*?);", line)
         if not match:
@@ -344,16 +346,18 @@ def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
                 operands = operands[1:]
             if operands and re.fullmatch(r"UR\d+", operands[0]):
                 target = int(operands.pop(0)[2:])
+        read = []
         for operand in operands:
             for kind, number in re.findall(r"(gdesc\[|)UR(\d+)", operand):
                 # A pair of descriptors, of which a left factor in registers needs but one.
                 one = name.startswith("HGMMA") and re.fullmatch(r"R\d+", operands[1])
                 parts = range(2 if one else 0, 4) if kind else range(1)
-                readers += [(line, int(number) + i) for i in parts]
+                read += [int(number) + i for i in parts]
+        if not written.issuperset(read):
+            found.append(line.strip())
         if target is not None:
-            for i in range(2 if re.search(r"64|WIDE|CS2", name) else 1):
-                writers.setdefault(target + i, set()).add(line)
-    return [line for line, register in readers if not writers.get(register, set()) - {line}]
+            written |= {target, target + 1} if re.search(r"64|WIDE|CS2", name) else {target}
+    return found
 
 
 def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> list[Any]:
