@@ -317,7 +317,9 @@ def exact_positions(device: str) -> None:
 
 
 def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
-    """Instructions that read a uniform register before any instruction has written it.
+    """Instructions that read a uniform register before any in program order has written it.
+
+    A block out of line that jumps back may be taken for one; look at the listing then.
 
     ptxas (12.8, with Triton 3.6) hoists the descriptors of some products out of a loop past what
     they are made from. The kernel then reads outside shared memory; the tables avoid such tiles.

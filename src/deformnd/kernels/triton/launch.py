@@ -121,7 +121,7 @@ def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
 def _on_device_of(t: Tensor) -> Any:
     if not t.is_cuda or t.device.index == torch.cuda.current_device():
         return _NOTHING
-    return torch.cuda.device_of(t)
+    return torch.cuda.device(t.device)
 
 
 class _Nothing:
@@ -1014,7 +1014,7 @@ class _Launch:
             tuple(self.constants.items()),
             tuple(self.options.items()),
             target,
-            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
+            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,  # type: ignore[no-untyped-call]
             self.descriptor is not None,
         )
 
