@@ -423,7 +423,10 @@ def test_compiles(
             assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
-@pytest.mark.skipif(INTERPRETING or launch.gluon is None, reason="no Gluon")
+@pytest.mark.skipif(
+    INTERPRETING or launch.gluon is None or not triton.__version__.startswith("3.6"),
+    reason="gluon.py is for Triton 3.6; with others its kernels leave the call to kernels.py",
+)
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from .kernels import cpu
@@ -23,17 +21,17 @@ def has_ops() -> bool:
 
 
 def with_cuda() -> bool:
-    """Whether the GPU kernels can run: a CUDA device is present and Triton is installed.
+    """Whether GPU kernels run on CUDA tensors. Not yet: these take the reference.
 
-    The kernels are Triton programs, compiled for the device at their first call; no CUDA toolkit
-    is needed and none was used to build this package.
+    The kernels to come are Triton programs, compiled for the device at their first call; they
+    need no CUDA toolkit, and none is used to build this package.
 
     Example:
         >>> import deformnd
         >>> isinstance(deformnd.with_cuda(), bool)
         True
     """
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return False
 
 
 def cuda_version() -> int:

@@ -1014,7 +1014,7 @@ class _Launch:
             tuple(self.constants.items()),
             tuple(self.options.items()),
             target,
-            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,  # type: ignore[no-untyped-call]
+            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
             self.descriptor is not None,
         )
 
