@@ -103,6 +103,17 @@ def test_offset_and_mask_may_have_another_dtype(dtype):
     assert grad.dtype == dtype
 
 
+def test_the_default_device_is_not_asked():
+    case = Case((6, 7), (3, 3), padding=1)
+    tensors = requires_grad(case.tensors())
+    expected = case.call(tensors)
+    with torch.device("meta"):
+        output = case.call(tensors)
+        grads = gradients(output, tensors, expected.detach())
+    assert torch.equal(output, expected)
+    assert all(grad.device.type == "cpu" for grad in grads.values())
+
+
 def test_numbers_of_numpy_are_ints():
     case = Case((6, 7), (3, 3), padding=1)
     x, w, o, m, b = case.tensors().values()

@@ -100,12 +100,14 @@ def gradients(
     by_image, by_points, by_weight, by_offset, by_mask = needs
     grad_image = _empty(image.shape, image) if by_image else None
     grad_points = _empty(points.shape, points) if by_points else None
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if by_weight else None
+    grad_weight = (
+        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if by_weight else None
+    )
     grad_offset = grad_mask = None
     if by_offset and offset is not None:
-        grad_offset = torch.empty(offset.shape, dtype=offset.dtype)
+        grad_offset = torch.empty(offset.shape, dtype=offset.dtype, device=offset.device)
     if by_mask and mask is not None:
-        grad_mask = torch.empty(mask.shape, dtype=mask.dtype)
+        grad_mask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     if grad_points is not None:
         _call(g, True, image, grad_points, weight, offset, mask, None)
     grads = (grad_image, grad_weight, grad_offset, grad_mask)
@@ -126,7 +128,9 @@ def _fits(g: Geometry) -> bool:
 
 def _empty(size: Sequence[int], like: Tensor) -> Tensor:
     """In the dtype and memory format of the tensor that it belongs to."""
-    return torch.empty(size, dtype=like.dtype, memory_format=memory_format(like))
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
+    )
 
 
 def _layout(t: Tensor) -> tuple[Tensor, int]:
