@@ -1,9 +1,6 @@
-"""ONNX export: the standard DeformConv operator for deform_conv2d.
+"""ONNX export of every operator, for the engine that shall run the file."""
 
-table = deformnd.onnx.translation_table()
-torch.onnx.export(model, args, "model.onnx", dynamo=True, custom_translation_table=table)
-"""
+from .export import TARGETS, UnsupportedError, check, export
+from .table import translation_table
 
-from .native import translation_table
-
-__all__ = ["translation_table"]
+__all__ = ["TARGETS", "UnsupportedError", "check", "export", "translation_table"]
