@@ -572,7 +572,7 @@ def scatter(
         weight = b.reshape(weight, g.groups, per_point, per_image * count)
         weight = b.transpose(weight, 0, 2, 1)
         points = b.reshape(points, g.batch, g.groups, per_point, positions)
-    columns = b.op.MatMul(weight, points)
+    columns = b.op.MatMul(_as_many_as_the_batch(b, g, weight), points)
     if mask is not None and not joint:
         per_group = g.image_channels // g.mask_groups
         columns = b.reshape(columns, g.batch, g.mask_groups, per_group, flat)
@@ -632,9 +632,8 @@ def _contract(
     else:
         weight = b.reshape(weight, g.groups, g.point_channels // g.groups, inner)
         columns = b.reshape(columns, g.batch, g.groups, inner, *_flat(b, g))
-    result = b.reshape(
-        b.op.MatMul(weight, columns), g.batch, g.point_channels, *g.point_size
-    )
+    result = b.op.MatMul(_as_many_as_the_batch(b, g, weight), columns)
+    result = b.reshape(result, g.batch, g.point_channels, *g.point_size)
     return _add_bias(b, result, bias, len(g.kernel))
 
 
@@ -655,9 +654,20 @@ def _contract_rows(
         columns = b.reshape(columns, g.batch, positions, points, g.groups, inputs)
         columns = b.transpose(columns, 0, 3, 1, 2, 4)
         columns = b.reshape(columns, g.batch, g.groups, positions, points * inputs)
+        weight = _as_many_as_the_batch(b, g, weight)
         result = b.transpose(b.op.MatMul(columns, weight), 0, 1, 3, 2)
     result = b.reshape(result, g.batch, g.point_channels, *g.point_size)
     return _add_bias(b, result, bias, len(g.kernel))
+
+
+def _as_many_as_the_batch(b: Graph, g: Geometry, weight: Value) -> Value:
+    """The weight, once for each item where the batch may be empty, which is once or never.
+
+    ONNX Runtime's MatMul broadcasts one to many, but not to none.
+    """
+    if isinstance(g.batch, int) and g.batch > 0:
+        return weight
+    return b.op.Slice(b.unsqueeze(weight, 0), b.tensor(0), b.tensor(g.batch), b.tensor(0))
 
 
 def _add_bias(b: Graph, result: Value, bias: Value | None, n: int) -> Value:
