@@ -1,6 +1,23 @@
-"""ONNX export of every operator, for the engine that shall run the file."""
+"""ONNX export of every operator, for the engine that shall run the file.
 
+    deformnd.onnx.export(model, args, "model.onnx", target="onnxruntime")
+
+Needs `pip install 'deformnd[onnx]'`, at use and not at import.
+"""
+
+from .compat import create_deform_conv2d_custom_op, register_deform_conv2d_onnx_op
 from .export import add_function, check, export
+from .openvino import read_openvino_model
 from .table import TARGETS, UnsupportedError, translation_table
 
-__all__ = ["TARGETS", "UnsupportedError", "add_function", "check", "export", "translation_table"]
+__all__ = [
+    "TARGETS",
+    "UnsupportedError",
+    "add_function",
+    "check",
+    "create_deform_conv2d_custom_op",
+    "export",
+    "read_openvino_model",
+    "register_deform_conv2d_onnx_op",
+    "translation_table",
+]

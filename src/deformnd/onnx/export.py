@@ -39,11 +39,11 @@ def export(
     valid, has the opset asked for, and, run by the target's engine, agrees with the model.
 
     Args:
-        model: an nn.Module in eval mode (or a torch.export.ExportedProgram). Its operators compute
-            in float16, float32 or float64; coordinates in float32 at least, also in a float16 model.
+        model: an nn.Module in eval mode, or a torch.export.ExportedProgram. In float16 (where
+            these operators still compute in float32), float32 or float64.
         args: the model's positional inputs.
-        path: the file to write. Large weights go to a second one, path + ".data", unless you pass
-            external_data=False.
+        path: the file to write. Weights of 2 GB or more, or with external_data=True, go to a second
+            one beside it, path + ".data".
         target: who shall run the file.
             "onnxruntime": the standard DeformConv, for ONNX Runtime 1.25 or newer. The fastest
             there.
@@ -80,7 +80,7 @@ def export(
     version = resolve(target, opset)
     table = translation_table(target, version)
     table.update(options.pop("custom_translation_table", None) or {})
-    saving = {
+    saving: dict[str, Any] = {
         key: options.pop(key)
         for key in ("external_data", "keep_initializers_as_inputs")
         if key in options
@@ -221,9 +221,7 @@ def check(
             if given is larger:
                 continue
             raise
-        expected = [
-            t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)
-        ]
+        expected = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)]
         got = run([given[i].detach().cpu() for i in tensors])
         for g, e in zip(got, expected, strict=True):
             worst = max(worst, _difference(g, e.cpu(), standard, engine, os.fspath(path)))

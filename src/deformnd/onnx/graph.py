@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,17 @@ class Graph:
     they are known, so that a static model holds no arithmetic on them.
     """
 
-    def __init__(self, op: Any, dtype: npt.DTypeLike) -> None:
+    def __init__(self, op: Any, tensors: Iterable[Value]) -> None:
         self.op = op
-        self.float = np.dtype(dtype)
+        self.float: Any = np.result_type(np.float32, *map(self.dtype, tensors))
+
+    def shape(self, t: Value) -> Sequence[Any]:
+        """The sizes of an operator's argument; what is no int is not known."""
+        return t.shape  # type: ignore[no-any-return]
+
+    def dtype(self, t: Value) -> Any:
+        """The numpy dtype of an operator's argument."""
+        return t.dtype.numpy()
 
     def array(self, array: npt.ArrayLike, dtype: Any) -> Value:
         from onnx import numpy_helper
@@ -40,7 +49,7 @@ class Graph:
     def sizes(self, t: Value) -> list[Size]:
         shape: Any = None
         found: list[Size] = []
-        for axis, size in enumerate(t.shape):
+        for axis, size in enumerate(self.shape(t)):
             if isinstance(size, int):
                 found.append(size)
                 continue

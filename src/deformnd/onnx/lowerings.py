@@ -25,11 +25,11 @@ from .graph import Graph, Size, Value
 # and infinity. One comparison, which is false for NaN, sends all of them there. Beyond it, floats
 # turn into integers safely, and no NaN reaches a sum (or OpenVINO's DeformableConvolution, where it
 # reads out of bounds).
-_FAR = 2.0**24
+FAR = 2.0**24
 
 
 def bounded(b: Graph, offset: Value) -> Value:
-    far = b.number(_FAR)
+    far = b.number(FAR)
     return b.op.Where(b.op.Less(b.op.Abs(offset), far), offset, far)
 
 
@@ -348,9 +348,7 @@ def grid_sample(
             image = b.unsqueeze(image, 2)
         size = ((1,) * (2 - len(g.kernel))) + tuple(g.image_size)
         image = b.reshape(image, batch, channels, *size)
-        normal = [
-            _normalised(b, p, s) for p, s in zip(positions, g.image_size, strict=True)
-        ]
+        normal = [_normalised(b, p, s) for p, s in zip(positions, g.image_size, strict=True)]
         if len(g.kernel) == 1:
             normal.insert(0, b.op.Mul(normal[0], b.number(0.0)))  # the middle of one row
         columns = _grid_sample2d(b, image, normal)  # [B * G, C / G, K, P]
@@ -496,7 +494,9 @@ def _corners(
     rest = b.op.Sub(b.number(1.0), fraction)
     whole = b.cast(floor, np.int32)
     if mask is not None:
-        mask = _mask_rows(b, g, mask) if rows else b.reshape(mask, g.batch, groups, points, positions)
+        mask = (
+            _mask_rows(b, g, mask) if rows else b.reshape(mask, g.batch, groups, points, positions)
+        )
     size = [b.add(s, 2) for s in g.image_size]
     axes = []
     for a in range(n):
@@ -621,9 +621,7 @@ def _positions(b: Graph, g: Geometry, offset: Value) -> list[Value]:
     ]
 
 
-def _contract(
-    b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None
-) -> Value:
+def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None) -> Value:
     """Columns, [B, C, K, P] in memory, times weight: points [B, O, *point_size]."""
     inner = math.prod(g.kernel) * g.image_channels // g.groups
     if g.groups == 1:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..kernels import library as library  # registers torch.ops.deformnd
@@ -23,6 +23,7 @@ TARGETS = {
 }
 
 Lowering = Callable[..., Value]
+Tensors = tuple[Value | None, ...]  # input, weight, offset, mask, bias
 
 
 class UnsupportedError(NotImplementedError):
@@ -82,7 +83,7 @@ def translation_table(
         ['Conv', 'DeformConv']
     """
     version = resolve(target, opset)
-    op = _opset18()
+    op = opset18()
 
     def deform_conv(
         input: Value,
@@ -92,8 +93,9 @@ def translation_table(
         bias: Value | None,
         *parameters: Any,
     ) -> Value:
-        call = (input, weight, offset, mask, bias)
-        return _translate(op, target, version, "deform_conv", call, *parameters)
+        tensors = (input, weight, offset, mask, bias)
+        _check(target, version, f"deform_conv{len(parameters[0])}d", tensors)
+        return translate(op, functools.partial(lower, target), tensors, *parameters)
 
     def deform_conv_transpose(
         input: Value,
@@ -107,11 +109,10 @@ def translation_table(
         dilation: list[int],
         groups: int,
     ) -> Value:
-        call = (input, weight, offset, mask, bias)
-        name = "deform_conv_transpose"
-        return _translate(
-            op, target, version, name, call, stride, padding, dilation, groups, output_padding
-        )
+        tensors = (input, weight, offset, mask, bias)
+        _check(target, version, f"deform_conv_transpose{len(stride)}d", tensors)
+        parameters = (stride, padding, dilation, groups, output_padding)
+        return translate(op, lowerings.scatter, tensors, *parameters)
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.deformnd.deform_conv.default: deform_conv,
@@ -120,7 +121,8 @@ def translation_table(
     if hasattr(torch.ops.torchvision, "deform_conv2d"):
 
         def torchvision(*args: Any) -> Value:
-            return _translate(op, target, version, "deform_conv", *torchvision_call(*args))
+            tensors, *parameters = torchvision_call(*args)
+            return deform_conv(*tensors, *parameters)
 
         table[torch.ops.torchvision.deform_conv2d.default] = torchvision
     return table
@@ -152,7 +154,7 @@ def torchvision_call(
     )
 
 
-def _opset18() -> Any:
+def opset18() -> Any:
     # The one that torch's own translations are written in; the exporter converts to the opset asked
     # for. DeformConv alone is newer.
     try:
@@ -162,49 +164,52 @@ def _opset18() -> Any:
     return opset18
 
 
-def _translate(
-    op: Any,
-    target: str,
-    opset: int,
-    name: str,
-    tensors: tuple[Value | None, ...],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    output_padding: list[int] | None = None,
-) -> Value:
-    name = f"{name}{len(stride)}d"
-    if opset < TARGETS[target][1]:
-        oldest = TARGETS[target][1]
-        hint = "; target 'precise' needs 18" if oldest == 19 else ""
+def _check(target: str, opset: int, operator: str, tensors: Tensors) -> None:
+    oldest = TARGETS[target][1]
+    if opset < oldest:
+        hint = "; target 'precise' needs only 18" if oldest > 18 else ""
         reason = f"it needs opset {oldest} or newer{hint}"
-        raise UnsupportedError(target, opset, name, reason)
-    dtypes = [t.dtype.numpy() for t in tensors if t is not None]
-    if any(dtype.name == "bfloat16" for dtype in dtypes):
-        reason = "no engine runs bfloat16 models on a CPU; export model.float() or model.half()"
-        raise UnsupportedError(target, opset, name, reason)
-    # Coordinates and sums in float32 at least.
-    input, *rest = tensors
-    b = Graph(op, np.result_type(np.float32, *dtypes))
-    image, weight, offset, mask, bias = (
-        t if t is None or t.dtype.numpy() == b.float else b.cast(t, b.float)
-        for t in (input, *rest)
-    )
-    g = geometry(b, tensors, stride, padding, dilation, groups, output_padding)
-    result = lower(b, g, target, output_padding is not None, image, weight, offset, mask, bias)
-    assert input is not None
-    return result if dtypes[0] == b.float else b.cast(result, dtypes[0])
+        raise UnsupportedError(target, opset, operator, reason)
+    if any(t is not None and t.dtype.name == "BFLOAT16" for t in tensors):
+        reason = "engines do not run bfloat16 on a CPU; export model.float() or model.half()"
+        raise UnsupportedError(target, opset, operator, reason)
 
 
-def geometry(
-    b: Graph,
-    tensors: tuple[Value | None, ...],
+def translate(
+    op: Any,
+    lowering: Lowering,
+    tensors: Tensors,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
     output_padding: list[int] | None = None,
+    *,
+    graph: type[Graph] = Graph,
+) -> Value:
+    """Write a call by a lowering, in float32 at least; output_padding: of the transpose."""
+    b = graph(op, [t for t in tensors if t is not None])
+    g = _geometry(b, tensors, stride, padding, dilation, groups, output_padding)
+    input, weight, offset, mask, bias = (
+        t if t is None or b.dtype(t) == b.float else b.cast(t, b.float) for t in tensors
+    )
+    if offset is None:  # as many groups as the mask has, so that they need no repeating
+        channels = g.mask_groups * math.prod(g.kernel) * len(g.kernel)
+        offset = b.expand(b.number(0), g.batch, channels, *g.point_size)
+        g = g._replace(offset_groups=g.mask_groups)
+    result = lowering(b, g, input, weight, offset, mask, bias)
+    dtype = b.dtype(tensors[0])
+    return result if dtype == b.float else b.cast(result, dtype)
+
+
+def _geometry(
+    b: Graph,
+    tensors: Tensors,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_padding: list[int] | None,
 ) -> Geometry:
     """The sizes of a call, with tensors of the graph for those that are not known."""
     input, weight, offset, mask, _ = tensors
@@ -248,24 +253,17 @@ _MANY_GROUPS = 8
 
 
 def lower(
+    target: str,
     b: Graph,
     g: Geometry,
-    target: str,
-    transposed: bool,
     input: Value,
     weight: Value,
-    offset: Value | None,
+    offset: Value,
     mask: Value | None,
     bias: Value | None,
 ) -> Value:
-    """Write a call by the lowering that is best for the target."""
-    if offset is None:  # as many groups as the mask has, so that they need no repeating
-        channels = g.mask_groups * math.prod(g.kernel) * len(g.kernel)
-        offset = b.expand(b.number(0), g.batch, channels, *g.point_size)
-        g = g._replace(offset_groups=g.mask_groups)
+    """Write a deform_conv by the lowering that is best for the target."""
     call = (b, g, input, weight, offset, mask, bias)
-    if transposed:
-        return lowerings.scatter(*call)
     if target == "precise":
         return lowerings.gather(*call)
     if target == "standard":
