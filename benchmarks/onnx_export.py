@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -152,6 +153,9 @@ def hand_made(model: Call, inputs: tuple[Tensor, ...], path: str) -> None:
 
 
 def seed(model: Call, inputs: tuple[Tensor, ...], path: str, gathernd: bool) -> None:
+    # It looks for a private module of torch where that no longer is.
+    types = "torch.onnx._internal.torchscript_exporter._type_utils"
+    sys.modules.setdefault("torch.onnx._type_utils", importlib.import_module(types))
     exporter = importlib.import_module("deform_conv2d_onnx_exporter")
     exporter.register_deform_conv2d_onnx_op(use_gathernd=gathernd)
     twin = Torchvision.__new__(Torchvision)

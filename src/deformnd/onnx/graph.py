@@ -41,6 +41,12 @@ class Graph:
         """A floating scalar."""
         return self.array(value, self.float)
 
+    def zeros(self, *sizes: Size) -> Value:
+        from onnx import numpy_helper
+
+        value = numpy_helper.from_array(np.zeros(1, self.float))
+        return self.op.ConstantOfShape(self.tensor(*sizes), value=value)
+
     def cast(self, t: Value, dtype: npt.DTypeLike) -> Value:
         from onnx import helper
 

@@ -500,8 +500,7 @@ def _corners(
     size = [b.add(s, 2) for s in g.image_size]
     axes = []
     for a in range(n):
-        regular = _regular(b, g, a, rows, border=1)
-        first = b.op.Add(b.take(whole, a, axis), regular)
+        first = _plus_regular(b, g, b.take(whole, a, axis), a, rows, np.int32, border=1)
         ends = []
         for bit, part in ((0, rest), (1, fraction)):
             # Outside is the border, whose pixels are 0.
@@ -580,7 +579,7 @@ def scatter(
     shape = (b.mul(g.batch, groups), channels, flat)
     columns = b.reshape(columns, *shape)
     size = [b.add(s, 2) for s in g.image_size]
-    image = b.expand(b.number(0.0), shape[0], channels, b.mul(*size))
+    image = b.zeros(shape[0], channels, b.mul(*size))
     for index, share in _corners(b, g, offset, mask if joint else None, rows=False):
         index = b.expand(index, *shape)
         image = b.op.ScatterElements(
@@ -597,17 +596,31 @@ def _flat(b: Graph, g: Geometry) -> tuple[Size]:
     return (b.mul(*g.point_size),)
 
 
-def _regular(b: Graph, g: Geometry, axis: int, rows: bool, border: int = 0) -> Value:
-    """Position of each kernel point without offset along an axis: int32 [P, K, 1] or [K, P]."""
+def _plus_regular(
+    b: Graph, g: Geometry, t: Value, axis: int, rows: bool, dtype: Any, border: int = 0
+) -> Value:
+    """t plus the positions along an axis that the kernel points have without offset.
+
+    t: [B, P, K, G] with rows, else [B, G, K, P].
+    """
     n, points, size = len(g.kernel), math.prod(g.kernel), g.point_size
     k = np.unravel_index(np.arange(points), g.kernel)[axis] * g.dilation[axis]
     k = k - g.padding[axis] + border
-    p = b.scaled(b.arange(size[axis]), g.stride[axis])
-    if n > 1:
-        p = b.reshape(p, *(size[a] if a == axis else 1 for a in range(n)))
-        p = b.expand(p, *size)
-    p = b.reshape(p, *_flat(b, g), 1, 1) if rows else b.reshape(p, 1, *_flat(b, g))
-    return b.op.Add(p, b.array(k.reshape(points, 1), np.int32))
+    p = b.scaled(b.arange(size[axis], dtype), g.stride[axis], dtype)
+    along = [size[a] if a == axis else 1 for a in range(n)]
+    if rows:
+        p, k = b.reshape(p, *along, 1, 1), k.reshape(points, 1)
+        full: tuple[Size, ...] = (g.batch, *size, points, g.offset_groups)
+        flat: tuple[Size, ...] = (g.batch, *_flat(b, g), points, g.offset_groups)
+    else:
+        p, k = b.reshape(p, 1, *along), k.reshape(points, *[1] * n)
+        full = (g.batch, g.offset_groups, points, *size)
+        flat = (g.batch, g.offset_groups, points, *_flat(b, g))
+    # Along this axis only: it is small, and a file that holds it, too.
+    regular = b.op.Add(p, b.array(k, dtype))
+    if n == 1:
+        return b.op.Add(t, regular)
+    return b.reshape(b.op.Add(b.reshape(t, *full), regular), *flat)
 
 
 def _positions(b: Graph, g: Geometry, offset: Value) -> list[Value]:
@@ -615,10 +628,7 @@ def _positions(b: Graph, g: Geometry, offset: Value) -> list[Value]:
     n, points = len(g.kernel), math.prod(g.kernel)
     shape = (g.batch, g.offset_groups, points, n, *_flat(b, g))
     offset = b.reshape(bounded(b, offset), *shape)
-    return [
-        b.op.Add(b.take(offset, a, 3), b.cast(_regular(b, g, a, rows=False), b.float))
-        for a in range(n)
-    ]
+    return [_plus_regular(b, g, b.take(offset, a, 3), a, False, b.float) for a in range(n)]
 
 
 def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None) -> Value:

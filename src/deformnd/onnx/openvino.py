@@ -26,9 +26,8 @@ def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
 
     Example:
         >>> import os, tempfile
-        >>> import numpy, torch
+        >>> import openvino, torch
         >>> import deformnd.onnx
-        >>> openvino = __import__("pytest").importorskip("openvino")
         >>> layer = deformnd.PackedDeformConv2d(3, 8, 3, padding=1).eval()
         >>> path, x = os.path.join(tempfile.mkdtemp(), "layer.onnx"), torch.rand(1, 3, 16, 16)
         >>> program = deformnd.onnx.export(layer, (x,), path, verbose=False)

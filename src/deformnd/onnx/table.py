@@ -95,7 +95,11 @@ def translation_table(
     ) -> Value:
         tensors = (input, weight, offset, mask, bias)
         _check(target, version, f"deform_conv{len(parameters[0])}d", tensors)
-        return translate(op, functools.partial(lower, target), tensors, *parameters)
+
+        def lowering(b: Graph, g: Geometry, *call: Value | None) -> Value:
+            return choose(target, g)(b, g, *call)
+
+        return translate(op, lowering, tensors, *parameters)
 
     def deform_conv_transpose(
         input: Value,
@@ -195,7 +199,7 @@ def translate(
     )
     if offset is None:  # as many groups as the mask has, so that they need no repeating
         channels = g.mask_groups * math.prod(g.kernel) * len(g.kernel)
-        offset = b.expand(b.number(0), g.batch, channels, *g.point_size)
+        offset = b.zeros(g.batch, channels, *g.point_size)
         g = g._replace(offset_groups=g.mask_groups)
     result = lowering(b, g, input, weight, offset, mask, bias)
     dtype = b.dtype(tensors[0])
@@ -248,34 +252,29 @@ def _geometry(
 # Rows of a tall image up to which positions in it are good to 1e-5 of the result; see the docs.
 _TALL = 1024
 
-# Offset groups from which OpenVINO is faster by GridSample than by its own operator.
+# Offset groups from which OpenVINO is faster by GridSample than by its own 2-D operator.
 _MANY_GROUPS = 8
 
 
-def lower(
-    target: str,
-    b: Graph,
-    g: Geometry,
-    input: Value,
-    weight: Value,
-    offset: Value,
-    mask: Value | None,
-    bias: Value | None,
-) -> Value:
-    """Write a deform_conv by the lowering that is best for the target."""
-    call = (b, g, input, weight, offset, mask, bias)
-    if target == "precise":
-        return lowerings.gather(*call)
+def choose(target: str, g: Geometry) -> Lowering:
+    """The lowering of a deform_conv that is best for the target, as measured; see docs/onnx.md."""
+    n = len(g.kernel)
     if target == "standard":
-        return lowerings.grid_sample(*call)
+        return lowerings.grid_sample
+    if target == "precise" or (n == 3 and not _short(g)):
+        return lowerings.gather
     node = lowerings.standard_deform_conv2d
     if target == "openvino":
-        if g.offset_groups >= _MANY_GROUPS:
-            return lowerings.grid_sample(*call)
+        if n == 1:
+            return lowerings.gather
+        if n == 2 and g.offset_groups >= _MANY_GROUPS:
+            return lowerings.grid_sample
         node = lowerings.openvino_deform_conv2d
-    if len(g.kernel) < 3:
-        return lowerings.native(*call, node)
+    lowering = lowerings.native3d if n == 3 else lowerings.native
+    return functools.partial(lowering, deform_conv2d=node)
+
+
+def _short(g: Geometry) -> bool:
+    """Whether positions in the tall image of a 3-D call are fine enough; see _TALL."""
     depth, height, _ = g.image_size
-    if isinstance(depth, int) and isinstance(height, int) and depth * (height + 1) <= _TALL:
-        return lowerings.native3d(*call, node)
-    return lowerings.gather(*call)
+    return isinstance(depth, int) and isinstance(height, int) and depth * (height + 1) <= _TALL
