@@ -1,9 +1,23 @@
-"""ONNX export: the standard DeformConv operator for deform_conv2d.
+"""ONNX export of every operator, for the engine that shall run the file.
 
-table = deformnd.onnx.translation_table()
-torch.onnx.export(model, args, "model.onnx", dynamo=True, custom_translation_table=table)
+    deformnd.onnx.export(model, args, "model.onnx", target="onnxruntime")
+
+Needs `pip install 'deformnd[onnx]'`, at use and not at import.
 """
 
-from .native import translation_table
+from .compat import create_deform_conv2d_custom_op, register_deform_conv2d_onnx_op
+from .export import add_function, check, export
+from .openvino import read_openvino_model
+from .table import TARGETS, UnsupportedError, translation_table
 
-__all__ = ["translation_table"]
+__all__ = [
+    "TARGETS",
+    "UnsupportedError",
+    "add_function",
+    "check",
+    "create_deform_conv2d_custom_op",
+    "export",
+    "read_openvino_model",
+    "register_deform_conv2d_onnx_op",
+    "translation_table",
+]

@@ -1,0 +1,684 @@
+"""The operators of deformnd in the operators of ONNX.
+
+Each lowering takes a Geometry, whose batch and spatial sizes may be tensors of the graph (see
+Size), and writes one call in one floating dtype, float32 or float64. All follow the definition
+in kernels/reference.py.
+
+Shapes: B batch, K kernel points, P positions of the points, G offset groups, MG mask groups,
+C image channels, O point channels, V pixels of the image inside a border of one zero pixel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..kernels.geometry import Geometry
+from .graph import Graph, Size, Value
+
+# Note [bounded offsets]
+# Floats end at 2^24 here: no image is as large, so a larger offset points outside, and so must NaN
+# and infinity. One comparison, which is false for NaN, sends all of them there. Beyond it, floats
+# turn into integers safely, and no NaN reaches a sum (or OpenVINO's DeformableConvolution, where it
+# reads out of bounds).
+FAR = 2.0**24
+
+
+def bounded(b: Graph, offset: Value) -> Value:
+    far = b.number(FAR)
+    return b.op.Where(b.op.Less(b.op.Abs(offset), far), offset, far)
+
+
+# Native: DeformConv, in ONNX since opset 19
+
+
+def native(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+    deform_conv2d: Any,
+) -> Value:
+    """By the engine's own 2-D operator; 1-D as an image of one row.
+
+    deform_conv2d is one of the functions below, which differ in who runs the node.
+    """
+    points = math.prod(g.kernel)
+    g, offset, mask = _repeat_groups(b, g, offset, mask)
+    groups = g.offset_groups
+    if len(g.kernel) == 2:
+        return deform_conv2d(b, g, image, weight, offset, mask, bias)
+    size = g.point_size[0]
+    # dx alone becomes (dy, dx) = (0, dx).
+    offset = b.reshape(offset, g.batch, groups * points, 1, size)
+    offset = b.pad(offset, [0, 0, 1, 0], [0, 0, 0, 0])
+    offset = b.reshape(offset, g.batch, groups * points * 2, 1, size)
+    flat = g._replace(
+        image_size=(1, *g.image_size),
+        point_size=(1, *g.point_size),
+        kernel=(1, *g.kernel),
+        stride=(1, *g.stride),
+        padding=(0, *g.padding),
+        dilation=(1, *g.dilation),
+    )
+    if mask is not None:
+        mask = b.unsqueeze(mask, 2)
+    image, weight = b.unsqueeze(image, 2), b.unsqueeze(weight, 2)
+    result = deform_conv2d(b, flat, image, weight, offset, mask, bias)
+    return b.op.Squeeze(result, b.tensor(2))
+
+
+def _repeat_groups(
+    b: Graph, g: Geometry, offset: Value, mask: Value | None
+) -> tuple[Geometry, Value, Value | None]:
+    """Offset and mask in one number of groups, the least common multiple of theirs."""
+    common = math.lcm(g.offset_groups, g.mask_groups or 1)
+
+    def repeat(t: Value, groups: int, channels: int) -> Value:
+        if groups == common:
+            return t
+        t = b.reshape(t, g.batch, groups, 1, channels, *g.point_size)
+        t = b.expand(t, g.batch, groups, common // groups, channels, *g.point_size)
+        return b.reshape(t, g.batch, common * channels, *g.point_size)
+
+    points = math.prod(g.kernel)
+    offset = repeat(offset, g.offset_groups, points * len(g.kernel))
+    if mask is not None:
+        mask = repeat(mask, g.mask_groups, points)
+    return g._replace(offset_groups=common, mask_groups=common), offset, mask
+
+
+def standard_deform_conv2d(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+) -> Value:
+    from onnxscript import opset19
+
+    return opset19.DeformConv(
+        image,
+        weight,
+        offset,
+        bias,
+        mask,
+        kernel_shape=list(g.kernel),
+        strides=list(g.stride),
+        pads=[*g.padding, *g.padding],
+        dilations=list(g.dilation),
+        group=g.groups,
+        offset_group=g.offset_groups,
+    )
+
+
+# Note [two engines]
+# OpenVINO has no rule for ONNX's DeformConv, but its front end knows a node DeformableConv2D of its
+# own domain. So that other engines run the node too, the file holds a local function of that name
+# whose body is the standard DeformConv (openvino_function): an engine that does not know the node
+# inlines the function, and OpenVINO, which does know it, never looks.
+OPENVINO_DOMAIN = "org.openvinotoolkit"
+OPENVINO_OPERATOR = "DeformableConv2D"
+
+
+def openvino_deform_conv2d(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+) -> Value:
+    # OpenVINO's front end leaves bilinear_interpolation_pad at 0, which means that samples less
+    # than a pixel outside are 0 rather than blended with it. A zero border around the image gives
+    # them pixels to blend, and the operator that much less padding. Where there is none to take
+    # away, the image grows by one stride instead, and the points by one position, cropped after.
+    border = [1 if p else s for p, s in zip(g.padding, g.stride, strict=True)]
+    padding = [max(p - 1, 0) for p in g.padding]
+    extra = [0 if p else 1 for p in g.padding]
+    image = b.pad(image, [0, 0, *border], [0, 0, *border])
+    # OpenVINO reads out of bounds at NaN.
+    offset = b.pad(bounded(b, offset), [0, 0, *extra], [0, 0, *extra])
+    if mask is not None:
+        mask = b.pad(mask, [0, 0, *extra], [0, 0, *extra])
+    result = _openvino_operator()(
+        image,
+        offset,
+        weight,
+        *([] if mask is None else [mask]),
+        strides=list(g.stride),
+        pads=[*padding, *padding],
+        dilations=list(g.dilation),
+        group=g.groups,
+        deformable_groups=g.offset_groups,
+    )
+    if any(extra):
+        axes = [a for a in range(2) if extra[a]]
+        starts, ends = b.tensor(*[1] * len(axes)), b.tensor(*[-1] * len(axes))
+        result = b.op.Slice(result, starts, ends, b.tensor(*(2 + a for a in axes)))
+    return _add_bias(b, result, bias, 2)
+
+
+_OPENVINO_ATTRIBUTES = {  # OpenVINO's name: (DeformConv's, the type's name)
+    "strides": ("strides", "INTS"),
+    "pads": ("pads", "INTS"),
+    "dilations": ("dilations", "INTS"),
+    "group": ("group", "INT"),
+    "deformable_groups": ("offset_group", "INT"),
+}
+
+
+def _openvino_operator() -> Any:
+    from onnx.defs import OpSchema
+    from onnxscript import values
+
+    optional = OpSchema.FormalParameterOption.Optional
+    parameter = OpSchema.FormalParameter
+    schema = OpSchema(
+        OPENVINO_OPERATOR,
+        OPENVINO_DOMAIN,
+        1,
+        inputs=[
+            *(parameter(name, "T") for name in ("X", "offset", "W")),
+            parameter("mask", "T", param_option=optional),
+        ],
+        outputs=[parameter("Y", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(double)"], "")],
+        attributes=[
+            OpSchema.Attribute(name, getattr(OpSchema.AttrType, kind))
+            for name, (_, kind) in _OPENVINO_ATTRIBUTES.items()
+        ],
+    )
+    return values.Op(values.Opset(OPENVINO_DOMAIN, 1), OPENVINO_OPERATOR, schema)
+
+
+def openvino_function(opset: int) -> Any:
+    """The local function of Note [two engines], an onnx.FunctionProto."""
+    from onnx import AttributeProto, helper
+
+    node = helper.make_node("DeformConv", ["X", "W", "offset", "", "mask"], ["Y"], "deform_conv")
+    for name, (original, kind) in _OPENVINO_ATTRIBUTES.items():
+        kind = getattr(AttributeProto, kind)
+        node.attribute.append(AttributeProto(name=original, ref_attr_name=name, type=kind))
+    return helper.make_function(
+        OPENVINO_DOMAIN,
+        OPENVINO_OPERATOR,
+        ["X", "offset", "W", "mask"],
+        ["Y"],
+        [node],
+        [helper.make_opsetid("", opset)],
+        attributes=list(_OPENVINO_ATTRIBUTES),
+    )
+
+
+# Note [tall image]
+# A 3-D image is a 2-D image with its planes one below the other and a row of zeros after each. A
+# 3-D sample is two 2-D samples of it, in neighbouring planes, blended. A position in row y of plane
+# z is in row z * (height + 1) + y, for -1 <= y <= height: at both ends of that range it lies on a
+# row of zeros, or outside. z is kept in [-1, depth] likewise.
+
+
+def _tall_image(b: Graph, g: Geometry, image: Value) -> tuple[Value, Size, Size]:
+    """The tall image [B, C, rows, width], rows, and rows in a plane."""
+    depth, height, width = g.image_size
+    plane = b.add(height, 1)
+    rows = b.mul(depth, plane)
+    image = b.pad(image, [0] * 5, [0, 0, 0, 1, 0])
+    return b.reshape(image, g.batch, g.image_channels, rows, width), rows, plane
+
+
+def _clip(b: Graph, t: Value, low: float, size: Size, above: int) -> Value:
+    high = b.scalar(b.add(size, above), b.float)
+    # A tensor [1], for which Clip wants a scalar.
+    return b.op.Min(b.op.Max(t, b.number(low)), high)
+
+
+def native3d(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+    deform_conv2d: Any,
+) -> Value:
+    """By the engine's 2-D operator on the tall image; see Note [tall image].
+
+    Its kernel is [2, K]: row c samples plane floor(z) + c, with its share of the blend in the
+    mask. The operator adds its own regular positions, which are taken off its offsets again.
+    """
+    points = math.prod(g.kernel)
+    g, offset, mask = _repeat_groups(b, g, offset, mask)
+    batch, groups = g.batch, g.offset_groups
+    tall, rows, plane = _tall_image(b, g, image)
+    # The operator's output has the size that follows from its image: pad that, or the points.
+    stride = (g.stride[0] * g.stride[1], g.stride[2])
+    wanted = (b.mul(g.point_size[0], g.point_size[1]), g.point_size[2])
+    kernel = (2, points)
+    before = [0, 0, 0, 0]
+    grow, extra = [], []
+    for size, count, s, k in zip((rows, g.image_size[2]), wanted, stride, kernel, strict=True):
+        needed = b.add(b.mul(b.add(count, -1), s), k)  # the smallest image with that many points
+        grow.append(b.max(b.add(needed, b.mul(size, -1)), 0))
+        found = b.add(b.div(b.add(b.add(size, grow[-1]), -k), s), 1)
+        extra.append(b.add(found, b.mul(count, -1)))
+    tall = b.pad(tall, before, [0, 0, *grow])
+
+    z, y, x = _positions(b, g, offset)  # [B, G, K, P]
+    z = _clip(b, z, -1, g.image_size[0], 0)
+    y = _clip(b, y, -1, g.image_size[1], 0)
+    low = b.op.Floor(z)
+    part = b.op.Sub(z, low)
+    row = b.op.Add(b.op.Mul(low, b.scalar(plane, b.float)), y)
+    shape = (batch, groups, 1, points, 1, *wanted)
+    r = b.scaled(b.arange(wanted[0], b.float), stride[0], b.float)
+    r = b.reshape(r, 1, 1, 1, 1, 1, wanted[0], 1)
+    c = b.scaled(b.arange(wanted[1], b.float), stride[1], b.float)
+    k = b.array(np.arange(points).reshape(1, 1, 1, points, 1, 1, 1), b.float)
+    dy = b.op.Sub(b.reshape(row, *shape), r)
+    dx = b.op.Sub(b.op.Sub(b.reshape(x, *shape), c), k)
+    step = b.op.Sub(b.scalar(plane, b.float), b.number(1))
+    below = b.op.Add(dy, step)
+    offset = b.op.Concat(
+        b.op.Concat(dy, dx, axis=4), b.op.Concat(below, dx, axis=4), axis=2
+    )  # [B, G, 2, K, 2, *wanted]
+    offset = b.reshape(offset, batch, groups * 2 * points * 2, *wanted)
+    offset = b.pad(offset, before, [0, 0, *extra])
+    share = b.unsqueeze(part, 2)
+    share = b.op.Concat(b.op.Sub(b.number(1.0), share), share, axis=2)  # [B, G, 2, K, P]
+    if mask is not None:
+        share = b.op.Mul(share, b.reshape(mask, batch, groups, 1, points, *_flat(b, g)))
+    share = b.reshape(share, batch, groups * 2 * points, *wanted)
+    share = b.pad(share, before, [0, 0, *extra])
+
+    weight = b.reshape(weight, g.point_channels, g.image_channels // g.groups, 1, points)
+    weight = b.expand(weight, g.point_channels, g.image_channels // g.groups, 2, points)
+    flat = g._replace(
+        image_size=(rows, g.image_size[2]),
+        point_size=wanted,
+        kernel=kernel,
+        stride=stride,
+        padding=(0, 0),
+        dilation=(1, 1),
+    )
+    result = deform_conv2d(b, flat, tall, weight, offset, share, bias)
+    if not all(isinstance(e, int) and e == 0 for e in extra):
+        result = b.crop(result, 0, list(wanted))
+    return b.reshape(result, batch, g.point_channels, *g.point_size)
+
+
+# By GridSample: every engine has it, with positions relative to the size of the image
+
+
+def grid_sample(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+) -> Value:
+    """By one GridSample, with the kernel points as rows of its output.
+
+    Its positions are normalised by the size of the image: their error, and so the result's, grows
+    with that size.
+    """
+    points = math.prod(g.kernel)
+    channels = g.image_channels // g.offset_groups
+    batch = b.mul(g.batch, g.offset_groups)
+    positions = [
+        b.reshape(p, batch, points, *_flat(b, g)) for p in _positions(b, g, offset)
+    ]  # [B * G, K, P] each
+    if len(g.kernel) == 3:
+        columns = _grid_sample3d(b, g, image, positions, batch, channels)
+    else:
+        if len(g.kernel) == 1:
+            image = b.unsqueeze(image, 2)
+        size = ((1,) * (2 - len(g.kernel))) + tuple(g.image_size)
+        image = b.reshape(image, batch, channels, *size)
+        normal = [_normalised(b, p, s) for p, s in zip(positions, g.image_size, strict=True)]
+        if len(g.kernel) == 1:
+            normal.insert(0, b.op.Mul(normal[0], b.number(0.0)))  # the middle of one row
+        columns = _grid_sample2d(b, image, normal)  # [B * G, C / G, K, P]
+    if mask is not None:
+        columns = b.reshape(
+            columns, g.batch, g.mask_groups, g.image_channels // g.mask_groups, points, *_flat(b, g)
+        )
+        columns = b.op.Mul(
+            columns, b.reshape(mask, g.batch, g.mask_groups, 1, points, *_flat(b, g))
+        )
+    return _contract(b, g, columns, weight, bias)
+
+
+def _normalised(b: Graph, position: Value, size: Size) -> Value:
+    """Positions in pixels as GridSample counts them without align_corners: edges at -1 and 1."""
+    # All that is outside is 0: bring it near, where no engine's arithmetic fails.
+    position = _clip(b, position, -2, size, 1)
+    if isinstance(size, int):
+        scale, shift = b.number(2 / size), b.number(1 / size - 1)
+    else:
+        one = b.number(1.0)
+        inverse = b.op.Div(one, b.scalar(size, b.float))
+        scale, shift = b.op.Add(inverse, inverse), b.op.Sub(inverse, one)
+    return b.op.Add(b.op.Mul(position, scale), shift)
+
+
+def _grid_sample2d(b: Graph, image: Value, normal: Sequence[Value]) -> Value:
+    y, x = (b.unsqueeze(p, 3) for p in normal)
+    # align_corners=0 also where its value is the same for the result: 1 fails on axes of size 1,
+    # and misses ONNX Runtime's fast path.
+    return b.op.GridSample(
+        image,
+        b.op.Concat(x, y, axis=3),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=0,
+    )
+
+
+def _grid_sample3d(
+    b: Graph, g: Geometry, image: Value, positions: list[Value], batch: Size, channels: int
+) -> Value:
+    """Samples of the tall image, with the plane below each as more channels; see Note."""
+    z, y, x = positions
+    depth, height, width = g.image_size
+    z, y = _clip(b, z, -1, depth, 0), _clip(b, y, -1, height, 0)
+    low = b.op.Floor(z)
+    # Plane z of this one holds planes z - 1 and z, for z = 0 ... depth + 1.
+    plane, planes = b.add(height, 1), b.add(depth, 2)
+    image = b.reshape(image, batch, channels, depth, height, width)
+    upper = b.pad(image, [0, 0, 1, 0, 0], [0, 0, 1, 1, 0])
+    lower = b.pad(image, [0] * 5, [0, 0, 2, 1, 0])
+    rows = b.mul(planes, plane)
+    pair = b.reshape(b.op.Concat(upper, lower, axis=1), batch, 2 * channels, rows, width)
+    row = b.op.Mul(b.op.Add(low, b.number(1.0)), b.scalar(plane, b.float))
+    row = b.op.Add(row, y)
+    sampled = _grid_sample2d(b, pair, [_normalised(b, row, rows), _normalised(b, x, width)])
+    axis = b.tensor(1)
+    first = b.op.Slice(sampled, b.tensor(0), b.tensor(channels), axis)
+    second = b.op.Slice(sampled, b.tensor(channels), b.tensor(2 * channels), axis)
+    part = b.unsqueeze(b.op.Sub(z, low), 1)
+    return b.op.Add(first, b.op.Mul(b.op.Sub(second, first), part))
+
+
+# By integer gather: exact coordinates at any size, in any engine and opset
+
+
+def gather(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+    how: str = "Gather",
+    reshape_gathered: bool = False,
+) -> Value:
+    """By gathering the corners of each sample, rows of channels at a time.
+
+    how: "Gather", "GatherND" or "GatherElements" (single elements rather than rows).
+    reshape_gathered: give what GatherND returns its shape once more.
+    """
+    points, (positions,) = math.prod(g.kernel), _flat(b, g)
+    groups, channels = g.offset_groups, g.image_channels // g.offset_groups
+    elements = how == "GatherElements"
+    joint = mask is not None and g.mask_groups == groups
+    corners = _corners(b, g, offset, mask if joint else None, rows=not elements)
+    size = [b.add(s, 2) for s in g.image_size]
+    image = b.pad(image, [0, 0, *[1] * len(size)], [0, 0, *[1] * len(size)])
+    if elements:
+        batch = b.mul(g.batch, groups)
+        data = b.reshape(image, batch, channels, b.mul(*size))
+        index_shape: tuple[Size, ...] = (batch, channels, b.mul(points, positions))
+    else:
+        image = b.transpose(image, 0, *range(2, 2 + len(size)), 1)
+        data = b.reshape(image, b.mul(g.batch, *size, groups), channels)
+    columns = None
+    for index, share in corners:
+        if elements:  # [B * G, C / G, K * P]
+            value = b.op.GatherElements(data, b.expand(index, *index_shape), axis=2)
+        elif how == "GatherND":  # [B, P, K, G, C / G]
+            value = b.op.GatherND(data, b.unsqueeze(b.cast(index, np.int64), 4))
+            if reshape_gathered:
+                value = b.reshape(value, g.batch, positions, points, groups, channels)
+        else:
+            value = b.op.Gather(data, index, axis=0)
+        value = b.op.Mul(value, share)
+        columns = value if columns is None else b.op.Add(columns, value)
+    if elements:
+        if mask is not None and not joint:
+            per_group = g.image_channels // g.mask_groups
+            flat = b.mul(points, positions)
+            columns = b.reshape(columns, g.batch, g.mask_groups, per_group, flat)
+            columns = b.op.Mul(columns, b.reshape(mask, g.batch, g.mask_groups, 1, flat))
+        return _contract(b, g, columns, weight, bias)
+    if mask is not None and not joint:
+        per_group = g.image_channels // g.mask_groups
+        columns = b.reshape(columns, g.batch, positions, points, g.mask_groups, per_group)
+        columns = b.op.Mul(columns, b.unsqueeze(_mask_rows(b, g, mask), 4))
+    return _contract_rows(b, g, columns, weight, bias)
+
+
+def _corners(
+    b: Graph, g: Geometry, offset: Value, mask: Value | None, rows: bool
+) -> list[tuple[Value, Value]]:
+    """For each of the 2^n corners of every sample: its index, and its weight (times the mask).
+
+    With rows, the index is of rows of channels [B * V * G, C / G] and [B, P, K, G]; the weight has
+    one more dimension. Else it is of elements [B * G, C / G, V], and both are [B * G, 1, K * P].
+
+    Whole and fractional part of an offset are exact, and the regular position is an integer: so
+    there is no rounding in a position, however large the image.
+    """
+    n, points, (positions,) = len(g.kernel), math.prod(g.kernel), _flat(b, g)
+    groups = g.offset_groups
+    offset = b.reshape(bounded(b, offset), g.batch, groups, points, n, positions)
+    axis = 3
+    if rows:
+        offset, axis = b.transpose(offset, 3, 0, 4, 2, 1), 0  # [n, B, P, K, G]
+    floor = b.op.Floor(offset)
+    fraction = b.op.Sub(offset, floor)
+    rest = b.op.Sub(b.number(1.0), fraction)
+    whole = b.cast(floor, np.int32)
+    if mask is not None:
+        mask = (
+            _mask_rows(b, g, mask) if rows else b.reshape(mask, g.batch, groups, points, positions)
+        )
+    size = [b.add(s, 2) for s in g.image_size]
+    axes = []
+    for a in range(n):
+        first = _plus_regular(b, g, b.take(whole, a, axis), a, rows, np.int32, border=1)
+        ends = []
+        for bit, part in ((0, rest), (1, fraction)):
+            # Outside is the border, whose pixels are 0.
+            index = b.op.Add(first, b.array(1, np.int32)) if bit else first
+            index = b.op.Max(index, b.array(0, np.int32))
+            index = b.op.Min(index, b.scalar(b.add(size[a], -1), np.int32))
+            stride = b.mul(*size[a + 1 :], groups if rows else 1)
+            if not isinstance(stride, int) or stride != 1:
+                index = b.op.Mul(index, b.scalar(stride, np.int32))
+            share = b.take(part, a, axis)
+            if a == 0 and mask is not None:
+                share = b.op.Mul(share, mask)
+            ends.append((index, share))
+        axes.append(ends)
+    if rows:
+        origin = b.array(np.arange(groups).reshape(1, 1, 1, groups), np.int32)
+        if not isinstance(g.batch, int) or g.batch != 1:
+            image = b.op.Mul(b.arange(g.batch), b.scalar(b.mul(*size, groups), np.int32))
+            origin = b.op.Add(b.reshape(image, g.batch, 1, 1, 1), origin)
+        axes[0] = [(b.op.Add(index, origin), share) for index, share in axes[0]]
+    corners = []
+    for corner in itertools.product(*axes):
+        index, share = corner[0]
+        for other, other_share in corner[1:]:
+            index, share = b.op.Add(index, other), b.op.Mul(share, other_share)
+        if rows:
+            share = b.unsqueeze(share, 4)
+        else:
+            shape = (b.mul(g.batch, groups), 1, b.mul(points, positions))
+            index, share = b.reshape(index, *shape), b.reshape(share, *shape)
+        corners.append((index, share))
+    return corners
+
+
+def _mask_rows(b: Graph, g: Geometry, mask: Value) -> Value:
+    """The mask as [B, P, K, MG]."""
+    mask = b.reshape(mask, g.batch, g.mask_groups, math.prod(g.kernel), *_flat(b, g))
+    return b.transpose(mask, 0, 3, 2, 1)
+
+
+# The transpose: scatter
+
+
+def scatter(
+    b: Graph,
+    g: Geometry,
+    points: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+) -> Value:
+    """The transpose: adds each corner's share into an image with a border, and crops that.
+
+    By ScatterElements: ONNX Runtime's ScatterND with reduction="add" loses additions when threads
+    meet at one index.
+    """
+    count, (positions,) = math.prod(g.kernel), _flat(b, g)
+    groups, channels = g.offset_groups, g.image_channels // g.offset_groups
+    flat = b.mul(count, positions)
+    joint = mask is not None and g.mask_groups == groups
+    # Points times weight: columns [B, C, K * P].
+    per_point, per_image = g.point_channels // g.groups, g.image_channels // g.groups
+    if g.groups == 1:
+        weight = b.transpose(b.reshape(weight, per_point, per_image * count), 1, 0)
+        points = b.reshape(points, g.batch, per_point, positions)
+    else:
+        weight = b.reshape(weight, g.groups, per_point, per_image * count)
+        weight = b.transpose(weight, 0, 2, 1)
+        points = b.reshape(points, g.batch, g.groups, per_point, positions)
+    columns = b.op.MatMul(_as_many_as_the_batch(b, g, weight), points)
+    if mask is not None and not joint:
+        per_group = g.image_channels // g.mask_groups
+        columns = b.reshape(columns, g.batch, g.mask_groups, per_group, flat)
+        columns = b.op.Mul(columns, b.reshape(mask, g.batch, g.mask_groups, 1, flat))
+    shape = (b.mul(g.batch, groups), channels, flat)
+    columns = b.reshape(columns, *shape)
+    size = [b.add(s, 2) for s in g.image_size]
+    image = b.zeros(shape[0], channels, b.mul(*size))
+    for index, share in _corners(b, g, offset, mask if joint else None, rows=False):
+        index = b.expand(index, *shape)
+        image = b.op.ScatterElements(
+            image, index, b.op.Mul(columns, share), axis=2, reduction="add"
+        )
+    image = b.reshape(image, g.batch, g.image_channels, *size)
+    return _add_bias(b, b.crop(image, 1, list(g.image_size)), bias, len(size))
+
+
+# What they share
+
+
+def _flat(b: Graph, g: Geometry) -> tuple[Size]:
+    return (b.mul(*g.point_size),)
+
+
+def _plus_regular(
+    b: Graph, g: Geometry, t: Value, axis: int, rows: bool, dtype: Any, border: int = 0
+) -> Value:
+    """t plus the positions along an axis that the kernel points have without offset.
+
+    t: [B, P, K, G] with rows, else [B, G, K, P].
+    """
+    n, points, size = len(g.kernel), math.prod(g.kernel), g.point_size
+    k = np.unravel_index(np.arange(points), g.kernel)[axis] * g.dilation[axis]
+    k = k - g.padding[axis] + border
+    p = b.scaled(b.arange(size[axis], dtype), g.stride[axis], dtype)
+    along = [size[a] if a == axis else 1 for a in range(n)]
+    if rows:
+        p, k = b.reshape(p, *along, 1, 1), k.reshape(points, 1)
+        full: tuple[Size, ...] = (g.batch, *size, points, g.offset_groups)
+        flat: tuple[Size, ...] = (g.batch, *_flat(b, g), points, g.offset_groups)
+    else:
+        p, k = b.reshape(p, 1, *along), k.reshape(points, *[1] * n)
+        full = (g.batch, g.offset_groups, points, *size)
+        flat = (g.batch, g.offset_groups, points, *_flat(b, g))
+    # Along this axis only: it is small, and a file that holds it, too.
+    regular = b.op.Add(p, b.array(k, dtype))
+    if n == 1:
+        return b.op.Add(t, regular)
+    return b.reshape(b.op.Add(b.reshape(t, *full), regular), *flat)
+
+
+def _positions(b: Graph, g: Geometry, offset: Value) -> list[Value]:
+    """Position of each sample along each axis, [B, G, K, P]; bounded, so never NaN."""
+    n, points = len(g.kernel), math.prod(g.kernel)
+    shape = (g.batch, g.offset_groups, points, n, *_flat(b, g))
+    offset = b.reshape(bounded(b, offset), *shape)
+    return [_plus_regular(b, g, b.take(offset, a, 3), a, False, b.float) for a in range(n)]
+
+
+def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None) -> Value:
+    """Columns, [B, C, K, P] in memory, times weight: points [B, O, *point_size]."""
+    inner = math.prod(g.kernel) * g.image_channels // g.groups
+    if g.groups == 1:
+        weight = b.reshape(weight, g.point_channels, inner)
+        columns = b.reshape(columns, g.batch, inner, *_flat(b, g))
+    else:
+        weight = b.reshape(weight, g.groups, g.point_channels // g.groups, inner)
+        columns = b.reshape(columns, g.batch, g.groups, inner, *_flat(b, g))
+    result = b.op.MatMul(_as_many_as_the_batch(b, g, weight), columns)
+    result = b.reshape(result, g.batch, g.point_channels, *g.point_size)
+    return _add_bias(b, result, bias, len(g.kernel))
+
+
+def _contract_rows(
+    b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None
+) -> Value:
+    """Columns [B, P, K, ...], C in memory last, times weight: points [B, O, *point_size]."""
+    points, (positions,) = math.prod(g.kernel), _flat(b, g)
+    outputs, inputs = g.point_channels // g.groups, g.image_channels // g.groups
+    if g.groups == 1:
+        weight = b.transpose(b.reshape(weight, outputs, inputs, points), 2, 1, 0)
+        weight = b.reshape(weight, points * inputs, outputs)
+        columns = b.reshape(columns, g.batch, positions, points * inputs)
+        result = b.transpose(b.op.MatMul(columns, weight), 0, 2, 1)
+    else:
+        weight = b.reshape(weight, g.groups, outputs, inputs, points)
+        weight = b.reshape(b.transpose(weight, 0, 3, 2, 1), g.groups, points * inputs, outputs)
+        columns = b.reshape(columns, g.batch, positions, points, g.groups, inputs)
+        columns = b.transpose(columns, 0, 3, 1, 2, 4)
+        columns = b.reshape(columns, g.batch, g.groups, positions, points * inputs)
+        weight = _as_many_as_the_batch(b, g, weight)
+        result = b.transpose(b.op.MatMul(columns, weight), 0, 1, 3, 2)
+    result = b.reshape(result, g.batch, g.point_channels, *g.point_size)
+    return _add_bias(b, result, bias, len(g.kernel))
+
+
+def _as_many_as_the_batch(b: Graph, g: Geometry, weight: Value) -> Value:
+    """The weight, once for each item where the batch may be empty, which is once or never.
+
+    ONNX Runtime's MatMul broadcasts one to many, but not to none.
+    """
+    if isinstance(g.batch, int) and g.batch > 0:
+        return weight
+    return b.op.Slice(b.unsqueeze(weight, 0), b.tensor(0), b.tensor(g.batch), b.tensor(0))
+
+
+def _add_bias(b: Graph, result: Value, bias: Value | None, n: int) -> Value:
+    if bias is None:
+        return result
+    return b.op.Add(result, b.unsqueeze(bias, *range(1, 1 + n)))
