@@ -8,13 +8,16 @@ Note [one bilinear form] in geometry.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import cpu, reference
+from . import cpu, directional, reference
+from .directional import Tensors
 from .geometry import Geometry, conv_geometry, conv_transpose_geometry, memory_format
 
 _lib = torch.library.Library("deformnd", "DEF")
@@ -164,14 +167,14 @@ def _backward_fake(family: _Family) -> Callable[..., Gradients]:
 
 def _register_derivative(
     name: str,
-    save: Callable[[Any, tuple[Any, ...]], None],
     gradient: Callable[..., tuple[Any, ...]],
+    tangent: Callable[[Tensors, Sequence[Any], Tensors], Any],
     vmap_rule: Callable[..., tuple[Any, Any]],
 ) -> None:
-    """Register the derivative of an operator.
+    """Register the derivatives of an operator whose first five arguments are tensors.
 
     Not torch.library.register_autograd, since its functions refuse torch.func's transforms
-    (torch 2.13). See Note [functorch] for how this one comes to them.
+    (torch 2.13) and know no forward mode. See Note [functorch] for how this one comes to them.
     """
 
     class Differentiable(torch.autograd.Function):
@@ -182,11 +185,25 @@ def _register_derivative(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            save(ctx, inputs)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[:5])
+            ctx.save_for_forward(*inputs[:5])
+            ctx.parameters = inputs[5:]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradient(ctx, *grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            # torch turns forward mode off in here, to spare this level; an outer one (jacfwd of
+            # jacfwd) needs it, so it is this level's tangents that go.
+            tensors = [
+                None if t is None else forward_ad.unpack_dual(t, level=0).primal
+                for t in ctx.saved_tensors
+            ]
+            with forward_ad._set_fwd_grad_enabled(True):
+                return tangent(tensors, ctx.parameters, tangents[:5])
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -196,7 +213,9 @@ def _register_derivative(
 
     def kernel(*args: Any) -> Any:
         tensors = args[:5]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        ):
             return apply(*args)
         return Differentiable.forward(*args)
 
@@ -204,63 +223,84 @@ def _register_derivative(
     _lib.impl(name, apply, "FuncTorchDynamicLayerFrontMode")
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    input, weight, offset, mask, _bias, *parameters = inputs
-    ctx.save_for_backward(input, weight, offset, mask)
-    ctx.parameters = parameters
+def _operators(family: _Family, parameters: Sequence[Any]) -> tuple[Any, Any]:
+    """The operator and its backward as functions of tensors only, as directional.py takes them."""
+    forward = getattr(torch.ops.deformnd, family.name)
+    backward = getattr(torch.ops.deformnd, family.name + "_backward")
+    return (
+        lambda *tensors: forward(*tensors, None, *parameters),
+        lambda *tensors_needs: backward(
+            *tensors_needs[:-1], *parameters, [*tensors_needs[-1], False]
+        ),
+    )
+
+
+def _tangent(
+    family: _Family, tensors: Tensors, parameters: Sequence[Any], direction: Tensors
+) -> Tensor:
+    """The operator's derivative along a direction in (input, weight, offset, mask, bias)."""
+    tensors = tensors[:4]
+    g = family.geometry(*tensors, None, *parameters)
+    forward, _ = _operators(family, parameters)
+    total = directional.tangent(forward, g, tensors, direction[:4])
+    input, along_bias = tensors[0], direction[4]
+    assert input is not None
+    if total is None:
+        total = _empty(_output_shape(family, g), input).zero_()
+    if along_bias is not None:
+        total = total + along_bias.view(-1, *[1] * (total.dim() - 2))
+    return total.to(input.dtype)
 
 
 def _forward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
-    def gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    def gradient(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+        if grad_output is None:
+            return (None,) * (5 + len(ctx.parameters))
         backward = getattr(torch.ops.deformnd, family.name + "_backward")
         needs = list(ctx.needs_input_grad[:5])
-        grads = backward(grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
+        grads = backward(grad_output, *ctx.saved_tensors[:4], *ctx.parameters, needs)
         return (*grads, *(None for _ in ctx.parameters))
 
     return gradient
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.parameters = inputs[5:]
-
-
 def _backward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
-    """The second derivative: autograd through the reference, so it has derivatives in turn."""
-    reference_backward = _backward_kernel(family, reference)
+    """The second derivative. See Note [directions] in directional.py."""
 
-    def gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views, so that the derivative by one argument does not run on through the graph that
-            # made another one (an offset predicted from the input).
-            tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            wanted = [
-                i
-                for i, t in enumerate(tensors)
-                if t is not None and t.requires_grad and ctx.needs_input_grad[i]
-            ]
-            grads = reference_backward(*tensors, *ctx.parameters)
-            pairs = [
-                (grad, grad_grad)
-                for grad, grad_grad in zip(grads, grad_grads, strict=True)
-                if grad is not None and grad_grad is not None and grad.requires_grad
-            ]
-            found: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs and wanted:
-                found = torch.autograd.grad(
-                    [grad for grad, _ in pairs],
-                    [t for i, t in enumerate(tensors) if t is not None and i in wanted],
-                    [grad_grad for _, grad_grad in pairs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-        result: list[Tensor | None] = [None] * (5 + len(ctx.parameters))
-        for i, t in zip(wanted, found, strict=True):
-            result[i] = t
-        return tuple(result)
+    def gradient(ctx: Any, *along: Tensor | None) -> tuple[Any, ...]:
+        grad_output, *tensors = ctx.saved_tensors
+        *parameters, _ = ctx.parameters
+        by_grad_output, *needs = ctx.needs_input_grad[:5]
+        first = _tangent(family, tensors, parameters, along) if by_grad_output else None
+        g = family.geometry(*tensors, None, *parameters)
+        _, backward = _operators(family, parameters)
+        rest = directional.gradients(backward, g, grad_output, tensors, along[:4], needs)
+        return (first, *rest, *(None for _ in ctx.parameters))
 
     return gradient
+
+
+def _backward_tangent(family: _Family) -> Callable[..., Gradients]:
+    def tangent(tensors: Tensors, parameters: Sequence[Any], direction: Tensors) -> Gradients:
+        grad_output, *tensors = tensors
+        along_grad_output, *along = direction
+        assert grad_output is not None
+        *parameters, needs = parameters
+        g = family.geometry(*tensors, None, *parameters)
+        _, backward = _operators(family, parameters)
+        total = directional.gradients(backward, g, grad_output, tensors, along, needs[:4])
+        bias_like = grad_output.new_empty(grad_output.shape[1])
+        total.append(None)
+        if along_grad_output is not None:
+            operator = getattr(torch.ops.deformnd, family.name + "_backward")
+            grads = operator(along_grad_output, *tensors, *parameters, needs)
+            total = [directional.plus(a, b) for a, b in zip(total, grads, strict=True)]
+        return tuple(
+            torch.zeros_like(like) if need and t is None and like is not None else t
+            for need, t, like in zip(needs, total, [*tensors, bias_like], strict=True)
+        )
+
+    return tangent
 
 
 def _autocast(family: _Family, device: str) -> Callable[..., Tensor]:
@@ -360,16 +400,21 @@ def _register(family: _Family) -> None:
         _lib.impl(family.name, _autocast(family, device), "Autocast" + device.upper())
     torch.library.register_fake(forward, _forward_fake(family), lib=_lib)
     torch.library.register_fake(backward, _backward_fake(family), lib=_lib)
-    for name, save, gradient, vmap_rule in (
-        (family.name, _save_forward, _forward_gradient(family), _forward_vmap(family)),
+    for name, gradient, tangent, vmap_rule in (
+        (
+            family.name,
+            _forward_gradient(family),
+            functools.partial(_tangent, family),
+            _forward_vmap(family),
+        ),
         (
             family.name + "_backward",
-            _save_backward,
             _backward_gradient(family),
+            _backward_tangent(family),
             _backward_vmap(family),
         ),
     ):
-        _register_derivative(name, save, gradient, vmap_rule)
+        _register_derivative(name, gradient, tangent, vmap_rule)
 
 
 for _family in _FAMILIES:
