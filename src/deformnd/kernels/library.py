@@ -9,6 +9,7 @@ Note [one bilinear form] in geometry.py).
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import cpu, directional, reference
+from . import cpu, directional, reference, sharding
 from .directional import Tensors
 from .geometry import Geometry, conv_geometry, conv_transpose_geometry, memory_format
 
@@ -212,6 +213,8 @@ def _register_derivative(
     apply: Any = Differentiable.apply
 
     def kernel(*args: Any) -> Any:
+        if _unsharded and "torch.distributed.tensor" in sys.modules:
+            _register_sharding()
         tensors = args[:5]
         if forward_ad._current_level >= 0 or (
             torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -221,6 +224,16 @@ def _register_derivative(
 
     _lib.impl(name, kernel, "Autograd")
     _lib.impl(name, apply, "FuncTorchDynamicLayerFrontMode")
+
+
+# Families that DTensor does not know yet. It is told once somebody has imported it (0.5 s).
+_unsharded = list(_FAMILIES)
+
+
+def _register_sharding() -> None:
+    while _unsharded:
+        family = _unsharded.pop()
+        sharding.register(family.name, family.transposed)
 
 
 def _operators(family: _Family, parameters: Sequence[Any]) -> tuple[Any, Any]:

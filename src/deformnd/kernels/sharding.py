@@ -1,0 +1,97 @@
+"""How the operators run on DTensors: which shardings of their tensors need no communication.
+
+torch.distributed.tensor moves what is sharded otherwise into the cheapest of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+# For each sharding, placements of output, input, weight, offset, mask and bias.
+_Placements = tuple[Any, ...]
+
+
+def register(name: str, transposed: bool) -> None:
+    """Tell DTensor about the operator and its backward; imports torch.distributed.tensor."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.experimental import register_sharding
+
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    for suffix, rule in (("", _forward), ("_backward", _backward)):
+        operator = getattr(torch.ops.deformnd, name + suffix).default
+        register_sharding(operator)(_as_function(rule, transposed))
+        # Strides and the like, too, decide about the output's shape: no cached result without
+        # them. (register_sharding counts from the first int, which here is groups.)
+        infos = propagator.op_to_schema_info
+        infos[operator] = dataclasses.replace(infos[operator], static_argnum=5)
+
+
+def _as_function(rule: Callable[..., Any], transposed: bool) -> Callable[..., Any]:
+    return lambda *args: rule(transposed, *args)
+
+
+def _shardings(
+    transposed: bool, tensors: Sequence[Any], groups: int
+) -> tuple[_Placements, list[_Placements]]:
+    """All replicated, and the other possibilities."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    _, weight, offset, mask = tensors
+    whole, total = Replicate(), Partial()
+    found: list[_Placements] = [(Shard(0), Shard(0), whole, Shard(0), Shard(0), whole)]
+    n = len(weight.shape) - 2
+    points = math.prod(weight.shape[2:])
+    # Offset and mask come by groups of image channels: those of input, or of the transposed
+    # output. Half of the channels want half of the groups, or all one.
+    one_group = (offset is None or offset.shape[1] == n * points) and (
+        mask is None or mask.shape[1] == points
+    )
+    if groups == 1:
+        out_channels, in_channels = (1, 0) if transposed else (0, 1)  # of weight
+        if not transposed or one_group:
+            found.append((Shard(1), whole, Shard(out_channels), whole, whole, Shard(0)))
+        if transposed or one_group:
+            found.append((total, Shard(1), Shard(in_channels), whole, whole, total))
+    return (whole,) * 6, found
+
+
+def _forward(transposed: bool, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+    tensors, parameters = args[:5], args[5:]
+    replicated, others = _shardings(transposed, tensors[:4], parameters[-1])
+    return [
+        ([output], _given(tensors, inputs) + [None] * len(parameters))
+        for output, *inputs in (replicated, *others)
+    ]
+
+
+def _backward(transposed: bool, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+    tensors, parameters = args[:5], args[5:]
+    *_, groups, needs = parameters
+    needs = [n and (i == 4 or tensors[i + 1] is not None) for i, n in enumerate(needs)]
+    replicated, others = _shardings(transposed, tensors[1:], groups)
+    found = []
+    for placements in (replicated, *others):
+        # A gradient is sharded as its tensor; where that is whole on each device and the work
+        # is not, each has a part of the gradient's sum.
+        grads = [p if placements is replicated else _dual(p) for p in placements]
+        inputs = [grads[0], *placements[1:5]]
+        outputs = [g if need else None for g, need in zip(grads[1:], needs, strict=True)]
+        found.append((outputs, _given(tensors, inputs) + [None] * len(parameters)))
+    return found
+
+
+def _given(tensors: Sequence[Any], placements: Sequence[Any]) -> list[Any]:
+    return [None if t is None else p for t, p in zip(tensors, placements, strict=True)]
+
+
+def _dual(placement: Any) -> Any:
+    from torch.distributed.tensor import Partial, Replicate
+
+    if placement.is_replicate():
+        return Partial()
+    return Replicate() if placement.is_partial() else placement
