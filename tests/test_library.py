@@ -24,8 +24,8 @@ def arguments(case, dtype=torch.float64):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_numeric_derivatives(case):
     args = arguments(case)
-    assert torch.autograd.gradcheck(case.operator(), args)
-    assert torch.autograd.gradgradcheck(case.operator(), args)
+    assert torch.autograd.gradcheck(case.operator(), args, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(case.operator(), args, check_fwd_over_rev=True)
 
 
 def test_third_derivative():

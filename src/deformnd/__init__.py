@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from . import ops
+from .kernels.library import decompositions
 from .ops import *  # noqa: F403
 from .system import cuda_arch_list, cuda_version, has_ops, with_cuda
 
@@ -10,6 +11,7 @@ __all__ = [
     "__version__",
     "cuda_arch_list",
     "cuda_version",
+    "decompositions",
     "has_ops",
     "ops",
     "with_cuda",

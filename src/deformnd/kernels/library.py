@@ -9,6 +9,7 @@ Note [one bilinear form] in geometry.py).
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, directional, reference, sharding
 from .directional import Tensors
@@ -395,6 +397,61 @@ def _backward_vmap(family: _Family) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
+def _forward_flops(family: _Family) -> Callable[..., int]:
+    """As torch counts an ordinary convolution: the products of the GEMM, not the interpolation."""
+
+    def count(input: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any) -> int:
+        points = input if family.transposed else out_shape
+        return 2 * points[0] * math.prod(points[2:]) * math.prod(weight)
+
+    return count
+
+
+def _backward_flops(family: _Family) -> Callable[..., int]:
+    def count(
+        grad_output: Sequence[int],
+        input: Sequence[int],
+        weight: Sequence[int],
+        *rest: Any,
+        **_: Any,
+    ) -> int:
+        by_input, by_weight, by_offset, by_mask, _ = rest[-1]
+        if family.transposed:
+            products = by_input + by_weight + (by_offset or by_mask)
+        else:
+            products = (by_input or by_offset or by_mask) + by_weight
+        points = input if family.transposed else grad_output
+        return 2 * int(products) * points[0] * math.prod(points[2:]) * math.prod(weight)
+
+    return count
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """The operators as compositions of torch's own, for programs that run without deformnd.
+
+    For torch.export's `ExportedProgram.run_decompositions`, and anything else that takes a
+    decomposition table. What comes out is the reference: exact, differentiable, on any device,
+    slower than the kernels and with the sampled columns in memory. AOTInductor compiles it to
+    C++ or Triton, so its packages hold all the code they need.
+
+    Example:
+        >>> import torch, deformnd
+        >>> layer = deformnd.PackedDeformConv2d(3, 4, 3, padding=1)
+        >>> program = torch.export.export(layer, (torch.rand(1, 3, 8, 8),))
+        >>> program = program.run_decompositions(deformnd.decompositions())
+        >>> any("deformnd" in str(node.target) for node in program.graph.nodes)
+        False
+    """
+    table = {}
+    for family in _FAMILIES:
+        for name, kernel in (
+            (family.name, _forward_kernel(family, reference)),
+            (family.name + "_backward", _backward_kernel(family, reference)),
+        ):
+            table[getattr(torch.ops.deformnd, name).default] = kernel
+    return table
+
+
 def _register(family: _Family) -> None:
     forward, backward = f"deformnd::{family.name}", f"deformnd::{family.name}_backward"
     tags = (torch.Tag.pt2_compliant_tag,)
@@ -428,7 +485,15 @@ def _register(family: _Family) -> None:
         ),
     ):
         _register_derivative(name, gradient, tangent, vmap_rule)
+    for name, count in (
+        (family.name, _forward_flops(family)),
+        (family.name + "_backward", _backward_flops(family)),
+    ):
+        register_flop_formula(getattr(torch.ops.deformnd, name))(count)
 
 
 for _family in _FAMILIES:
     _register(_family)
+
+if "torch.distributed.tensor" in sys.modules:
+    _register_sharding()

@@ -5,13 +5,17 @@ device arguments and state_dict names are those of torch's own convolutions, whi
 """
 
 # ruff: noqa: UP006, UP007, UP035, UP045
+import copy
 import math
 from collections.abc import Callable
-from typing import Any, List, Optional, Union
+from typing import Any, List, Optional, TypeVar, Union
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from . import masks
 from .functional import Padding, Size, _values, deform_conv, deform_conv_transpose
@@ -29,6 +33,7 @@ __all__ = [
     "PackedDeformConvTranspose1d",
     "PackedDeformConvTranspose2d",
     "PackedDeformConvTranspose3d",
+    "fuse_batch_norm",
 ]
 
 Activation = Union[str, Callable[[Tensor], Tensor], None]
@@ -556,3 +561,63 @@ class PackedDeformConvTranspose2d(_PackedDeformConvTransposeNd, DeformConvTransp
 
 class PackedDeformConvTranspose3d(_PackedDeformConvTransposeNd, DeformConvTranspose3d):
     __doc__ = _PACKED_DOC.format(**_words(3), **_PACKED_TRANSPOSE)
+
+
+Layer = TypeVar("Layer", bound=_ConvNd)
+
+
+def fuse_batch_norm(layer: Layer, norm: _BatchNorm) -> Layer:
+    """A copy of the layer that computes norm(layer(...)) by itself, for inference.
+
+    For any of the twelve layers (and torch's own convolutions, also grouped transposed ones) in
+    any rank: the normalisation becomes part of weight and bias. Offsets and masks stay.
+
+    Args:
+        layer: a convolution in eval mode.
+        norm: the BatchNorm that follows it, in eval mode, with running statistics.
+
+    Raises:
+        ValueError: either is in training mode, norm has other channels or no running statistics,
+            or the layer's weight is parametrized (remove_parametrizations first).
+
+    Example:
+        >>> import torch
+        >>> from deformnd import PackedDeformConv2d, fuse_batch_norm
+        >>> layer, norm = PackedDeformConv2d(3, 4, 3).eval(), torch.nn.BatchNorm2d(4).eval()
+        >>> x = torch.rand(1, 3, 8, 8)
+        >>> torch.allclose(fuse_batch_norm(layer, norm)(x), norm(layer(x)), atol=1e-6)
+        True
+    """
+    if layer.training or norm.training:
+        raise ValueError("fuse_batch_norm: expected layer and norm in eval mode")
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        raise ValueError("fuse_batch_norm: norm has no running statistics")
+    if norm.num_features != layer.out_channels:
+        raise ValueError(
+            f"fuse_batch_norm: norm has {norm.num_features} features, expected the layer's "
+            f"{layer.out_channels} output channels"
+        )
+    if parametrize.is_parametrized(layer):
+        raise ValueError("fuse_batch_norm: layer is parametrized, expected plain parameters")
+    fused = copy.deepcopy(layer)
+    with torch.no_grad():
+        scale = (variance.double() + norm.eps).rsqrt()
+        shift = -mean.double()
+        if layer.bias is not None:
+            shift = shift + layer.bias
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = shift * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias
+        if layer.transposed:  # weight is [groups * Cin / groups, Cout / groups, ...]
+            weight = layer.weight.double().unflatten(0, (layer.groups, -1))
+            weight = weight * scale.view(layer.groups, 1, -1, *[1] * len(layer.kernel_size))
+            weight = weight.flatten(0, 1)
+        else:
+            weight = layer.weight * scale.view(-1, 1, *[1] * len(layer.kernel_size))
+        dtype, grad = layer.weight.dtype, layer.weight.requires_grad
+        fused.weight = nn.Parameter(weight.to(dtype), grad)
+        fused.bias = nn.Parameter(shift.to(dtype), grad)
+    return fused
