@@ -195,7 +195,7 @@ inline void transpose_by(const T* from, i64 from_step, T* to, i64 to_step, i64 r
       typename L::V a[N];
       UNROLL
       for (int i = 0; i < N; i++) a[i] = L::load(from + (c + i) * from_step + r);
-      L::transpose(a);
+      L::template transpose<N>(a);
       UNROLL
       for (int i = 0; i < N; i++) L::store(to + (r + i) * to_step + c, a[i]);
     }
@@ -391,8 +391,7 @@ struct Samples {
   T* grad_image;     // likewise
   const i64* steps;  // from the first corner of a cell to each, in elements
   const i32* index;  // [count] first corner
-  const T* weight;   // [corner][weight_step] interpolation weight times mask
-  i64 weight_step;
+  const T* weight;   // [count][corner] interpolation weight times mask
   const T* grad_column;  // [count][column_step]
   T* column;             // likewise
   i64 column_step;
@@ -412,7 +411,7 @@ NOINLINE void sample(const Samples<T>& s) {
   using V = typename L::V;
   constexpr int Q = 1 << ND, Dots = Q < 4 ? 4 : Q;
   // In registers: a store could change what s refers to.
-  const i64 count = s.count, weight_step = s.weight_step, column_step = s.column_step;
+  const i64 count = s.count, column_step = s.column_step;
   const T *RESTRICT image = s.image, *RESTRICT weights = s.weight;
   const T* RESTRICT grad_column = s.grad_column;
   const i32* RESTRICT index = s.index;
@@ -424,7 +423,7 @@ NOINLINE void sample(const Samples<T>& s) {
     const i64 at = i64(index[m]) * (N * NC);
     V weight[Q], dots[Dots];
     UNROLL
-    for (int c = 0; c < Q; c++) weight[c] = L::splat(weights[c * weight_step + m]);
+    for (int c = 0; c < Q; c++) weight[c] = L::splat(weights[m * Q + c]);
     if (Mode & kDotsWork) {
       UNROLL
       for (int c = 0; c < Dots; c++) dots[c] = L::zero();
@@ -744,7 +743,7 @@ template <class T, int ND>
 struct Cells {
   T* base;      // [axis][table] position without kernel point and offset
   i32* index;   // [slot][table]
-  T* weight;    // [slot][corner][table] interpolation weight times mask
+  T* weight;    // [slot][table][corner] interpolation weight times mask
   T* fraction;  // [slot][axis][table], for Reverse only
   T* mask;      // [slot][table], likewise
   T* spare;     // [axis + 1][kPiece + lanes]
@@ -845,8 +844,9 @@ struct Cells {
         }
         L::store_index(index + slot * p.table + m,
                        L::select_index(inside, index_value, L::splat_index(outside)));
+        L::template transpose<Q>(corner);
         UNROLL
-        for (int q = 0; q < Q; q++) L::store(weight + (slot * Q + q) * p.table + m, corner[q]);
+        for (int q = 0; q < Q; q++) L::store(weight + (slot * p.table + m) * Q + q * N, corner[q]);
         if (Reverse) L::store(mask + slot * p.table + m, mask_value);
       }
     }
@@ -940,7 +940,7 @@ Status gather(const Call& call) {
             }
             sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.block, nullptr,
                      p.steps, s.cells.index + slot * p.table, s.cells.weight + slot * p.Q * p.table,
-                     p.table, nullptr, s.columns + (u - u0) * p.block, step, nullptr});
+                     nullptr, s.columns + (u - u0) * p.block, step, nullptr});
           }
           if (p.depthwise)
             add_scaled(tile.count, p.block, units, s.columns, step,
@@ -1161,7 +1161,7 @@ struct Reverse {
           }
           const i64 column = (u - chunk.unit) * p.block;
           sampler({tile.count, packed + (image * p.blocks + b) * size, grad_image + b * size,
-                   p.steps, s.cells.index + k * p.table, s.cells.weight + k * Q * p.table, p.table,
+                   p.steps, s.cells.index + k * p.table, s.cells.weight + k * Q * p.table,
                    s.grad_columns + column, s.columns + column, chunk_columns,
                    s.dots + k * p.table * Dots});
         }
