@@ -25,9 +25,19 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if DEFORMND_BYTES == 64 && (defined(__clang__) || defined(__GNUC__))
+#define DEFORMND_PAIRS  // see Note [pairs]
+#include <immintrin.h>
+#endif
 #ifdef DEFORMND_SANITIZE
 #include <sanitizer/asan_interface.h>
 #endif
+
+// Note [pairs]
+// Where image and weight are bfloat16 and the machine multiplies those, Gather rounds its columns
+// to bfloat16. A pair of columns, and a pair of rows of the weight, then lie in one 32-bit word
+// each, in place of the first of them, so the steps between rows stay what they were. Those
+// instructions take subnormal numbers for zero.
 
 namespace deformnd {
 namespace DEFORMND_ISA {
@@ -306,18 +316,92 @@ NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* 
   }
 }
 
+#ifdef DEFORMND_PAIRS
+// The same for pairs of bfloat16 in words, which float stands for; `inner` counts pairs.
+template <int R, int NV>
+__attribute__((target("avx512bf16"))) NOINLINE void pair_kernel(i64 inner, const float* RESTRICT a,
+                                                                i64 a_step,
+                                                                const float* RESTRICT b,
+                                                                float* RESTRICT c, i64 c_step,
+                                                                bool accumulate) {
+  __m512 sums[R][NV];
+  UNROLL
+  for (int i = 0; i < R; i++) {
+    UNROLL
+    for (int j = 0; j < NV; j++)
+      sums[i][j] = accumulate ? _mm512_loadu_ps(c + i * c_step + j * 16) : _mm512_setzero_ps();
+  }
+  for (i64 k = 0; k < inner; k++) {
+    __m512bh row[NV];
+    UNROLL
+    for (int j = 0; j < NV; j++) row[j] = (__m512bh)_mm512_loadu_ps(b + (k * NV + j) * 16);
+    UNROLL
+    for (int i = 0; i < R; i++) {
+      const __m512bh s = (__m512bh)_mm512_set1_ps(a[i * a_step + k]);
+      UNROLL
+      for (int j = 0; j < NV; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], s, row[j]);
+    }
+  }
+  UNROLL
+  for (int i = 0; i < R; i++) {
+    UNROLL
+    for (int j = 0; j < NV; j++) _mm512_storeu_ps(c + i * c_step + j * 16, sums[i][j]);
+  }
+}
+
+// rows[r * step + k] = the pair of what were the columns 2 k and 2 k + 1 there
+__attribute__((target("avx512bf16"))) void pair_columns(i64 rows, i64 columns, float* a, i64 step) {
+  for (i64 r = 0; r < rows; r++) {
+    float* row = a + r * step;
+    i64 c = 0;
+    for (; c + 32 <= columns; c += 32) {
+      const __m512bh pairs =
+          _mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + c + 16), _mm512_loadu_ps(row + c));
+      _mm512_storeu_ps(row + c / 2, (__m512)pairs);
+    }
+    for (; c < columns; c += 4) {
+      const __m128bh pairs = _mm_cvtneps_pbh(_mm_loadu_ps(row + c));
+      memcpy(row + c / 2, &pairs, 8);
+    }
+  }
+}
+
+// b[k * width + i] = the pair of what was b[2 k * width + i] and b[(2 k + 1) * width + i], of
+// values that bfloat16 holds
+void pair_rows(i64 rows, i64 width, float* b) {
+  for (i64 k = 0; k < rows / 2; k++)
+    for (i64 i = 0; i < width; i++)
+      b[k * width + i] = from_bits(to_bits(b[2 * k * width + i]) >> 16 |
+                                   to_bits(b[(2 * k + 1) * width + i]));
+}
+#else
+void pair_columns(i64, i64, void*, i64) {}
+void pair_rows(i64, i64, void*) {}
+#endif
+
+// How A lies in a product: in rows, in columns, or in rows of pairs.
+enum Form { kInRows, kInColumns, kInPairs };
+
 template <class T>
 using MicroKernel = void (*)(i64, const T*, i64, const T*, T*, i64, bool);
 
-template <class T, int NV, bool Transposed, int... R>
+template <class T, int R, int NV, Form A>
+constexpr MicroKernel<T> micro_kernel_of() {
+#ifdef DEFORMND_PAIRS
+  if constexpr (A == kInPairs && sizeof(T) == 4) return pair_kernel<R, NV>;
+#endif
+  return micro_kernel<T, R, NV, A == kInColumns>;
+}
+
+template <class T, int NV, Form A, int... R>
 MicroKernel<T> micro_kernel_of(i64 rows, Seq<R...>) {
-  static constexpr MicroKernel<T> table[] = {micro_kernel<T, R + 1, NV, Transposed>...};
+  static constexpr MicroKernel<T> table[] = {micro_kernel_of<T, R + 1, NV, A>()...};
   return table[rows - 1];
 }
 
 // C[rows, panels] (+)= A B, with B in panels of NV vectors. RowsOutside: the loop over rows is
 // the outer one, for few panels that stay in the cache.
-template <class T, int NV, bool Transposed, bool RowsOutside>
+template <class T, int NV, Form A, bool RowsOutside>
 void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const T* b, i64 b_panel,
                  T* c, i64 c_step, bool accumulate) {
   constexpr int height = Machine<T>::rows;
@@ -327,8 +411,8 @@ void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const 
   const auto one = [&](i64 strip, i64 panel) {
     const i64 row = strip * height;
     const MicroKernel<T> kernel =
-        micro_kernel_of<T, NV, Transposed>(least(height, rows - row), All{});
-    kernel(inner, a + (Transposed ? row : row * a_step), a_step, b + panel * b_panel,
+        micro_kernel_of<T, NV, A>(least(height, rows - row), All{});
+    kernel(inner, a + (A == kInColumns ? row : row * a_step), a_step, b + panel * b_panel,
            c + row * c_step + panel * width, c_step, accumulate);
   };
   if (RowsOutside)
@@ -339,14 +423,14 @@ void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const 
       for (i64 i = 0; i < strips; i++) one(i, j);
 }
 
-template <class T, bool Transposed, bool RowsOutside>
+template <class T, Form A, bool RowsOutside>
 void multiply(int vectors, i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const T* b,
               i64 b_panel, T* c, i64 c_step, bool accumulate) {
   if (vectors == 1)
-    multiply_by<T, 1, Transposed, RowsOutside>(rows, panels, inner, a, a_step, b, b_panel, c,
+    multiply_by<T, 1, A, RowsOutside>(rows, panels, inner, a, a_step, b, b_panel, c,
                                                c_step, accumulate);
   else
-    multiply_by<T, 2, Transposed, RowsOutside>(rows, panels, inner, a, a_step, b, b_panel, c,
+    multiply_by<T, 2, A, RowsOutside>(rows, panels, inner, a, a_step, b, b_panel, c,
                                                c_step, accumulate);
 }
 
@@ -861,6 +945,10 @@ Status gather(const Call& call) {
   const i64 group_units = p.units() / p.groups, group_columns = group_units * p.block;
   const i64 chunk_units = p.units_per_chunk(group_units, 1);
   const i64 slots = p.blocks_per_sample_group() == 1 ? 1 : p.K;
+  const bool pairs = call.pairs && sizeof(T) == 4 && !p.depthwise &&
+                     call.image.dtype == kBFloat16 && call.weight.dtype == kBFloat16;
+  const i64 per_word = pairs ? 2 : 1;
+  const auto product = pairs ? multiply<T, kInPairs, false> : multiply<T, kInRows, false>;
   const i64 all_panels = p.groups * p.panels;
 
   // Images at a time, and parts of the points where the tiles are too few for the threads.
@@ -899,6 +987,11 @@ Status gather(const Call& call) {
     pack_weight_by_channel(p, weights, edge, edge_size);
   else
     pack_weight_by_point(p, weights, edge, edge_size);
+  if (pairs)
+    parallel(p.threads, all_panels, [&](i64 j, i64) {
+      float* panel = reinterpret_cast<float*>(weights + j * group_columns * p.panel);
+      pair_rows(group_columns, p.panel, panel);
+    });
   for (i64 first = 0; first < p.batch; first += flight) {
     const i64 images = least(flight, p.batch - first);
     pack_image(p, first, images, packed, edge, edge_size);
@@ -942,14 +1035,15 @@ Status gather(const Call& call) {
                      p.steps, s.cells.index + slot * p.table, s.cells.weight + slot * p.Q * p.table,
                      nullptr, s.columns + (u - u0) * p.block, step, nullptr});
           }
+          if (pairs)
+            pair_columns(tile.count, units * p.block, reinterpret_cast<float*>(s.columns), step);
           if (p.depthwise)
             add_scaled(tile.count, p.block, units, s.columns, step,
                        weights + j * group_columns + u0 * p.block, s.points);
           else
-            multiply<T, false, false>(p.panel_vectors, tile.count, some, units * p.block, s.columns,
-                                      step, weights + (j * group_columns + u0 * p.block) * p.panel,
-                                      group_columns * p.panel, s.points, width,
-                                      call.bias.data || u0 > 0);
+            product(p.panel_vectors, tile.count, some, units * p.block / per_word, s.columns, step,
+                    weights + (j * group_columns + u0 * p.block / per_word) * p.panel,
+                    group_columns * p.panel, s.points, width, call.bias.data || u0 > 0);
         }
         for (i64 i = 0; i < tile.segments; i++)
           points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
@@ -1147,7 +1241,7 @@ struct Reverse {
             scale(tile.count, p.block, chunk.count, s.grad_columns, chunk_columns,
                   weights + chunk.weights, s.by_panel);
           else
-            multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
+            multiply<T, kInColumns, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
                                      p.tile_pixels, weights + chunk.weights, p.group_points * 2 * N,
                                      s.grad_columns, chunk_columns, false);
         }
@@ -1170,7 +1264,7 @@ struct Reverse {
             add_products(tile.count, p.block, chunk.count, s.columns, chunk_columns,
                          grad_weight + chunk.unit * p.block, s.by_panel);
           else
-            multiply<T, true, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
+            multiply<T, kInColumns, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
                                     chunk_columns, s.by_panel, p.tile_pixels * p.panel,
                                     grad_weight + chunk.unit * p.block * p.group_width,
                                     p.group_width, true);
