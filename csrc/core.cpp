@@ -101,6 +101,7 @@ bool has_avx512() {
   return has_avx2() && saves(0xe6) && has(7, 1, 16) && has(7, 1, 17) && has(7, 1, 28) &&
          has(7, 1, 30) && has(7, 1, 31);
 }
+bool has_avx512bf16() { return false; }  // not built by this compiler
 #elif defined(DEFORMND_X86)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -111,12 +112,14 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512bf16() { return __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-// Of 0 baseline, 1 AVX2, 2 AVX-512: those that this machine and build have.
+// Of 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with products of bfloat16: the widest that this
+// machine and build have.
 int best_level() {
 #if defined(DEFORMND_X86)
-  static const int level = has_avx512() ? 2 : has_avx2() ? 1 : 0;
+  static const int level = has_avx512() ? 2 + has_avx512bf16() : has_avx2() ? 1 : 0;
   return level;
 #else
   return 0;
@@ -125,7 +128,7 @@ int best_level() {
 
 Run run_of(i64 level) {
 #if defined(DEFORMND_X86)
-  if (level == 2) return avx512::run;
+  if (level >= 2) return avx512::run;
   if (level == 1) return avx2::run;
 #endif
   (void)level;
@@ -162,7 +165,7 @@ void workspace_give() {
 
 }  // namespace deformnd
 
-// The widest level of instructions here: 0 baseline, 1 AVX2, 2 AVX-512.
+// The widest level of instructions here, see best_level.
 EXPORT int deformnd_level() { return deformnd::best_level(); }
 
 // Run one call; `words` is what kernels/cpu.py packs. Returns a Status.
@@ -195,6 +198,7 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   advise_result(c.grad_image, image);
   advise_result(c.grad_offset, cells * c.offset_groups * c.rank);
   advise_result(c.grad_mask, cells * c.mask_groups);
-  const int best = best_level();
-  return static_cast<int>(run_of(level < 0 || level > best ? best : level)(c));
+  const i64 best = best_level(), used = level < 0 || level > best ? best : level;
+  c.pairs = used >= 3;
+  return static_cast<int>(run_of(used)(c));
 }

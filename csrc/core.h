@@ -28,6 +28,7 @@ struct Call {
   bool gather;   // points from the image; otherwise the given ones of the four gradients
   i64 threads;   // at most
   bool exactly;  // that many threads even for little work
+  bool pairs;    // the machine multiplies bfloat16, see Note [pairs] in products.h
   i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[3], point_size[3], kernel[3], stride[3], padding[3], dilation[3];
   Array image, points, weight, offset, mask, bias;

@@ -127,18 +127,20 @@ struct Lanes {
   static INLINE V high(V a, V b, Seq<J...>) {
     return shuffle(a, b, Seq<(N / 2 + J / 2 + J % 2 * N)...>{});
   }
-  // Transpose N vectors in place: log2 N rounds of interleaving the halves.
+  // Transpose Rows vectors in place, from [Rows][N] to [N][Rows]: log2 Rows rounds of interleaving
+  // the halves.
+  template <int Rows>
   static INLINE void transpose(V* a) {
     UNROLL
-    for (int round = 1; round < N; round *= 2) {
-      V b[N];
+    for (int round = 1; round < Rows; round *= 2) {
+      V b[Rows];
       UNROLL
-      for (int i = 0; i < N / 2; i++) {
-        b[2 * i] = low(a[i], a[i + N / 2], All{});
-        b[2 * i + 1] = high(a[i], a[i + N / 2], All{});
+      for (int i = 0; i < Rows / 2; i++) {
+        b[2 * i] = low(a[i], a[i + Rows / 2], All{});
+        b[2 * i + 1] = high(a[i], a[i + Rows / 2], All{});
       }
       UNROLL
-      for (int i = 0; i < N; i++) a[i] = b[i];
+      for (int i = 0; i < Rows; i++) a[i] = b[i];
     }
   }
 

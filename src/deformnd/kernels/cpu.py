@@ -19,7 +19,8 @@ from torch import Tensor
 from . import reference
 from .geometry import DTYPES, Geometry, memory_format
 
-# For tests only. Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, -1 the widest there are.
+# For tests only. Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, 3 that and its products of
+# bfloat16, -1 the widest there are.
 level = -1
 # For tests only. Threads to use even for a small call; 0: at most torch.get_num_threads().
 threads = 0

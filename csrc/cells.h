@@ -1,0 +1,117 @@
+// From offsets and mask to pixel indices and corner weights.
+// Included by kernel.cpp inside the namespace of one instruction set.
+
+// Where the samples of a tile lie, for `slots` kernel points of one sample group.
+template <class T, int ND>
+struct Cells {
+  T* base;      // [axis][table] position without kernel point and offset
+  i32* index;   // [slot][table]
+  T* weight;    // [slot][table][corner] interpolation weight times mask
+  T* fraction;  // [slot][axis][table], for Reverse only
+  T* mask;      // [slot][table], likewise
+  T* spare;     // [axis + 1][kPiece + lanes]
+
+  Cells(Carver& carver, const Plan<T, ND>& p, i64 slots, bool reverse) {
+    base = carver.take<T>(ND * p.table);
+    index = carver.take<i32>(slots * p.table);
+    weight = carver.take<T>(slots * p.Q * p.table);
+    fraction = carver.take<T>(reverse ? slots * ND * p.table : 0);
+    mask = carver.take<T>(reverse ? slots * p.table : 0);
+    spare = carver.take<T>((ND + 1) * (kPiece + p.N));
+  }
+
+  void place(const Plan<T, ND>& p, const Tile& tile) {
+    for (i64 r = 0; r < tile.rows; r++) {
+      i64 rest = tile.row + r;
+      for (int v = ND - 2; v >= 0; v--) {
+        const T at = T(rest % p.point_size[v] * p.stride[v] - p.padding[v]);
+        rest /= p.point_size[v];
+        for (i64 c = 0; c < tile.columns; c++) base[v * p.table + r * tile.columns + c] = at;
+      }
+      for (i64 c = 0; c < tile.columns; c++)
+        base[(ND - 1) * p.table + r * tile.columns + c] =
+            T((tile.column + c) * p.stride[ND - 1] - p.padding[ND - 1]);
+    }
+    for (int v = 0; v < ND; v++)
+      for (i64 m = tile.count; m < least(p.table, tile.count + p.N); m++) base[v * p.table + m] = 0;
+  }
+
+  template <bool Reverse>
+  void find(const Plan<T, ND>& p, const Tile& tile, i64 sample_group, i64 k, i64 slot) {
+    using L = Lanes<T, Plan<T, ND>::N>;
+    using V = typename L::V;
+    using I = typename L::I;
+    using M = typename L::M;
+    constexpr int N = L::size, Q = 1 << ND;
+    T shift[ND];
+    i64 rest = k;
+    for (int v = ND - 1; v >= 0; v--) {
+      shift[v] = T(rest % p.kernel[v] * p.dilation[v]);
+      rest /= p.kernel[v];
+    }
+    const i32 outside = i32(p.outside());
+    const i64 offset_plane =
+        ((tile.image * p.offset_groups + p.offset_group(sample_group)) * p.K + k) * ND;
+    const i64 mask_plane = (tile.image * p.mask_groups + p.mask_group(sample_group)) * p.K + k;
+    for (i64 s = 0; s < tile.segments; s++) {
+      const i64 pixel = tile.first + s * tile.step;
+      const T* given[ND + 1];  // offsets and mask
+      for (int v = 0; v <= ND; v++) {
+        const Array& array = v < ND ? p.call.offset : p.call.mask;
+        T* scratch = spare + v * (kPiece + N);
+        given[v] = nullptr;
+        if (!array.data) continue;
+        const i64 at = (v < ND ? offset_plane + v : mask_plane) * p.P + pixel;
+        if (tile.length >= N) {
+          given[v] = view(array, at, tile.length, scratch);
+        } else {
+          read(array, at, tile.length, scratch);
+          for (i64 i = tile.length; i < N; i++) scratch[i] = 0;
+          given[v] = scratch;
+        }
+      }
+      // The last vector overlaps the one before; one longer than the segment is overwritten by
+      // the next segment.
+      for (i64 c0 = 0; c0 < tile.length; c0 += N) {
+        const i64 c = tile.length >= N ? least(c0, tile.length - N) : 0;
+        const i64 m = s * tile.length + c;
+        V position[ND];
+        UNROLL
+        for (int v = 0; v < ND; v++) {
+          position[v] = L::load(base + v * p.table + m) + L::splat(shift[v]);
+          if (given[v]) position[v] = position[v] + L::load(given[v] + c);
+        }
+        M inside = (position[0] >= L::splat(-1)) & (position[0] < L::splat(T(p.image_size[0])));
+        UNROLL
+        for (int v = 1; v < ND; v++)
+          inside =
+              inside & (position[v] >= L::splat(-1)) & (position[v] < L::splat(T(p.image_size[v])));
+        const V mask_value = given[ND] ? L::load(given[ND] + c) : L::splat(1);
+        I index_value = L::splat_index(0);
+        V corner[Q];
+        corner[0] = L::select(inside, mask_value, L::zero());
+        UNROLL
+        for (int v = 0; v < ND; v++) {
+          // Only now is the conversion to an integer defined.
+          const V safe = L::select(inside, position[v], L::zero());
+          const V floor = L::floor(safe), part = safe - floor;
+          index_value = index_value * L::splat_index(i32(p.padded[v])) + L::to_index(floor) +
+                        L::splat_index(1);
+          if (Reverse) L::store(fraction + (slot * ND + v) * p.table + m, part);
+          UNROLL
+          for (int q = (1 << v) - 1; q >= 0; q--) {
+            const V high = corner[q] * part;
+            corner[2 * q + 1] = high;
+            corner[2 * q] = corner[q] - high;
+          }
+        }
+        L::store_index(index + slot * p.table + m,
+                       L::select_index(inside, index_value, L::splat_index(outside)));
+        L::template transpose<Q>(corner);
+        UNROLL
+        for (int q = 0; q < Q; q++) L::store(weight + (slot * p.table + m) * Q + q * N, corner[q]);
+        if (Reverse) L::store(mask + slot * p.table + m, mask_value);
+      }
+    }
+  }
+};

@@ -1,0 +1,121 @@
+// Points from the image: the forward of deform_conv.
+// Included by kernel.cpp inside the namespace of one instruction set.
+
+template <class T, int ND>
+Status gather(const Call& call) {
+  using P = Plan<T, ND>;
+  const P p(call, 2, 1);
+  const Sampler<T> sampler = sampler_of<T, ND>(kColumnsWork, p.lanes, p.vectors);
+  const i64 group_units = p.units() / p.groups, group_columns = group_units * p.block;
+  const i64 chunk_units = p.units_per_chunk(group_units, 1);
+  const i64 slots = p.blocks_per_sample_group() == 1 ? 1 : p.K;
+  const bool pairs = call.pairs && sizeof(T) == 4 && !p.depthwise &&
+                     call.image.dtype == kBFloat16 && call.weight.dtype == kBFloat16;
+  const i64 per_word = pairs ? 2 : 1;
+  const auto product = pairs ? multiply<T, kInPairs, false> : multiply<T, kInRows, false>;
+  const i64 all_panels = p.groups * p.panels;
+
+  // Images at a time, and parts of the points where the tiles are too few for the threads.
+  const i64 flight =
+      least(p.batch, most(kFlightBytes / p.image_bytes(), divide_up(p.threads, p.tiles)));
+  const i64 splits = least(all_panels, divide_up(p.threads, flight * p.tiles));
+
+  struct Scratch {
+    Cells<T, ND> cells;
+    T *columns, *points;
+    Scratch(Carver& c, const P& p, i64 slots, i64 chunk_units)
+        : cells(c, p, slots, false),
+          columns(c.take<T>(p.tile_pixels * chunk_units * p.block)),
+          points(c.take<T>(p.tile_pixels * p.group_width)) {}
+  };
+  Carver measure{nullptr};
+  Scratch(measure, p, slots, chunk_units);
+  const i64 scratch_bytes = i64(measure.used);
+  const i64 edge_size = most(Field<T>::scratch_size, (p.panel + 1) * p.K * p.block);
+
+  T *packed, *weights, *edge;
+  char* scratch;
+  const auto layout = [&](Carver c) {
+    packed = c.take<T>(flight * p.blocks * p.plane * p.block);
+    weights = c.take<T>(all_panels * group_columns * p.panel);
+    edge = c.take<T>(p.threads * edge_size);
+    scratch = c.take<char>(p.threads * scratch_bytes);
+    return c.used;
+  };
+  char* memory = workspace_take(layout(Carver{nullptr}));
+  if (!memory) return kNoMemory;
+  layout(Carver{memory});
+
+  const Field<T> points{call.points, p.point_channels, p.P};
+  if (p.depthwise)
+    pack_weight_by_channel(p, weights, edge, edge_size);
+  else
+    pack_weight_by_point(p, weights, edge, edge_size);
+  if (pairs)
+    parallel(p.threads, all_panels, [&](i64 j, i64) {
+      float* panel = reinterpret_cast<float*>(weights + j * group_columns * p.panel);
+      pair_rows(group_columns, p.panel, panel);
+    });
+  for (i64 first = 0; first < p.batch; first += flight) {
+    const i64 images = least(flight, p.batch - first);
+    pack_image(p, first, images, packed, edge, edge_size);
+    parallel(p.threads, images * p.tiles * splits, [&](i64 task, i64 thread) {
+      Carver carver{scratch + thread * scratch_bytes};
+      Scratch s(carver, p, slots, chunk_units);
+      const i64 split = task % splits, image = task / splits / p.tiles;
+      const Tile tile = p.tile(first + image, task / splits % p.tiles);
+      s.cells.place(p, tile);
+      i64 current = -1;  // sample group whose cells are found
+      const i64 panel_end = all_panels * (split + 1) / splits;
+      for (i64 j = all_panels * split / splits; j < panel_end;) {
+        const i64 group = j / p.panels, some = least(panel_end, (group + 1) * p.panels) - j;
+        const i64 skipped = j % p.panels * p.panel, point = p.group_point(group) + skipped;
+        const i64 count = least(some * p.panel, p.points_in(group) - skipped);
+        const i64 width = some * p.panel;
+        if (call.bias.data) {
+          for (i64 m = 0; m < tile.count; m++) {
+            if (m == 0)
+              read(call.bias, point, count, s.points);
+            else
+              memcpy(s.points + m * width, s.points, size_t(count) * sizeof(T));
+            for (i64 i = count; i < width; i++) s.points[m * width + i] = 0;
+          }
+        } else if (p.depthwise) {
+          memset(s.points, 0, size_t(tile.count * width) * sizeof(T));
+        }
+        for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
+          const i64 units = least(chunk_units, group_units - u0), step = chunk_units * p.block;
+          for (i64 u = u0; u < u0 + units; u++) {
+            const i64 b = (group * group_units + u) / p.K, k = u % p.K;
+            const i64 sample_group = p.sample_group(b), slot = slots == 1 ? 0 : k;
+            if (slots == 1) {
+              s.cells.template find<false>(p, tile, sample_group, k, 0);
+            } else if (sample_group != current) {
+              current = sample_group;
+              for (i64 q = 0; q < p.K; q++)
+                s.cells.template find<false>(p, tile, sample_group, q, q);
+            }
+            sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.block, nullptr,
+                     p.steps, s.cells.index + slot * p.table, s.cells.weight + slot * p.Q * p.table,
+                     nullptr, s.columns + (u - u0) * p.block, step, nullptr});
+          }
+          if (pairs)
+            pair_columns(tile.count, units * p.block, reinterpret_cast<float*>(s.columns), step);
+          if (p.depthwise)
+            add_scaled(tile.count, p.block, units, s.columns, step,
+                       weights + j * group_columns + u0 * p.block, s.points);
+          else
+            product(p.panel_vectors, tile.count, some, units * p.block / per_word, s.columns, step,
+                    weights + (j * group_columns + u0 * p.block / per_word) * p.panel,
+                    group_columns * p.panel, s.points, width, call.bias.data || u0 > 0);
+        }
+        for (i64 i = 0; i < tile.segments; i++)
+          points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
+                       s.points + i * tile.length * width, width, edge + thread * edge_size);
+        j += some;
+      }
+    });
+  }
+  workspace_give();
+  return kDone;
+}
