@@ -29,9 +29,10 @@ from deformnd.kernels.geometry import (
     conv_transpose_geometry,
     memory_format,
 )
-from deformnd.kernels.triton import configs, launch
 
 triton = pytest.importorskip("triton")
+
+from deformnd.kernels.triton import configs, launch  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")

@@ -69,26 +69,27 @@ def _locate(offset, mask, b, tap, p, point, inside, sizes):
     valid = inside
     at = ()
     for a in gl.static_range(len(image_size)):
-        position = (point[a] * stride[a] - padding[a] + shift[a] * dilation[a]).to(gl.float32)
         place = offset + (base * len(image_size) + a) * positions
-        position += gl.load(place + p, mask=inside, other=0.0).to(gl.float32)
-        valid = valid & (position >= -1.0) & (position < image_size[a])
-        at = at + (position,)
+        value = gl.load(place + p, mask=inside, other=0.0).to(gl.float32)
+        near = gl.abs(value) < 1.0e9
+        value = gl.where(near, value, 0.0)
+        floor = gl.floor(value)
+        low = point[a] * stride[a] - padding[a] + shift[a] * dilation[a] + floor.to(gl.int32)
+        valid = valid & near & (low >= -1) & (low < image_size[a])
+        at = at + ((low, value - floor),)
     amplitude = gl.where(valid, 1.0, 0.0)
     if mask is not None:
         value = gl.load(mask + base * positions + p, mask=inside, other=0.0)
         amplitude = gl.where(valid, value.to(gl.float32), 0.0)
     axes = ()
     for a in gl.static_range(len(image_size)):
-        position = gl.where(valid, at[a], 0.0)
-        floor = gl.floor(position)
-        low = floor.to(gl.int32)
+        low = gl.where(valid, at[a][0], 0)
         has_low = low >= 0
         has_high = low + 1 < image_size[a]
         step = gl.where(has_low & has_high, 1, 0)
         weights = (
-            gl.where(has_low, 1.0 - (position - floor), 0.0),
-            gl.where(has_high, position - floor, 0.0),
+            gl.where(has_low, 1.0 - at[a][1], 0.0),
+            gl.where(has_high, at[a][1], 0.0),
         )
         axes = axes + ((gl.maximum(low, 0), step, weights, has_low, has_high),)
     return axes, amplitude, valid

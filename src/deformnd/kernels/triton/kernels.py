@@ -25,7 +25,9 @@ ones take them only a tile at a time in "split" (_dot_once), which is ten times 
 Note [corners]
 A position is valid in [-1, size) on every axis; NaN and infinity are not. A corner outside
 the image is moved inside and gets weight 0 along its axis, so a load needs no predicate;
-an invalid sample has amplitude 0. No float is converted that an integer cannot hold.
+an invalid sample has amplitude 0. No float is converted that an integer cannot hold. Only the
+offset is split into floor and fraction, not the position, whose fraction float32 rounds the more
+the larger the image is.
 """
 
 # Tuples of Triton grow by +, and a name of an outer loop must not be taken for another type.
@@ -55,7 +57,8 @@ def _unravel(index, size):
 
 @triton.jit
 def _positions(offset, b, group, groups, tap, p, inside, sizes):
-    """Where kernel point `tap` of the points p samples, and whether that is valid.
+    """Per axis (floor, fraction) of where kernel point `tap` of the points p samples, and whether
+    that is valid (Note [corners]).
 
     group may be a scalar with p [N], or [M, 1] with p [1, N].
     """
@@ -66,13 +69,20 @@ def _positions(offset, b, group, groups, tap, p, inside, sizes):
     positions = ()
     base = (b.to(tl.int64) * groups + group) * _volume(kernel_size) + tap
     for a in tl.static_range(len(image_size)):
-        grid = point[a] * stride[a] - padding[a] + shift[a] * dilation[a]
-        position = grid.to(tl.float32)
+        low = point[a] * stride[a] - padding[a] + shift[a] * dilation[a]
         if offset is not None:
             place = (base * len(image_size) + a) * _volume(point_size) + p
-            position += tl.load(offset + place, mask=inside, other=0.0).to(tl.float32)
-        valid = valid & (position >= -1.0) & (position < image_size[a])
-        positions = positions + (position,)
+            value = tl.load(offset + place, mask=inside, other=0.0).to(tl.float32)
+            near = tl.abs(value) < 1.0e9
+            value = tl.where(near, value, 0.0)
+            floor = tl.floor(value)
+            low += floor.to(tl.int32)
+            fraction = value - floor
+            valid = valid & near
+        else:
+            fraction = tl.zeros(low.shape, tl.float32)
+        valid = valid & (low >= -1) & (low < image_size[a])
+        positions = positions + ((low, fraction),)
     return positions, valid
 
 
@@ -94,12 +104,10 @@ def _cell(positions, valid, image_size):
     weights = ()
     slopes = ()
     for a in tl.static_range(len(image_size)):
-        position = tl.where(valid, positions[a], 0.0)
-        floor = tl.floor(position)
-        low = floor.to(tl.int32)
+        low = tl.where(valid, positions[a][0], 0)
+        fraction = positions[a][1]
         has_low = low >= 0
         has_high = low + 1 < image_size[a]
-        fraction = position - floor
         indices = indices + ((tl.maximum(low, 0), tl.minimum(low + 1, image_size[a] - 1)),)
         weights = weights + (
             (tl.where(has_low, 1.0 - fraction, 0.0), tl.where(has_high, fraction, 0.0)),
@@ -684,9 +692,9 @@ def inverse(points, weight, offset, mask, bias, ends, entries, out,
             )
             s = tl.where(here[:, None], amplitude[None, :], 0.0)
             for a in tl.static_range(rank):
-                position = tl.where(valid, at[a], 0.0)
-                distance = tl.abs(position[None, :] - pixel[a].to(tl.float32)[:, None])
-                s = s * tl.maximum(1.0 - distance, 0.0)
+                low = tl.where(valid, at[a][0], 0)
+                distance = (low[None, :] - pixel[a][:, None]).to(tl.float32) + at[a][1][None, :]
+                s = s * tl.maximum(1.0 - tl.abs(distance), 0.0)
             s = _parts(s, points.dtype.element_ty, PRECISION)
             for o0 in range(o_first, o_last, BLOCK_O):
                 o = tl.multiple_of(o0 + tl.arange(0, BLOCK_O), VECTOR_O)

@@ -13,20 +13,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.compiler import ASTSource
 
 from .. import reference
 from ..geometry import Geometry, memory_format
-from . import configs
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.compiler import ASTSource
-
-    from . import kernels
-except ImportError:
-    triton = None  # type: ignore[assignment, unused-ignore]
+from . import configs, kernels
 
 try:  # Gluon's interface may yet change; without it everything runs on the kernels above.
     from triton.experimental.gluon import language as gl
@@ -36,11 +30,6 @@ try:  # Gluon's interface may yet change; without it everything runs on the kern
     from . import gluon
 except Exception:
     gluon = None  # type: ignore[assignment]
-
-
-def available() -> bool:
-    """Whether Triton can be imported."""
-    return triton is not None
 
 
 def gather(
@@ -306,7 +295,7 @@ def _strides(units: _Units, layout: str, pixels: int) -> tuple[int, int, int]:
 @functools.lru_cache(maxsize=4096)
 def _relayout_launch(units: _Units, source: str, to: str, batch: int, pixels: int) -> _Launch:
     block_c = _fit(units.padded, 64, least=1)
-    block_p = _fit(pixels, 4096 // max(block_c, 32), least=1)
+    block_p = 4096 // max(block_c, 32)
     blocks = triton.cdiv(pixels, block_p)
     # What divides every distance between the channels of different pixels and units.
     pitches = [s for x in (source, to) if x != "channels" for s in _strides(units, x, pixels)]
@@ -326,7 +315,7 @@ def _relayout_launch(units: _Units, source: str, to: str, batch: int, pixels: in
             FROM_LAST=source != "channels",
             TO_LAST=to != "channels",
             VECTOR_C=math.gcd(16, units.length, *pitches),
-            VECTOR_P=math.gcd(16, pixels),
+            VECTOR_P=next(v for v in (16, 4, 1) if pixels % v == 0),  # few kernels
             BLOCK_P=block_p,
             BLOCK_C=block_c,
             PAD=pad,
@@ -488,13 +477,12 @@ def _gather_launch(
     group_out = g.point_channels // g.groups
     row, units, block_c = _blocks(g, "gather", width, group_out)
     positions, taps = math.prod(g.point_size), math.prod(g.kernel)
-    block_p = _fit(positions, row.block_p, 16)
     block_o = _fit(g.point_channels, row.block_o)
-    tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(g.point_channels, block_o)
+    tiles, blocks = triton.cdiv(positions, row.block_p), triton.cdiv(g.point_channels, block_o)
     programs = g.batch * tiles * blocks
     splits = 1
     # A short sum is not worth a second kernel.
-    if 2 * programs <= multiprocessors and taps * g.image_channels // g.groups >= 512:
+    if 2 * programs <= multiprocessors and taps * triton.cdiv(g.image_channels, block_c) >= 16:
         splits = min(taps, multiprocessors // programs)
     launch = _Launch(
         "gather",
@@ -506,7 +494,7 @@ def _gather_launch(
             EVEN=g.groups == 1 and _units(g).length % block_c == 0,
             SPLIT=splits > 1,
             UNITS=units,
-            BLOCK_P=block_p,
+            BLOCK_P=row.block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
         ),
@@ -625,9 +613,8 @@ def _spread_launch(
 ) -> _Launch:
     row, units, block_c = _blocks(g, "spread", width, g.point_channels // g.groups)
     positions, taps = math.prod(g.point_size), math.prod(g.kernel)
-    block_p = _fit(positions, row.block_p, 16)
     block_o = _fit(_outputs_of(g, units * block_c), row.block_o)
-    tiles = triton.cdiv(positions, block_p)
+    tiles = triton.cdiv(positions, row.block_p)
     splits = max(1, min(taps, 4 * multiprocessors // (g.batch * tiles)))
     return _Launch(
         "spread",
@@ -639,7 +626,7 @@ def _spread_launch(
             EVEN=_units(g).length % block_c == 0,
             HOLD=g.groups == 1 and g.point_channels <= block_o,
             UNITS=units,
-            BLOCK_P=block_p,
+            BLOCK_P=row.block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
         ),
@@ -855,7 +842,7 @@ def _bucket_launches(
     segments = triton.cdiv(math.prod(g.point_size), segment)
     groups = max(g.offset_groups, 1)
     owners = g.batch * groups * math.prod(g.kernel)
-    block = _fit(math.prod(g.point_size), configs.LISTED)
+    block = configs.LISTED
 
     def launch(fill: bool) -> _Launch:
         return _Launch(
@@ -922,8 +909,7 @@ def _weight_launch(
     units = _units(g)
     row, at_once, block_c = _blocks(g, "weight", width, g.point_channels // g.groups)
     positions, taps = math.prod(g.point_size), math.prod(g.kernel)
-    block_p = _fit(positions, row.block_p, 16)
-    tiles = triton.cdiv(positions, block_p)
+    tiles = triton.cdiv(positions, row.block_p)
     if units.narrow:
         blocks, channels = triton.cdiv(units.number, at_once), at_once * units.length
     else:
@@ -941,7 +927,7 @@ def _weight_launch(
             **_constants(g, precision, _image_rows(g)),
             EVEN=units.length % block_c == 0,
             UNITS=at_once,
-            BLOCK_P=block_p,
+            BLOCK_P=row.block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
         ),
@@ -990,8 +976,15 @@ class _Launch:
         key = (device.index, *[getattr(t, "dtype", None) for t in tensors])
         compiled = self.compiled.get(key)
         if compiled is None:
-            target = triton.runtime.driver.active.get_current_target()
-            compiled = self.compile([None if t is None else _dtype(t) for t in tensors], target)
+            try:
+                target = triton.runtime.driver.active.get_current_target()
+                compiled = self.compile([None if t is None else _dtype(t) for t in tensors], target)
+                _ = compiled.run  # loads it
+            except Exception as failure:
+                raise RuntimeError(
+                    f"deformnd: Triton {triton.__version__} cannot build its kernel "
+                    f"{self.kernel!r} for {torch.cuda.get_device_name(device)}: {failure}"
+                ) from failure
             self.compiled[key] = compiled
         stream = triton.runtime.driver.active.get_current_stream(device.index)
         compiled.run(
