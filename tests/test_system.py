@@ -1,11 +1,15 @@
 """What the package says about where it runs."""
 
+import importlib.util
+import sys
 from importlib import metadata
 
 import pytest
 import torch
 
 import deformnd
+import deformnd.kernels.triton
+from deformnd.kernels import library, reference
 
 
 def test_no_gpu_no_claims():
@@ -22,3 +26,23 @@ def test_version_is_the_installed_one():
     except metadata.PackageNotFoundError:
         pytest.skip("runs from the source tree, not installed")
     assert installed == deformnd.__version__
+
+
+def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deformnd.kernels.triton.launch", None)
+    monkeypatch.delattr(deformnd.kernels.triton, "launch", raising=False)
+    library._gpu.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="without Triton") as caught:
+            assert library._gpu() is library._gpu() is reference
+        assert len(caught) == 1
+    finally:
+        library._gpu.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("triton", [None, object()])
+def test_cuda_needs_a_gpu_and_triton(gpu, triton, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
+    assert deformnd.with_cuda() == (gpu and triton is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from .kernels import cpu
@@ -21,17 +23,18 @@ def has_ops() -> bool:
 
 
 def with_cuda() -> bool:
-    """Whether GPU kernels run on CUDA tensors. Not yet: these take the reference.
+    """Whether GPU kernels run on CUDA (and ROCm) tensors: a GPU is there, and Triton.
 
-    The kernels to come are Triton programs, compiled for the device at their first call; they
-    need no CUDA toolkit, and none is used to build this package.
+    The kernels are Triton programs, compiled for the device at their first call; they need no
+    CUDA toolkit, and none is used to build this package. Without Triton such tensors take the
+    slow reference.
 
     Example:
         >>> import deformnd
         >>> isinstance(deformnd.with_cuda(), bool)
         True
     """
-    return False
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def cuda_version() -> int:

@@ -8,6 +8,8 @@ Note [one bilinear form] in geometry.py).
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,19 +40,33 @@ _FAMILIES = (
     _Family("deform_conv_transpose", True, _TRANSPOSE, conv_transpose_geometry),
 )
 
-# What computes, by dispatch key; the first stands in wherever there is no other. triton/launch.py
-# is not among them before its random tests all pass on a GPU.
-_BACKENDS: list[tuple[str, Any]] = [("CompositeExplicitAutograd", reference)]
+
+@functools.cache
+def _gpu() -> Any:
+    """The Triton kernels, imported at the first call (0.4 s), or the reference without Triton."""
+    try:
+        from .triton import launch
+    except ImportError as failure:
+        warnings.warn(
+            f"deformnd: without Triton GPU tensors take the slow reference ({failure})",
+            stacklevel=2,
+        )
+        return reference
+    return launch
+
+
+# What computes, by dispatch key; the first stands in wherever there is no other.
+_BACKENDS: list[tuple[str, Callable[[], Any]]] = [("CompositeExplicitAutograd", lambda: reference)]
 if cpu.available():
-    _BACKENDS.append(("CPU", cpu))
+    _BACKENDS.append(("CPU", lambda: cpu))
+if torch.version.cuda or torch.version.hip:
+    _BACKENDS.append(("CUDA", _gpu))
 
 # Gradients by (input, weight, offset, mask, bias); None where not needed.
 Gradients = tuple[Tensor | None, ...]
 
 
-def _forward_kernel(family: _Family, backend: Any) -> Callable[..., Tensor]:
-    compute = backend.scatter if family.transposed else backend.gather
-
+def _forward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..., Tensor]:
     def forward(
         input: Tensor,
         weight: Tensor,
@@ -60,13 +76,14 @@ def _forward_kernel(family: _Family, backend: Any) -> Callable[..., Tensor]:
         *parameters: Any,
     ) -> Tensor:
         g = family.geometry(input, weight, offset, mask, bias, *parameters)
+        compute = backend().scatter if family.transposed else backend().gather
         result: Tensor = compute(g, input, weight, offset, mask, bias)
         return result
 
     return forward
 
 
-def _backward_kernel(family: _Family, backend: Any) -> Callable[..., Gradients]:
+def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..., Gradients]:
     def backward(
         grad_output: Tensor,
         input: Tensor,
@@ -84,7 +101,7 @@ def _backward_kernel(family: _Family, backend: Any) -> Callable[..., Gradients]:
         if by_input or by_weight or by_offset or by_mask:
             image, points = (grad_output, input) if family.transposed else (input, grad_output)
             by_image, by_points = (False, by_input) if family.transposed else (by_input, False)
-            grads = backend.gradients(
+            grads = backend().gradients(
                 g,
                 image,
                 points,
@@ -227,7 +244,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 def _backward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
     """The second derivative: autograd through the reference, so it has derivatives in turn."""
-    reference_backward = _backward_kernel(family, reference)
+    reference_backward = _backward_kernel(family, lambda: reference)
 
     def gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         create_graph = torch.is_grad_enabled()

@@ -25,7 +25,9 @@ ones take them only a tile at a time in "split" (_dot_once), which is ten times 
 Note [corners]
 A position is valid in [-1, size) on every axis; NaN and infinity are not. A corner outside
 the image is moved inside and gets weight 0 along its axis, so a load needs no predicate;
-an invalid sample has amplitude 0. No float is converted that an integer cannot hold.
+an invalid sample has amplitude 0. No float is converted that an integer cannot hold. Only the
+offset is split into floor and fraction, not the position, whose fraction float32 rounds the more
+the larger the image is.
 """
 
 # Tuples of Triton grow by +, and a name of an outer loop must not be taken for another type.
@@ -55,7 +57,8 @@ def _unravel(index, size):
 
 @triton.jit
 def _positions(offset, b, group, groups, tap, p, inside, sizes):
-    """Where kernel point `tap` of the points p samples, and whether that is valid.
+    """Per axis (floor, fraction) of where kernel point `tap` of the points p samples, and whether
+    that is valid (Note [corners]).
 
     group may be a scalar with p [N], or [M, 1] with p [1, N].
     """
@@ -66,13 +69,20 @@ def _positions(offset, b, group, groups, tap, p, inside, sizes):
     positions = ()
     base = (b.to(tl.int64) * groups + group) * _volume(kernel_size) + tap
     for a in tl.static_range(len(image_size)):
-        grid = point[a] * stride[a] - padding[a] + shift[a] * dilation[a]
-        position = grid.to(tl.float32)
+        low = point[a] * stride[a] - padding[a] + shift[a] * dilation[a]
         if offset is not None:
             place = (base * len(image_size) + a) * _volume(point_size) + p
-            position += tl.load(offset + place, mask=inside, other=0.0).to(tl.float32)
-        valid = valid & (position >= -1.0) & (position < image_size[a])
-        positions = positions + (position,)
+            value = tl.load(offset + place, mask=inside, other=0.0).to(tl.float32)
+            near = tl.abs(value) < 1.0e9
+            value = tl.where(near, value, 0.0)
+            floor = tl.floor(value)
+            low += floor.to(tl.int32)
+            fraction = value - floor
+            valid = valid & near
+        else:
+            fraction = tl.zeros(low.shape, tl.float32)
+        valid = valid & (low >= -1) & (low < image_size[a])
+        positions = positions + ((low, fraction),)
     return positions, valid
 
 
@@ -94,12 +104,10 @@ def _cell(positions, valid, image_size):
     weights = ()
     slopes = ()
     for a in tl.static_range(len(image_size)):
-        position = tl.where(valid, positions[a], 0.0)
-        floor = tl.floor(position)
-        low = floor.to(tl.int32)
+        low = tl.where(valid, positions[a][0], 0)
+        fraction = positions[a][1]
         has_low = low >= 0
         has_high = low + 1 < image_size[a]
-        fraction = position - floor
         indices = indices + ((tl.maximum(low, 0), tl.minimum(low + 1, image_size[a] - 1)),)
         weights = weights + (
             (tl.where(has_low, 1.0 - fraction, 0.0), tl.where(has_high, fraction, 0.0)),
@@ -684,9 +692,9 @@ def inverse(points, weight, offset, mask, bias, ends, entries, out,
             )
             s = tl.where(here[:, None], amplitude[None, :], 0.0)
             for a in tl.static_range(rank):
-                position = tl.where(valid, at[a], 0.0)
-                distance = tl.abs(position[None, :] - pixel[a].to(tl.float32)[:, None])
-                s = s * tl.maximum(1.0 - distance, 0.0)
+                low = tl.where(valid, at[a][0], 0)
+                distance = (low[None, :] - pixel[a][:, None]).to(tl.float32) + at[a][1][None, :]
+                s = s * tl.maximum(1.0 - tl.abs(distance), 0.0)
             s = _parts(s, points.dtype.element_ty, PRECISION)
             for o0 in range(o_first, o_last, BLOCK_O):
                 o = tl.multiple_of(o0 + tl.arange(0, BLOCK_O), VECTOR_O)
@@ -827,25 +835,6 @@ def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
 
 
 @triton.jit
-def pack_weight(weight, out, taps, outputs, group_in, weights, LAST: tl.constexpr,
-                SPLIT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units])."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < weights
-    c = i % group_in
-    o = (i // group_in) % outputs
-    tap = i // group_in // outputs
-    place = (o * taps + tap) * group_in + c if LAST else (o * group_in + c) * taps + tap
-    value = tl.load(weight + place, mask=inside, other=0.0)
-    if SPLIT:
-        head = value.to(tl.bfloat16)
-        tl.store(out + i, head, mask=inside)
-        tl.store(out + weights + i, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
-    else:
-        tl.store(out + i, value, mask=inside)
-
-
-@triton.jit
 def _accumulator_order(i):
     """The column of a wgmma accumulator whose place, in order of lanes, is i (of each 32)."""
     return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 8 % 4) * 2 + i % 2
@@ -858,34 +847,52 @@ def _operand_order(i):
 
 
 @triton.jit
-def pack_fragments(weight, out, taps, outputs, channels, count, LAST: tl.constexpr,
-                   GATHER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Weight [O, C, K] (LAST: [O, K, C]) as gluon.py takes it: [K, C, O] (GATHER) or [K, O, C],
-    the rows and columns that registers hold in the order in which they do."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    if GATHER:
-        o = _accumulator_order(i % outputs)
-        c = _operand_order(i // outputs % channels)
+def pack_weight(weight, out, taps, outputs, group_in, weights, blocks, LAST: tl.constexpr,
+                SPLIT: tl.constexpr, ORDER: tl.constexpr, BLOCK_C: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
+    """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
+
+    For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
+    operand and the point channels for "gather", the image channels of a product for "along".
+    Grid: (O x blocks of C, blocks of K).
+    """
+    o = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    tap = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = (c < group_in) & (tap < taps)
+    from_o = o
+    from_c = c
+    if ORDER == "gather":
+        from_o = _accumulator_order(o)
+        from_c = _operand_order(c)
+    if ORDER == "along":
+        from_c = _accumulator_order(c)
+    if LAST:
+        place = (from_o * taps + tap) * group_in + from_c
     else:
-        c = _accumulator_order(i % channels)
-        o = i // channels % outputs
-    tap = i // outputs // channels
-    place = (o * taps + tap) * channels + c if LAST else (o * channels + c) * taps + tap
-    tl.store(out + i, tl.load(weight + place, mask=inside, other=0.0), mask=inside)
+        place = (from_o * group_in + from_c) * taps + tap
+    value = tl.load(weight + place, mask=inside, other=0.0)
+    to = (tap * outputs + o) * group_in + c
+    if SPLIT:
+        head = value.to(tl.bfloat16)
+        tl.store(out + to, head, mask=inside)
+        tl.store(out + weights + to, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out + to, value, mask=inside)
 
 
 @triton.jit
 def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixel_from, batch_to,
              unit_to, pixel_to, blocks, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
              VECTOR_C: tl.constexpr, VECTOR_P: tl.constexpr, BLOCK_P: tl.constexpr,
-             BLOCK_C: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
+             BLOCK_C: tl.constexpr, PAD: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Copy an image between layouts, add a bias, convert the dtype.
 
     Element (batch item, unit, pixel, channel of the unit) lies at the given strides; with LAST
     the channels are contiguous, else the pixels are and `pixel` is the stride of the channels.
-    PAD channels of a unit are written, with zeros after the unit's own. Grid: (blocks of pixels
-    x units x B, blocks of channels).
+    PAD channels of a unit are written, with zeros after the unit's own. SPLIT: write heads, and
+    after all of them tails (Note [precision]). Grid: (blocks of pixels x units x B, blocks of
+    channels).
     """
     tile = tl.program_id(0) % blocks
     u = (tl.program_id(0) // blocks) % units
@@ -913,4 +920,10 @@ def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixe
         place = tl.multiple_of(wide_p * pixel_to, VECTOR_C)[:, None] + j[None, :]
     else:
         place = tl.multiple_of(wide_j * pixel_to, VECTOR_P)[None, :] + p[:, None]
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+    if SPLIT:
+        head = value.to(tl.bfloat16)
+        tl.store(out + place, head, mask=inside)
+        out += (tl.num_programs(0) // (blocks * units)).to(tl.int64) * batch_to
+        tl.store(out + place, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
