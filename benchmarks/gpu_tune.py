@@ -134,6 +134,7 @@ class Data:
         self.image = randn(g.batch, math.prod(g.image_size), units.number * units.padded)
         self.points = randn(g.batch, math.prod(g.point_size), g.point_channels)
         weight = randn(g.point_channels, g.image_channels, *g.kernel)
+        self.plain = weight
         self.weight = launch._pack_weight(g, weight, width == 4)
         groups = max(g.offset_groups, 1)
         self.offset = 2 * randn(g.batch, groups * taps * len(g.kernel), *g.point_size)
@@ -190,40 +191,56 @@ def _leading(times: dict[tuple[int, ...], float], count: int) -> str:
     return "  ".join(f"{'/'.join(map(str, k))} {v:.4f}" for k, v in best)
 
 
-def hopper(shapes: list[str]) -> None:
+HOPPER: dict[str, tuple[tuple[int, ...], ...]] = {  # block_o, block_c, warps, stages, programs
+    "gather": ((256,), (32, 64), (4, 8), (2, 3), (0,)),
+    "along": ((256,), (32, 64), (4, 8), (2, 3), (0,)),
+    "outer": ((128, 256), (64,), (4, 8), (2, 3), (1, 2)),
+}
+
+
+def hopper(shapes: list[str], operators: list[str], widths: list[int]) -> None:
     """The kernels of gluon.py, whose rows have fewer choices."""
     from triton.testing import do_bench
 
-    for name in shapes:
+    torch.backends.cudnn.allow_tf32 = False
+    for name, width in itertools.product(shapes, widths):
         g = geometry(name)
         if launch._units(g).number > 1:
             continue
-        data = Data(name, 2)
-        weight = data.weight.view(-1)
+        data = Data(name, width)
+        dtype = data.image.dtype
         grads = (torch.empty_like(data.offset), torch.empty_like(data.mask))
-        out = torch.empty_like(data.points)
-        for operator in ("gather", "along"):
+        places, out = (data.offset, data.mask), torch.empty_like(data.points)
+        by_image = torch.zeros(data.image.numel(), device="cuda") if width == 4 else None
+        call = launch._Call.of(g, data.image, *places, data.plain)
+        points = data.points.movedim(-1, 1)
+        for operator in operators:
+            if operator == "outer" and width == 2:
+                continue
             found = {}
-            for c, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4)):
-                row = configs.HopperRow(operator, configs.ANY, 256, c, warps, stages)
+            for choice in itertools.product(*HOPPER[operator]):
+                row = configs.HopperRow(operator, width, configs.ANY, *choice)
                 configs.HOPPER = (row,)
-                launch._hopper_gather_launch.cache_clear()
-                launch._hopper_along_launch.cache_clear()
-                taps = math.prod(g.kernel)
                 if operator == "gather":
-                    made = launch._hopper_gather_launch(g, torch.float16, False, 0)
-                    packed = weight.view(taps * g.image_channels, -1)
-                    tensors = (data.image, packed, data.offset, data.mask, data.bias, out)
+                    launch._hopper_gather_launch.cache_clear()
+                    made = launch._hopper_gather_launch(g, dtype, False, 0)
+                    tensors = (data.image, call.fragments("gather"), *places, data.bias, out)
+                elif operator == "along":
+                    launch._hopper_along_launch.cache_clear()
+                    made = launch._hopper_along_launch(g, dtype, MULTIPROCESSORS)
+                    packed = call.fragments("along")
+                    tensors = (data.image, data.points, packed, *places, *grads, by_image)
                 else:
-                    made = launch._hopper_along_launch(g, torch.float16, MULTIPROCESSORS)
-                    packed = weight.view(taps * g.point_channels, -1)
-                    tensors = (data.image, data.points, packed, data.offset, data.mask, *grads)
+                    launch._hopper_outer_launch.cache_clear()
+                    made = launch._hopper_outer_launch(g, MULTIPROCESSORS)
+                    parts = torch.empty(made.launch.grid[2], launch._weights(g), device="cuda")
+                    tensors = (data.image, call.factors(points), *places, parts)
                 if made is None or not made(*tensors):
                     launch._BROKEN.clear()
                     continue
                 ms = do_bench(lambda: made(*tensors), warmup=3, rep=12, return_mode="median")  # noqa: B023
-                found[c, warps, stages] = ms
-            print(name, "hopper", operator, _leading(found, 6), flush=True)
+                found[choice] = ms
+            print(name, "hopper", operator, width, _leading(found, 6), flush=True)
 
 
 def main() -> None:
@@ -236,7 +253,8 @@ def main() -> None:
     parser.add_argument("--hopper", action="store_true", help="the kernels of gluon.py only")
     args = parser.parse_args()
     if args.hopper:
-        return hopper(args.shapes)
+        operators = [o for o in args.operators if o in HOPPER] or list(HOPPER)
+        return hopper(args.shapes, operators, args.widths)
     jobs = []
     for kind in BASE:
         if kind.operator not in args.operators or kind.width not in args.widths:

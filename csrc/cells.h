@@ -4,7 +4,7 @@
 // Where the samples of a tile lie, for `slots` kernel points of one sample group.
 template <class T, int ND>
 struct Cells {
-  T* base;      // [axis][table] position without kernel point and offset
+  i32* base;    // [axis][table] position without kernel point and offset
   i32* index;   // [slot][table]
   T* weight;    // [slot][table][corner] interpolation weight times mask
   T* fraction;  // [slot][axis][table], for Reverse only
@@ -12,7 +12,7 @@ struct Cells {
   T* spare;     // [axis + 1][kPiece + lanes]
 
   Cells(Carver& carver, const Plan<T, ND>& p, i64 slots, bool reverse) {
-    base = carver.take<T>(ND * p.table);
+    base = carver.take<i32>(ND * p.table);
     index = carver.take<i32>(slots * p.table);
     weight = carver.take<T>(slots * p.Q * p.table);
     fraction = carver.take<T>(reverse ? slots * ND * p.table : 0);
@@ -24,13 +24,13 @@ struct Cells {
     for (i64 r = 0; r < tile.rows; r++) {
       i64 rest = tile.row + r;
       for (int v = ND - 2; v >= 0; v--) {
-        const T at = T(rest % p.point_size[v] * p.stride[v] - p.padding[v]);
+        const i32 at = i32(rest % p.point_size[v] * p.stride[v] - p.padding[v]);
         rest /= p.point_size[v];
         for (i64 c = 0; c < tile.columns; c++) base[v * p.table + r * tile.columns + c] = at;
       }
       for (i64 c = 0; c < tile.columns; c++)
         base[(ND - 1) * p.table + r * tile.columns + c] =
-            T((tile.column + c) * p.stride[ND - 1] - p.padding[ND - 1]);
+            i32((tile.column + c) * p.stride[ND - 1] - p.padding[ND - 1]);
     }
     for (int v = 0; v < ND; v++)
       for (i64 m = tile.count; m < least(p.table, tile.count + p.N); m++) base[v * p.table + m] = 0;
@@ -43,10 +43,10 @@ struct Cells {
     using I = typename L::I;
     using M = typename L::M;
     constexpr int N = L::size, Q = 1 << ND;
-    T shift[ND];
+    i32 shift[ND];
     i64 rest = k;
     for (int v = ND - 1; v >= 0; v--) {
-      shift[v] = T(rest % p.kernel[v] * p.dilation[v]);
+      shift[v] = i32(rest % p.kernel[v] * p.dilation[v]);
       rest /= p.kernel[v];
     }
     const i32 outside = i32(p.outside());
@@ -75,32 +75,43 @@ struct Cells {
       for (i64 c0 = 0; c0 < tile.length; c0 += N) {
         const i64 c = tile.length >= N ? least(c0, tile.length - N) : 0;
         const i64 m = s * tile.length + c;
-        V position[ND];
+        // The offset is split, not the position, whose fraction would lose bits to the image's
+        // size.
+        I cell[ND];
+        V part[ND];
+        M near = L::splat(0) < L::splat(1);
         UNROLL
         for (int v = 0; v < ND; v++) {
-          position[v] = L::load(base + v * p.table + m) + L::splat(shift[v]);
-          if (given[v]) position[v] = position[v] + L::load(given[v] + c);
+          cell[v] = L::load_index(base + v * p.table + m) + L::splat_index(shift[v]);
+          part[v] = L::zero();
+          if (!given[v]) continue;
+          const V offset = L::load(given[v] + c);
+          const M fits = (offset >= L::splat(-kFar)) & (offset < L::splat(kFar));
+          // Only now is the conversion to an integer defined.
+          const V safe = L::select(fits, offset, L::zero()), floor = L::floor(safe);
+          near = near & fits;
+          cell[v] = cell[v] + L::to_index(floor);
+          part[v] = safe - floor;
         }
-        M inside = (position[0] >= L::splat(-1)) & (position[0] < L::splat(T(p.image_size[0])));
+        I within =
+            (cell[0] >= L::splat_index(-1)) & (cell[0] < L::splat_index(i32(p.image_size[0])));
         UNROLL
         for (int v = 1; v < ND; v++)
-          inside =
-              inside & (position[v] >= L::splat(-1)) & (position[v] < L::splat(T(p.image_size[v])));
+          within = within & (cell[v] >= L::splat_index(-1)) &
+                   (cell[v] < L::splat_index(i32(p.image_size[v])));
+        const M inside = near & L::mask(within);
         const V mask_value = given[ND] ? L::load(given[ND] + c) : L::splat(1);
         I index_value = L::splat_index(0);
         V corner[Q];
         corner[0] = L::select(inside, mask_value, L::zero());
         UNROLL
         for (int v = 0; v < ND; v++) {
-          // Only now is the conversion to an integer defined.
-          const V safe = L::select(inside, position[v], L::zero());
-          const V floor = L::floor(safe), part = safe - floor;
-          index_value = index_value * L::splat_index(i32(p.padded[v])) + L::to_index(floor) +
-                        L::splat_index(1);
-          if (Reverse) L::store(fraction + (slot * ND + v) * p.table + m, part);
+          index_value =
+              index_value * L::splat_index(i32(p.padded[v])) + cell[v] + L::splat_index(1);
+          if (Reverse) L::store(fraction + (slot * ND + v) * p.table + m, part[v]);
           UNROLL
           for (int q = (1 << v) - 1; q >= 0; q--) {
-            const V high = corner[q] * part;
+            const V high = corner[q] * part[v];
             corner[2 * q + 1] = high;
             corner[2 * q] = corner[q] - high;
           }

@@ -56,6 +56,7 @@ constexpr i64 kTileWidth = 32;
 constexpr i64 kWideTile = 320;  // where coordinates dominate, long rows of offsets
 constexpr i64 kColumns = 576;   // of one product
 constexpr i64 kPiece = 512;     // most pixels that a layout change or conversion handles at once
+constexpr i32 kFar = 1 << 30;   // of offsets; positions without one are less, see cpu.py
 constexpr i64 kFlightBytes = 32 << 20;  // of packed images at a time, where one is smaller
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }

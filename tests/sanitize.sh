@@ -15,4 +15,4 @@ cmake --build $out/cmake --parallel 2
 # Python itself is not instrumented, and keeps memory until it exits.
 LD_PRELOAD="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH="$PWD/$out" \
-    exec python -m pytest tests/test_cpu.py -q -p no:cacheprovider "$@"
+    exec python -m pytest tests/test_cpu.py -p no:cacheprovider "$@"

@@ -281,6 +281,13 @@ def test_half_types(dtype: torch.dtype, limit: float, g: Geometry, level: int) -
     )
 
 
+@pytest.mark.parametrize("backend", (cpu, reference), ids=("cpu", "reference"))
+def test_float32_loses_nothing_in_large_images(backend: object, level: int) -> None:
+    """A position there has few bits left for its fraction; an offset has all of them."""
+    call = Call(plain(1, 8, 8, (3, 5000)), torch.float32)
+    assert_close(call.run(backend), call.to(torch.float64).run(reference), 4e-6)
+
+
 @pytest.mark.skipif(cpu.best_level() < 3, reason="no products of bfloat16 on this machine")
 @pytest.mark.parametrize("g", GEOMETRIES, ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size))))
 def test_products_of_bfloat16(g: Geometry) -> None:

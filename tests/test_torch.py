@@ -141,7 +141,7 @@ def test_forward_mode_at_odd_positions():
     expected = padded[positions + 2] - padded[positions + 1]
     torch.testing.assert_close(tangent[0, 0, :3], expected)
     assert tangent[0, 0, 3] == 0
-    # An offset that vanishes beside its position, in float32: the cell of the rounded position.
+    # An offset that would vanish beside its position, in float32.
     offset = torch.full((1, 1, 4), -1e-9)
     x, w = x.float(), w.float()
     tangent = jvp(lambda o: deformnd.deform_conv1d(x, w, o), (offset,), (torch.ones(1, 1, 4),))[1]

@@ -118,12 +118,18 @@ def gradients(
 
 
 def _fits(g: Geometry) -> bool:
-    """Whether there is anything to compute, in planes (with their border) of 32-bit indices."""
+    """Whether there is anything to compute, with 32-bit indices of positions and pixels."""
     return (
         g.batch > 0
         and g.image_channels > 0
         and g.point_channels > 0
         and math.prod([size + 3 for size in g.image_size]) < 2**31
+        and all(
+            p * s + k * d + e < 2**30
+            for p, s, k, d, e in zip(
+                g.point_size, g.stride, g.kernel, g.dilation, g.padding, strict=True
+            )
+        )
     )
 
 

@@ -8,7 +8,7 @@ along a direction (d_input, d_weight, d_offset, d_mask) is
 
 Interpolation is linear along each axis of a cell, so the last part is, for each axis, the value
 on the cell's upper side minus that on its lower side, times d_offset there: y with that axis
-of the positions moved to either side and the mask multiplied by +-d_offset.
+of the offset rounded up or down, and the mask multiplied by d_offset or -d_offset.
 
 Forward-mode differentiation is this sum. The second derivative is its gradient: the backward
 operator, applied to the same terms. Both run on whatever kernels the operators have, need
@@ -138,8 +138,7 @@ def _offset_terms(g: Geometry, tensors: Tensors, direction: Tensors) -> Iterator
     axes = offset.unflatten(1, split).unbind(3)  # n of [B, OG, K, *point_size]
     for a, factor in enumerate(along.unflatten(1, split).unbind(3)):
         factor = _regroup(factor, groups)
-        regular = _regular(g, a, offset)
-        floor = (regular + axes[a]).floor() - regular
+        floor = axes[a].floor()
         for side, signed in ((floor + 1, factor), (floor, -factor)):
             snapped = torch.stack([*axes[:a], side, *axes[a + 1 :]], 3).flatten(1, 3)
             yield _OffsetTerm(tensors, a, snapped, signed)
@@ -149,14 +148,3 @@ def _regroup(t: Tensor, groups: int) -> Tensor:
     """[B, G, ...] as [B, groups, ...], each group repeated."""
     repeat = groups // t.shape[1]
     return t.unsqueeze(2).expand(-1, -1, repeat, *t.shape[2:]).flatten(1, 2)
-
-
-def _regular(g: Geometry, axis: int, like: Tensor) -> Tensor:
-    """The axis's coordinate of the positions without offset, to broadcast to [K, *point_size]."""
-    n = len(g.kernel)
-    p = torch.arange(g.point_size[axis], device=like.device, dtype=like.dtype)
-    k = torch.arange(g.kernel[axis], device=like.device, dtype=like.dtype)
-    p = p * g.stride[axis] - g.padding[axis]
-    k = (k * g.dilation[axis]).view([-1 if a == axis else 1 for a in range(n)])
-    k = k.expand(g.kernel).reshape(-1, *[1] * n)
-    return k + p.view([-1 if a == axis else 1 for a in range(n)])

@@ -125,26 +125,26 @@ def _cells(g: Geometry, offset: Tensor | None, like: Tensor, dtype: torch.dtype)
         offset = like.new_zeros(1, n * math.prod(g.kernel), *g.point_size, dtype=dtype)
     shape = (groups, math.prod(g.kernel), n, math.prod(g.point_size))
     offset = offset.to(dtype).reshape(offset.shape[0], *shape)
-    positions = []
+    cells, fractions = [], []
+    valid = torch.ones(1, dtype=torch.bool, device=like.device)
     for a in range(n):
-        # Exact in float32 below 2^24 pixels.
-        p = torch.arange(g.point_size[a], device=like.device, dtype=dtype)
-        k = torch.arange(g.kernel[a], device=like.device, dtype=dtype)
-        p = p * g.stride[a] - g.padding[a]
-        k = k * g.dilation[a]
+        p = torch.arange(g.point_size[a], device=like.device) * g.stride[a] - g.padding[a]
+        k = torch.arange(g.kernel[a], device=like.device) * g.dilation[a]
         p = p.view(_along(n, a)).expand(g.point_size).reshape(1, -1)
         k = k.view(_along(n, a)).expand(g.kernel).reshape(-1, 1)
-        positions.append((p + k)[:, :, None] + offset[:, :, :, a].permute(0, 2, 3, 1))
-    valid = torch.ones_like(positions[0], dtype=torch.bool)
-    for position, size in zip(positions, g.image_size, strict=True):
-        valid = valid & (position >= -1) & (position < size)
-    row = torch.zeros_like(positions[0], dtype=torch.long)
-    fractions = []
-    for position, size in zip(positions, _bordered(g), strict=True):
-        position = torch.where(valid, position, -float(_BEFORE))
-        floor = position.detach().floor()
-        fractions.append(position - floor)
-        row = row * size + (floor.long() + _BEFORE)
+        # The offset is split, not the position, whose fraction would lose bits to the image's size.
+        along = offset[:, :, :, a].permute(0, 2, 3, 1)
+        near = along.abs() < 2**30
+        along = torch.where(near, along, 0.0)
+        floor = along.detach().floor()
+        cell = (p + k)[:, :, None] + floor.long()
+        cells.append(cell)
+        fractions.append(along - floor)
+        valid = valid & near & (cell >= -1) & (cell < g.image_size[a])
+    row = torch.zeros_like(cells[0])
+    for cell, size in zip(cells, _bordered(g), strict=True):
+        row = row * size + torch.where(valid, cell + _BEFORE, 0)
+    fractions = [torch.where(valid, fraction, 0.0) for fraction in fractions]
     batch = torch.arange(g.batch, device=like.device).view(-1, 1, 1, 1)
     group = torch.arange(groups, device=like.device)
     row = (batch * math.prod(_bordered(g)) + row) * groups + group

@@ -78,25 +78,38 @@ TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
 @dataclass(frozen=True)
 class HopperRow:
-    operator: str  # a kernel of gluon.py; a program takes 16 positions a warp
+    """For a kernel of gluon.py; a program of all but `outer` takes 16 positions a warp."""
+
+    operator: str
+    width: int
     channels: int  # up to so many point channels
     block_o: int
     block_c: int
     warps: int
     stages: int
+    programs: int = 0  # outer: how many a multiprocessor gets, by splitting the sum
 
 
 HOPPER = (
-    HopperRow("gather", 64, 64, 32, 4, 2),
-    HopperRow("gather", 128, 128, 64, 4, 2),
-    HopperRow("gather", ANY, 256, 32, 4, 2),
-    HopperRow("along", 128, 128, 32, 4, 3),
-    HopperRow("along", ANY, 256, 64, 4, 2),
+    HopperRow("gather", 2, 64, 64, 32, 4, 2),
+    HopperRow("gather", 2, 128, 128, 64, 4, 2),
+    HopperRow("gather", 2, ANY, 256, 64, 4, 3),
+    HopperRow("gather", 4, 64, 64, 32, 4, 2),
+    HopperRow("gather", 4, 128, 128, 32, 4, 2),
+    HopperRow("gather", 4, ANY, 256, 32, 4, 2),
+    HopperRow("along", 2, 128, 128, 32, 4, 3),
+    HopperRow("along", 2, ANY, 256, 64, 4, 2),
+    HopperRow("along", 4, 128, 128, 32, 4, 2),
+    HopperRow("along", 4, ANY, 256, 32, 4, 2),
+    HopperRow("outer", 4, ANY, 256, 64, 8, 2, 1),
 )
 
 
-def find_hopper(operator: str, channels: int) -> HopperRow:
-    return next(r for r in HOPPER if r.operator == operator and channels <= r.channels)
+def find_hopper(operator: str, width: int, channels: int) -> HopperRow:
+    for row in HOPPER:
+        if (row.operator, row.width) == (operator, width) and channels <= row.channels:
+            return row
+    raise LookupError(f"no row for {operator}, width {width}")
 
 
 def find(operator: str, width: int, channels: int) -> Row:

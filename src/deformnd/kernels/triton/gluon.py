@@ -1,10 +1,13 @@
-"""Gluon kernels for Hopper: gather and the gradients by offset and mask, for half numbers.
+"""Gluon kernels for Hopper: gather, the gradients by offset, mask and image, and by the weight.
 
-They compute what `gather` and `spread` of kernels.py do, for one group and one unit, and keep the
-sampled columns in registers: a lane samples eight consecutive channels at once, and the weights'
-channels are permuted so that these are just the lane's share of a wgmma operand or accumulator
-(pack_fragments in kernels.py). So nothing goes through shared memory but the weights, which the
-copy engine brings, STAGES blocks deep.
+They compute what `gather`, `spread` and `weight_gradient` of kernels.py do, for one group and one
+unit. The first two keep the sampled columns in registers: a lane samples eight consecutive channels
+at once, and the weights' channels are permuted so that these are just the lane's share of a wgmma
+operand or accumulator (pack_fragments in kernels.py). So nothing goes through shared memory but the
+weights, which the copy engine brings, STAGES blocks deep.
+
+SPLIT: the tensors are float32, and the products those of Note [precision] in kernels.py; weights
+(and points in `outer`) come as heads, then tails.
 
 Note [pipeline]
 Corners of block i + 1 are loaded while wgmma multiplies block i. A register operand must not be
@@ -21,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -107,49 +111,88 @@ def _code(axes, image_size):
 
 
 @gluon.jit
-def _weights(axes, amplitude):
-    """The corners' weights, two to an int32 along the last axis."""
-    rank: gl.constexpr = len(axes)
-    packed = ()
-    for q in gl.static_range(2 ** (rank - 1)):
-        weight = amplitude
-        for a in gl.static_range(rank - 1):
-            weight = weight * axes[a][2][(q >> (rank - 2 - a)) & 1]
-        packed = packed + (_pack(weight * axes[rank - 1][2][0], weight * axes[rank - 1][2][1]),)
-    return packed
+def _corner_weight(axes, q: gl.constexpr):
+    """Weight of corner q; the bits of q choose low or high, the last axis is bit 0."""
+    weight = axes[0][2][(q >> (len(axes) - 1)) & 1]
+    for a in gl.static_range(1, len(axes)):
+        weight = weight * axes[a][2][(q >> (len(axes) - 1 - a)) & 1]
+    return weight
+
+
+@gluon.jit
+def _weights(axes, amplitude, SPLIT: gl.constexpr):
+    """The corners' weights; for half numbers two to an int32 along the last axis."""
+    weights = ()
+    for q in gl.static_range(2 ** len(axes)):
+        weights = weights + (_corner_weight(axes, q) * amplitude,)
+    if SPLIT:
+        return weights
+    else:
+        packed = ()
+        for q in gl.static_range(2 ** (len(axes) - 1)):
+            packed = packed + (_pack(weights[2 * q], weights[2 * q + 1]),)
+        return packed
+
+
+@gluon.jit
+def _place(code, q: gl.constexpr, channels, image_size):
+    """Where corner q's channels start."""
+    rank: gl.constexpr = len(image_size)
+    place = (code >> rank) * channels
+    stride = channels
+    for i in gl.static_range(rank):
+        if (q >> i) & 1:
+            place += ((code >> i) & 1) * stride
+        stride = stride * image_size[rank - 1 - i]
+    return place
 
 
 @gluon.jit
 def _fetch(image, code, c0, channels, image_size):
     """The corners' values of a block of channels from c0 on."""
-    rank: gl.constexpr = len(image_size)
-    steps = ()
-    stride = channels
-    for i in gl.static_range(rank):
-        steps = (((code >> i) & 1) * stride,) + steps
-        stride = stride * image_size[rank - 1 - i]
-    low = (code >> rank) * channels + c0
     values = ()
-    for q in gl.static_range(2**rank):
-        place = low
-        for a in gl.static_range(rank):
-            if (q >> (rank - 1 - a)) & 1:
-                place = place + steps[a]
+    for q in gl.static_range(2 ** len(image_size)):
+        place = _place(code, q, channels, image_size) + c0
         values = values + (gl.load(image + place[:, None]),)
     return values
 
 
 @gluon.jit
-def _blend(values, packed, dtype: gl.constexpr):
+def _blend(values, weights, SPLIT: gl.constexpr):
     columns = None
     for q in gl.static_range(len(values)):
-        weight = _half(packed[q // 2], q % 2)[:, None]
-        term = values[q].to(gl.float32) * weight.to(gl.float32)
+        if SPLIT:
+            weight = weights[q]
+        else:
+            weight = _half(weights[q // 2], q % 2).to(gl.float32)
+        term = values[q].to(gl.float32) * weight[:, None]
         if q == 0:
             columns = term
         else:
             columns += term
-    return columns.to(dtype)
+    return columns
+
+
+@gluon.jit
+def _parts(x, dtype: gl.constexpr, SPLIT: gl.constexpr):
+    if SPLIT:
+        head = x.to(gl.bfloat16)
+        return (head, (x - head.to(gl.float32)).to(gl.bfloat16))
+    else:
+        return (x.to(dtype),)
+
+
+@gluon.jit
+def _bring(source, row, column, rows, held, bars, stage, pred, BYTES: gl.constexpr,
+           SPLIT: gl.constexpr):  # fmt: skip
+    """Start the copy of a block of weights (SPLIT: of heads and of tails) into a stage."""
+    parts: gl.constexpr = 2 if SPLIT else 1
+    mbarrier.expect(bars.index(stage), parts * BYTES, pred=pred)
+    for part in gl.static_range(parts):
+        tma.async_copy_global_to_shared(
+            source, [row + part * rows, column], bars.index(stage),
+            held.index(stage * parts + part), pred=pred,
+        )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -160,12 +203,14 @@ def _bytes(rows, columns):
 @gluon.jit
 def gather(image, weight, offset, mask, bias, out,
            sizes, channels, outputs, tiles, blocks,
-           POINTS_LAST: gl.constexpr, BLOCK_P: gl.constexpr,
+           POINTS_LAST: gl.constexpr, SPLIT: gl.constexpr, BLOCK_P: gl.constexpr,
            BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
            COLUMNS: gl.constexpr, ROWS: gl.constexpr, PLANES: gl.constexpr,
            num_warps: gl.constexpr):  # fmt: skip
     """dF/dpoints. Grid: (B x tiles x blocks of O)."""
-    dtype: gl.constexpr = image.dtype.element_ty
+    dtype: gl.constexpr = gl.bfloat16 if SPLIT else image.dtype.element_ty
+    parts: gl.constexpr = 2 if SPLIT else 1
+    size: gl.constexpr = _bytes(BLOCK_C, BLOCK_O)
     at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     image_size = sizes[0]
@@ -174,19 +219,21 @@ def gather(image, weight, offset, mask, bias, out,
     o0 = (gl.program_id(0) % blocks) * BLOCK_O
     b = tile // tiles
     p0 = (tile % tiles) * BLOCK_P
-    held = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_C, BLOCK_O], weight.layout)
+    held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
     gl.thread_barrier()
     taps = _volume(sizes[2])
-    steps = taps * (channels // BLOCK_C)
+    rows = taps * outputs
+    per_tap = channels // BLOCK_C
+    steps = taps * per_tap
     for s in gl.static_range(STAGES):
-        mbarrier.expect(bars.index(s), _bytes(BLOCK_C, BLOCK_O), pred=s < steps)
-        tma.async_copy_global_to_shared(
-            weight, [s * BLOCK_C, o0], bars.index(s), held.index(s), pred=s < steps
-        )
+        _bring(
+            weight, s // per_tap * outputs + o0, s % per_tap * BLOCK_C, rows, held, bars, s,
+            s < steps, size, SPLIT,
+        )  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
     inside = p < positions
     point = _unravel(p, sizes[1])
@@ -197,32 +244,39 @@ def gather(image, weight, offset, mask, bias, out,
     c0 = 0 * channels
     axes, amplitude, valid = _locate(offset, mask, b, tap, p, point, inside, sizes)
     code = _code(axes, image_size)
-    packed = _weights(axes, amplitude)
+    weights = _weights(axes, amplitude, SPLIT)
     values = _fetch(here, code, c0, channels, image_size)
     for i in range(steps):
-        a = _blend(values, packed, dtype)
+        a = _blend(values, weights, SPLIT)
         a = gl.reshape(a, [BLOCK_P, BLOCK_C // 32, 4, 2, 2, 2])
         a = gl.reshape(gl.permute(a, (0, 1, 3, 4, 2, 5)), [BLOCK_P, BLOCK_C])
-        a = gl.convert_layout(a, operand)
+        a = _parts(gl.convert_layout(a, operand), dtype, SPLIT)
         c0 += BLOCK_C
         if c0 >= channels:
             c0 = 0 * channels
             tap = gl.minimum(tap + 1, taps - 1)
             axes, amplitude, valid = _locate(offset, mask, b, tap, p, point, inside, sizes)
             code = _code(axes, image_size)
-            packed = _weights(axes, amplitude)
+            weights = _weights(axes, amplitude, SPLIT)
         values = _fetch(here, code, c0, channels, image_size)
         gl.thread_barrier()
         ahead = i + STAGES - 1
-        more = (ahead < steps) & (i > 0)
-        mbarrier.expect(bars.index(ahead % STAGES), _bytes(BLOCK_C, BLOCK_O), pred=more)
-        tma.async_copy_global_to_shared(
-            weight, [ahead * BLOCK_C, o0], bars.index(ahead % STAGES), held.index(ahead % STAGES),
-            pred=more,
+        _bring(
+            weight, ahead // per_tap * outputs + o0, ahead % per_tap * BLOCK_C, rows, held, bars,
+            ahead % STAGES, (ahead < steps) & (i > 0), size, SPLIT,
         )  # fmt: skip
-        mbarrier.wait(bars.index(i % STAGES), (i // STAGES) & 1)
-        acc = warpgroup_mma(a, held.index(i % STAGES), acc, is_async=True)
-        acc, a = warpgroup_mma_wait(0, deps=[acc, a])
+        stage = i % STAGES
+        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
+        if SPLIT:
+            head = held.index(2 * stage).permute((1, 0))
+            tail = held.index(2 * stage + 1).permute((1, 0))
+            acc = warpgroup_mma(a[1], head, acc, is_async=True)
+            acc = warpgroup_mma(a[0], tail, acc, is_async=True)
+            acc = warpgroup_mma(a[0], head, acc, is_async=True)
+            acc, _, _ = warpgroup_mma_wait(0, deps=[acc, a[0], a[1]])
+        else:
+            acc = warpgroup_mma(a[0], held.index(stage).permute((1, 0)), acc, is_async=True)
+            acc, _ = warpgroup_mma_wait(0, deps=[acc, a[0]])
     acc = gl.reshape(acc, [BLOCK_P, BLOCK_O // 32, 4, 4, 2])
     acc = gl.reshape(gl.permute(acc, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_O])
     if bias is not None:
@@ -230,7 +284,7 @@ def gather(image, weight, offset, mask, bias, out,
         acc += gl.load(bias + o).to(gl.float32)[None, :]
     out += b.to(gl.int64) * positions * outputs
     target: gl.constexpr = ROWS if POINTS_LAST else PLANES
-    acc = gl.convert_layout(acc.to(dtype), target)
+    acc = gl.convert_layout(acc.to(out.dtype.element_ty), target)
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, target))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, target))
     if POINTS_LAST:
@@ -241,17 +295,35 @@ def gather(image, weight, offset, mask, bias, out,
 
 
 @gluon.jit
-def along(image, points, weight, offset, mask, grad_offset, grad_mask,
-          sizes, channels, outputs, tiles, splits,
-          BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
-          STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr,
-          num_warps: gl.constexpr):  # fmt: skip
-    """dF/doffset and dF/dmask (grad_mask may be None), from points in rows [B, P, O].
+def _multiply(grads, held, stage, zero, SPLIT: gl.constexpr):
+    """Start points @ weights[stage]; the factors lie in shared memory."""
+    if SPLIT:
+        acc = warpgroup_mma(
+            grads.index(1), held.index(2 * stage), zero, use_acc=False, is_async=True
+        )
+        acc = warpgroup_mma(grads.index(0), held.index(2 * stage + 1), acc, is_async=True)
+        return warpgroup_mma(grads.index(0), held.index(2 * stage), acc, is_async=True)
+    else:
+        return warpgroup_mma(grads.index(0), held.index(stage), zero, use_acc=False, is_async=True)
 
-    The points' tile stays in shared memory. Grid: (B x tiles, splits of the kernel points).
+
+@gluon.jit
+def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
+          sizes, channels, outputs, tiles, splits,
+          SPLIT: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr,
+          BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+          SECTORS: gl.constexpr, ROWS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+    """dF/doffset and dF/dmask, and dF/dimage (float32) by atomic additions, each unless None;
+    from points in rows [B, P, O].
+
+    The points' tile stays in shared memory. Atomic additions go by SECTORS, where two lanes fill
+    32 bytes. Grid: (B x tiles, splits of the kernel points).
     """
-    dtype: gl.constexpr = image.dtype.element_ty
+    dtype: gl.constexpr = gl.bfloat16 if SPLIT else points.dtype.element_ty
+    parts: gl.constexpr = 2 if SPLIT else 1
+    size: gl.constexpr = _bytes(BLOCK_O, BLOCK_C)
     rank: gl.constexpr = len(sizes[0])
+    by_position: gl.constexpr = grad_offset is not None or grad_mask is not None
     at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
     image_size = sizes[0]
     positions = _volume(sizes[1])
@@ -263,33 +335,42 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask,
     per_tap = channels // BLOCK_C
     steps = (last - first) * per_tap
     grads = gl.allocate_shared_memory(
-        dtype, [BLOCK_P, BLOCK_O], gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_O], dtype)
-    )
+        dtype, [parts, BLOCK_P, BLOCK_O],
+        gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_O], dtype),
+    )  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, ROWS))
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, ROWS))
     points += b.to(gl.int64) * positions * outputs
     here = (p < positions)[:, None] & (o < outputs)[None, :]
-    grads.store(gl.load(points + (p * outputs)[:, None] + o[None, :], mask=here, other=0.0))
-    held = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_O, BLOCK_C], weight.layout)
+    tile = _parts(
+        gl.load(points + (p * outputs)[:, None] + o[None, :], mask=here, other=0.0), dtype, SPLIT
+    )
+    for part in gl.static_range(parts):
+        grads.index(part).store(tile[part])
+    held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
     gl.thread_barrier()
+    rows = taps * outputs
     for s in gl.static_range(STAGES):
-        mbarrier.expect(bars.index(s), _bytes(BLOCK_O, BLOCK_C), pred=s < steps)
-        tma.async_copy_global_to_shared(
-            weight, [(first + s // per_tap) * outputs, (s % per_tap) * BLOCK_C], bars.index(s),
-            held.index(s), pred=s < steps,
+        _bring(
+            weight, (first + s // per_tap) * outputs, (s % per_tap) * BLOCK_C, rows, held, bars, s,
+            s < steps, size, SPLIT,
         )  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
     inside = p < positions
     point = _unravel(p, sizes[1])
-    image += b.to(gl.int64) * _volume(image_size) * channels
-    image_block = image + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS))[None, :]
+    start = b.to(gl.int64) * _volume(image_size) * channels
+    if by_position:
+        image += start
+        image_block = image + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS))[None, :]
+    if grad_image is not None:
+        grad_image += start
     zero = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
     mbarrier.wait(bars.index(0), 0)
-    acc = warpgroup_mma(grads, held.index(0), zero, use_acc=False, is_async=True)
+    acc = _multiply(grads, held, 0, zero, SPLIT)
     i = 0
     for tap in range(first, last):
         axes, amplitude, valid = _locate(offset, mask, b, tap, p, point, inside, sizes)
@@ -298,27 +379,42 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask,
         for _ in gl.static_range(2**rank):
             dots = dots + (gl.zeros([BLOCK_P], gl.float32, layout=at_row),)
         for block in range(per_tap):
-            values = _fetch(image_block, code, block * BLOCK_C, channels, image_size)
+            values = ()
+            if by_position:
+                values = _fetch(image_block, code, block * BLOCK_C, channels, image_size)
             grad = warpgroup_mma_wait(0, deps=[acc])
             gl.thread_barrier()
             ahead = i + STAGES
-            more = ahead < steps
-            mbarrier.expect(bars.index(i % STAGES), _bytes(BLOCK_O, BLOCK_C), pred=more)
-            tma.async_copy_global_to_shared(
-                weight, [(first + ahead // per_tap) * outputs, (ahead % per_tap) * BLOCK_C],
-                bars.index(i % STAGES), held.index(i % STAGES), pred=more,
+            _bring(
+                weight, (first + ahead // per_tap) * outputs, (ahead % per_tap) * BLOCK_C, rows,
+                held, bars, i % STAGES, ahead < steps, size, SPLIT,
             )  # fmt: skip
             # The last turn multiplies its own block again, to no end, instead of branching.
             i1 = gl.minimum(i + 1, steps - 1)
             mbarrier.wait(bars.index(i1 % STAGES), (i1 // STAGES) & 1)
-            acc = warpgroup_mma(grads, held.index(i1 % STAGES), zero, use_acc=False, is_async=True)
+            acc = _multiply(grads, held, i1 % STAGES, zero, SPLIT)
             grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // 32, 4, 4, 2])
             grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C])
             grad = gl.convert_layout(grad, COLUMNS)
-            new = ()
-            for q in gl.static_range(2**rank):
-                new = new + (dots[q] + gl.sum(values[q].to(gl.float32) * grad, 1),)
-            dots = new
+            if by_position:
+                new = ()
+                for q in gl.static_range(2**rank):
+                    new = new + (dots[q] + gl.sum(values[q].to(gl.float32) * grad, 1),)
+                dots = new
+            if grad_image is not None:
+                for q in gl.static_range(2**rank):
+                    factor = _corner_weight(axes, q) * amplitude
+                    place = _place(code, q, channels, image_size) + block * BLOCK_C
+                    touched = gl.convert_layout((factor != 0.0).to(gl.int32),
+                                                gl.SliceLayout(1, SECTORS))  # fmt: skip
+                    place = gl.convert_layout(place, gl.SliceLayout(1, SECTORS))
+                    c = gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, SECTORS))
+                    gl.atomic_add(
+                        grad_image + (place[:, None] + c[None, :]),
+                        gl.convert_layout(grad * factor[:, None], SECTORS),
+                        mask=(touched != 0)[:, None] & (c >= 0)[None, :],
+                        sem="relaxed",
+                    )
             i += 1
         base = b.to(gl.int64) * taps + tap
         for axis in gl.static_range(rank + 1):
@@ -344,3 +440,94 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask,
                 place = grad_mask + base * positions
                 gl.store(place + p, total.to(grad_mask.dtype.element_ty), mask=inside)
     warpgroup_mma_wait(0, deps=[acc])
+
+
+@gluon.jit
+def outer(image, points, offset, mask, out,
+          sizes, batch, channels, outputs, tiles, splits,
+          BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
+          STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+          num_warps: gl.constexpr):  # fmt: skip
+    """dF/dweight for float32: partial sums [splits, K, C, O], from points in rows [B x P, O].
+
+    A program samples a tile of positions for BLOCK_C channels of one kernel point, stores the
+    columns, and multiplies columns^T @ points while it loads the corners of its next tile. Tensor
+    cores, which round toward zero, add up no more than a tile. Grid: (K x blocks of C, blocks of
+    O, splits). For half numbers `weight_gradient` of kernels.py is faster.
+    """
+    half: gl.constexpr = gl.bfloat16
+    size: gl.constexpr = _bytes(BLOCK_P, BLOCK_O)
+    at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
+    image_size = sizes[0]
+    positions = _volume(sizes[1])
+    taps = _volume(sizes[2])
+    per_tap = channels // BLOCK_C
+    tap = gl.program_id(0) // per_tap
+    c0 = (gl.program_id(0) % per_tap) * BLOCK_C
+    o0 = gl.program_id(1) * BLOCK_O
+    split = gl.program_id(2)
+    share = batch * tiles // splits
+    rest = batch * tiles % splits
+    first = split * share + gl.minimum(split, rest)
+    last = first + share + gl.where(split < rest, 1, 0)
+    columns = gl.allocate_shared_memory(
+        half, [4, BLOCK_P, BLOCK_C],
+        gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_C], half),
+    )  # fmt: skip
+    held = gl.allocate_shared_memory(half, [STAGES * 2, BLOCK_P, BLOCK_O], points.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(bars.index(s), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    rows = batch * positions
+    for s in gl.static_range(STAGES - 1):
+        t = first + s
+        row = (t // tiles) * positions + (t % tiles) * BLOCK_P
+        _bring(points, row, o0, rows, held, bars, s, t < last, size, True)
+    here = image + (c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS)))[None, :]
+    volume = _volume(image_size).to(gl.int64) * channels
+    lane = gl.arange(0, BLOCK_P, layout=at_row)
+    acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
+    product = warpgroup_mma_init(gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA))
+    b = first // tiles
+    p = (first % tiles) * BLOCK_P + lane
+    inside = (p < positions) & (first < last)
+    axes, amplitude, valid = _locate(offset, mask, b, tap, p, _unravel(p, sizes[1]), inside, sizes)
+    weights = _weights(axes, amplitude, True)
+    values = _fetch(here + b * volume, _code(axes, image_size), 0, channels, image_size)
+    for t in range(first, last):
+        i = t - first
+        x = _parts(_blend(values, weights, True), half, True)
+        k = i % 2 * 2
+        columns.index(k).store(x[0])
+        columns.index(k + 1).store(x[1])
+        t1 = gl.minimum(t + 1, last - 1)
+        b = t1 // tiles
+        p = (t1 % tiles) * BLOCK_P + lane
+        inside = p < positions
+        axes, amplitude, valid = _locate(
+            offset, mask, b, tap, p, _unravel(p, sizes[1]), inside, sizes
+        )
+        weights = _weights(axes, amplitude, True)
+        values = _fetch(here + b * volume, _code(axes, image_size), 0, channels, image_size)
+        fence_async_shared()
+        product = warpgroup_mma_wait(0, deps=[product])
+        acc += product
+        gl.thread_barrier()
+        t1 = t + STAGES - 1
+        row = (t1 // tiles) * positions + (t1 % tiles) * BLOCK_P
+        _bring(points, row, o0, rows, held, bars, (i + STAGES - 1) % STAGES, t1 < last, size, True)
+        stage = i % STAGES
+        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
+        head = columns.index(k).permute((1, 0))
+        tail = columns.index(k + 1).permute((1, 0))
+        product = warpgroup_mma(tail, held.index(2 * stage), product, use_acc=False, is_async=True)
+        product = warpgroup_mma(head, held.index(2 * stage + 1), product, is_async=True)
+        product = warpgroup_mma(head, held.index(2 * stage), product, is_async=True)
+    product = warpgroup_mma_wait(0, deps=[product])
+    acc += product
+    c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
+    o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
+    place = ((split * taps + tap).to(gl.int64) * channels + c) * outputs
+    gl.store(out + (place[:, None] + o[None, :]), acc)

@@ -835,25 +835,6 @@ def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
 
 
 @triton.jit
-def pack_weight(weight, out, taps, outputs, group_in, weights, LAST: tl.constexpr,
-                SPLIT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units])."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < weights
-    c = i % group_in
-    o = (i // group_in) % outputs
-    tap = i // group_in // outputs
-    place = (o * taps + tap) * group_in + c if LAST else (o * group_in + c) * taps + tap
-    value = tl.load(weight + place, mask=inside, other=0.0)
-    if SPLIT:
-        head = value.to(tl.bfloat16)
-        tl.store(out + i, head, mask=inside)
-        tl.store(out + weights + i, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
-    else:
-        tl.store(out + i, value, mask=inside)
-
-
-@triton.jit
 def _accumulator_order(i):
     """The column of a wgmma accumulator whose place, in order of lanes, is i (of each 32)."""
     return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 8 % 4) * 2 + i % 2
@@ -866,34 +847,52 @@ def _operand_order(i):
 
 
 @triton.jit
-def pack_fragments(weight, out, taps, outputs, channels, count, LAST: tl.constexpr,
-                   GATHER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Weight [O, C, K] (LAST: [O, K, C]) as gluon.py takes it: [K, C, O] (GATHER) or [K, O, C],
-    the rows and columns that registers hold in the order in which they do."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    if GATHER:
-        o = _accumulator_order(i % outputs)
-        c = _operand_order(i // outputs % channels)
+def pack_weight(weight, out, taps, outputs, group_in, weights, blocks, LAST: tl.constexpr,
+                SPLIT: tl.constexpr, ORDER: tl.constexpr, BLOCK_C: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
+    """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
+
+    For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
+    operand and the point channels for "gather", the image channels of a product for "along".
+    Grid: (O x blocks of C, blocks of K).
+    """
+    o = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    tap = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = (c < group_in) & (tap < taps)
+    from_o = o
+    from_c = c
+    if ORDER == "gather":
+        from_o = _accumulator_order(o)
+        from_c = _operand_order(c)
+    if ORDER == "along":
+        from_c = _accumulator_order(c)
+    if LAST:
+        place = (from_o * taps + tap) * group_in + from_c
     else:
-        c = _accumulator_order(i % channels)
-        o = i // channels % outputs
-    tap = i // outputs // channels
-    place = (o * taps + tap) * channels + c if LAST else (o * channels + c) * taps + tap
-    tl.store(out + i, tl.load(weight + place, mask=inside, other=0.0), mask=inside)
+        place = (from_o * group_in + from_c) * taps + tap
+    value = tl.load(weight + place, mask=inside, other=0.0)
+    to = (tap * outputs + o) * group_in + c
+    if SPLIT:
+        head = value.to(tl.bfloat16)
+        tl.store(out + to, head, mask=inside)
+        tl.store(out + weights + to, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out + to, value, mask=inside)
 
 
 @triton.jit
 def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixel_from, batch_to,
              unit_to, pixel_to, blocks, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
              VECTOR_C: tl.constexpr, VECTOR_P: tl.constexpr, BLOCK_P: tl.constexpr,
-             BLOCK_C: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
+             BLOCK_C: tl.constexpr, PAD: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Copy an image between layouts, add a bias, convert the dtype.
 
     Element (batch item, unit, pixel, channel of the unit) lies at the given strides; with LAST
     the channels are contiguous, else the pixels are and `pixel` is the stride of the channels.
-    PAD channels of a unit are written, with zeros after the unit's own. Grid: (blocks of pixels
-    x units x B, blocks of channels).
+    PAD channels of a unit are written, with zeros after the unit's own. SPLIT: write heads, and
+    after all of them tails (Note [precision]). Grid: (blocks of pixels x units x B, blocks of
+    channels).
     """
     tile = tl.program_id(0) % blocks
     u = (tl.program_id(0) // blocks) % units
@@ -921,4 +920,10 @@ def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixe
         place = tl.multiple_of(wide_p * pixel_to, VECTOR_C)[:, None] + j[None, :]
     else:
         place = tl.multiple_of(wide_j * pixel_to, VECTOR_P)[None, :] + p[:, None]
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+    if SPLIT:
+        head = value.to(tl.bfloat16)
+        tl.store(out + place, head, mask=inside)
+        out += (tl.num_programs(0) // (blocks * units)).to(tl.int64) * batch_to
+        tl.store(out + place, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)

@@ -189,14 +189,10 @@ class _Call:
             self._packed = _pack_weight(self.g, self._weight, self.precision == "split")
         return self._packed
 
-    def fragments(self, by_gather: bool) -> Tensor:
-        """As gluon.py takes it."""
-        last = not self._weight.is_contiguous() and self._weight.movedim(1, -1).is_contiguous()
-        weight = _aligned(self._weight if last else self._weight.contiguous())
-        out = weight.new_empty(weight.numel())
-        _fragments_launch(self.g, last, by_gather)(weight, out)
-        rows = math.prod(self.g.kernel) * weight.shape[1 if by_gather else 0]
-        return out.view(rows, -1)
+    def fragments(self, order: str) -> Tensor:
+        """As gluon.py takes it: rows of channels."""
+        packed = _pack_weight(self.g, self._weight, self.precision == "split", order)
+        return packed.view(-1, self.g.image_channels)
 
     def image(self, image: Tensor) -> Tensor:
         """As rows [B, S, C], or as planes [B, units, S, padded] if the units are narrow."""
@@ -213,6 +209,19 @@ class _Call:
         if self._rows is None or self._rows[0] is not points:
             self._rows = (points, _as_rows(points))
         return self._rows[1]
+
+    def factors(self, points: Tensor) -> Tensor:
+        """Points as bfloat16 heads and tails of rows [2 x B x P, O] (kernels.py, precision)."""
+        last = points.movedim(1, -1).is_contiguous()
+        source = _aligned(points if last or points.is_contiguous() else points.contiguous())
+        channels = points.shape[1]
+        out = points.new_empty(2 * points.numel() // channels, channels, dtype=torch.bfloat16)
+        whole = _Units(channels, 1, False, channels)
+        layout = "rows" if last else "channels"
+        _relayout_launch(whole, layout, "rows", points.shape[0], _pixels(points), True)(
+            source, out, None
+        )
+        return out
 
     def points(self, points: Tensor) -> tuple[Tensor, bool]:
         """Points as rows or as they are [B, O, P], and which."""
@@ -293,7 +302,9 @@ def _strides(units: _Units, layout: str, pixels: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _relayout_launch(units: _Units, source: str, to: str, batch: int, pixels: int) -> _Launch:
+def _relayout_launch(
+    units: _Units, source: str, to: str, batch: int, pixels: int, split: bool = False
+) -> _Launch:
     block_c = _fit(units.padded, 64, least=1)
     block_p = 4096 // max(block_c, 32)
     blocks = triton.cdiv(pixels, block_p)
@@ -319,50 +330,36 @@ def _relayout_launch(units: _Units, source: str, to: str, batch: int, pixels: in
             BLOCK_P=block_p,
             BLOCK_C=block_c,
             PAD=pad,
+            SPLIT=split,
         ),
         4,
         1,
     )
 
 
-def _pack_weight(g: Geometry, weight: Tensor, split: bool) -> Tensor:
-    taps, last = math.prod(g.kernel), False
-    if not weight.is_contiguous():
-        last = weight.movedim(1, -1).is_contiguous()
-        weight = weight if last else weight.contiguous()
-    if taps == 1 and not split:
-        return _aligned(weight)
-    if split:
-        out = weight.new_empty(2, weight.numel(), dtype=torch.bfloat16)
-    else:
-        out = weight.new_empty(weight.numel())
-    _pack_launch(g, last, split)(_aligned(weight), out)
+def _pack_weight(g: Geometry, weight: Tensor, split: bool, order: str = "") -> Tensor:
+    """[K, O, C / groups], or bfloat16 heads and tails of that (kernels.py, pack_weight)."""
+    last = not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
+    weight = _aligned(weight if last else weight.contiguous())
+    if math.prod(g.kernel) == 1 and not split and not order:
+        return weight
+    dtype = torch.bfloat16 if split else weight.dtype
+    out = weight.new_empty((1 + split) * weight.numel(), dtype=dtype)
+    _pack_launch(g, last, split, order)(weight, out)
     return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _pack_launch(g: Geometry, last: bool, split: bool) -> _Launch:
-    group_in = g.image_channels // g.groups
-    taps = math.prod(g.kernel)
-    count = taps * g.point_channels * group_in
+def _pack_launch(g: Geometry, last: bool, split: bool, order: str) -> _Launch:
+    group_in, taps = g.image_channels // g.groups, math.prod(g.kernel)
+    block_k = _fit(taps, 64, least=1)
+    block_c = 2048 // max(block_k, 16)
+    blocks = triton.cdiv(group_in, block_c)
     return _Launch(
         "pack_weight",
-        (triton.cdiv(count, 1024), 1, 1),
-        (taps, g.point_channels, group_in, count),
-        dict(LAST=last, SPLIT=split, BLOCK=1024),
-        4,
-        1,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _fragments_launch(g: Geometry, last: bool, by_gather: bool) -> _Launch:
-    count = _weights(g)
-    return _Launch(
-        "pack_fragments",
-        (triton.cdiv(count, 1024), 1, 1),
-        (math.prod(g.kernel), g.point_channels, g.image_channels, count),
-        dict(LAST=last, GATHER=by_gather, BLOCK=1024),
+        (g.point_channels * blocks, triton.cdiv(taps, block_k), 1),
+        (taps, g.point_channels, group_in, _weights(g), blocks),
+        dict(LAST=last, SPLIT=split, ORDER=order, BLOCK_C=block_c, BLOCK_K=block_k),
         4,
         1,
     )
@@ -378,10 +375,10 @@ def _gather(call: _Call, image: Tensor, bias: Tensor | None, like: Tensor) -> Te
     last = form is not torch.contiguous_format
     shape = (g.batch, g.point_channels, *g.point_size)
     out = torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=form)
-    if _on_hopper(g, image):
+    if _on_hopper(g, image, call.precision):
         made = _hopper_gather_launch(g, image.dtype, last, _multiprocessors(image.device))
         if made is not None and made(
-            call.image(image), call.fragments(True), call.offset, call.mask, bias, out
+            call.image(image), call.fragments("gather"), call.offset, call.mask, bias, out
         ):
             return out
     key = (image.element_size(), call.precision, last, _multiprocessors(image.device))
@@ -530,7 +527,6 @@ def _spread(
     """Derivatives by image (through atomic additions), offset and mask; image as `like`."""
     g, units = call.g, call.units
     by_image, by_offset, by_mask = needs
-    placed, last = call.points(points)
     grad_offset = grad_mask = grad_image = None
     if by_offset and call.offset is not None:
         grad_offset = _by_unit(g, call.offset, g.offset_groups)
@@ -541,22 +537,18 @@ def _spread(
         shape = (g.batch, units.number * units.padded * pixels)
         grad_image = torch.zeros(shape, dtype=torch.float32, device=points.device)
     by_position = grad_offset is not None or grad_mask is not None
-    if by_position and not by_image and last and image is not None and _on_hopper(g, image):
-        made = _hopper_along_launch(g, image.dtype, _multiprocessors(image.device))
-        tensors = (call.image(image), placed, call.fragments(False), call.offset, call.mask)
-        if made is not None and made(*tensors, grad_offset, grad_mask):
-            return None, grad_offset, grad_mask
-    key = (points.element_size(), call.precision, last, by_image, by_position)
-    _spread_launch(g, *key, _multiprocessors(points.device))(
-        call.image(image) if by_position and image is not None else None,
-        placed,
-        call.weight(),
-        call.offset,
-        call.mask,
-        grad_offset,
-        grad_mask,
-        grad_image,
-    )
+    laid = call.image(image) if by_position and image is not None else None
+    made = None
+    if _on_hopper(g, points, call.precision):
+        made = _hopper_along_launch(g, points.dtype, _multiprocessors(points.device))
+    tensors: tuple[Tensor | None, ...] = (call.offset, call.mask, grad_offset, grad_mask)
+    if made is None or not made(
+        laid, call.rows(points), call.fragments("along"), *tensors, grad_image
+    ):
+        placed, last = call.points(points)
+        key = (points.element_size(), call.precision, last, by_image, by_position)
+        launch = _spread_launch(g, *key, _multiprocessors(points.device))
+        launch(laid, placed, call.weight(), *tensors, grad_image)
     result = None
     if grad_image is not None:
         result = _image_like(g, grad_image, bias, "planes" if units.narrow else "rows", like)
@@ -638,13 +630,13 @@ def _spread_launch(
 # Hopper
 
 
-def _on_hopper(g: Geometry, image: Tensor) -> bool:
-    """Whether gluon.py can take the call: half numbers, one group, one unit, sizes that fit."""
+def _on_hopper(g: Geometry, like: Tensor, precision: str) -> bool:
+    """Whether gluon.py can take the call: one group, one unit, sizes that fit."""
     return (
         gluon is not None
-        and image.is_cuda
-        and image.element_size() == 2
-        and _capability(image.device) == (9, 0)
+        and like.is_cuda
+        and precision in ("native", "split")
+        and _capability(like.device) == (9, 0)
         and g.groups == 1
         and _units(g).number == 1
         and g.offset_groups == 1
@@ -652,6 +644,7 @@ def _on_hopper(g: Geometry, image: Tensor) -> bool:
         and g.point_channels % 64 == 0
         and max(_image_rows(g), math.prod(g.point_size) * g.point_channels) < 2**31
         and math.prod(g.image_size) * 2 ** len(g.image_size) < 2**31
+        and 2 * g.batch * math.prod(g.point_size) < 2**31
     )
 
 
@@ -664,7 +657,8 @@ class _HopperLaunch:
         self.layout = layout
 
     def __call__(self, *tensors: Tensor | None) -> bool:
-        if self.launch.kernel in _BROKEN:
+        key = (self.launch.kernel, self.launch.constants.get("SPLIT", True))
+        if key in _BROKEN:
             return False
         given: list[Any] = list(tensors)
         at = self.launch.descriptor
@@ -673,20 +667,20 @@ class _HopperLaunch:
         try:
             self.launch(*given)
         except Exception as failure:
-            _BROKEN.add(self.launch.kernel)
+            _BROKEN.add(key)
             warnings.warn(f"deformnd: {self.launch.kernel} of gluon.py: {failure}", stacklevel=2)
             return False
         return True
 
 
-_BROKEN: set[str] = set()
+_BROKEN: set[tuple[str, bool]] = set()
 
 
-def _columns_layout(rows: int, channels: int, warps: int) -> Any:
-    """Eight consecutive channels to a lane, as wgmma has them (gluon.py)."""
-    registers = [[0, 1], [0, 2], [0, 4]]
+def _columns_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:
+    """Eight consecutive channels to a lane, as wgmma has them (gluon.py), or twice four."""
+    registers = [[0, 1], [0, 2], [0, 12 - run]]
     registers += [[0, 32 << i] for i in range((channels // 32).bit_length() - 1)] + [[8, 0]]
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    lanes = [[0, run], [0, 16], [1, 0], [2, 0], [4, 0]]
     warp = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
     return gl.DistributedLinearLayout(registers, lanes, warp, [], [rows, channels])
 
@@ -697,11 +691,17 @@ def _mma_layout(columns: int, warps: int) -> Any:
     )
 
 
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """Of a block of a factor, whose dtype is bfloat16 where float32 numbers are split."""
+    kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+
+
 @functools.lru_cache(maxsize=4096)
 def _hopper_gather_launch(
     g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
 ) -> _HopperLaunch | None:
-    row = configs.find_hopper("gather", g.point_channels)
+    row = configs.find_hopper("gather", dtype.itemsize, g.point_channels)
     block_p = 16 * row.warps
     block_o = math.gcd(row.block_o, g.point_channels)
     # Eight corners of 32 channels take the registers of four of 64.
@@ -710,13 +710,13 @@ def _hopper_gather_launch(
     blocks = g.point_channels // block_o
     if g.batch * tiles * blocks < multiprocessors:
         return None  # the Triton kernel has more warps to a program, and may split the sum
-    shared = gl.NVMMASharedLayout.get_default_for([block_c, block_o], _GLUON_TYPES[dtype])
     launch = _Launch(
         "gather",
         (g.batch * tiles * blocks, 1, 1),
         (_sizes(g), g.image_channels, g.point_channels, tiles, blocks),
         dict(
             POINTS_LAST=last,
+            SPLIT=dtype == torch.float32,
             BLOCK_P=block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
@@ -732,7 +732,7 @@ def _hopper_gather_launch(
         1,
         descriptor=1,
     )  # fmt: skip
-    return _HopperLaunch(launch, (block_c, block_o), shared)
+    return _HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -742,25 +742,26 @@ def _hopper_along_launch(
     block_o = g.point_channels
     if block_o > 256 or block_o & (block_o - 1):
         return None
-    row = configs.find_hopper("along", g.point_channels)
+    row = configs.find_hopper("along", dtype.itemsize, g.point_channels)
     block_p = 16 * row.warps
     block_c = math.gcd(row.block_c if len(g.kernel) < 3 else 32, g.image_channels)
     tiles = triton.cdiv(math.prod(g.point_size), block_p)
     taps = math.prod(g.kernel)
     splits = max(1, min(taps, 2 * multiprocessors // (g.batch * tiles)))
-    shared = gl.NVMMASharedLayout.get_default_for([block_o, block_c], _GLUON_TYPES[dtype])
     across = min(32, block_o // 8)
     launch = _Launch(
         "along",
         (g.batch * tiles, splits, 1),
         (_sizes(g), g.image_channels, g.point_channels, tiles, splits),
         dict(
+            SPLIT=dtype == torch.float32,
             BLOCK_P=block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
             STAGES=row.stages,
             MMA=_mma_layout(block_c, row.warps),
             COLUMNS=_columns_layout(block_p, block_c, row.warps),
+            SECTORS=_columns_layout(block_p, block_c, row.warps, 4),
             ROWS=gl.BlockedLayout([1, 8], [32 // across, across], [row.warps, 1], [1, 0]),
             num_warps=row.warps,
         ),
@@ -768,7 +769,44 @@ def _hopper_along_launch(
         1,
         descriptor=2,
     )
-    return _HopperLaunch(launch, (block_o, block_c), shared)
+    return _HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _hopper_outer_launch(g: Geometry, multiprocessors: int) -> _HopperLaunch:
+    row = configs.find_hopper("outer", 4, g.point_channels)
+    block_o = math.gcd(row.block_o, g.point_channels)
+    block_c, block_p = math.gcd(row.block_c, g.image_channels), 64
+    taps, tiles = math.prod(g.kernel), triton.cdiv(math.prod(g.point_size), block_p)
+    programs = taps * (g.image_channels // block_c) * (g.point_channels // block_o)
+    splits = max(1, min(g.batch * tiles // 8, row.programs * multiprocessors // programs))
+    # Whole warp groups along the channels, the rest along the point channels.
+    along = 4 * max(1, min(block_c // 64, row.warps // 4))
+    launch = _Launch(
+        "outer",
+        (taps * (g.image_channels // block_c), g.point_channels // block_o, splits),
+        (_sizes(g), g.batch, g.image_channels, g.point_channels, tiles, splits),
+        dict(
+            BLOCK_P=block_p,
+            BLOCK_O=block_o,
+            BLOCK_C=block_c,
+            STAGES=row.stages,
+            MMA=gl.NVMMADistributedLayout(
+                version=[3, 0],
+                warps_per_cta=[along, row.warps // along],
+                instr_shape=[16, block_o // (row.warps // along), 16],
+            ),
+            COLUMNS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1],
+                                     [1, 0]),
+            num_warps=row.warps,
+        ),
+        row.warps,
+        1,
+        descriptor=1,
+    )  # fmt: skip
+    return _HopperLaunch(
+        launch, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32)
+    )
 
 
 def _by_inverse(g: Geometry, like: Tensor) -> bool:
@@ -889,14 +927,22 @@ def _inverse_launch(g: Geometry, width: int, precision: str, tiles: int, segment
 
 def _weight_gradient(call: _Call, image: Tensor, points: Tensor, weight: Tensor) -> Tensor:
     g = call.g
-    placed, last = call.points(points)
-    launch, splits = _weight_launch(
-        g, image.element_size(), call.precision, last, _multiprocessors(image.device)
-    )
     taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    multiprocessors = _multiprocessors(image.device)
+    if call.precision == "split" and _on_hopper(g, image, "split") and group_in % 64 == 0:
+        made = _hopper_outer_launch(g, multiprocessors)
+        splits = made.launch.grid[2]
+        parts = image.new_empty(splits, _weights(g), dtype=torch.float32)
+        if made(call.image(image), call.factors(points), call.offset, call.mask, parts):
+            sizes, strides = (taps, group_in, g.point_channels), (1, taps, group_in * taps)
+            _reduce_launch(splits, sizes, strides)(parts, None, out)
+            return out
+    placed, last = call.points(points)
+    key = (image.element_size(), call.precision, last, multiprocessors)
+    launch, splits = _weight_launch(g, *key)
     parts = image.new_empty(splits, _weights(g), dtype=torch.float32)
     launch(call.image(image), placed, call.offset, call.mask, parts)
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
     _reduce_launch(splits, sizes, strides)(parts, None, out)
     return out
@@ -1019,9 +1065,6 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-
-
-_GLUON_TYPES = {} if gluon is None else {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def _dtype(t: Any) -> Any:
