@@ -323,8 +323,10 @@ Raises:
     ValueError, TypeError: an argument does not fit; the message names it.
 
 Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any order
-in all five tensors; the derivative by an offset is that of the cell [floor, floor + 1). The CPU
-result does not depend on the run; so does the GPU's under torch.use_deterministic_algorithms.
+in all five tensors, backwards and forwards; the derivative by an offset is that of the cell
+[floor, floor + 1). CPU results, with all gradients, are bitwise the same in every run and with any
+number of threads. On a GPU the gradient by the input (of the transpose: the output) may be summed up
+in another order in each run, unless torch.use_deterministic_algorithms(True) forbids it.
 
 References:
     Deformable Convolutional Networks, arXiv 1703.06211; Deformable ConvNets v2 (masks),
