@@ -324,9 +324,9 @@ Raises:
 
 Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any order
 in all five tensors, backwards and forwards; the derivative by an offset is that of the cell
-[floor, floor + 1). CPU results, with all gradients, are bitwise the same in every run and with any
-number of threads. On a GPU the gradient by the input (of the transpose: the output) may be summed up
-in another order in each run, unless torch.use_deterministic_algorithms(True) forbids it.
+[floor, floor + 1). CPU results, with all gradients, are bitwise the same in every run and with
+any number of threads. On a GPU sums may come in another order in each run, unless
+torch.use_deterministic_algorithms(True) forbids it.
 
 References:
     Deformable Convolutional Networks, arXiv 1703.06211; Deformable ConvNets v2 (masks),
