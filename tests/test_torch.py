@@ -438,6 +438,30 @@ def test_meta_construction(n, transposed, packed):
             assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("transposed", FAMILIES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_lazy_modules(n, transposed, packed):
+    options = {"offset_groups": 2, "modulated": True} if packed else {}
+    plain = layer(n, transposed, packed, groups=2, **options)
+    make = getattr(deformnd, "Lazy" + type(plain).__name__)
+    args = inputs(n)[: 1 if packed else 3]
+    module = make(6, 3, padding=1, groups=2, **options)
+    module(*args)
+    assert type(module) is type(plain) and repr(module) == repr(plain)
+    assert all(not p.any() for name, p in module.named_parameters() if "generator" in name)
+    assert module.weight.any() and module.bias.any()
+    module.load_state_dict(wake(plain).state_dict())
+    assert torch.equal(module(*args), plain(*args))
+    # One that has not seen an input takes the sizes of what it loads.
+    loaded = copy.deepcopy(make(6, 3, padding=1, groups=2, **options))
+    loaded.load_state_dict(plain.state_dict())
+    assert torch.equal(loaded(*args), plain(*args))
+    if packed:
+        with pytest.raises(ValueError, match="offset_groups is 3, expected a divisor of in_chan"):
+            make(6, 3, offset_groups=3)(*args)
+
+
 def test_fake_tensors():
     with FakeTensorMode():
         model = network()

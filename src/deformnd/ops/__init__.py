@@ -1,8 +1,9 @@
 """What users call: the functions, the mask activations and the modules."""
 
-from . import functional, masks, modules
+from . import functional, lazy, masks, modules
 from .functional import *  # noqa: F403
+from .lazy import *  # noqa: F403
 from .masks import *  # noqa: F403
 from .modules import *  # noqa: F403
 
-__all__ = [*functional.__all__, *masks.__all__, *modules.__all__]
+__all__ = [*functional.__all__, *masks.__all__, *modules.__all__, *lazy.__all__]

@@ -351,15 +351,9 @@ class _Packed(_ConvNd):
         mask_activation: Activation,
     ) -> None:
         name = type(self).__name__
-        sides = {"in_channels": self.in_channels}
-        if self.transposed:
-            sides["out_channels"] = self.out_channels
-        for key, groups in (("offset_groups", offset_groups), ("mask_groups", mask_groups)):
-            for side, channels in sides.items():
-                if groups < 1 or channels % groups:
-                    raise ValueError(
-                        f"{name}: {key} is {groups}, expected a divisor of {side} {channels}"
-                    )
+        self.offset_groups = offset_groups
+        self.mask_groups = mask_groups
+        self._check_groups()
         if isinstance(offset_activation, str):
             raise ValueError(
                 f"{name}: offset_activation is {offset_activation!r}, "
@@ -374,8 +368,6 @@ class _Packed(_ConvNd):
                 f"{name}: mask_activation is {mask_activation!r}, "
                 "expected 'sigmoid', 'softmax', None, a Module or a callable"
             )
-        self.offset_groups = offset_groups
-        self.mask_groups = mask_groups
         self.deformable = deformable
         self.modulated = modulated
         points = math.prod(self.kernel_size)
@@ -391,6 +383,18 @@ class _Packed(_ConvNd):
         self.offset_activation = _module(offset_activation)
         self.mask_activation = _module(mask_activation)
         self.reset_parameters()
+
+    def _check_groups(self) -> None:
+        sides = ["in_channels", "out_channels"] if self.transposed else ["in_channels"]
+        for key in ("offset_groups", "mask_groups"):
+            groups = getattr(self, key)
+            for side in sides:
+                channels = getattr(self, side)
+                if groups < 1 or channels % groups:
+                    raise ValueError(
+                        f"{type(self).__name__}: {key} is {groups}, "
+                        f"expected a divisor of {side} {channels}"
+                    )
 
     def reset_parameters(self) -> None:
         """Initialise the weight as torch's convolution does, and the generators with zero."""
