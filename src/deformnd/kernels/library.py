@@ -186,11 +186,14 @@ def _backward_fake(family: _Family) -> Callable[..., Gradients]:
 
 def _register_derivative(
     name: str,
+    saved: int,
     gradient: Callable[..., tuple[Any, ...]],
     tangent: Callable[[Tensors, Sequence[Any], Tensors], Any],
     vmap_rule: Callable[..., tuple[Any, Any]],
 ) -> None:
     """Register the derivatives of an operator whose first five arguments are tensors.
+
+    They need the first `saved` of these.
 
     Not torch.library.register_autograd, since its functions refuse torch.func's transforms
     (torch 2.13) and know no forward mode. See Note [functorch] for how this one comes to them.
@@ -205,8 +208,8 @@ def _register_derivative(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:5])
-            ctx.save_for_forward(*inputs[:5])
+            ctx.save_for_backward(*inputs[:saved])
+            ctx.save_for_forward(*inputs[:saved])
             ctx.parameters = inputs[5:]
 
         @staticmethod
@@ -270,7 +273,6 @@ def _tangent(
     family: _Family, tensors: Tensors, parameters: Sequence[Any], direction: Tensors
 ) -> Tensor:
     """The operator's derivative along a direction in (input, weight, offset, mask, bias)."""
-    tensors = tensors[:4]
     g = family.geometry(*tensors, None, *parameters)
     forward, _ = _operators(family, parameters)
     total = directional.tangent(forward, g, tensors, direction[:4])
@@ -289,7 +291,7 @@ def _forward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
             return (None,) * (5 + len(ctx.parameters))
         backward = getattr(torch.ops.deformnd, family.name + "_backward")
         needs = list(ctx.needs_input_grad[:5])
-        grads = backward(grad_output, *ctx.saved_tensors[:4], *ctx.parameters, needs)
+        grads = backward(grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
         return (*grads, *(None for _ in ctx.parameters))
 
     return gradient
@@ -486,21 +488,23 @@ def _register(family: _Family) -> None:
         _lib.impl(family.name, _autocast(family, device), "Autocast" + device.upper())
     torch.library.register_fake(forward, _forward_fake(family), lib=_lib)
     torch.library.register_fake(backward, _backward_fake(family), lib=_lib)
-    for name, gradient, tangent, vmap_rule in (
+    for name, saved, gradient, tangent, vmap_rule in (
         (
             family.name,
+            4,
             _forward_gradient(family),
             functools.partial(_tangent, family),
             _forward_vmap(family),
         ),
         (
             family.name + "_backward",
+            5,
             _backward_gradient(family),
             _backward_tangent(family),
             _backward_vmap(family),
         ),
     ):
-        _register_derivative(name, gradient, tangent, vmap_rule)
+        _register_derivative(name, saved, gradient, tangent, vmap_rule)
     for name, count in (
         (family.name, _forward_flops(family)),
         (family.name + "_backward", _backward_flops(family)),
