@@ -2,6 +2,7 @@
 README's table that test_library.py has not."""
 
 import copy
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -224,8 +225,7 @@ def test_threads_are_torchs(monkeypatch):
 @pytest.mark.parametrize("case", SIX, ids=str)
 def test_deterministic(case, device):
     """Bitwise equal runs; on the CPU also without the switch and with other threads."""
-    big = copy.copy(case)
-    object.__setattr__(big, "size", {1: (600,), 2: (40, 40), 3: (12, 12, 12)}[case.n])
+    big = dataclasses.replace(case, size={1: (600,), 2: (40, 40), 3: (12, 12, 12)}[case.n])
     tensors = requires_grad(big.tensors(torch.float32, device=device))
     output = big.call(tensors)
     grad_output = torch.randn_like(output)
@@ -527,8 +527,7 @@ def test_autocast_and_grad_scaler(case, device, dtype):
 @needs_gpu
 @pytest.mark.parametrize("case", TWO, ids=str)
 def test_cuda_tf32_switch(case):
-    big = copy.copy(case)
-    object.__setattr__(big, "channels", (128, 128))
+    big = dataclasses.replace(case, channels=(128, 128))
     tensors = big.tensors(torch.float32, device="cuda")
     expected = big.call(big.tensors())
     errors = []
