@@ -62,6 +62,12 @@ if cpu.available():
 if torch.version.cuda or torch.version.hip:
     _BACKENDS.append(("CUDA", _gpu))
 
+
+def compiled_keys() -> list[str]:
+    """Dispatch keys of the devices that have kernels of their own, such as 'CPU'."""
+    return [key for key, _ in _BACKENDS[1:]]
+
+
 # Gradients by (input, weight, offset, mask, bias); None where not needed.
 Gradients = tuple[Tensor | None, ...]
 
