@@ -31,10 +31,10 @@ class accelerate:
         RuntimeError: deformnd has no compiled kernels here (see `deformnd.has_ops`).
 
     Example:
-        >>> import torch, torchvision
+        >>> import torch, torchvision  # doctest: +SKIP
         >>> from deformnd.compat.torchvision import accelerate
-        >>> layer = torchvision.ops.DeformConv2d(3, 4, kernel_size=3, padding=1)
-        >>> with accelerate():
+        >>> layer = torchvision.ops.DeformConv2d(3, 4, kernel_size=3, padding=1)  # doctest: +SKIP
+        >>> with accelerate():  # doctest: +SKIP
         ...     layer(torch.rand(1, 3, 8, 8), torch.randn(1, 18, 8, 8)).shape
         torch.Size([1, 4, 8, 8])
     """
@@ -116,9 +116,10 @@ def _forward(
     *parameters: Any,
 ) -> Tensor:
     stride, padding, dilation, groups, use_mask = _parameters(parameters)
+    given = mask if use_mask else None
     with torch._C._AutoDispatchBelowAutograd():
         output: Tensor = torch.ops.deformnd.deform_conv.default(
-            input, weight, offset, mask if use_mask else None, bias, stride, padding, dilation, groups
+            input, weight, offset, given, bias, stride, padding, dilation, groups
         )
     return output.contiguous()
 
