@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,58 +187,53 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm())
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def measure(
-    name: str, case: Model, repeats: int, with_onnx: bool, rows: list[dict[str, Any]]
-) -> None:
+def measure(name: str, case: Model, parts: list[str], repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model, inputs = case.build().eval(), case.inputs()
-    # The wanted results, by the unchanged model in float64.
-    wanted = results(copy.deepcopy(model).double(), tuple(t.double() for t in inputs))
     variants: dict[str, tuple[nn.Module, bool]] = {"unchanged": (model, False)}
     if case.accelerable:
         variants["accelerated"] = (model, True)
-    replaced = 0
     if case.convertible:
         converted = deformnd.convert(model, case.rules, inplace=False, verbose=False)
-        replaced = sum(isinstance(m, deformnd.DeformConv2d) for m in converted.modules())
         variants["converted"] = (converted, False)
 
     def run(variant: str, call: Callable[[nn.Module], Any]) -> Any:
         model, fast = variants[variant]
-        if not fast:
-            return call(model)
-        with accelerate():
+        with accelerate() if fast else nullcontext():
             return call(model)
 
     def forward(model: nn.Module) -> None:
         with torch.inference_mode():
             model(*inputs)
 
-    row: dict[str, Any] = {"model": name, "package": f"{case.package} {version(case.package)}"}
-    row["inputs"], row["replaced"] = [list(t.shape) for t in inputs], replaced
-    with profile() as events:
-        run("accelerated" if case.accelerable else "converted", forward)
-    row["calls"] = [e.name for e in events.events()].count("deformnd::deform_conv")
-    assert row["calls"], "no deformable convolution ran"
-    for variant in variants:
-        output, gradient = run(variant, lambda m: results(m, inputs))
-        row[variant] = {"output": error(output, wanted[0]), "gradient": error(gradient, wanted[1])}
-    for key, call in (("forward_ms", forward), ("training_ms", lambda m: backward(m, inputs))):
-        times: dict[str, list[float]] = {variant: [] for variant in variants}
-        for _ in range(repeats):
-            for variant in variants:
-                times[variant].append(run(variant, lambda m: milliseconds(lambda: call(m))))  # noqa: B023
+    def train(model: nn.Module) -> None:
+        backward(model, inputs)
+
+    row: dict[str, Any] = {"package": f"{case.package} {version(case.package)}"}
+    row["inputs"] = [list(t.shape) for t in inputs]
+    if "results" in parts:
+        with profile() as events:
+            run("accelerated" if case.accelerable else "converted", forward)
+        row["calls"] = [e.name for e in events.events()].count("deformnd::deform_conv")
+        assert row["calls"], "no deformable convolution ran"
+        wanted = results(copy.deepcopy(model).double(), tuple(t.double() for t in inputs))
+        row["errors"] = {}
         for variant in variants:
-            row[variant][key] = statistics.median(times[variant])
-    if with_onnx:
+            got = run(variant, lambda m: results(m, inputs))
+            row["errors"][variant] = [error(g, w) for g, w in zip(got, wanted, strict=True)]
+    if "onnx" in parts:
         row["onnx"] = onnx(variants["converted" if case.convertible else "unchanged"][0], inputs)
-    rows.append(row)
+    if "times" in parts:
+        for key, call in (("forward", forward), ("training", train)):
+            times: dict[str, list[float]] = {variant: [] for variant in variants}
+            for _ in range(repeats):
+                for variant, (m, fast) in variants.items():
+                    with accelerate() if fast else nullcontext():
+                        start = time.perf_counter()
+                        call(m)
+                        times[variant].append(1e3 * (time.perf_counter() - start))
+            row[key] = {variant: statistics.median(t) for variant, t in times.items()}
+    return row
 
 
 def onnx(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -257,51 +253,69 @@ def onnx(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | forward, ms: unchanged | accelerated | converted "
-        "| with backward: unchanged | accelerated | converted "
-        "| error of output: unchanged | deformnd "
-        "| of gradients: unchanged | deformnd | ONNX Runtime |",
-        "|---|" + "---|" * 11,
-    ]
-    for row in rows:
-        cells = [row["model"]]
-        for key in ("forward_ms", "training_ms"):
-            for variant in ("unchanged", "accelerated", "converted"):
-                cells.append(f"{row[variant][key]:.0f}" if variant in row else "-")
-        ours = [row[v] for v in ("accelerated", "converted") if v in row]
-        for key in ("output", "gradient"):
-            cells += [f"{row['unchanged'][key]:.0e}", f"{max(v[key] for v in ours):.0e}"]
-        cells.append(f"{row['onnx']['difference']:.0e}" if "onnx" in row else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(models: dict[str, dict[str, Any]]) -> str:
+    """What the documentation shows."""
+    variants = ("unchanged", "accelerated", "converted")
+    blocks = []
+    if all("training" in row for row in models.values()):
+        lines = [
+            "| model | forward: unchanged | accelerated | converted "
+            "| with backward: unchanged | accelerated | converted |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in models.items():
+            cells = [
+                f"{row[key][v]:,.0f}" if v in row[key] else "-"
+                for key in ("forward", "training")
+                for v in variants
+            ]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+        blocks.append("\n".join(lines))
+    if all("errors" in row and "onnx" in row for row in models.values()):
+        lines = [
+            "| model | package | calls | output: unchanged | deformnd | gradients: unchanged "
+            "| deformnd | ONNX Runtime |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, row in models.items():
+            theirs, *ours = row["errors"].values()
+            cells = [row["package"], str(row["calls"])]
+            for i in (0, 1):
+                cells += [f"{theirs[i]:.1e}", f"{max(e[i] for e in ours):.1e}"]
+            cells.append(f"{row['onnx']['difference']:.1e}")
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    every = ["results", "onnx", "times"]
+    parser.add_argument("--parts", nargs="*", default=every, choices=every)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-onnx", dest="onnx", action="store_false", help="export nothing")
-    parser.add_argument("--output", type=Path, help="write the results there as JSON")
+    parser.add_argument("--output", type=Path, help="JSON to write, or to add these parts to")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    models: dict[str, dict[str, Any]] = {}
+    if options.output and options.output.exists():
+        models = json.loads(options.output.read_text())["models"]
     for name in options.models:
         try:
-            measure(name, MODELS[name], options.repeats, options.onnx, rows)
+            found = measure(name, MODELS[name], options.parts, options.repeats)
         except ImportError as missing:
             print(f"{name} is left out: {missing}")
-        else:
-            print(json.dumps(rows[-1], indent=1))
-    print(table(rows))
-    if options.output:
-        report = {
-            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "threads": torch.get_num_threads(),
-            "versions": {p: version(p) for p in ("torch", "torchvision", "onnxruntime")},
-            "models": rows,
-        }
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+            continue
+        models[name] = {**models.get(name, {}), **found}
+        print(name, json.dumps(found), flush=True)
+        if options.output:
+            report = {
+                "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+                "threads": torch.get_num_threads(),
+                "versions": {p: version(p) for p in ("torch", "torchvision", "onnxruntime")},
+                "models": models,
+            }
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(models))
 
 
 if __name__ == "__main__":
