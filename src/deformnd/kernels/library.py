@@ -8,6 +8,7 @@ Note [one bilinear form] in geometry.py).
 
 from __future__ import annotations
 
+import importlib.util
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,8 +65,9 @@ if torch.version.cuda or torch.version.hip:
 
 
 def compiled_keys() -> list[str]:
-    """Dispatch keys of the devices that have kernels of their own, such as 'CPU'."""
-    return [key for key, _ in _BACKENDS[1:]]
+    """Dispatch keys of the devices that have kernels of their own here, such as 'CPU'."""
+    triton = importlib.util.find_spec("triton") is not None
+    return [key for key, _ in _BACKENDS[1:] if triton or key != "CUDA"]
 
 
 # Gradients by (input, weight, offset, mask, bias); None where not needed.
