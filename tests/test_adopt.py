@@ -172,7 +172,6 @@ class HandWritten(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.p_conv = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 18, 1))
         self.p_conv = nn.Conv2d(4, 18, 3, 2, 1)
         self.m_conv = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 9, 1))
         self.conv = nn.Conv2d(4, 6, 3, 2, 1, bias=False)

@@ -8,8 +8,8 @@ Note [one bilinear form] in geometry.py).
 
 from __future__ import annotations
 
-import importlib.util
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
