@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from . import ops
+from . import adopt, ops
+from .adopt import *  # noqa: F403
 from .kernels.library import decompositions
 from .ops import *  # noqa: F403
 from .system import cuda_arch_list, cuda_version, has_ops, with_cuda
@@ -15,5 +16,6 @@ __all__ = [
     "has_ops",
     "ops",
     "with_cuda",
+    *adopt.__all__,
     *ops.__all__,
 ]

@@ -9,6 +9,7 @@ Note [one bilinear form] in geometry.py).
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import sys
 import warnings
@@ -66,6 +67,13 @@ if cpu.available():
     _BACKENDS.append(("CPU", lambda: cpu))
 if torch.version.cuda or torch.version.hip:
     _BACKENDS.append(("CUDA", _gpu))
+
+
+def compiled_keys() -> list[str]:
+    """Dispatch keys of the devices that have kernels of their own here, such as 'CPU'."""
+    triton = importlib.util.find_spec("triton") is not None
+    return [key for key, _ in _BACKENDS[1:] if triton or key != "CUDA"]
+
 
 # Gradients by (input, weight, offset, mask, bias); None where not needed.
 Gradients = tuple[Tensor | None, ...]

@@ -90,14 +90,21 @@ convolution.
 Args:
     in_channels ... groups, bias, padding_mode, device, dtype: as for `DeformConv{kind}{n}d`.
     offset_groups, mask_groups: blocks of channels with an offset, or a mask, of their own; each
-        divides {divides}. They are the generators' groups, too.
+        divides {divides}.
     generator_bias: whether the generators have a bias.
     deformable: False for no offset.
     modulated: True for a mask.
     offset_activation: None, a Module or a callable on the predicted offset (in pixels).
     mask_activation: 'sigmoid' (2 * sigmoid), 'softmax' (over the kernel points of each group,
         arXiv 2211.05778), None, a Module or a callable.
+    generator_groups: groups of the generators, which are convolutions; None for as many as
+        offset_groups and mask_groups, as in tvdcn. 1 lets every channel speak on every offset, as
+        in the papers and in mmcv.
 {padding}
+load_state_dict takes mmcv's names, too: `conv_offset`, offset and mask together, is split between
+the generators (build the layer with generator_bias=True, generator_groups=1 for its shapes, and
+with `MaskSigmoid(1.0)` for its activation; `deformnd.compat.mmcv` does).
+
 Example:
     >>> import torch
     >>> from deformnd import PackedDeformConv{kind}{n}d
@@ -349,6 +356,7 @@ class _Packed(_ConvNd):
         modulated: bool,
         offset_activation: Activation,
         mask_activation: Activation,
+        generator_groups: Optional[int],
     ) -> None:
         name = type(self).__name__
         self.offset_groups = offset_groups
@@ -378,6 +386,14 @@ class _Packed(_ConvNd):
             module = None
             if present:
                 convolution = _CONVOLUTIONS[self.rank]
+                if generator_groups is not None:
+                    groups = generator_groups
+                    if groups < 1 or self.in_channels % groups or channels % groups:
+                        raise ValueError(
+                            f"{name}: generator_groups is {groups}, expected a divisor of "
+                            f"in_channels {self.in_channels} and of the {channels} channels of "
+                            f"{key}"
+                        )
                 module = convolution(self.in_channels, channels, groups=groups, **generator)
             self.register_module(key, module)
         self.offset_activation = _module(offset_activation)
@@ -422,6 +438,22 @@ class _Packed(_ConvNd):
             mask = self.mask_activation(mask)
         return mask
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        generators: Any = (self.offset_generator, self.mask_generator)
+        rows = [0 if g is None else g.weight.shape[0] for g in generators]
+        for joint in ("conv_offset", "conv_offset_mask"):  # mmcv's name and that of DCNv2's forks
+            for key in ("weight", "bias"):
+                t = state_dict.get(f"{prefix}{joint}.{key}")
+                if t is None or t.shape[0] != sum(rows):
+                    continue
+                del state_dict[f"{prefix}{joint}.{key}"]
+                for name, part in zip(("offset", "mask"), t.split(rows), strict=True):
+                    if len(part):
+                        state_dict[f"{prefix}{name}_generator.{key}"] = part
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+
     def extra_repr(self) -> str:
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return (
@@ -452,6 +484,7 @@ class _PackedDeformConvNd(_Packed, _DeformConvNd):
         padding_mode: str = "zeros",
         device: Any = None,
         dtype: Any = None,
+        generator_groups: Optional[int] = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -483,6 +516,7 @@ class _PackedDeformConvNd(_Packed, _DeformConvNd):
             modulated,
             offset_activation,
             mask_activation,
+            generator_groups,
         )
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
@@ -511,6 +545,7 @@ class _PackedDeformConvTransposeNd(_Packed, _DeformConvTransposeNd):
         padding_mode: str = "zeros",
         device: Any = None,
         dtype: Any = None,
+        generator_groups: Optional[int] = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -535,6 +570,7 @@ class _PackedDeformConvTransposeNd(_Packed, _DeformConvTransposeNd):
             modulated,
             offset_activation,
             mask_activation,
+            generator_groups,
         )
 
     def forward(  # type: ignore[override]

@@ -1,0 +1,157 @@
+"""torchvision's deform_conv2d on deformnd's kernels, without a change to the model."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import library
+
+__all__ = ["accelerate"]
+
+
+class accelerate:
+    """Run every call of torchvision's deform_conv2d on deformnd's kernels.
+
+    It takes effect at once, for the whole process, until `undo()` or, as a context manager, until
+    the block ends. What changes are the kernels that the dispatcher finds for
+    `torchvision::deform_conv2d` and its backward, so that every caller gets there: functional or
+    module, eager, scripted, exported or compiled, before or inside the block. torchvision's own
+    autograd, autocast and shape rules stay around them, and so do its limits: no second
+    derivatives.
+
+    Devices whose kernels deformnd does not have compiled keep torchvision's own: `devices` has
+    those that run on deformnd's. Uses may be nested.
+
+    Raises:
+        ImportError: torchvision is not installed, or not for this version of torch.
+        RuntimeError: deformnd has no compiled kernels here (see `deformnd.has_ops`).
+
+    Example:
+        >>> import torch, torchvision  # doctest: +SKIP
+        >>> from deformnd.compat.torchvision import accelerate
+        >>> layer = torchvision.ops.DeformConv2d(3, 4, kernel_size=3, padding=1)  # doctest: +SKIP
+        >>> with accelerate():  # doctest: +SKIP
+        ...     layer(torch.rand(1, 3, 8, 8), torch.randn(1, 18, 8, 8)).shape
+        torch.Size([1, 4, 8, 8])
+    """
+
+    devices: tuple[str, ...]
+    """Device types whose calls run on deformnd's kernels, such as ('cpu', 'cuda')."""
+
+    _lock = threading.Lock()
+    _uses = 0  # how many are in effect
+    _library: torch.library.Library | None = None  # the registrations, while any is
+
+    def __init__(self) -> None:
+        self._active = False
+        _check()
+        keys = library.compiled_keys()
+        if not keys:
+            raise RuntimeError(
+                "accelerate: deformnd was installed without its compiled kernels, which are what "
+                "would be faster (deformnd.has_ops() is False)"
+            )
+        self.devices = tuple(key.lower() for key in keys)
+        with self._lock:
+            if accelerate._library is None:
+                accelerate._library = torch.library.Library("torchvision", "IMPL")
+                for key in keys:
+                    accelerate._library.impl("deform_conv2d", _forward, key)
+                    accelerate._library.impl("_deform_conv2d_backward", _backward, key)
+            accelerate._uses += 1
+            self._active = True
+
+    def undo(self) -> None:
+        """Give torchvision its kernels back, unless another use is in effect. Idempotent."""
+        with self._lock:
+            if not self._active:
+                return
+            self._active = False
+            accelerate._uses -= 1
+            if accelerate._uses == 0 and accelerate._library is not None:
+                accelerate._library._destroy()
+                accelerate._library = None
+
+    def __enter__(self) -> accelerate:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def _check() -> None:
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
+        raise ImportError(
+            "accelerate: torchvision is not installed, so there is nothing to accelerate "
+            "(deformnd's own operators need no acceleration)"
+        ) from error
+    except RuntimeError as error:  # its compiled operators do not fit torch
+        raise ImportError(
+            f"accelerate: torchvision does not work with torch {torch.__version__}: {error}"
+        ) from error
+    if not hasattr(torch.ops.torchvision, "deform_conv2d"):
+        raise ImportError(
+            f"accelerate: torchvision has no compiled operators for torch {torch.__version__}"
+        )
+
+
+# These run below autograd. Results are contiguous, whatever the input's layout, since that is what
+# torchvision's kernels give and its fakes promise to torch.compile.
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    *parameters: Any,
+) -> Tensor:
+    stride, padding, dilation, groups, use_mask = _parameters(parameters)
+    given = mask if use_mask else None
+    with torch._C._AutoDispatchBelowAutograd():
+        output: Tensor = torch.ops.deformnd.deform_conv.default(
+            input, weight, offset, given, bias, stride, padding, dilation, groups
+        )
+    return output.contiguous()
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    *parameters: Any,
+) -> tuple[Tensor, ...]:
+    stride, padding, dilation, groups, use_mask = _parameters(parameters)
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.deformnd.deform_conv_backward.default(
+            grad,
+            input,
+            weight,
+            offset,
+            mask if use_mask else None,
+            stride,
+            padding,
+            dilation,
+            groups,
+            [True, True, True, use_mask, True],
+        )
+    grad_mask = grads[3].contiguous() if use_mask else torch.zeros_like(mask)
+    by_input, by_weight, by_offset, by_bias = (grads[i].contiguous() for i in (0, 1, 2, 4))
+    return by_input, by_weight, by_offset, grad_mask, by_bias
+
+
+def _parameters(p: tuple[Any, ...]) -> tuple[Any, ...]:
+    """stride, padding, dilation, groups, use_mask; the number of offset groups is not needed."""
+    return p[0:2], p[2:4], p[4:6], p[6], p[8]
