@@ -442,7 +442,7 @@ class _Packed(_ConvNd):
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
     ) -> None:
         generators: Any = (self.offset_generator, self.mask_generator)
-        rows = [0 if g is None else g.weight.shape[0] for g in generators]
+        rows = [0 if g is None else g.out_channels for g in generators]
         for joint in ("conv_offset", "conv_offset_mask"):  # mmcv's name and that of DCNv2's forks
             for key in ("weight", "bias"):
                 t = state_dict.get(f"{prefix}{joint}.{key}")
