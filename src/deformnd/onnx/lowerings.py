@@ -502,13 +502,11 @@ def _corners(
 
     corners: list[tuple[Value, Value]] = []
     for a in range(n):
-        along = ordered(b.take(offset, a, 3))
+        along = b.take(offset, a, 3)
         floor = b.op.Floor(along)
-        fraction = b.op.Sub(along, floor)
-        regular = _regular(b, g, a, border=1)
-        if rows:
-            regular = b.unsqueeze(b.transpose(regular, 1, 0), 2)
-        index = b.op.Add(b.cast(floor, np.int32), regular)
+        fraction = ordered(b.op.Sub(along, floor))
+        index = b.cast(floor, np.int32)
+        index = ordered(_plus_regular(b, g, index, a, np.int32, border=1))
         last = b.scalar(b.add(size[a], -1), np.int32)
         step = b.mul(*size[a + 1 :], g.offset_groups if rows else 1)
         ends = []
@@ -581,24 +579,24 @@ def _flat(b: Graph, g: Geometry) -> tuple[Size]:
     return (b.mul(*g.point_size),)
 
 
-def _regular(b: Graph, g: Geometry, axis: int, border: int = 0) -> Value:
-    """Positions along an axis, in pixels, that samples have without offset: [K, P]."""
+def _plus_regular(b: Graph, g: Geometry, t: Value, axis: int, dtype: Any, border: int = 0) -> Value:
+    """t, [B, G, K, P], plus the positions along an axis that samples have without offset."""
     points = math.prod(g.kernel)
     k = np.unravel_index(np.arange(points), g.kernel)[axis] * g.dilation[axis]
     k = (k - g.padding[axis] + border).reshape(points, *[1] * len(g.kernel))
-    # Along this axis only, which is small in the file, too; engines fold the rest if it is known.
-    p = b.scaled(b.arange(g.point_size[axis]), g.stride[axis])
+    p = b.scaled(b.arange(g.point_size[axis], dtype), g.stride[axis], dtype)
     p = b.reshape(p, *(s if a == axis else 1 for a, s in enumerate(g.point_size)))
-    full = b.expand(b.op.Add(p, b.array(k, np.int32)), points, *g.point_size)
-    return b.reshape(full, points, *_flat(b, g))
+    # Along this axis only: it is small, and a file that holds it, too.
+    regular = b.op.Add(p, b.array(k, dtype))
+    shape = (g.batch, g.offset_groups, points)
+    return b.reshape(b.op.Add(b.reshape(t, *shape, *g.point_size), regular), *shape, *_flat(b, g))
 
 
 def _positions(b: Graph, g: Geometry, offset: Value) -> list[Value]:
     """Position of each sample along each axis, [B, G, K, P]."""
     n, points = len(g.kernel), math.prod(g.kernel)
     offset = b.reshape(offset, g.batch, g.offset_groups, points, n, *_flat(b, g))
-    regular = [b.cast(_regular(b, g, a), b.float) for a in range(n)]
-    return [b.op.Add(b.take(offset, a, 3), r) for a, r in enumerate(regular)]
+    return [_plus_regular(b, g, b.take(offset, a, 3), a, b.float) for a in range(n)]
 
 
 def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None) -> Value:
