@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .graph import Graph, Value
-from .lowerings import gather
+from .lowerings import gather_elements, gather_rows
 from .table import opset18, torchvision_call, translate
 
 
@@ -73,8 +73,9 @@ def register_deform_conv2d_onnx_op(
 
 
 def _gather(use_gathernd: bool, enable_openvino_patch: bool) -> Callable[..., Value]:
-    how = "GatherND" if use_gathernd else "GatherElements"
-    return functools.partial(gather, how=how, reshape_gathered=enable_openvino_patch)
+    if not use_gathernd:
+        return gather_elements
+    return functools.partial(gather_rows, nd=True, reshape_gathered=enable_openvino_patch)
 
 
 class _Graph(Graph):

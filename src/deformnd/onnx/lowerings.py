@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,16 @@ from .graph import Graph, Size, Value
 
 # Note [bounded offsets]
 # Floats end at 2^24 here: no image is as large, so a larger offset points outside, and so must NaN
-# and infinity. One comparison, which is false for NaN, sends all of them there. Beyond it, floats
-# turn into integers safely, and no NaN reaches a sum (or OpenVINO's DeformableConvolution, where it
-# reads out of bounds).
+# and infinity. `bounded` sends all of them there, since a comparison with NaN is false. Beyond it,
+# floats turn into integers safely, and no NaN reaches a sum (or OpenVINO's DeformableConvolution,
+# where it reads out of bounds).
 FAR = 2.0**24
 
 
-def bounded(b: Graph, offset: Value) -> Value:
-    far = b.number(FAR)
-    return b.op.Where(b.op.Less(b.op.Abs(offset), far), offset, far)
+def bounded(b: Graph, t: Value, low: float, high: Size | float) -> Value:
+    """t in [low, high]; what is NaN becomes high."""
+    end = b.number(high) if isinstance(high, float) else b.scalar(high, b.float)
+    return b.op.Max(b.op.Where(b.op.Less(t, end), t, end), b.number(low))
 
 
 # Native: DeformConv, in ONNX since opset 19
@@ -84,8 +84,10 @@ def _repeat_groups(
     def repeat(t: Value, groups: int, channels: int) -> Value:
         if groups == common:
             return t
-        t = b.reshape(t, g.batch, groups, 1, channels, *g.point_size)
-        t = b.expand(t, g.batch, groups, common // groups, channels, *g.point_size)
+        # In few dimensions: OpenVINO's Broadcast is wrong in seven.
+        size = b.mul(channels, *g.point_size)
+        t = b.reshape(t, g.batch, groups, 1, size)
+        t = b.expand(t, g.batch, groups, common // groups, size)
         return b.reshape(t, g.batch, common * channels, *g.point_size)
 
     points = math.prod(g.kernel)
@@ -148,7 +150,7 @@ def openvino_deform_conv2d(
     extra = [0 if p else 1 for p in g.padding]
     image = b.pad(image, [0, 0, *border], [0, 0, *border])
     # OpenVINO reads out of bounds at NaN.
-    offset = b.pad(bounded(b, offset), [0, 0, *extra], [0, 0, *extra])
+    offset = b.pad(bounded(b, offset, -FAR, FAR), [0, 0, *extra], [0, 0, *extra])
     if mask is not None:
         mask = b.pad(mask, [0, 0, *extra], [0, 0, *extra])
     result = _openvino_operator()(
@@ -237,12 +239,6 @@ def _tall_image(b: Graph, g: Geometry, image: Value) -> tuple[Value, Size, Size]
     return b.reshape(image, g.batch, g.image_channels, rows, width), rows, plane
 
 
-def _clip(b: Graph, t: Value, low: float, size: Size, above: int) -> Value:
-    high = b.scalar(b.add(size, above), b.float)
-    # A tensor [1], for which Clip wants a scalar.
-    return b.op.Min(b.op.Max(t, b.number(low)), high)
-
-
 def native3d(
     b: Graph,
     g: Geometry,
@@ -276,8 +272,8 @@ def native3d(
     tall = b.pad(tall, before, [0, 0, *grow])
 
     z, y, x = _positions(b, g, offset)  # [B, G, K, P]
-    z = _clip(b, z, -1, g.image_size[0], 0)
-    y = _clip(b, y, -1, g.image_size[1], 0)
+    z = bounded(b, z, -1, g.image_size[0])
+    y = bounded(b, y, -1, g.image_size[1])
     low = b.op.Floor(z)
     part = b.op.Sub(z, low)
     row = b.op.Add(b.op.Mul(low, b.scalar(plane, b.float)), y)
@@ -344,14 +340,13 @@ def grid_sample(
     if len(g.kernel) == 3:
         columns = _grid_sample3d(b, g, image, positions, batch, channels)
     else:
-        if len(g.kernel) == 1:
-            image = b.unsqueeze(image, 2)
-        size = ((1,) * (2 - len(g.kernel))) + tuple(g.image_size)
-        image = b.reshape(image, batch, channels, *size)
         normal = [_normalised(b, p, s) for p, s in zip(positions, g.image_size, strict=True)]
+        size = g.image_size
         if len(g.kernel) == 1:
+            size = (1, *size)
             normal.insert(0, b.op.Mul(normal[0], b.number(0.0)))  # the middle of one row
-        columns = _grid_sample2d(b, image, normal)  # [B * G, C / G, K, P]
+        image = b.reshape(image, batch, channels, *size)
+        columns = _grid_sample2d(b, image, *normal)  # [B * G, C / G, K, P]
     if mask is not None:
         columns = b.reshape(
             columns, g.batch, g.mask_groups, g.image_channels // g.mask_groups, points, *_flat(b, g)
@@ -364,24 +359,24 @@ def grid_sample(
 
 def _normalised(b: Graph, position: Value, size: Size) -> Value:
     """Positions in pixels as GridSample counts them without align_corners: edges at -1 and 1."""
-    # All that is outside is 0: bring it near, where no engine's arithmetic fails.
-    position = _clip(b, position, -2, size, 1)
     if isinstance(size, int):
         scale, shift = b.number(2 / size), b.number(1 / size - 1)
     else:
         one = b.number(1.0)
         inverse = b.op.Div(one, b.scalar(size, b.float))
         scale, shift = b.op.Add(inverse, inverse), b.op.Sub(inverse, one)
-    return b.op.Add(b.op.Mul(position, scale), shift)
+    # All that is outside is 0: bring it near, where no engine's arithmetic fails.
+    return bounded(b, b.op.Add(b.op.Mul(position, scale), shift), -3.0, 3.0)
 
 
-def _grid_sample2d(b: Graph, image: Value, normal: Sequence[Value]) -> Value:
-    y, x = (b.unsqueeze(p, 3) for p in normal)
+def _grid_sample2d(b: Graph, image: Value, y: Value, x: Value) -> Value:
+    # OpenVINO joins along the last axis one number at a time, and transposes this faster.
+    grid = b.op.Concat(b.unsqueeze(x, 0), b.unsqueeze(y, 0), axis=0)
     # align_corners=0 also where its value is the same for the result: 1 fails on axes of size 1,
     # and misses ONNX Runtime's fast path.
     return b.op.GridSample(
         image,
-        b.op.Concat(x, y, axis=3),
+        b.transpose(grid, 1, 2, 3, 0),
         mode="bilinear",
         padding_mode="zeros",
         align_corners=0,
@@ -394,7 +389,7 @@ def _grid_sample3d(
     """Samples of the tall image, with the plane below each as more channels; see Note."""
     z, y, x = positions
     depth, height, width = g.image_size
-    z, y = _clip(b, z, -1, depth, 0), _clip(b, y, -1, height, 0)
+    z, y = bounded(b, z, -1, depth), bounded(b, y, -1, height)
     low = b.op.Floor(z)
     # Plane z of this one holds planes z - 1 and z, for z = 0 ... depth + 1.
     plane, planes = b.add(height, 1), b.add(depth, 2)
@@ -405,7 +400,7 @@ def _grid_sample3d(
     pair = b.reshape(b.op.Concat(upper, lower, axis=1), batch, 2 * channels, rows, width)
     row = b.op.Mul(b.op.Add(low, b.number(1.0)), b.scalar(plane, b.float))
     row = b.op.Add(row, y)
-    sampled = _grid_sample2d(b, pair, [_normalised(b, row, rows), _normalised(b, x, width)])
+    sampled = _grid_sample2d(b, pair, _normalised(b, row, rows), _normalised(b, x, width))
     axis = b.tensor(1)
     first = b.op.Slice(sampled, b.tensor(0), b.tensor(channels), axis)
     second = b.op.Slice(sampled, b.tensor(channels), b.tensor(2 * channels), axis)
@@ -416,7 +411,7 @@ def _grid_sample3d(
 # By integer gather: exact coordinates at any size, in any engine and opset
 
 
-def gather(
+def gather_rows(
     b: Graph,
     g: Geometry,
     image: Value,
@@ -424,52 +419,65 @@ def gather(
     offset: Value,
     mask: Value | None,
     bias: Value | None,
-    how: str = "Gather",
+    nd: bool = False,
     reshape_gathered: bool = False,
 ) -> Value:
-    """By gathering the corners of each sample, rows of channels at a time.
+    """By gathering the corners of each sample, a row of all channels of a group at a time.
 
-    how: "Gather", "GatherND" or "GatherElements" (single elements rather than rows).
-    reshape_gathered: give what GatherND returns its shape once more.
+    nd: by GatherND; reshape_gathered: give what it returns its shape once more.
     """
+    g, offset, mask = _repeat_groups(b, g, offset, mask)
     points, (positions,) = math.prod(g.kernel), _flat(b, g)
     groups, channels = g.offset_groups, g.image_channels // g.offset_groups
-    elements = how == "GatherElements"
-    joint = mask is not None and g.mask_groups == groups
-    corners = _corners(b, g, offset, mask if joint else None, rows=not elements)
-    size = [b.add(s, 2) for s in g.image_size]
-    image = b.pad(image, [0, 0, *[1] * len(size)], [0, 0, *[1] * len(size)])
-    if elements:
-        batch = b.mul(g.batch, groups)
-        data = b.reshape(image, batch, channels, b.mul(*size))
-        index_shape: tuple[Size, ...] = (batch, channels, b.mul(points, positions))
-    else:
-        image = b.transpose(image, 0, *range(2, 2 + len(size)), 1)
-        data = b.reshape(image, b.mul(g.batch, *size, groups), channels)
+    image, size = _with_border(b, g, image)
+    image = b.transpose(image, 0, *range(2, 2 + len(size)), 1)
+    data = b.reshape(image, b.mul(g.batch, *size, groups), channels)
+    first = b.array(np.arange(groups), np.int32)  # the row at which an image and group begin
+    if g.batch != 1:
+        rows = b.scalar(b.mul(*size, groups), np.int32)
+        first = b.op.Add(b.reshape(b.op.Mul(b.arange(g.batch), rows), g.batch, 1, 1, 1), first)
     columns = None
-    for index, share in corners:
-        if elements:  # [B * G, C / G, K * P]
-            value = b.op.GatherElements(data, b.expand(index, *index_shape), axis=2)
-        elif how == "GatherND":  # [B, P, K, G, C / G]
+    for index, share in _corners(b, g, offset, mask, rows=True):  # [B, P, K, G]
+        index = b.op.Add(index, first)
+        if nd:
             value = b.op.GatherND(data, b.unsqueeze(b.cast(index, np.int64), 4))
-            if reshape_gathered:
-                value = b.reshape(value, g.batch, positions, points, groups, channels)
         else:
-            value = b.op.Gather(data, index, axis=0)
-        value = b.op.Mul(value, share)
+            value = b.op.Gather(data, index, axis=0)  # [B, P, K, G, C / G]
+        if reshape_gathered:
+            value = b.reshape(value, g.batch, positions, points, groups, channels)
+        value = b.op.Mul(value, b.unsqueeze(share, 4))
         columns = value if columns is None else b.op.Add(columns, value)
-    if elements:
-        if mask is not None and not joint:
-            per_group = g.image_channels // g.mask_groups
-            flat = b.mul(points, positions)
-            columns = b.reshape(columns, g.batch, g.mask_groups, per_group, flat)
-            columns = b.op.Mul(columns, b.reshape(mask, g.batch, g.mask_groups, 1, flat))
-        return _contract(b, g, columns, weight, bias)
-    if mask is not None and not joint:
-        per_group = g.image_channels // g.mask_groups
-        columns = b.reshape(columns, g.batch, positions, points, g.mask_groups, per_group)
-        columns = b.op.Mul(columns, b.unsqueeze(_mask_rows(b, g, mask), 4))
     return _contract_rows(b, g, columns, weight, bias)
+
+
+def gather_elements(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: Value,
+    mask: Value | None,
+    bias: Value | None,
+) -> Value:
+    """By gathering the corners of each sample, a channel at a time."""
+    g, offset, mask = _repeat_groups(b, g, offset, mask)
+    batch, channels = b.mul(g.batch, g.offset_groups), g.image_channels // g.offset_groups
+    samples = b.mul(math.prod(g.kernel), *g.point_size)
+    image, size = _with_border(b, g, image)
+    data = b.reshape(image, batch, channels, b.mul(*size))
+    columns = None
+    for index, share in _corners(b, g, offset, mask, rows=False):  # [B, G, K, P]
+        index = b.expand(b.reshape(index, batch, 1, samples), batch, channels, samples)
+        value = b.op.GatherElements(data, index, axis=2)
+        value = b.op.Mul(value, b.reshape(share, batch, 1, samples))
+        columns = value if columns is None else b.op.Add(columns, value)
+    return _contract(b, g, columns, weight, bias)
+
+
+def _with_border(b: Graph, g: Geometry, image: Value) -> tuple[Value, list[Size]]:
+    """The image inside a border of one zero pixel, and its size."""
+    border = [0, 0, *[1] * len(g.kernel)]
+    return b.pad(image, border, border), [b.add(s, 2) for s in g.image_size]
 
 
 def _corners(
@@ -477,68 +485,49 @@ def _corners(
 ) -> list[tuple[Value, Value]]:
     """For each of the 2^n corners of every sample: its index, and its weight (times the mask).
 
-    With rows, the index is of rows of channels [B * V * G, C / G] and [B, P, K, G]; the weight has
-    one more dimension. Else it is of elements [B * G, C / G, V], and both are [B * G, 1, K * P].
+    The index is that of the pixel in an image with a border, or, with rows, that times G. Both are
+    [B, G, K, P] or, with rows, [B, P, K, G].
 
     Whole and fractional part of an offset are exact, and the regular position is an integer: so
     there is no rounding in a position, however large the image.
     """
-    n, points, (positions,) = len(g.kernel), math.prod(g.kernel), _flat(b, g)
-    groups = g.offset_groups
-    offset = b.reshape(bounded(b, offset), g.batch, groups, points, n, positions)
-    axis = 3
-    if rows:
-        offset, axis = b.transpose(offset, 3, 0, 4, 2, 1), 0  # [n, B, P, K, G]
-    floor = b.op.Floor(offset)
-    fraction = b.op.Sub(offset, floor)
-    rest = b.op.Sub(b.number(1.0), fraction)
-    whole = b.cast(floor, np.int32)
-    if mask is not None:
-        mask = (
-            _mask_rows(b, g, mask) if rows else b.reshape(mask, g.batch, groups, points, positions)
-        )
+    n, points = len(g.kernel), math.prod(g.kernel)
+    shape = (g.batch, g.offset_groups, points)
+    offset = b.reshape(bounded(b, offset, -FAR, FAR), *shape, n, *_flat(b, g))
     size = [b.add(s, 2) for s in g.image_size]
-    axes = []
+    zero, one = b.array(0, np.int32), b.array(1, np.int32)
+
+    def ordered(t: Value) -> Value:
+        return b.transpose(t, 0, 3, 2, 1) if rows else t
+
+    corners: list[tuple[Value, Value]] = []
     for a in range(n):
-        first = _plus_regular(b, g, b.take(whole, a, axis), a, rows, np.int32, border=1)
+        along = b.take(offset, a, 3)
+        floor = b.op.Floor(along)
+        fraction = ordered(b.op.Sub(along, floor))
+        index = b.cast(floor, np.int32)
+        index = ordered(_plus_regular(b, g, index, a, np.int32, border=1))
+        last = b.scalar(b.add(size[a], -1), np.int32)
+        step = b.mul(*size[a + 1 :], g.offset_groups if rows else 1)
         ends = []
-        for bit, part in ((0, rest), (1, fraction)):
-            # Outside is the border, whose pixels are 0.
-            index = b.op.Add(first, b.array(1, np.int32)) if bit else first
-            index = b.op.Max(index, b.array(0, np.int32))
-            index = b.op.Min(index, b.scalar(b.add(size[a], -1), np.int32))
-            stride = b.mul(*size[a + 1 :], groups if rows else 1)
-            if not isinstance(stride, int) or stride != 1:
-                index = b.op.Mul(index, b.scalar(stride, np.int32))
-            share = b.take(part, a, axis)
-            if a == 0 and mask is not None:
-                share = b.op.Mul(share, mask)
-            ends.append((index, share))
-        axes.append(ends)
-    if rows:
-        origin = b.array(np.arange(groups).reshape(1, 1, 1, groups), np.int32)
-        if not isinstance(g.batch, int) or g.batch != 1:
-            image = b.op.Mul(b.arange(g.batch), b.scalar(b.mul(*size, groups), np.int32))
-            origin = b.op.Add(b.reshape(image, g.batch, 1, 1, 1), origin)
-        axes[0] = [(b.op.Add(index, origin), share) for index, share in axes[0]]
-    corners = []
-    for corner in itertools.product(*axes):
-        index, share = corner[0]
-        for other, other_share in corner[1:]:
-            index, share = b.op.Add(index, other), b.op.Mul(share, other_share)
-        if rows:
-            share = b.unsqueeze(share, 4)
+        for i, share in (
+            (index, b.op.Sub(b.number(1.0), fraction)),
+            (b.op.Add(index, one), fraction),
+        ):
+            # What is outside is on the border, whose pixels are 0.
+            i = b.op.Min(b.op.Max(i, zero), last)
+            ends.append((i if step == 1 else b.op.Mul(i, b.scalar(step, np.int32)), share))
+        if corners:
+            corners = [
+                (b.op.Add(i, j), b.op.Mul(s, t))
+                for (i, s), (j, t) in itertools.product(corners, ends)
+            ]
+        elif mask is None:
+            corners = ends
         else:
-            shape = (b.mul(g.batch, groups), 1, b.mul(points, positions))
-            index, share = b.reshape(index, *shape), b.reshape(share, *shape)
-        corners.append((index, share))
+            mask = ordered(b.reshape(mask, *shape, *_flat(b, g)))
+            corners = [(i, b.op.Mul(share, mask)) for i, share in ends]
     return corners
-
-
-def _mask_rows(b: Graph, g: Geometry, mask: Value) -> Value:
-    """The mask as [B, P, K, MG]."""
-    mask = b.reshape(mask, g.batch, g.mask_groups, math.prod(g.kernel), *_flat(b, g))
-    return b.transpose(mask, 0, 3, 2, 1)
 
 
 # The transpose: scatter
@@ -558,10 +547,10 @@ def scatter(
     By ScatterElements: ONNX Runtime's ScatterND with reduction="add" loses additions when threads
     meet at one index.
     """
+    g, offset, mask = _repeat_groups(b, g, offset, mask)
     count, (positions,) = math.prod(g.kernel), _flat(b, g)
-    groups, channels = g.offset_groups, g.image_channels // g.offset_groups
-    flat = b.mul(count, positions)
-    joint = mask is not None and g.mask_groups == groups
+    batch, channels = b.mul(g.batch, g.offset_groups), g.image_channels // g.offset_groups
+    samples = b.mul(count, positions)
     # Points times weight: columns [B, C, K * P].
     per_point, per_image = g.point_channels // g.groups, g.image_channels // g.groups
     if g.groups == 1:
@@ -572,19 +561,13 @@ def scatter(
         weight = b.transpose(weight, 0, 2, 1)
         points = b.reshape(points, g.batch, g.groups, per_point, positions)
     columns = b.op.MatMul(_as_many_as_the_batch(b, g, weight), points)
-    if mask is not None and not joint:
-        per_group = g.image_channels // g.mask_groups
-        columns = b.reshape(columns, g.batch, g.mask_groups, per_group, flat)
-        columns = b.op.Mul(columns, b.reshape(mask, g.batch, g.mask_groups, 1, flat))
-    shape = (b.mul(g.batch, groups), channels, flat)
-    columns = b.reshape(columns, *shape)
+    columns = b.reshape(columns, batch, channels, samples)
     size = [b.add(s, 2) for s in g.image_size]
-    image = b.zeros(shape[0], channels, b.mul(*size))
-    for index, share in _corners(b, g, offset, mask if joint else None, rows=False):
-        index = b.expand(index, *shape)
-        image = b.op.ScatterElements(
-            image, index, b.op.Mul(columns, share), axis=2, reduction="add"
-        )
+    image = b.zeros(batch, channels, b.mul(*size))
+    for index, share in _corners(b, g, offset, mask, rows=False):
+        index = b.expand(b.reshape(index, batch, 1, samples), batch, channels, samples)
+        value = b.op.Mul(columns, b.reshape(share, batch, 1, samples))
+        image = b.op.ScatterElements(image, index, value, axis=2, reduction="add")
     image = b.reshape(image, g.batch, g.image_channels, *size)
     return _add_bias(b, b.crop(image, 1, list(g.image_size)), bias, len(size))
 
@@ -596,39 +579,24 @@ def _flat(b: Graph, g: Geometry) -> tuple[Size]:
     return (b.mul(*g.point_size),)
 
 
-def _plus_regular(
-    b: Graph, g: Geometry, t: Value, axis: int, rows: bool, dtype: Any, border: int = 0
-) -> Value:
-    """t plus the positions along an axis that the kernel points have without offset.
-
-    t: [B, P, K, G] with rows, else [B, G, K, P].
-    """
-    n, points, size = len(g.kernel), math.prod(g.kernel), g.point_size
+def _plus_regular(b: Graph, g: Geometry, t: Value, axis: int, dtype: Any, border: int = 0) -> Value:
+    """t, [B, G, K, P], plus the positions along an axis that samples have without offset."""
+    points = math.prod(g.kernel)
     k = np.unravel_index(np.arange(points), g.kernel)[axis] * g.dilation[axis]
-    k = k - g.padding[axis] + border
-    p = b.scaled(b.arange(size[axis], dtype), g.stride[axis], dtype)
-    along = [size[a] if a == axis else 1 for a in range(n)]
-    if rows:
-        p, k = b.reshape(p, *along, 1, 1), k.reshape(points, 1)
-        full: tuple[Size, ...] = (g.batch, *size, points, g.offset_groups)
-        flat: tuple[Size, ...] = (g.batch, *_flat(b, g), points, g.offset_groups)
-    else:
-        p, k = b.reshape(p, 1, *along), k.reshape(points, *[1] * n)
-        full = (g.batch, g.offset_groups, points, *size)
-        flat = (g.batch, g.offset_groups, points, *_flat(b, g))
+    k = (k - g.padding[axis] + border).reshape(points, *[1] * len(g.kernel))
+    p = b.scaled(b.arange(g.point_size[axis], dtype), g.stride[axis], dtype)
+    p = b.reshape(p, *(s if a == axis else 1 for a, s in enumerate(g.point_size)))
     # Along this axis only: it is small, and a file that holds it, too.
     regular = b.op.Add(p, b.array(k, dtype))
-    if n == 1:
-        return b.op.Add(t, regular)
-    return b.reshape(b.op.Add(b.reshape(t, *full), regular), *flat)
+    shape = (g.batch, g.offset_groups, points)
+    return b.reshape(b.op.Add(b.reshape(t, *shape, *g.point_size), regular), *shape, *_flat(b, g))
 
 
 def _positions(b: Graph, g: Geometry, offset: Value) -> list[Value]:
-    """Position of each sample along each axis, [B, G, K, P]; bounded, so never NaN."""
+    """Position of each sample along each axis, [B, G, K, P]."""
     n, points = len(g.kernel), math.prod(g.kernel)
-    shape = (g.batch, g.offset_groups, points, n, *_flat(b, g))
-    offset = b.reshape(bounded(b, offset), *shape)
-    return [_plus_regular(b, g, b.take(offset, a, 3), a, False, b.float) for a in range(n)]
+    offset = b.reshape(offset, g.batch, g.offset_groups, points, n, *_flat(b, g))
+    return [_plus_regular(b, g, b.take(offset, a, 3), a, b.float) for a in range(n)]
 
 
 def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None) -> Value:

@@ -255,20 +255,24 @@ _TALL = 1024
 # Offset groups from which OpenVINO is faster by GridSample than by its own 2-D operator.
 _MANY_GROUPS = 8
 
+# Channels in an offset group from which ONNX Runtime gathers rows of them faster than elements.
+_LONG_ROW = 32
+
 
 def choose(target: str, g: Geometry) -> Lowering:
     """The lowering of a deform_conv that is best for the target, as measured; see docs/onnx.md."""
     n = len(g.kernel)
     if target == "standard":
         return lowerings.grid_sample
+    if target == "openvino" and n == 2 and g.offset_groups >= _MANY_GROUPS:
+        return lowerings.grid_sample
+    if target == "openvino" and n == 1:
+        return lowerings.gather_rows
     if target == "precise" or (n == 3 and not _short(g)):
-        return lowerings.gather
+        rows = target == "openvino" or g.image_channels // g.offset_groups >= _LONG_ROW
+        return lowerings.gather_rows if rows else lowerings.gather_elements
     node = lowerings.standard_deform_conv2d
     if target == "openvino":
-        if n == 1:
-            return lowerings.gather
-        if n == 2 and g.offset_groups >= _MANY_GROUPS:
-            return lowerings.grid_sample
         node = lowerings.openvino_deform_conv2d
     lowering = lowerings.native3d if n == 3 else lowerings.native
     return functools.partial(lowering, deform_conv2d=node)
