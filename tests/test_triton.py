@@ -425,10 +425,7 @@ def test_compiles(
             assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
-@pytest.mark.skipif(
-    INTERPRETING or launch.gluon is None or not triton.__version__.startswith("3.6"),
-    reason="gluon.py is for Triton 3.6; with others its kernels leave the call to kernels.py",
-)
+@pytest.mark.skipif(INTERPRETING or launch.gluon is None, reason="no Gluon to compile with")
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
@@ -453,7 +450,8 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
             compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
-            assert not unset_registers(compiled.asm["cubin"], tmp_path)
+            if triton.__version__.startswith("3.6"):  # whose listings the check is made for
+                assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
 def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

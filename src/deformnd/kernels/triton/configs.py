@@ -100,8 +100,9 @@ HOPPER = (
     HopperRow("along", 2, 128, 128, 32, 4, 3),
     HopperRow("along", 2, ANY, 256, 64, 4, 2),
     HopperRow("along", 4, 128, 128, 32, 4, 2),
-    HopperRow("along", 4, ANY, 256, 32, 4, 2),
-    HopperRow("outer", 4, ANY, 256, 64, 8, 2, 1),
+    HopperRow("along", 4, ANY, 256, 32, 8, 2),
+    HopperRow("outer", 4, 128, 128, 64, 8, 2, 2),
+    HopperRow("outer", 4, ANY, 256, 64, 8, 2, 2),
 )
 
 

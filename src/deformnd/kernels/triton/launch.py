@@ -1014,36 +1014,40 @@ class _Launch:
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *tensors: Any) -> None:
-        device = next(t for t in tensors if t is not None).device
-        if device.type == "cpu":  # under TRITON_INTERPRET=1
+        if _INTERPRETED:
             kernel = getattr(kernels, self.kernel)
             kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
             return
-        key = (device.index, *[getattr(t, "dtype", None) for t in tensors])
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            try:
-                target = triton.runtime.driver.active.get_current_target()
-                compiled = self.compile([None if t is None else _dtype(t) for t in tensors], target)
-                _ = compiled.run  # loads it
-            except Exception as failure:
-                raise RuntimeError(
-                    f"deformnd: Triton {triton.__version__} cannot build its kernel "
-                    f"{self.kernel!r} for {torch.cuda.get_device_name(device)}: {failure}"
-                ) from failure
-            self.compiled[key] = compiled
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
-        compiled.run(
-            *self.grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *[t.data_ptr() if isinstance(t, Tensor) else t for t in tensors],
-            *self.tail,
-        )
+        pointers: list[Any] = []
+        key: list[Any] = [torch.cuda.current_device()]
+        for t in tensors:
+            if t is None:
+                pointers.append(None)
+                key.append(None)
+            elif t.__class__ is Tensor or isinstance(t, Tensor):
+                pointers.append(t.data_ptr())
+                key.append(t.dtype)
+            else:  # a descriptor
+                pointers.append(t)
+        known = self.compiled.get(tuple(key))
+        if known is None:
+            known = self.load(tensors)
+            self.compiled[tuple(key)] = known
+        run, head = known
+        run(*self.grid, _stream(key[0]), *head, *pointers, *self.tail)
+
+    def load(self, tensors: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+        """The compiled kernel's launcher and its first arguments after grid and stream."""
+        try:
+            target = triton.runtime.driver.active.get_current_target()
+            compiled = self.compile([None if t is None else _dtype(t) for t in tensors], target)
+            run = compiled.run  # loads it
+        except Exception as failure:
+            raise RuntimeError(
+                f"deformnd: Triton {triton.__version__} cannot build its kernel {self.kernel!r} "
+                f"for {torch.cuda.get_device_name()}: {failure}"
+            ) from failure
+        return run, (compiled.function, compiled.packed_metadata, None, None, None)
 
     def compile(self, dtypes: Sequence[Any], target: Any) -> Any:
         return _compile(
@@ -1056,6 +1060,15 @@ class _Launch:
             torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
             self.descriptor is not None,
         )
+
+
+# Whether TRITON_INTERPRET=1 was set when Triton was imported.
+_INTERPRETED = not hasattr(kernels.gather, "cache_key")
+
+
+def _stream(device: int) -> int:
+    stream: int = triton.runtime.driver.active.get_current_stream(device)
+    return stream
 
 
 _POINTERS = {
