@@ -32,7 +32,8 @@ from deformnd.kernels.geometry import (
 
 triton = pytest.importorskip("triton")
 
-from deformnd.kernels.triton import configs, launch  # noqa: E402
+from deformnd.kernels.triton import configs, hopper, launch, layouts  # noqa: E402
+from deformnd.kernels.triton.compiled import descriptor_type  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")
@@ -234,7 +235,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forget() -> None:
     """Drop the launches that were made with other kernels or tables."""
-    for value in vars(launch).values():
+    for value in (v for m in (launch, layouts, hopper) for v in vars(m).values()):
         if hasattr(value, "cache_clear"):
             value.cache_clear()
 
@@ -270,7 +271,7 @@ def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
 
 
 def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_allows_tf32", lambda: False)
+    monkeypatch.setattr(layouts, "allows_tf32", lambda: False)
     monkeypatch.setattr(configs, "FEW", 0)
     for case in (INTERPRETED[3], INTERPRETED[6]):
         # The interpreter truncates to bfloat16 where the hardware rounds.
@@ -388,8 +389,8 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (launch._bucket_launches(g, 4, True, 512)[1], (dtype, integer, integer, integer)),
         (launch._bucket_launches(g, 4, False, 512)[1], (dtype, integer, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
-        (launch._pack_launch(g, False, precision == "split", ""), (dtype, weight)),
-        (launch._relayout_launch(launch._units(g), "channels", "rows", 2, 256),
+        (layouts.pack_launch(g, False, precision == "split", ""), (dtype, weight)),
+        (layouts.relayout_launch(layouts.units_of(g), "channels", "rows", 2, 256),
          (dtype, dtype, None)),
     ]  # fmt: skip
 
@@ -425,7 +426,7 @@ def test_compiles(
             assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
-@pytest.mark.skipif(INTERPRETING or launch.gluon is None, reason="no Gluon to compile with")
+@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to compile with")
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
@@ -434,19 +435,19 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     g = Geometry(2, 64, 128, 1, 1, 1, size, size, kernel, ones, ones, ones)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         given = (dtype, dtype)  # offset and mask
-        along = launch._hopper_along_launch(g, dtype, 132)
+        along = hopper.along_launch(g, dtype, 132)
         for made, dtypes in (
-            (launch._hopper_gather_launch(g, dtype, False, 0), [dtype, None, *given, dtype, dtype]),
-            (launch._hopper_gather_launch(g, dtype, True, 0), [dtype, None, *given, None, dtype]),
+            (hopper.gather_launch(g, dtype, False, 0), [dtype, None, *given, dtype, dtype]),
+            (hopper.gather_launch(g, dtype, True, 0), [dtype, None, *given, None, dtype]),
             (along, [dtype, dtype, None, *given, *given, None]),
             (along, [None, dtype, None, *given, None, None, torch.float32]),
-            (launch._hopper_outer_launch(g, 132), [dtype, None, *given, torch.float32]),
+            (hopper.outer_launch(g, 132), [dtype, None, *given, torch.float32]),
         ):
             if made.launch.kernel == "outer" and dtype != torch.float32:
                 continue
             assert made is not None
             half = torch.bfloat16 if dtype == torch.float32 else dtype
-            dtypes[made.launch.descriptor] = launch._descriptor_type(half, made.block, made.layout)
+            dtypes[made.launch.descriptor] = descriptor_type(half, made.block, made.layout)
             compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
@@ -508,7 +509,7 @@ GPU_CASES = [
 def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
     # Offsets in float32: coordinates in half of these sizes are exact only nearly.
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
-    assert not launch._BROKEN
+    assert not hopper.BROKEN
 
 
 def draw(rng: random.Random, n: int) -> Case:
@@ -575,7 +576,7 @@ def test_gpu_nonfinite(exact_float32: None) -> None:
 
 @gpu
 def test_gpu_tf32() -> None:
-    if not launch._allows_tf32():
+    if not layouts.allows_tf32():
         pytest.skip("TF32 is off by default here")
     check(Case((9, 9), (3, 3), image=64, points=64).make(torch.float32, "cuda"), 2e-3, 2e-3)
 
