@@ -319,6 +319,20 @@ def exact_positions(device: str) -> None:
 # Compiled without a device
 
 
+def cuobjdump(option: str, cubin: bytes, tmp_path: Path) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    (tmp_path / "cubin").write_bytes(cubin)
+    command = [tools / "cuobjdump", option, tmp_path / "cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stack(cubin: bytes, tmp_path: Path) -> int:
+    """Bytes of memory that a thread has beside its registers."""
+    found = re.search(r"STACK:(\d+)", cuobjdump("--dump-resource-usage", cubin, tmp_path))
+    assert found is not None
+    return int(found[1])
+
+
 def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
     """Instructions that read a uniform register before any in program order has written it.
 
@@ -327,14 +341,7 @@ def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
     ptxas (12.8, with Triton 3.6) hoists the descriptors of some products out of a loop past what
     they are made from. The kernel then reads outside shared memory; the tables avoid such tiles.
     """
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    (tmp_path / "cubin").write_bytes(cubin)
-    listing = subprocess.run(
-        [tools / "cuobjdump", "--dump-sass", tmp_path / "cubin"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    listing = cuobjdump("--dump-sass", cubin, tmp_path)
     written: set[int] = set()
     found = []
     for line in listing.splitlines():
@@ -451,6 +458,8 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
             compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
+            if made.launch.kernel == "gather":
+                assert stack(compiled.asm["cubin"], tmp_path) == 0  # nothing spilled
             if triton.__version__.startswith("3.6"):  # whose listings the check is made for
                 assert not unset_registers(compiled.asm["cubin"], tmp_path)
 

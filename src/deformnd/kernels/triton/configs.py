@@ -49,7 +49,7 @@ TABLE = (
     Row("spread narrow", 2, 128, 128, 128, 32, 4, 1),
     Row("spread narrow", 2, ANY, 64, 64, 32, 4, 2),
     Row("spread narrow", 4, ANY, 32, 64, 64, 4, 1),
-    Row("inverse", 2, 64, 64, 64, 64, 4, 2),
+    Row("inverse", 2, 64, 128, 64, 64, 4, 2),
     Row("inverse", 2, 128, 128, 32, 128, 4, 3),
     Row("inverse", 2, ANY, 128, 32, 256, 4, 3),
     Row("inverse", 4, ANY, 64, 32, 64, 4, 1),

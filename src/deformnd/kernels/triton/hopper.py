@@ -99,8 +99,9 @@ def gather_launch(
     row = configs.find_hopper("gather", dtype.itemsize, g.point_channels)
     block_p = 16 * row.warps
     block_o = math.gcd(row.block_o, g.point_channels)
-    # Eight corners of 32 channels take the registers of four of 64.
-    block_c = math.gcd(row.block_c if len(g.kernel) < 3 else 32, g.image_channels)
+    # Eight corners of 32 channels take the registers of four of 64; bfloat16 spills with these.
+    few = len(g.kernel) == 3 or dtype == torch.bfloat16
+    block_c = math.gcd(32 if few else row.block_c, g.image_channels)
     tiles = triton.cdiv(math.prod(g.point_size), block_p)
     blocks = g.point_channels // block_o
     if g.batch * tiles * blocks < multiprocessors:
