@@ -189,7 +189,17 @@ def check(problem: Problem, forward: float, backward: float) -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="is in the interpreter")
 def test_in_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-rs", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        __file__,
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     child = subprocess.run(
         [*command, "-k", "test_interpreted"], env=environment, capture_output=True, text=True
