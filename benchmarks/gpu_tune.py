@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from deformnd.kernels.geometry import Geometry
-from deformnd.kernels.triton import configs, launch
+from deformnd.kernels.triton import compiled, configs, hopper, launch, layouts
 
 SHAPES = {  # batch, image channels, size, point channels, kernel, groups of offset and mask
     "big": (8, 256, (128, 128), 256, 3, 1),
@@ -80,8 +80,8 @@ def prepare(job: tuple[str, configs.Row]) -> tuple[Any, tuple[Any, ...]]:
     """The launch of a shape with a row, and the dtypes of its tensors."""
     name, row = job
     g = geometry(name)
-    for value in vars(launch).values():
-        if hasattr(value, "cache_clear") and value is not launch._compile:
+    for value in (v for m in (launch, layouts, hopper) for v in vars(m).values()):
+        if hasattr(value, "cache_clear") and value is not compiled._compile:
             value.cache_clear()
     configs.TABLE = (row, *BASE)
     dtype = torch.float32 if row.width == 4 else torch.float16
@@ -126,7 +126,7 @@ class Data:
         torch.manual_seed(0)
         g = self.g = geometry(name)
         dtype = torch.float32 if width == 4 else torch.float16
-        taps, units = math.prod(g.kernel), launch._units(g)
+        taps, units = math.prod(g.kernel), layouts.units_of(g)
 
         def randn(*size: int) -> torch.Tensor:
             return torch.randn(*size, device="cuda").to(dtype)
@@ -135,7 +135,7 @@ class Data:
         self.points = randn(g.batch, math.prod(g.point_size), g.point_channels)
         weight = randn(g.point_channels, g.image_channels, *g.kernel)
         self.plain = weight
-        self.weight = launch._pack_weight(g, weight, width == 4)
+        self.weight = layouts.pack_weight(g, weight, width == 4)
         groups = max(g.offset_groups, 1)
         self.offset = 2 * randn(g.batch, groups * taps * len(g.kernel), *g.point_size)
         self.mask = randn(g.batch, groups * taps, *g.point_size)
@@ -180,7 +180,7 @@ class Data:
             image = single(self.image.numel()) if atomics else None
             return (self.image, self.points, self.weight, *places, *grads, image)
         if operator == "weight":
-            parts = single(made.grid[2] * launch._weights(g))
+            parts = single(made.grid[2] * layouts.weights_of(g))
             return (self.image, self.points, *places, parts)
         out = torch.empty_like(self.image)
         return (self.points, self.weight, *places, None, *self.lists(), out)
@@ -198,21 +198,21 @@ HOPPER: dict[str, tuple[tuple[int, ...], ...]] = {  # block_o, block_c, warps, s
 }
 
 
-def hopper(shapes: list[str], operators: list[str], widths: list[int]) -> None:
+def tune_hopper(shapes: list[str], operators: list[str], widths: list[int]) -> None:
     """The kernels of gluon.py, whose rows have fewer choices."""
     from triton.testing import do_bench
 
     torch.backends.cudnn.allow_tf32 = False
     for name, width in itertools.product(shapes, widths):
         g = geometry(name)
-        if launch._units(g).number > 1:
+        if layouts.units_of(g).number > 1:
             continue
         data = Data(name, width)
         dtype = data.image.dtype
         grads = (torch.empty_like(data.offset), torch.empty_like(data.mask))
         places, out = (data.offset, data.mask), torch.empty_like(data.points)
         by_image = torch.zeros(data.image.numel(), device="cuda") if width == 4 else None
-        call = launch._Call.of(g, data.image, *places, data.plain)
+        call = layouts.Call.of(g, data.image, *places, data.plain)
         points = data.points.movedim(-1, 1)
         for operator in operators:
             if operator == "outer" and width == 2:
@@ -222,21 +222,21 @@ def hopper(shapes: list[str], operators: list[str], widths: list[int]) -> None:
                 row = configs.HopperRow(operator, width, configs.ANY, *choice)
                 configs.HOPPER = (row,)
                 if operator == "gather":
-                    launch._hopper_gather_launch.cache_clear()
-                    made = launch._hopper_gather_launch(g, dtype, False, 0)
+                    hopper.gather_launch.cache_clear()
+                    made = hopper.gather_launch(g, dtype, False, 0)
                     tensors = (data.image, call.fragments("gather"), *places, data.bias, out)
                 elif operator == "along":
-                    launch._hopper_along_launch.cache_clear()
-                    made = launch._hopper_along_launch(g, dtype, MULTIPROCESSORS)
+                    hopper.along_launch.cache_clear()
+                    made = hopper.along_launch(g, dtype, MULTIPROCESSORS)
                     packed = call.fragments("along")
                     tensors = (data.image, data.points, packed, *places, *grads, by_image)
                 else:
-                    launch._hopper_outer_launch.cache_clear()
-                    made = launch._hopper_outer_launch(g, MULTIPROCESSORS)
-                    parts = torch.empty(made.launch.grid[2], launch._weights(g), device="cuda")
+                    hopper.outer_launch.cache_clear()
+                    made = hopper.outer_launch(g, MULTIPROCESSORS)
+                    parts = torch.empty(made.launch.grid[2], layouts.weights_of(g), device="cuda")
                     tensors = (data.image, call.factors(points), *places, parts)
                 if made is None or not made(*tensors):
-                    launch._BROKEN.clear()
+                    hopper.BROKEN.clear()
                     continue
                 ms = do_bench(lambda: made(*tensors), warmup=3, rep=12, return_mode="median")  # noqa: B023
                 found[choice] = ms
@@ -254,7 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.hopper:
         operators = [o for o in args.operators if o in HOPPER] or list(HOPPER)
-        return hopper(args.shapes, operators, args.widths)
+        return tune_hopper(args.shapes, operators, args.widths)
     jobs = []
     for kind in BASE:
         if kind.operator not in args.operators or kind.width not in args.widths:
@@ -270,7 +270,7 @@ def main() -> None:
         )
         for name in args.shapes:
             g = geometry(name)
-            units = launch._units(g)
+            units = layouts.units_of(g)
             if units.narrow != ("narrow" in kind.operator) and kind.operator != "inverse":
                 continue
             channels = units.length if kind.operator == "inverse" else g.point_channels

@@ -32,7 +32,8 @@ from deformnd.kernels.geometry import (
 
 triton = pytest.importorskip("triton")
 
-from deformnd.kernels.triton import configs, launch  # noqa: E402
+from deformnd.kernels.triton import configs, hopper, launch, layouts  # noqa: E402
+from deformnd.kernels.triton.compiled import descriptor_type  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")
@@ -188,7 +189,17 @@ def check(problem: Problem, forward: float, backward: float) -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="is in the interpreter")
 def test_in_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-rs", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        __file__,
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     child = subprocess.run(
         [*command, "-k", "test_interpreted"], env=environment, capture_output=True, text=True
@@ -234,7 +245,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forget() -> None:
     """Drop the launches that were made with other kernels or tables."""
-    for value in vars(launch).values():
+    for value in (v for m in (launch, layouts, hopper) for v in vars(m).values()):
         if hasattr(value, "cache_clear"):
             value.cache_clear()
 
@@ -270,7 +281,7 @@ def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
 
 
 def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_allows_tf32", lambda: False)
+    monkeypatch.setattr(layouts, "allows_tf32", lambda: False)
     monkeypatch.setattr(configs, "FEW", 0)
     for case in (INTERPRETED[3], INTERPRETED[6]):
         # The interpreter truncates to bfloat16 where the hardware rounds.
@@ -318,6 +329,20 @@ def exact_positions(device: str) -> None:
 # Compiled without a device
 
 
+def cuobjdump(option: str, cubin: bytes, tmp_path: Path) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    (tmp_path / "cubin").write_bytes(cubin)
+    command = [tools / "cuobjdump", option, tmp_path / "cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stack(cubin: bytes, tmp_path: Path) -> int:
+    """Bytes of memory that a thread has beside its registers."""
+    found = re.search(r"STACK:(\d+)", cuobjdump("--dump-resource-usage", cubin, tmp_path))
+    assert found is not None
+    return int(found[1])
+
+
 def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
     """Instructions that read a uniform register before any in program order has written it.
 
@@ -326,14 +351,7 @@ def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
     ptxas (12.8, with Triton 3.6) hoists the descriptors of some products out of a loop past what
     they are made from. The kernel then reads outside shared memory; the tables avoid such tiles.
     """
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    (tmp_path / "cubin").write_bytes(cubin)
-    listing = subprocess.run(
-        [tools / "cuobjdump", "--dump-sass", tmp_path / "cubin"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    listing = cuobjdump("--dump-sass", cubin, tmp_path)
     written: set[int] = set()
     found = []
     for line in listing.splitlines():
@@ -388,8 +406,8 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (launch._bucket_launches(g, 4, True, 512)[1], (dtype, integer, integer, integer)),
         (launch._bucket_launches(g, 4, False, 512)[1], (dtype, integer, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
-        (launch._pack_launch(g, False, precision == "split", ""), (dtype, weight)),
-        (launch._relayout_launch(launch._units(g), "channels", "rows", 2, 256),
+        (layouts.pack_launch(g, False, precision == "split", ""), (dtype, weight)),
+        (layouts.relayout_launch(layouts.units_of(g), "channels", "rows", 2, 256),
          (dtype, dtype, None)),
     ]  # fmt: skip
 
@@ -425,10 +443,7 @@ def test_compiles(
             assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
-@pytest.mark.skipif(
-    INTERPRETING or launch.gluon is None or not triton.__version__.startswith("3.6"),
-    reason="gluon.py is for Triton 3.6; with others its kernels leave the call to kernels.py",
-)
+@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to compile with")
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
@@ -437,23 +452,26 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     g = Geometry(2, 64, 128, 1, 1, 1, size, size, kernel, ones, ones, ones)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         given = (dtype, dtype)  # offset and mask
-        along = launch._hopper_along_launch(g, dtype, 132)
+        along = hopper.along_launch(g, dtype, 132)
         for made, dtypes in (
-            (launch._hopper_gather_launch(g, dtype, False, 0), [dtype, None, *given, dtype, dtype]),
-            (launch._hopper_gather_launch(g, dtype, True, 0), [dtype, None, *given, None, dtype]),
+            (hopper.gather_launch(g, dtype, False, 0), [dtype, None, *given, dtype, dtype]),
+            (hopper.gather_launch(g, dtype, True, 0), [dtype, None, *given, None, dtype]),
             (along, [dtype, dtype, None, *given, *given, None]),
             (along, [None, dtype, None, *given, None, None, torch.float32]),
-            (launch._hopper_outer_launch(g, 132), [dtype, None, *given, torch.float32]),
+            (hopper.outer_launch(g, 132), [dtype, None, *given, torch.float32]),
         ):
             if made.launch.kernel == "outer" and dtype != torch.float32:
                 continue
             assert made is not None
             half = torch.bfloat16 if dtype == torch.float32 else dtype
-            dtypes[made.launch.descriptor] = launch._descriptor_type(half, made.block, made.layout)
+            dtypes[made.launch.descriptor] = descriptor_type(half, made.block, made.layout)
             compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
-            assert not unset_registers(compiled.asm["cubin"], tmp_path)
+            if made.launch.kernel == "gather":
+                assert stack(compiled.asm["cubin"], tmp_path) == 0  # nothing spilled
+            if triton.__version__.startswith("3.6"):  # whose listings the check is made for
+                assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
 def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -510,7 +528,7 @@ GPU_CASES = [
 def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
     # Offsets in float32: coordinates in half of these sizes are exact only nearly.
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
-    assert not launch._BROKEN
+    assert not hopper.BROKEN
 
 
 def draw(rng: random.Random, n: int) -> Case:
@@ -577,7 +595,7 @@ def test_gpu_nonfinite(exact_float32: None) -> None:
 
 @gpu
 def test_gpu_tf32() -> None:
-    if not launch._allows_tf32():
+    if not layouts.allows_tf32():
         pytest.skip("TF32 is off by default here")
     check(Case((9, 9), (3, 3), image=64, points=64).make(torch.float32, "cuda"), 2e-3, 2e-3)
 

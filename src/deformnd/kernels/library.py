@@ -79,7 +79,34 @@ def compiled_keys() -> list[str]:
 Gradients = tuple[Tensor | None, ...]
 
 
+def _remembered(geometry: Callable[..., Geometry]) -> Callable[..., Geometry]:
+    """`geometry`, but a call with the sizes of an earlier one is not checked again."""
+    known: dict[Any, Geometry] = {}
+
+    def remembered(*args: Any) -> Geometry:
+        tensors = args[:5]
+        key = (
+            *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+            *[tuple(p) if isinstance(p, (list, tuple)) else p for p in args[5:]],
+        )
+        try:
+            found = known.get(key)
+        except TypeError:  # symbolic sizes
+            return geometry(*args)
+        if found is None:
+            found = geometry(*args)
+            if len(known) >= 4096:
+                known.clear()
+            if args[0].dtype == args[1].dtype:  # or only autocast made it valid
+                known[key] = found
+        return found
+
+    return remembered
+
+
 def _forward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..., Tensor]:
+    geometry = _remembered(family.geometry)
+
     def forward(
         input: Tensor,
         weight: Tensor,
@@ -88,7 +115,7 @@ def _forward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[...
         bias: Tensor | None,
         *parameters: Any,
     ) -> Tensor:
-        g = family.geometry(input, weight, offset, mask, bias, *parameters)
+        g = geometry(input, weight, offset, mask, bias, *parameters)
         compute = backend().scatter if family.transposed else backend().gather
         result: Tensor = compute(g, input, weight, offset, mask, bias)
         return result
@@ -97,6 +124,8 @@ def _forward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[...
 
 
 def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..., Gradients]:
+    geometry = _remembered(family.geometry)
+
     def backward(
         grad_output: Tensor,
         input: Tensor,
@@ -106,7 +135,7 @@ def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..
         *parameters: Any,
     ) -> Gradients:
         needs = parameters[-1]
-        g = family.geometry(input, weight, offset, mask, None, *parameters[:-1])
+        g = geometry(input, weight, offset, mask, None, *parameters[:-1])
         _check_grad_output(family, g, grad_output, input)
         by_input, by_weight, by_offset, by_mask, by_bias = needs
         by_offset, by_mask = by_offset and offset is not None, by_mask and mask is not None

@@ -49,7 +49,7 @@ TABLE = (
     Row("spread narrow", 2, 128, 128, 128, 32, 4, 1),
     Row("spread narrow", 2, ANY, 64, 64, 32, 4, 2),
     Row("spread narrow", 4, ANY, 32, 64, 64, 4, 1),
-    Row("inverse", 2, 64, 64, 64, 64, 4, 2),
+    Row("inverse", 2, 64, 128, 64, 64, 4, 2),
     Row("inverse", 2, 128, 128, 32, 128, 4, 3),
     Row("inverse", 2, ANY, 128, 32, 256, 4, 3),
     Row("inverse", 4, ANY, 64, 32, 64, 4, 1),
@@ -100,8 +100,9 @@ HOPPER = (
     HopperRow("along", 2, 128, 128, 32, 4, 3),
     HopperRow("along", 2, ANY, 256, 64, 4, 2),
     HopperRow("along", 4, 128, 128, 32, 4, 2),
-    HopperRow("along", 4, ANY, 256, 32, 4, 2),
-    HopperRow("outer", 4, ANY, 256, 64, 8, 2, 1),
+    HopperRow("along", 4, ANY, 256, 32, 8, 2),
+    HopperRow("outer", 4, 128, 128, 64, 8, 2, 2),
+    HopperRow("outer", 4, ANY, 256, 64, 8, 2, 2),
 )
 
 

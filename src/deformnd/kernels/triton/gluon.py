@@ -28,6 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.6's name, and that of later versions.
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
 
 @gluon.jit
 def _volume(size):
@@ -224,7 +227,7 @@ def gather(image, weight, offset, mask, bias, out,
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     taps = _volume(sizes[2])
     rows = taps * outputs
     per_tap = channels // BLOCK_C
@@ -259,7 +262,7 @@ def gather(image, weight, offset, mask, bias, out,
             code = _code(axes, image_size)
             weights = _weights(axes, amplitude, SPLIT)
         values = _fetch(here, code, c0, channels, image_size)
-        gl.thread_barrier()
+        barrier()
         ahead = i + STAGES - 1
         _bring(
             weight, ahead // per_tap * outputs + o0, ahead % per_tap * BLOCK_C, rows, held, bars,
@@ -352,7 +355,7 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     rows = taps * outputs
     for s in gl.static_range(STAGES):
         _bring(
@@ -383,7 +386,7 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
             if by_position:
                 values = _fetch(image_block, code, block * BLOCK_C, channels, image_size)
             grad = warpgroup_mma_wait(0, deps=[acc])
-            gl.thread_barrier()
+            barrier()
             ahead = i + STAGES
             _bring(
                 weight, (first + ahead // per_tap) * outputs, (ahead % per_tap) * BLOCK_C, rows,
@@ -479,7 +482,7 @@ def outer(image, points, offset, mask, out,
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     rows = batch * positions
     for s in gl.static_range(STAGES - 1):
         t = first + s
@@ -514,7 +517,7 @@ def outer(image, points, offset, mask, out,
         fence_async_shared()
         product = warpgroup_mma_wait(0, deps=[product])
         acc += product
-        gl.thread_barrier()
+        barrier()
         t1 = t + STAGES - 1
         row = (t1 // tiles) * positions + (t1 % tiles) * BLOCK_P
         _bring(points, row, o0, rows, held, bars, (i + STAGES - 1) % STAGES, t1 < last, size, True)

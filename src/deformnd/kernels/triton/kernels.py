@@ -561,11 +561,11 @@ def _tile_of(indices, valid, image_size, q, TILE: tl.constexpr):
     tile = None
     new = valid
     for a in tl.static_range(len(image_size)):
-        high = ((q >> (len(image_size) - 1 - a)) & 1) == 1
+        bit = (q >> (len(image_size) - 1 - a)) & 1
         first = indices[a][0] // TILE[a]
         last = indices[a][1] // TILE[a]
-        new = new & ((first != last) | (high == 0))
-        part = tl.where(high, last, first)
+        new = new & ((first != last) | (bit == 0))
+        part = tl.where(bit == 1, last, first)
         if a == 0:
             tile = part
         else:
