@@ -132,7 +132,7 @@ def device() -> dict[str, Any]:
     return {
         "cpu": bench.processor(),
         "cores": os.cpu_count(),
-        "instructions": ("baseline", "AVX2", "AVX-512")[cpu.best_level()],
+        "instructions": cpu.LEVELS[cpu.best_level()],
         "load before": os.getloadavg(),
         "versions": bench.versions(PEERS),
     }

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+import deformnd
 from deformnd import bench, cli
+from deformnd.kernels import cpu
 
 MODEL = """
 import torch
@@ -39,12 +41,12 @@ def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "kernels: " in out and "OpenMP threads" in out
+    if deformnd.has_ops():
+        assert f"C++ core with {cpu.LEVELS[cpu.best_level()]}" in out
     assert out.count(" ok\n") >= 6 and "deform_conv_transpose3d" in out
 
 
 def test_info_says_why_the_reference_runs(monkeypatch, capsys):
-    from deformnd.kernels import cpu
-
     monkeypatch.setattr(cpu, "available", lambda: False)
     assert cli.main(["info"]) == 0
     assert "kernels: the reference in plain PyTorch, slower: " in capsys.readouterr().out

@@ -114,7 +114,7 @@ def describe() -> list[str]:
 
 def _cpu_kernels() -> str:
     if cpu.available():
-        level = ("baseline instructions", "AVX2", "AVX-512")[cpu.best_level()]
+        level = cpu.LEVELS[cpu.best_level()]
         return f"C++ core with {level}, the widest that this machine and the core have"
     files = list(Path(__file__).parent.glob("_core.*"))
     why = (
