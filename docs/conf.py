@@ -23,7 +23,9 @@ autodoc_class_signature = "separated"
 def _plain(app, what, name, obj, options, lines):
     """Docstrings are plain text: a shape's *size is no emphasis, a `name` is code."""
     lines[:] = [
-        re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", re.sub(r"(?<![*\w`])\*(?=\w)", r"\\*", line))
+        re.sub(
+            r"(?<!`)`([^`]+)`(?!`)", r"``\1``", re.sub(r"(?<![*\w`])([*|])(?=\w)", r"\\\1", line)
+        )
         for line in lines
     ]
 
