@@ -420,9 +420,8 @@ def deformify(
             ResNet of torchvision or timm. A pattern of names with * and ?, such as
             'layer4.*.conv2'; a type, such as torch.nn.Conv3d; a list of these, any of which
             suffices; or a function of the name and the module that returns a bool.
-        modulated, offset_groups, mask_groups, generator_bias, generator_groups,
-            offset_activation, mask_activation: as for `PackedDeformConv2d`. The activations must
-            map 0 to offset 0 and to mask 1.
+        modulated ... mask_activation: as for `PackedDeformConv2d`. The activations must map 0 to
+            offset 0 and to mask 1.
         inplace: False to leave the model alone and change a copy.
         verbose: print what was replaced.
 

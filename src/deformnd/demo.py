@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from . import viz
 from .onnx import translation_table
 from .ops import PackedDeformConv2d
 
@@ -151,41 +152,20 @@ def export(model: nn.Module, example: Tensor, path: Path) -> None:
 @torch.no_grad()
 def draw(model: nn.Sequential, images: Tensor, labels: Tensor, path: Path) -> None:
     """Where the first deformable convolution samples, for three output points a digit."""
-    stem, layer = model[:3], model[3]
-    assert isinstance(layer, PackedDeformConv2d)
-    features = stem(images)
-    offset, mask = layer._offset(features), layer._mask(features)
-    assert offset is not None and mask is not None
-    height, width = offset.shape[2:]
-    offset = offset.view(len(images), 3, 3, 2, height, width)  # [B, Ky, Kx, (dy, dx), H, W]
-    mask = mask.view(len(images), 3, 3, height, width)
-    taps = torch.stack(torch.meshgrid(*[torch.arange(3) - 1] * 2, indexing="ij"), -1)
     figure, axes = plt.subplots(1, len(images), figsize=(2.6 * len(images), 3.1))
     for i, axis in enumerate(axes):
         axis.imshow(images[i, 0], cmap="gray_r", interpolation="nearest")
         axis.set_title(f"a {labels[i].item()}")
         axis.set_axis_off()
+        steps = viz.steps(model[:4], images, i)
         # The darkest places, apart from each other: where the digit is.
         ink = F.avg_pool2d(images[i : i + 1], 3, stride=2, padding=1)[0, 0]
-        for color in ("tab:red", "tab:blue", "tab:green"):
-            y, x = divmod(int(ink.argmax()), width)
+        for colour in ("tab:red", "tab:blue", "tab:green"):
+            y, x = divmod(int(ink.argmax()), ink.shape[1])
             ink[max(0, y - 3) : y + 4, max(0, x - 3) : x + 4] = 0
-            at = torch.tensor([y, x])
-            regular = 2 * (at + taps).float()  # the stem has stride 2
-            moved = regular + 2 * offset[i, :, :, :, y, x]
-            axis.scatter(
-                regular[..., 1],
-                regular[..., 0],
-                s=16,
-                linewidth=0.8,
-                color=color,
-                alpha=0.7,
-                marker="+",
-            )
-            size = 22 * mask[i, :, :, y, x]
-            axis.scatter(
-                moved[..., 1], moved[..., 0], s=size, color=color, edgecolor="white", linewidth=0.4
-            )
+            regular = viz.follow(steps, (y, x), deformed=False)
+            samples = viz.follow(steps, (y, x))
+            viz.draw_samples(images[i], samples, regular, axes=axis, colour=colour)
     figure.suptitle(
         "Sampling points of three outputs (+ regular, ● learned, larger = larger mask)", fontsize=10
     )

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from .kernels import cpu
+from .kernels import cpu, reference
 
 
 def has_ops() -> bool:
@@ -69,3 +75,89 @@ def cuda_arch_list() -> list[str]:
     devices = range(torch.cuda.device_count())
     found = {torch.cuda.get_device_capability(d) for d in devices}
     return [f"{major}.{minor}" for major, minor in sorted(found)]
+
+
+_PACKAGES = (
+    *("numpy", "triton", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino"),
+    *("matplotlib", "scikit-learn", "tqdm"),
+)
+
+
+def describe() -> list[str]:
+    """What `deformnd info` says: versions, devices, and the kernels of each with the reason."""
+    from . import __version__
+    from .bench import processor
+
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    lines = [
+        f"deformnd {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        ", ".join(f"{name} {version}" for name, version in found.items()),
+        f"CPU: {processor()}, {os.cpu_count()} cores; {torch.get_num_threads()} OpenMP threads, "
+        "torch's own number (torch.set_num_threads)",
+        f"  kernels: {_cpu_kernels()}",
+    ]
+    for index in range(torch.cuda.device_count()):
+        lines.append(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+        lines.append(f"  kernels: {_gpu_kernels()}")
+    if not torch.cuda.device_count():
+        built = torch.version.cuda or torch.version.hip
+        why = "no device was found" if built else "this torch is built for CPUs only"
+        lines.append(f"CUDA: none, {why}")
+    lines.append("other devices: the reference in plain PyTorch")
+    return lines
+
+
+def _cpu_kernels() -> str:
+    if cpu.available():
+        level = cpu.LEVELS[cpu.best_level()]
+        return f"C++ core with {level}, the widest that this machine and the core have"
+    files = list(Path(__file__).parent.glob("_core.*"))
+    why = (
+        f"{files[0].name} cannot be loaded here"
+        if files
+        else "the C++ core was not built, for which pip needs a C++17 compiler"
+    )
+    return f"the reference in plain PyTorch, slower: {why}"
+
+
+def _gpu_kernels() -> str:
+    if with_cuda():
+        return "Triton, compiled for the device at the first call"
+    if not importlib.util.find_spec("triton"):
+        return "the reference in plain PyTorch, slower: triton is not installed"
+    return "the reference in plain PyTorch, slower: no GPU kernels are registered"
+
+
+def self_test() -> Iterator[tuple[str, str, float, bool]]:
+    """Compare the six operators with the definition in float64, on each device.
+
+    Yields:
+        The operator's name, the device, the largest relative error of output and gradients, and
+        whether it is small enough.
+    """
+    from . import bench
+
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        for transposed in (False, True):
+            for size in ((9,), (6, 7), (4, 5, 6)):
+                shape = bench.Shape(2, 4, size, 6, 3, 2, stride=2, transposed=transposed)
+                p = bench.Problem(shape, device=device)
+                leaves: Any = tuple(t.requires_grad_() for t in p.tensors())
+                output = p.deform(leaves)
+                grads = torch.autograd.grad(output, leaves, p.grad)
+                exact = p.exact(shape.batch)
+                by_image, by_points, *rest = exact.kernel_backward(reference)
+                wanted = (exact.kernel(reference), by_points if transposed else by_image, *rest)
+                error = max(
+                    bench.relative(got.detach(), want.detach())
+                    for got, want in zip((output, *grads), wanted, strict=True)
+                    if want is not None
+                )
+                name = f"deform_conv{'_transpose' if transposed else ''}{len(size)}d"
+                yield name, device, error, error < 1e-5

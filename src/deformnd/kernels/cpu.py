@@ -19,6 +19,8 @@ from torch import Tensor
 from . import reference
 from .geometry import DTYPES, Geometry, memory_format
 
+# The names of the levels that the core counts, see best_level in csrc/core.cpp.
+LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 # For tests only. Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, 3 that and its products of
 # bfloat16, -1 the widest there are.
 level = -1

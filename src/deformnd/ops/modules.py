@@ -42,10 +42,10 @@ Activation = Union[str, Callable[[Tensor], Tensor], None]
 _CONV_DOC = """`deform_conv{n}d` with its weight and bias: forward(input, offset, mask=None).
 
 Args:
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-        device, dtype: as for torch.nn.Conv{n}d, in this order. padding_mode is 'zeros',
-        'reflect', 'replicate' or 'circular'; with the last three, samples that leave the padded
-        input are still 0.
+    in_channels ... dtype: as for torch.nn.Conv{n}d, in its order: in_channels, out_channels,
+        kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype.
+        padding_mode is 'zeros', 'reflect', 'replicate' or 'circular'; with the last three,
+        samples that leave the padded input are still 0.
 
 Shapes, channel order of offset and mask, errors and precision are those of `deform_conv{n}d`.
 
@@ -64,9 +64,9 @@ forward(input, offset, mask=None, output_size=None); output_size chooses among t
 stride above 1 leaves open, as for torch.nn.ConvTranspose{n}d.
 
 Args:
-    in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups,
-        bias, padding_mode, device, dtype: as for torch.nn.ConvTranspose{n}d, in this order.
-        padding_mode is 'zeros'.
+    in_channels ... dtype: as for torch.nn.ConvTranspose{n}d, but in this order: in_channels,
+        out_channels, kernel_size, stride, padding, dilation, output_padding, groups, bias,
+        padding_mode, device, dtype. padding_mode is 'zeros'.
 
 Shapes, channel order of offset and mask, errors and precision are those of
 `deform_conv_transpose{n}d`.
