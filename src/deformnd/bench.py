@@ -332,8 +332,8 @@ def prepare(peer: str, p: Problem, phase: str, threads: int) -> Call:
 def rounds(group: dict[str, Call], seconds: float) -> dict[str, list[float]]:
     """Milliseconds a call on the CPU, of interleaved rounds of about 30 ms each.
 
-    Before each comes a call that is not timed, as in steady use: a virtual machine hands back to its
-    host what lies free while a slow peer runs, and to get 100 MB again takes as long as the kernel.
+    Before each comes a call that is not timed, as in steady use: a virtual machine hands back to
+    its host what lies free while a slow peer runs, and 100 MB again take as long as a call.
     """
     calls = {}
     for name, function in group.items():
