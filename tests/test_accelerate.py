@@ -102,6 +102,23 @@ def test_eager(mask, bias, channels_last):
 
 
 @needs_torchvision
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_eager_on_a_gpu(channels_last):
+    tensors = [
+        None if t is None else t.detach().cuda().requires_grad_()
+        for t in arguments(channels_last=channels_last)
+    ]
+    theirs, wanted = results(function, tensors), expected(tensors)
+    with accelerate() as handle, counting(1, 1):
+        assert "cuda" in handle.devices
+        ours = results(function, tensors)
+    assert_close(ours, wanted, theirs)
+    with counting(0, 0):
+        results(function, tensors)
+
+
+@needs_torchvision
 @needs_core
 def test_module():
     layer = torchvision.ops.DeformConv2d(4, 6, 3, padding=1, groups=2)
