@@ -16,7 +16,7 @@ python3 -m venv "$out/builder"
 "$out/builder/bin/python" -m build --outdir "$out/dist" .
 python3 -m venv "$out/fresh"
 for tool in cat env ls mkdir rm sh tr uname; do ln -s "$(command -v $tool)" "$out/tools"; done
-cp -r tests docs README.md pyproject.toml "$out/run"
+cp -r tests docs examples README.md pyproject.toml "$out/run"
 cd "$out/run"
 export PATH="$out/fresh/bin:$out/tools"
 unset CC CXX PYTHONPATH
