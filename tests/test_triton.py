@@ -33,7 +33,7 @@ from deformnd.kernels.geometry import (
 triton = pytest.importorskip("triton")
 
 from deformnd.kernels.triton import configs, hopper, launch, layouts  # noqa: E402
-from deformnd.kernels.triton.compiled import descriptor_type  # noqa: E402
+from deformnd.kernels.triton.plan import Plan  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")
@@ -248,6 +248,7 @@ def forget() -> None:
     for value in (v for m in (launch, layouts, hopper) for v in vars(m).values()):
         if hasattr(value, "cache_clear"):
             value.cache_clear()
+    launch._PLANS.clear()
 
 
 INTERPRETED = [
@@ -406,10 +407,29 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (launch._bucket_launches(g, 4, True, 512)[1], (dtype, integer, integer, integer)),
         (launch._bucket_launches(g, 4, False, 512)[1], (dtype, integer, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
-        (layouts.pack_launch(g, False, precision == "split", ""), (dtype, weight)),
-        (layouts.relayout_launch(layouts.units_of(g), "channels", "rows", 2, 256),
-         (dtype, dtype, None)),
+        *prepared(g, dtype, precision),
     ]  # fmt: skip
+
+
+def prepared(g: Geometry, dtype: torch.dtype, precision: str) -> list[Any]:
+    """Launches of `prepare` that copy, pack and write zeros."""
+    image = torch.empty(g.batch, g.image_channels, *g.image_size, dtype=dtype)
+    points = torch.empty(g.batch, g.point_channels, *g.point_size, dtype=dtype)
+    weight = torch.empty(g.point_channels, g.image_channels // g.groups, *g.kernel, dtype=dtype)
+    plan = Plan(image.device, (image, points, weight))
+    x, y, w = (layouts.Operand(slot, False) for slot in plan.given if slot is not None)
+    call = layouts.Call(g, plan, precision, w, None, None)
+    call.image(x), call.rows(y), call.weight(), call.weight("along")
+    plan.zero(plan.scratch(100, dtype=torch.int32))
+    plan.flush()
+    rows = layouts.Operand(plan.scratch(*points.shape, dtype=dtype), True)
+    bias = plan.scratch(g.point_channels, dtype=dtype)
+    whole = layouts.Units(g.point_channels, 1, False, g.point_channels)
+    layouts.copy(plan, rows.slot, plan.result(points.shape, dtype), bias, whole, "rows", "channels")
+    call.factors(y)
+    plan.flush()
+    assert len(plan.steps) == 2
+    return [(step, [s and s.dtype for s in slots]) for step, slots in plan.steps]
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
@@ -460,15 +480,14 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
             (along, [None, dtype, None, *given, None, None, torch.float32]),
             (hopper.outer_launch(g, 132), [dtype, None, *given, torch.float32]),
         ):
-            if made.launch.kernel == "outer" and dtype != torch.float32:
+            if made.kernel == "outer" and dtype != torch.float32:
                 continue
             assert made is not None
-            half = torch.bfloat16 if dtype == torch.float32 else dtype
-            dtypes[made.launch.descriptor] = descriptor_type(half, made.block, made.layout)
-            compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
+            dtypes[made.descriptor.argument] = torch.bfloat16 if dtype == torch.float32 else dtype
+            compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
-            if made.launch.kernel == "gather":
+            if made.kernel == "gather":
                 assert stack(compiled.asm["cubin"], tmp_path) == 0  # nothing spilled
             if triton.__version__.startswith("3.6"):  # whose listings the check is made for
                 assert not unset_registers(compiled.asm["cubin"], tmp_path)

@@ -1,17 +1,23 @@
-"""Kernels compiled at their first call and launched without Triton's argument binder."""
+"""Kernels with everything but their tensors, compiled at their first call."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 from . import kernels
+from .driver import Function
 
 try:  # Gluon's interface may yet change; without it everything runs on kernels.py.
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -20,12 +26,26 @@ try:  # Gluon's interface may yet change; without it everything runs on kernels.
 except Exception:
     gluon = None  # type: ignore[assignment]
 
+# Whether TRITON_INTERPRET=1 was set when Triton was imported.
+INTERPRETED = not hasattr(kernels.gather, "cache_key")
+
+
+class Descriptor(NamedTuple):
+    """That an argument of a Gluon kernel is a matrix which the copy engine brings in blocks."""
+
+    argument: int
+    block: tuple[int, int]
+    layout: Any
+
+    def type_of(self, dtype: torch.dtype) -> str:
+        """Of a matrix of that dtype, in the kernel's signature."""
+        kind = _POINTERS[dtype].removeprefix("*")
+        return f"tensordesc<{kind}{list(self.block)},{self.layout!r}>"
+
 
 class Launch:
-    """One kernel with everything but its tensors; compiles once per device and dtypes.
+    """A kernel, its grid and all its arguments but the tensors.
 
-    Triton's own launch binds and hashes every argument (19 us for 38 of them); the arguments
-    here are fixed when the object is made, so the compiled kernel can be called as it is.
     Only pointers are specialised, all to 16 bytes: sizes never cause a compilation.
     """
 
@@ -37,74 +57,100 @@ class Launch:
         constants: dict[str, Any],
         warps: int,
         stages: int,
-        descriptor: int | None = None,
+        descriptor: Descriptor | None = None,  # only kernels of gluon.py have one
     ) -> None:
         self.kernel = kernel
-        self.descriptor = descriptor  # which argument of a Gluon kernel is a tensor descriptor
         self.grid = grid
         self.integers = integers
         self.constants = constants
         self.options = {"num_warps": warps, "num_stages": stages}
-        self.tail = (*integers, *constants.values())
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.descriptor = descriptor
 
-    def __call__(self, *tensors: Any) -> None:
-        if INTERPRETED:
-            kernel = getattr(kernels, self.kernel)
-            kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
-            return
-        pointers: list[Any] = []
-        key: list[Any] = [torch.cuda.current_device()]
-        for t in tensors:
-            if t is None:
-                pointers.append(None)
-                key.append(None)
-            elif t.__class__ is Tensor or isinstance(t, Tensor):
-                pointers.append(t.data_ptr())
-                key.append(t.dtype)
-            else:  # a descriptor
-                pointers.append(t)
-        known = self.compiled.get(tuple(key))
-        if known is None:
-            known = self.load(tensors)
-            self.compiled[tuple(key)] = known
-        run, head = known
-        run(*self.grid, _stream(key[0]), *head, *pointers, *self.tail)
+    def interpret(self, tensors: Sequence[Tensor | None]) -> None:
+        kernel = getattr(kernels, self.kernel)
+        kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
 
-    def load(self, tensors: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-        """The compiled kernel's launcher and its first arguments after grid and stream."""
-        try:
-            target = triton.runtime.driver.active.get_current_target()
-            compiled = self.compile([None if t is None else _dtype(t) for t in tensors], target)
-            run = compiled.run  # loads it
-        except Exception as failure:
-            raise RuntimeError(
-                f"deformnd: Triton {triton.__version__} cannot build its kernel {self.kernel!r} "
-                f"for {torch.cuda.get_device_name()}: {failure}"
-            ) from failure
-        return run, (compiled.function, compiled.packed_metadata, None, None, None)
+    def compile(self, dtypes: Sequence[torch.dtype | None], target: Any) -> Any:
+        """For tensors of these dtypes, None where there is none."""
+        return triton.compile(self._source(dtypes), target=target, options=dict(self.options))
 
-    def compile(self, dtypes: Sequence[Any], target: Any) -> Any:
-        return _compile(
-            self.kernel,
-            tuple(dtypes),
-            _types(self.integers),
-            tuple(self.constants.items()),
-            tuple(self.options.items()),
-            target,
-            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
-            self.descriptor is not None,
+    def load(self, dtypes: Sequence[torch.dtype | None]) -> tuple[Function, Any]:
+        """The function on the current CUDA device, and what its descriptor is like."""
+        device = torch.cuda.current_device()
+        parts = (self.kernel, *dtypes, _types(self.integers), *self.constants.items(), device)
+        key = (*parts, *self.options.values(), self.descriptor)
+        if key not in _LOADED:
+            capability = torch.cuda.get_device_capability()
+            target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+            try:
+                _LOADED[key] = self._load(dtypes, target)
+            except Exception as failure:
+                raise RuntimeError(
+                    f"deformnd: Triton {triton.__version__} cannot build its kernel "
+                    f"{self.kernel!r} for {torch.cuda.get_device_name()}: {failure}"
+                ) from failure
+        return _LOADED[key]
+
+    def _load(self, dtypes: Sequence[torch.dtype | None], target: Any) -> tuple[Function, Any]:
+        # Triton's own cache takes 0.3 s to look at, since it hashes Triton itself.
+        identity = (triton.__version__, self._source(dtypes).hash(), target, self.options)
+        cache = get_cache_manager(hashlib.sha256(str(identity).encode()).hexdigest())
+        binary, described = cache.get_file("kernel.cubin"), cache.get_file("kernel.json")
+        if binary is None or described is None:
+            compiled = self.compile(dtypes, target)
+            known = compiled.metadata
+            about = {
+                "name": known.name,
+                "shared": known.shared,
+                "warps": known.num_warps,
+                "descriptors": list(getattr(known, "tensordesc_meta", None) or ()),
+            }
+            if known.global_scratch_size or known.num_ctas != 1:
+                raise RuntimeError("it needs scratch memory or clusters")
+            binary = cache.put(compiled.asm["cubin"], "kernel.cubin")
+            described = cache.put(json.dumps(about), "kernel.json", binary=False)
+        about = json.loads(Path(described).read_text())
+        function = Function(
+            Path(binary).read_bytes(), about["name"], about["shared"], about["warps"]
         )
+        return function, next(iter(about["descriptors"]), None)
+
+    def _source(self, dtypes: Sequence[torch.dtype | None]) -> Any:
+        of_gluon = self.descriptor is not None
+        function = getattr(gluon if of_gluon else kernels, self.kernel)
+        types: list[Any] = ["constexpr" if d is None else _POINTERS[d] for d in dtypes]
+        if self.descriptor is not None:
+            at = self.descriptor.argument
+            dtype = dtypes[at]
+            assert dtype is not None
+            types[at] = self.descriptor.type_of(dtype)
+        types += [*_types(self.integers), *["constexpr"] * len(self.constants)]
+        names = function.arg_names
+        signature = dict(zip(names, types, strict=True))
+        bound: dict[tuple[int, ...], Any] = {(i,): None for i, d in enumerate(dtypes) if d is None}
+        for i, (name, value) in enumerate(
+            self.constants.items(), start=len(names) - len(self.constants)
+        ):
+            assert names[i] == name
+            bound[(i,)] = value
+        divisors = {
+            name: self.constants[constant]
+            for constant, divided in _DIVIDED.items()
+            if constant in self.constants
+            for name in divided
+        }
+        if of_gluon:
+            divisors |= {"channels": 16, "outputs": 16}
+        divisors |= {n: 16 for n, t in signature.items() if isinstance(t, str) and t[0] == "*"}
+        aligned = {
+            (i,): [["tt.divisibility", divisors[name]]]
+            for i, name in enumerate(names)
+            if name in divisors
+        }
+        return (GluonASTSource if of_gluon else ASTSource)(function, signature, bound, aligned)
 
 
-# Whether TRITON_INTERPRET=1 was set when Triton was imported.
-INTERPRETED = not hasattr(kernels.gather, "cache_key")
-
-
-def _stream(device: int) -> int:
-    stream: int = triton.runtime.driver.active.get_current_stream(device)
-    return stream
-
+_LOADED: dict[Any, tuple[Function, Any]] = {}
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -114,65 +160,15 @@ _POINTERS = {
     torch.int64: "*i64",
 }
 
-
-def _dtype(t: Any) -> Any:
-    """A tensor's dtype; a descriptor's type in a signature."""
-    if isinstance(t, Tensor):
-        return t.dtype
-    return descriptor_type(t.base.dtype, t.block_shape, t.layout)
-
-
-def descriptor_type(dtype: torch.dtype, block: Sequence[int], layout: Any) -> str:
-    return f"tensordesc<{_POINTERS[dtype].removeprefix('*')}{list(block)},{layout!r}>"
-
-
 # The arguments that are multiples of a constant.
-_DIVIDED = {
-    "VECTOR_C": ("channels", "unit", "group_in"),
-    "VECTOR_O": ("outputs", "group_out"),
-    "VECTOR_P": ("pixels",),
-}
+_DIVIDED = {"VECTOR_C": ("channels", "unit", "group_in"), "VECTOR_O": ("outputs", "group_out")}
 
 
 def _types(value: Any) -> Any:
+    """Of an integer, or of the integers in nested tuples."""
     if isinstance(value, tuple):
         return tuple(_types(v) for v in value)
     return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-@functools.cache
-def _compile(
-    kernel: str,
-    dtypes: tuple[torch.dtype | None, ...],
-    integers: tuple[Any, ...],
-    constants: tuple[tuple[str, Any], ...],
-    options: tuple[tuple[str, int], ...],
-    target: Any,
-    device: int,
-    for_hopper: bool,
-) -> Any:
-    """Compile for a target; `device` only keeps apart what is loaded on different devices."""
-    function = getattr(gluon if for_hopper else kernels, kernel)
-    types: list[Any] = ["constexpr" if d is None else _POINTERS.get(d, d) for d in dtypes]
-    types += [*integers, *["constexpr"] * len(constants)]
-    signature = dict(zip(function.arg_names, types, strict=True))
-    bound: dict[tuple[int, ...], Any] = {(i,): None for i, d in enumerate(dtypes) if d is None}
-    for i, (name, value) in enumerate(constants, start=len(types) - len(constants)):
-        assert function.arg_names[i] == name
-        bound[(i,)] = value
-    divisors = {
-        name: divisor for constant, divisor in constants for name in _DIVIDED.get(constant, ())
-    }
-    divisors |= {function.arg_names[i]: 16 for i, d in enumerate(dtypes) if d in _POINTERS}
-    if for_hopper:
-        divisors |= {"channels": 16, "outputs": 16}
-    aligned = {
-        (i,): [["tt.divisibility", divisors[name]]]
-        for i, name in enumerate(function.arg_names)
-        if name in divisors
-    }
-    source = (GluonASTSource if for_hopper else ASTSource)(function, signature, bound, aligned)
-    return triton.compile(source, target=target, options=dict(options))
 
 
 @functools.cache

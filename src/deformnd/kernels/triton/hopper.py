@@ -5,33 +5,34 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from ..geometry import Geometry
 from . import configs
-from .compiled import Launch, capability_of
-from .layouts import image_rows, sizes_of, units_of
+from .compiled import Descriptor, Launch, capability_of
+from .layouts import Call, image_rows, sizes_of, units_of
+from .plan import Slot
 
 try:  # as in compiled.py
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from . import gluon
 except Exception:
     gluon = None  # type: ignore[assignment]
 
 
-def on_hopper(g: Geometry, like: Tensor, precision: str) -> bool:
+def takes(call: Call) -> bool:
     """Whether gluon.py can take the call: one group, one unit, sizes that fit."""
+    g, device = call.g, call.plan.device
     return (
         gluon is not None
-        and like.is_cuda
-        and precision in ("native", "split")
-        and capability_of(like.device) == (9, 0)
+        and device.type == "cuda"
+        and call.precision in ("native", "split")
+        and capability_of(device) == (9, 0)
         and g.groups == 1
         and units_of(g).number == 1
         and g.offset_groups == 1
@@ -43,29 +44,18 @@ def on_hopper(g: Geometry, like: Tensor, precision: str) -> bool:
     )
 
 
-class HopperLaunch:
-    """A Gluon kernel; calling it says whether it ran. One that cannot be compiled never does."""
-
-    def __init__(self, launch: Launch, block: tuple[int, int], layout: Any) -> None:
-        self.launch = launch
-        self.block = list(block)
-        self.layout = layout
-
-    def __call__(self, *tensors: Tensor | None) -> bool:
-        key = (self.launch.kernel, self.launch.constants.get("SPLIT", True))
-        if key in BROKEN:
-            return False
-        given: list[Any] = list(tensors)
-        at = self.launch.descriptor
-        assert at is not None
-        given[at] = TensorDescriptor.from_tensor(given[at], self.block, self.layout)
-        try:
-            self.launch(*given)
-        except Exception as failure:
-            BROKEN.add(key)
-            warnings.warn(f"deformnd: {self.launch.kernel} of gluon.py: {failure}", stacklevel=2)
-            return False
-        return True
+def builds(launch: Launch, slots: Sequence[Slot | None]) -> bool:
+    """Whether the kernel can be compiled. If not, that is said once, and another must do."""
+    key = (launch.kernel, launch.constants.get("SPLIT", True))
+    if key in BROKEN:
+        return False
+    try:
+        launch.load([None if s is None else s.dtype for s in slots])
+    except Exception as failure:
+        BROKEN.add(key)
+        warnings.warn(f"deformnd: {launch.kernel} of gluon.py: {failure}", stacklevel=2)
+        return False
+    return True
 
 
 BROKEN: set[tuple[str, bool]] = set()
@@ -95,7 +85,7 @@ def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
 @functools.lru_cache(maxsize=4096)
 def gather_launch(
     g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
-) -> HopperLaunch | None:
+) -> Launch | None:
     row = configs.find_hopper("gather", dtype.itemsize, g.point_channels)
     block_p = 16 * row.warps
     block_o = math.gcd(row.block_o, g.point_channels)
@@ -106,7 +96,7 @@ def gather_launch(
     blocks = g.point_channels // block_o
     if g.batch * tiles * blocks < multiprocessors:
         return None  # the Triton kernel has more warps to a program, and may split the sum
-    launch = Launch(
+    return Launch(
         "gather",
         (g.batch * tiles * blocks, 1, 1),
         (sizes_of(g), g.image_channels, g.point_channels, tiles, blocks),
@@ -126,13 +116,12 @@ def gather_launch(
         ),
         row.warps,
         1,
-        descriptor=1,
+        Descriptor(1, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
     )  # fmt: skip
-    return HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
-def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> HopperLaunch | None:
+def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Launch | None:
     block_o = g.point_channels
     if block_o > 256 or block_o & (block_o - 1):
         return None
@@ -143,7 +132,7 @@ def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Hoppe
     taps = math.prod(g.kernel)
     splits = max(1, min(taps, 2 * multiprocessors // (g.batch * tiles)))
     across = min(32, block_o // 8)
-    launch = Launch(
+    return Launch(
         "along",
         (g.batch * tiles, splits, 1),
         (sizes_of(g), g.image_channels, g.point_channels, tiles, splits),
@@ -161,13 +150,12 @@ def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Hoppe
         ),
         row.warps,
         1,
-        descriptor=2,
+        Descriptor(2, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
     )
-    return HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
-def outer_launch(g: Geometry, multiprocessors: int) -> HopperLaunch:
+def outer_launch(g: Geometry, multiprocessors: int) -> Launch:
     row = configs.find_hopper("outer", 4, g.point_channels)
     block_o = math.gcd(row.block_o, g.point_channels)
     block_c, block_p = math.gcd(row.block_c, g.image_channels), 64
@@ -176,7 +164,7 @@ def outer_launch(g: Geometry, multiprocessors: int) -> HopperLaunch:
     splits = max(1, min(g.batch * tiles // 8, row.programs * multiprocessors // programs))
     # Whole warp groups along the channels, the rest along the point channels.
     along = 4 * max(1, min(block_c // 64, row.warps // 4))
-    launch = Launch(
+    return Launch(
         "outer",
         (taps * (g.image_channels // block_c), g.point_channels // block_o, splits),
         (sizes_of(g), g.batch, g.image_channels, g.point_channels, tiles, splits),
@@ -196,6 +184,5 @@ def outer_launch(g: Geometry, multiprocessors: int) -> HopperLaunch:
         ),
         row.warps,
         1,
-        descriptor=1,
+        Descriptor(1, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32)),
     )  # fmt: skip
-    return HopperLaunch(launch, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32))

@@ -818,15 +818,17 @@ def weight_gradient(image, points, offset, mask, out,
 
 
 @triton.jit
-def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
+def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
-    """Sum partial results [splits, *sizes] (three sizes) plus a bias along the middle one."""
+    """Sum partial results [count / inner, splits, inner], plus a bias along the middle one of the
+    three sizes of the result, to where the strides say."""
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     acc = tl.zeros((BLOCK,), tl.float32)
+    place = i + i // inner * (splits - 1) * inner
     for s in range(splits):
-        acc += tl.load(parts + i, mask=inside, other=0.0)
-        parts += count
+        acc += tl.load(parts + place, mask=inside, other=0.0)
+        place += inner
     at = _unravel(i, sizes)
     if bias is not None:
         acc += tl.load(bias + at[1], mask=inside, other=0.0).to(tl.float32)
@@ -847,18 +849,18 @@ def _operand_order(i):
 
 
 @triton.jit
-def pack_weight(weight, out, taps, outputs, group_in, weights, blocks, LAST: tl.constexpr,
-                SPLIT: tl.constexpr, ORDER: tl.constexpr, BLOCK_C: tl.constexpr,
-                BLOCK_K: tl.constexpr):  # fmt: skip
+def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
+          ORDER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
 
     For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
     operand and the point channels for "gather", the image channels of a product for "along".
-    Grid: (O x blocks of C, blocks of K).
     """
-    o = tl.program_id(0) // blocks
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    tap = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    programs, taps, outputs, group_in, weights, blocks = sizes
+    tap = (program % ((taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    row = program // ((taps + BLOCK_K - 1) // BLOCK_K)
+    o = row // blocks
+    c = (row % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     inside = (c < group_in) & (tap < taps)
     from_o = o
     from_c = c
@@ -882,23 +884,27 @@ def pack_weight(weight, out, taps, outputs, group_in, weights, blocks, LAST: tl.
 
 
 @triton.jit
-def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixel_from, batch_to,
-             unit_to, pixel_to, blocks, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
-             VECTOR_C: tl.constexpr, VECTOR_P: tl.constexpr, BLOCK_P: tl.constexpr,
-             BLOCK_C: tl.constexpr, PAD: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+def _copy(program, source, out, bias, sizes, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
+          VECTOR_C: tl.constexpr, VECTOR_P: tl.constexpr, BLOCK_P: tl.constexpr,
+          BLOCK_C: tl.constexpr, PAD: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Copy an image between layouts, add a bias, convert the dtype.
 
     Element (batch item, unit, pixel, channel of the unit) lies at the given strides; with LAST
-    the channels are contiguous, else the pixels are and `pixel` is the stride of the channels.
-    PAD channels of a unit are written, with zeros after the unit's own. SPLIT: write heads, and
-    after all of them tails (Note [precision]). Grid: (blocks of pixels x units x B, blocks of
-    channels).
+    the channels are contiguous, else the pixels are and the stride is that of the channels. PAD
+    channels of a unit are written, with zeros after the unit's own. SPLIT: write heads, and after
+    all of them tails (Note [precision]). Pixels and channels of a unit come divided by the
+    VECTORs, so that the compiler knows what divides them.
     """
-    tile = tl.program_id(0) % blocks
-    u = (tl.program_id(0) // blocks) % units
-    b = (tl.program_id(0) // blocks // units).to(tl.int64)
+    programs, batch, pixels, units, unit, strides_from, strides_to, blocks, across = sizes
+    batch_from, unit_from, row_from = strides_from
+    batch_to, unit_to, row_to = strides_to
+    pixels = pixels * VECTOR_P
+    unit = unit * VECTOR_C
+    tile = program % blocks
+    u = (program // blocks) % units
+    j = (program // blocks // units) % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = (program // blocks // units // across).to(tl.int64)
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    j = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     wide_p = p.to(tl.int64)
     wide_j = j.to(tl.int64)
     start = b * batch_from + u.to(tl.int64) * unit_from
@@ -907,9 +913,9 @@ def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixe
     out += tl.multiple_of(start, VECTOR_C if TO_LAST else VECTOR_P)
     inside = (p < pixels)[:, None] & (j < unit)[None, :]
     if FROM_LAST:
-        place = tl.multiple_of(wide_p * pixel_from, VECTOR_C)[:, None] + j[None, :]
+        place = tl.multiple_of(wide_p * row_from, VECTOR_C)[:, None] + j[None, :]
     else:
-        place = tl.multiple_of(wide_j * pixel_from, VECTOR_P)[None, :] + p[:, None]
+        place = tl.multiple_of(wide_j * row_from, VECTOR_P)[None, :] + p[:, None]
     value = tl.load(source + place, mask=inside, other=0.0)
     if bias is not None:
         value = value.to(tl.float32)
@@ -917,13 +923,50 @@ def relayout(source, out, bias, pixels, units, unit, batch_from, unit_from, pixe
     if PAD:
         inside = (p < pixels)[:, None] & (j < PAD)[None, :]
     if TO_LAST:
-        place = tl.multiple_of(wide_p * pixel_to, VECTOR_C)[:, None] + j[None, :]
+        place = tl.multiple_of(wide_p * row_to, VECTOR_C)[:, None] + j[None, :]
     else:
-        place = tl.multiple_of(wide_j * pixel_to, VECTOR_P)[None, :] + p[:, None]
+        place = tl.multiple_of(wide_j * row_to, VECTOR_P)[None, :] + p[:, None]
     if SPLIT:
         head = value.to(tl.bfloat16)
         tl.store(out + place, head, mask=inside)
-        out += (tl.num_programs(0) // (blocks * units)).to(tl.int64) * batch_to
+        out += batch.to(tl.int64) * batch_to
         tl.store(out + place, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
     else:
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def prepare(source, copy, bias, second_source, second_copy, weight, packed, second_packed, zeros,
+            sizes, second_sizes, pack_sizes, second_pack_sizes, zero_sizes,
+            COPY: tl.constexpr, SECOND_COPY: tl.constexpr, PACK: tl.constexpr,
+            SECOND_PACK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """What other kernels need done first, at once: two copies, two packings of the weight, zeros.
+
+    Each only if its pointers are not None; its first size is its number of programs, and its
+    constants are the last arguments of _copy and _pack. Grid: (programs of all).
+    """
+    program = tl.program_id(0)
+    if source is not None:
+        if program >= 0 and program < sizes[0]:
+            _copy(program, source, copy, bias, sizes, COPY[0], COPY[1], COPY[2], COPY[3], COPY[4],
+                  COPY[5], COPY[6], COPY[7])  # fmt: skip
+        program -= sizes[0]
+    if second_source is not None:
+        if program >= 0 and program < second_sizes[0]:
+            _copy(program, second_source, second_copy, None, second_sizes, SECOND_COPY[0],
+                  SECOND_COPY[1], SECOND_COPY[2], SECOND_COPY[3], SECOND_COPY[4], SECOND_COPY[5],
+                  SECOND_COPY[6], SECOND_COPY[7])  # fmt: skip
+        program -= second_sizes[0]
+    if packed is not None:
+        if program >= 0 and program < pack_sizes[0]:
+            _pack(program, weight, packed, pack_sizes, PACK[0], PACK[1], PACK[2], PACK[3], PACK[4])
+        program -= pack_sizes[0]
+    if second_packed is not None:
+        if program >= 0 and program < second_pack_sizes[0]:
+            _pack(program, weight, second_packed, second_pack_sizes, SECOND_PACK[0],
+                  SECOND_PACK[1], SECOND_PACK[2], SECOND_PACK[3], SECOND_PACK[4])  # fmt: skip
+        program -= second_pack_sizes[0]
+    if zeros is not None:
+        if program >= 0:
+            i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(zeros + i, tl.zeros((BLOCK,), zeros.dtype.element_ty), mask=i < zero_sizes[1])

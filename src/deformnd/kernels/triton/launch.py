@@ -1,6 +1,7 @@
 """The operators on CUDA and ROCm tensors, by Triton: the functions of reference.py.
 
-Tensors of float64 take the reference.
+Tensors of float64 take the reference. What a call does is written down in a Plan, once for calls
+alike: the functions here make plans, with every choice of kernel and tile.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ from torch import Tensor
 from .. import reference
 from ..geometry import Geometry, memory_format
 from . import configs, hopper
-from .compiled import Launch, multiprocessors_of
+from .compiled import Launch
 from .layouts import (
     LEAST,
     Call,
+    Operand,
     Units,
+    allows_tf32,
     channels_of,
     constants_of,
+    copy,
     fit,
     image_rows,
-    pixels_of,
-    relayout,
+    precision_of,
     sizes_of,
     units_of,
     weights_of,
 )
+from .plan import Plan, Slot
 
 
 def gather(
@@ -46,8 +50,7 @@ def gather(
     """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
     if _for_reference(g, image, offset, mask):
         return reference.gather(g, image, weight, offset, mask, bias)
-    with _on_device_of(image):
-        return _gather(Call.of(g, image, offset, mask, weight), image, bias, image)
+    return _run(_plan_gather, g, image, None, weight, offset, mask, bias)[0]
 
 
 def scatter(
@@ -61,13 +64,7 @@ def scatter(
     """dF/dimage [B, C, *image_size]: the forward of deform_conv_transpose."""
     if _for_reference(g, points, offset, mask):
         return reference.scatter(g, points, weight, offset, mask, bias)
-    with _on_device_of(points):
-        call = Call.of(g, points, offset, mask, weight)
-        if _by_inverse(g, points):
-            return _inverse(call, points, bias, points)
-        image = _spread(call, None, points, bias, (True, False, False), points)[0]
-        assert image is not None
-        return image
+    return _run(_plan_scatter, g, None, points, weight, offset, mask, bias)[0]
 
 
 def gradients(
@@ -83,78 +80,188 @@ def gradients(
     if _for_reference(g, image, offset, mask):
         return reference.gradients(g, image, points, weight, offset, mask, needs)
     by_image, by_points, by_weight, by_offset, by_mask = needs
-    by_offset = by_offset and offset is not None
-    by_mask = by_mask and mask is not None
-    out: list[Tensor | None] = [None] * 5
-    with _on_device_of(image):
-        call = Call.of(g, image, offset, mask, weight)
-        if by_image and _by_inverse(g, image):
-            call.rows(points)  # first, so that all kernels use them
-        if by_points:
-            out[1] = _gather(call, image, None, points)
-        if by_weight:
-            out[2] = _weight_gradient(call, image, points, weight)
-        atomics = by_image and not _by_inverse(g, image)
-        if by_offset or by_mask or atomics:
-            out[0], out[3], out[4] = _spread(
-                call, image, points, None, (atomics, by_offset, by_mask), image
-            )
-        if by_image and not atomics:
-            out[0] = _inverse(call, points, None, image)
-    return tuple(out)
+    wanted = (
+        *(by_image, by_points, by_weight),
+        *(by_offset and offset is not None, by_mask and mask is not None),
+    )
+    found = iter(_run(_plan_gradients, g, image, points, weight, offset, mask, None, wanted))
+    return tuple(next(found) if want else None for want in wanted)
 
 
 def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
     """float64 and empty tensors take the reference."""
-    empty = 0 in (g.batch, g.image_channels, g.point_channels)
-    return empty or any(t is not None and t.dtype == torch.float64 for t in tensors)
+    if 0 in (g.batch, g.image_channels, g.point_channels):
+        return True
+    return torch.float64 in [t.dtype for t in tensors if t is not None]
 
 
-def _on_device_of(t: Tensor) -> Any:
-    if not t.is_cuda or t.device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(t.device)
+_PLANS: dict[Any, Plan] = {}
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *args: object) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
-
-
-def _gather(call: Call, image: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """In the memory format of `like`."""
-    g = call.g
-    form = memory_format(like)
-    last = form is not torch.contiguous_format
-    shape = (g.batch, g.point_channels, *g.point_size)
-    out = torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=form)
-    if hopper.on_hopper(g, image, call.precision):
-        made = hopper.gather_launch(g, image.dtype, last, multiprocessors_of(image.device))
-        if made is not None and made(
-            call.image(image), call.fragments("gather"), call.offset, call.mask, bias, out
-        ):
-            return out
-    key = (image.element_size(), call.precision, last, multiprocessors_of(image.device))
-    launch, splits = _gather_launch(g, *key)
-    target = out
-    if splits > 1:
-        target = image.new_empty(splits, out.numel(), dtype=torch.float32)
-    launch(call.image(image), call.weight(), call.offset, call.mask, bias, target)
-    if splits > 1:
-        positions = math.prod(g.point_size)
-        if last:
-            sizes = (g.batch * positions, g.point_channels, 1)
+def _run(
+    make: Any,
+    g: Geometry,
+    image: Tensor | None,
+    points: Tensor | None,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    wanted: tuple[bool, ...] = (),
+) -> list[Tensor]:
+    """Run the plan of the call, made by `make` for the first of its kind."""
+    device, dtype = weight.device, weight.dtype
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(make, g, image, points, weight, offset, mask, bias, wanted)
+    tensors: list[Tensor | None] = []
+    layouts: list[Any] = []
+    for t in (image, points, weight):
+        if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+            tensors.append(t)
+            layouts.append(None)
         else:
-            sizes = (g.batch, g.point_channels, positions)
-        strides = (sizes[1] * sizes[2], sizes[2], 1)
-        _reduce_launch(splits, sizes, strides)(target, bias, out)
-    return out
+            usable, last = _usable(t)
+            tensors.append(usable)
+            layouts.append((last, memory_format(t)))
+    for t in (offset, mask, bias):
+        if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+            tensors.append(t)
+        else:
+            tensors.append(_aligned(t.contiguous()))
+    key = (
+        *(make, wanted, g, *layouts, dtype, bias is None, device.index),
+        *(None if offset is None else offset.dtype, None if mask is None else mask.dtype),
+        torch.are_deterministic_algorithms_enabled(),
+        dtype == torch.float32 and allows_tf32(),
+    )
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = Plan(device, tensors)
+        operands = []
+        forms = []
+        for slot, layout in zip(plan.given, layouts, strict=False):
+            last, form = layout or (False, torch.contiguous_format)
+            operands.append(None if slot is None else Operand(slot, last))
+            forms.append(form)
+        call = Call(g, plan, precision_of(g, dtype), operands[2], *plan.given[3:5])
+        make(call, *operands[:2], plan.given[5], forms, wanted)
+        plan.flush()
+        if len(_PLANS) >= 4096:
+            _PLANS.clear()
+        _PLANS[key] = plan
+    return plan.run(tensors)
+
+
+def _usable(t: Tensor) -> tuple[Tensor, bool]:
+    """A tensor with its channels contiguous or last, and which."""
+    last = not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+    return _aligned(t if last else t.contiguous()), last
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Kernels are compiled for pointers to multiples of 16 bytes."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+Forms = Sequence[torch.memory_format]  # of image and points, which results take over
+
+
+def _plan_gather(
+    call: Call, image: Operand, points: None, bias: Slot | None, forms: Forms, wanted: Any
+) -> None:
+    _gather(call, image, bias, _points_result(call, image.slot.dtype, forms[0]))
+
+
+def _plan_scatter(
+    call: Call, image: None, points: Operand, bias: Slot | None, forms: Forms, wanted: Any
+) -> None:
+    out = _image_result(call, points.slot.dtype, forms[1])
+    if _by_inverse(call):
+        _inverse(call, points, bias, out)
+    else:
+        _spread(call, None, points, bias, out, None, None)
+
+
+def _plan_gradients(
+    call: Call,
+    image: Operand,
+    points: Operand,
+    bias: None,
+    forms: Forms,
+    wanted: tuple[bool, ...],
+) -> None:
+    by_image, by_points, by_weight, by_offset, by_mask = wanted
+    plan, dtype = call.plan, image.slot.dtype
+    # The results in their order, whatever is computed first.
+    grad_image = _image_result(call, dtype, forms[0]) if by_image else None
+    grad_points = _points_result(call, dtype, forms[1]) if by_points else None
+    grad_weight, grad_offset, grad_mask = (
+        plan.result(t.shape, t.dtype) if want and t is not None else None
+        for want, t in (
+            (by_weight, call.given_weight.slot),
+            (by_offset, call.offset),
+            (by_mask, call.mask),
+        )
+    )
+    by_inverse = grad_image is not None and _by_inverse(call)
+    if by_inverse:
+        call.rows(points)  # before the frame, so that all kernels use them
+        call.weight()
+    with call.frame():
+        if not (grad_points is grad_weight is grad_offset is grad_mask is None):
+            call.image(image)
+        if grad_points is not None:
+            _gather(call, image, None, grad_points)
+        by_atomics = None if by_inverse else grad_image
+        if not (grad_offset is grad_mask is by_atomics is None):
+            _spread(call, image, points, None, by_atomics, grad_offset, grad_mask)
+        if grad_weight is not None:
+            _weight_gradient(call, image, points, grad_weight)
+    if by_inverse and grad_image is not None:
+        _inverse(call, points, None, grad_image)
+
+
+def _image_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:
+    g = call.g
+    shape = (g.batch, g.image_channels, *g.image_size)
+    return Operand(call.plan.result(shape, dtype, form), form is not torch.contiguous_format)
+
+
+def _points_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:
+    g = call.g
+    shape = (g.batch, g.point_channels, *g.point_size)
+    return Operand(call.plan.result(shape, dtype, form), form is not torch.contiguous_format)
+
+
+def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None:
+    g, plan, dtype = call.g, call.plan, image.slot.dtype
+    if hopper.takes(call):
+        launch = hopper.gather_launch(g, dtype, out.last, call.multiprocessors)
+        if launch is not None:
+            slots = (
+                *(call.image(image), call.weight("gather")),
+                *(call.offset, call.mask, bias, out.slot),
+            )
+            if hopper.builds(launch, slots):
+                plan.launch(launch, *slots)
+                return
+    key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
+    launch, splits = _gather_launch(g, *key)
+    with call.frame():
+        target = out.slot
+        if splits > 1:
+            target = plan.scratch(splits, *out.slot.shape, dtype=torch.float32)
+        given = (call.image(image), call.weight(), call.offset, call.mask)
+        plan.launch(launch, *given, None if splits > 1 else bias, target)
+        if splits > 1:
+            positions = math.prod(g.point_size)
+            if out.last:
+                sizes = (g.batch * positions, g.point_channels, 1)
+            else:
+                sizes = (g.batch, g.point_channels, positions)
+            strides = (sizes[1] * sizes[2], sizes[2], 1)
+            plan.launch(_reduce_launch(splits, sizes, strides), target, bias, out.slot)
 
 
 def _blocks(g: Geometry, operator: str, width: int, channels: int) -> tuple[configs.Row, int, int]:
@@ -214,13 +321,14 @@ def _gather_launch(
 
 @functools.lru_cache(maxsize=4096)
 def _reduce_launch(
-    splits: int, sizes: tuple[int, int, int], strides: tuple[int, int, int]
+    splits: int, sizes: tuple[int, int, int], strides: tuple[int, int, int], inner: int = 0
 ) -> Launch:
+    """Sums [count / inner, splits, inner] to the sizes; inner is all of them unless given."""
     count = math.prod(sizes)
     return Launch(
         "reduce",
         (triton.cdiv(count, 1024), 1, 1),
-        (count, splits, sizes, strides),
+        (count, splits, inner or count, sizes, strides),
         dict(INDEX=tl.int32 if count * splits < 2**31 else tl.int64, BLOCK=1024),
         4,
         1,
@@ -229,79 +337,70 @@ def _reduce_launch(
 
 def _spread(
     call: Call,
-    image: Tensor | None,
-    points: Tensor,
-    bias: Tensor | None,
-    needs: tuple[bool, bool, bool],
-    like: Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Derivatives by image (through atomic additions), offset and mask; image as `like`."""
-    g, units = call.g, call.units
-    by_image, by_offset, by_mask = needs
-    grad_offset = grad_mask = grad_image = None
-    if by_offset and call.offset is not None:
-        grad_offset = _by_unit(g, call.offset, g.offset_groups)
-    if by_mask and call.mask is not None:
-        grad_mask = _by_unit(g, call.mask, g.mask_groups)
-    pixels = math.prod(g.image_size)
-    if by_image:
-        shape = (g.batch, units.number * units.padded * pixels)
-        grad_image = torch.zeros(shape, dtype=torch.float32, device=points.device)
-    by_position = grad_offset is not None or grad_mask is not None
-    laid = call.image(image) if by_position and image is not None else None
-    made = None
-    if hopper.on_hopper(g, points, call.precision):
-        made = hopper.along_launch(g, points.dtype, multiprocessors_of(points.device))
-    tensors: tuple[Tensor | None, ...] = (call.offset, call.mask, grad_offset, grad_mask)
-    if made is None or not made(
-        laid, call.rows(points), call.fragments("along"), *tensors, grad_image
-    ):
-        placed, last = call.points(points)
-        key = (points.element_size(), call.precision, last, by_image, by_position)
-        launch = _spread_launch(g, *key, multiprocessors_of(points.device))
-        launch(laid, placed, call.weight(), *tensors, grad_image)
-    result = None
-    if grad_image is not None:
-        result = _image_like(g, grad_image, bias, "planes" if units.narrow else "rows", like)
-    if grad_offset is not None and call.offset is not None:
-        grad_offset = _sum_units(g, grad_offset, call.offset, g.offset_groups)
-    if grad_mask is not None and call.mask is not None:
-        grad_mask = _sum_units(g, grad_mask, call.mask, g.mask_groups)
-    return result, grad_offset, grad_mask
+    image: Operand | None,
+    points: Operand,
+    bias: Slot | None,
+    by_image: Operand | None,
+    by_offset: Slot | None,
+    by_mask: Slot | None,
+) -> None:
+    """Derivatives by image (through atomic additions), offset and mask, each unless None."""
+    g, plan, units = call.g, call.plan, call.units
+    with call.frame():
+        grad_offset = _by_unit(call, by_offset, g.offset_groups)
+        grad_mask = _by_unit(call, by_mask, g.mask_groups)
+        grad_image = None
+        if by_image is not None:
+            shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
+            grad_image = plan.scratch(*shape, dtype=torch.float32)
+            plan.zero(grad_image)
+        by_position = grad_offset is not None or grad_mask is not None
+        laid = call.image(image) if by_position and image is not None else None
+        rest = (call.offset, call.mask, grad_offset, grad_mask, grad_image)
+        launch = None
+        if hopper.takes(call):
+            launch = hopper.along_launch(g, points.slot.dtype, call.multiprocessors)
+            if launch is not None:
+                slots = (laid, call.rows(points), call.weight("along"), *rest)
+                if not hopper.builds(launch, slots):
+                    launch = None
+        if launch is None:
+            placed = call.points(points)
+            key = (points.slot.dtype.itemsize, call.precision, placed.last)
+            needs = (grad_image is not None, by_position)
+            launch = _spread_launch(g, *key, *needs, call.multiprocessors)
+            slots = (laid, placed.slot, call.weight(), *rest)
+        plan.launch(launch, *slots)
+        if grad_image is not None and by_image is not None:
+            layout = "planes" if units.narrow else "rows"
+            _image_like(call, grad_image, bias, layout, by_image)
+        _sum_units(call, grad_offset, by_offset, g.offset_groups)
+        _sum_units(call, grad_mask, by_mask, g.mask_groups)
 
 
-def _by_unit(g: Geometry, like: Tensor, groups: int) -> Tensor:
-    """A gradient like `like`, but of each unit where a group has several."""
-    count = units_of(g).number
-    if count == groups:
-        return torch.empty_like(like)
-    return like.new_empty(like.numel() * (count // groups), dtype=torch.float32)
+def _by_unit(call: Call, result: Slot | None, groups: int) -> Slot | None:
+    """Where a gradient goes first: that of each unit where a group has several."""
+    if result is None or call.units.number == groups:
+        return result
+    size = math.prod(result.shape) * (call.units.number // groups)
+    return call.plan.scratch(size, dtype=torch.float32)
 
 
-def _sum_units(g: Geometry, grad: Tensor, like: Tensor, groups: int) -> Tensor:
-    count = units_of(g).number
-    if count == groups:
-        return grad
-    return grad.view(g.batch, groups, count // groups, -1).sum(2).view(like.shape).to(like.dtype)
+def _sum_units(call: Call, grad: Slot | None, result: Slot | None, groups: int) -> None:
+    if grad is None or result is None or call.units.number == groups:
+        return
+    outer, size = call.g.batch * groups, math.prod(result.shape)
+    inner = size // outer
+    splits = call.units.number // groups
+    sizes, strides = (1, 1, size), (size, size, 1)
+    call.plan.launch(_reduce_launch(splits, sizes, strides, inner), grad, None, result)
 
 
-def _image_like(
-    g: Geometry, laid: Tensor, bias: Tensor | None, layout: str, like: Tensor
-) -> Tensor:
-    """An image in the dtype and memory format of `like` from one laid out for the kernels."""
-    form = memory_format(like)
-    last = form is not torch.contiguous_format
-    shape = (g.batch, g.image_channels, *g.image_size)
-    if layout == "rows" and laid.dtype == like.dtype and bias is None:
-        if last or g.image_channels == 1:
-            rows = laid.view(g.batch, *g.image_size, g.image_channels).movedim(-1, 1)
-            return rows if last else rows.view(shape)
-    out = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
-    units = units_of(g)
-    if not units.narrow:
-        units = Units(g.image_channels, 1, False, g.image_channels)
-    relayout(laid, out, bias, units, layout, "rows" if last else "channels", pixels_of(out))
-    return out
+def _image_like(call: Call, laid: Slot, bias: Slot | None, layout: str, out: Operand) -> None:
+    """Copy an image laid out for the kernels to a result."""
+    channels = call.g.image_channels
+    units = call.units if call.units.narrow else Units(channels, 1, False, channels)
+    copy(call.plan, laid, out.slot, bias, units, layout, "rows" if out.last else "channels")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -338,7 +437,7 @@ def _spread_launch(
     )
 
 
-def _by_inverse(g: Geometry, like: Tensor) -> bool:
+def _by_inverse(call: Call) -> bool:
     """Whether the image gradient goes by inverse gather.
 
     It is bitwise repeatable if the lists are in order. For half numbers it is also faster than
@@ -347,29 +446,37 @@ def _by_inverse(g: Geometry, like: Tensor) -> bool:
     """
     if torch.are_deterministic_algorithms_enabled():
         return True
-    return like.element_size() == 2 and units_of(g).length > configs.NARROW
+    return call.precision == "native" and call.units.length > configs.NARROW
 
 
-def _inverse(call: Call, points: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """Derivative by the image, in the memory format of `like`."""
-    g = call.g
-    plan = _list_plan(g, torch.are_deterministic_algorithms_enabled())
-    tiles, segments = plan.tiles, plan.segments
-    counts = torch.zeros(plan.counts, dtype=torch.int32, device=points.device)
-    entries = torch.empty(plan.entries, dtype=torch.int32, device=points.device)
-    index = torch.int32 if plan.entries < 2**31 else torch.int64
-    count, fill = plan.launches
-    count(call.offset, counts, None, None)
-    ends = torch.cumsum(counts, 0, dtype=index)
-    fill(call.offset, counts, ends, entries)
-    laid = torch.empty(
-        (g.batch, *g.image_size, g.image_channels), dtype=points.dtype, device=points.device
-    )
-    rows = call.rows(points)
-    _inverse_launch(g, points.element_size(), call.precision, tiles, segments)(
-        rows, call.weight(), call.offset, call.mask, bias, ends, entries, laid
-    )
-    return _image_like(g, laid, None, "rows", like)
+def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand) -> None:
+    """Derivative by the image."""
+    g, plan, dtype = call.g, call.plan, points.slot.dtype
+    lists = _list_plan(g, torch.are_deterministic_algorithms_enabled())
+    with call.frame():
+        counts = plan.scratch(lists.counts, dtype=torch.int32)
+        entries = plan.scratch(lists.entries, dtype=torch.int32)
+        index = torch.int32 if lists.entries < 2**31 else torch.int64
+        ends = plan.scratch(lists.counts, dtype=index)
+        rows, weight = call.rows(points), call.weight()
+        plan.zero(counts)
+        count, fill = lists.launches
+        plan.launch(count, call.offset, counts, None, None)
+        plan.call(lambda a, b: torch.cumsum(a, 0, dtype=b.dtype, out=b), counts, ends)
+        plan.launch(fill, call.offset, counts, ends, entries)
+        direct = out.last
+        laid = (
+            out.slot
+            if direct
+            else plan.scratch(g.batch, math.prod(g.image_size), g.image_channels, dtype=dtype)
+        )
+        key = (dtype.itemsize, call.precision, lists.tiles, lists.segments)
+        plan.launch(
+            _inverse_launch(g, *key),
+            *(rows, weight, call.offset, call.mask, bias, ends, entries, laid),
+        )
+        if not direct:
+            _image_like(call, laid, None, "rows", out)
 
 
 class _ListPlan(NamedTuple):
@@ -452,27 +559,28 @@ def _inverse_launch(g: Geometry, width: int, precision: str, tiles: int, segment
     )
 
 
-def _weight_gradient(call: Call, image: Tensor, points: Tensor, weight: Tensor) -> Tensor:
-    g = call.g
+def _weight_gradient(call: Call, image: Operand, points: Operand, out: Slot) -> None:
+    g, plan = call.g, call.plan
     taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    multiprocessors = multiprocessors_of(image.device)
-    if call.precision == "split" and hopper.on_hopper(g, image, "split") and group_in % 64 == 0:
-        made = hopper.outer_launch(g, multiprocessors)
-        splits = made.launch.grid[2]
-        parts = image.new_empty(splits, weights_of(g), dtype=torch.float32)
-        if made(call.image(image), call.factors(points), call.offset, call.mask, parts):
-            sizes, strides = (taps, group_in, g.point_channels), (1, taps, group_in * taps)
-            _reduce_launch(splits, sizes, strides)(parts, None, out)
-            return out
-    placed, last = call.points(points)
-    key = (image.element_size(), call.precision, last, multiprocessors)
-    launch, splits = _weight_launch(g, *key)
-    parts = image.new_empty(splits, weights_of(g), dtype=torch.float32)
-    launch(call.image(image), placed, call.offset, call.mask, parts)
-    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
-    _reduce_launch(splits, sizes, strides)(parts, None, out)
-    return out
+    with call.frame():
+        if call.precision == "split" and hopper.takes(call) and group_in % 64 == 0:
+            launch = hopper.outer_launch(g, call.multiprocessors)
+            splits = launch.grid[2]
+            parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
+            slots = (call.image(image), call.factors(points), call.offset, call.mask, parts)
+            if hopper.builds(launch, slots):
+                plan.launch(launch, *slots)
+                sizes, strides = (taps, group_in, g.point_channels), (1, taps, group_in * taps)
+                plan.launch(_reduce_launch(splits, sizes, strides), parts, None, out)
+                return
+        placed = call.points(points)
+        key = (image.slot.dtype.itemsize, call.precision, placed.last, call.multiprocessors)
+        launch, splits = _weight_launch(g, *key)
+        parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
+        given = (call.image(image), placed.slot, call.offset, call.mask)
+        plan.launch(launch, *given, parts)
+        sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
+        plan.launch(_reduce_launch(splits, sizes, strides), parts, None, out)
 
 
 @functools.lru_cache(maxsize=4096)

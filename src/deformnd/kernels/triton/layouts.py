@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..geometry import Geometry
 from . import configs
-from .compiled import Launch
+from .compiled import multiprocessors_of
+from .plan import SCRATCH, Job, Plan, Slot
 
 
 class Units(NamedTuple):
@@ -54,139 +56,161 @@ def precision_of(g: Geometry, dtype: torch.dtype) -> str:
     return "ieee" if per_group < configs.FEW else "split"
 
 
+class Operand(NamedTuple):
+    """An image or points [B, channels, *size], or a weight, as it is in memory."""
+
+    slot: Slot
+    last: bool  # whether the channels (of a weight, those of its second axis) are last
+
+
 class Call:
-    """What the operators of one call share: contiguous tensors, layouts made at most once."""
+    """What the operators of one plan share: the tensors, and layouts of them made at most once."""
 
     def __init__(
-        self, g: Geometry, offset: Tensor | None, mask: Tensor | None, weight: Tensor
+        self,
+        g: Geometry,
+        plan: Plan,
+        precision: str,
+        weight: Operand,
+        offset: Slot | None,
+        mask: Slot | None,
     ) -> None:
-        self.g = g
-        self.offset = offset
-        self.mask = mask
-        self._weight = weight
+        self.g, self.plan, self.precision = g, plan, precision
+        self.offset, self.mask = offset, mask
         self.units = units_of(g)
-        self.precision = precision_of(g, weight.dtype)
-        self._packed: Tensor | None = None
-        self._image: tuple[Tensor, Tensor] | None = None
-        self._rows: tuple[Tensor, Tensor] | None = None
+        self.multiprocessors = multiprocessors_of(plan.device)
+        self.given_weight = weight
+        self._made: dict[Any, Slot] = {}
 
-    @classmethod
-    def of(
-        cls, g: Geometry, like: Tensor, offset: Tensor | None, mask: Tensor | None, weight: Tensor
-    ) -> Call:
-        return cls(
-            g,
-            None if offset is None else _contiguous(offset),
-            None if mask is None else _contiguous(mask),
-            weight.to(like.dtype),
-        )
+    @contextlib.contextmanager
+    def frame(self) -> Iterator[None]:
+        """Layouts made within are gone after it, and their memory is free for others."""
+        before = dict(self._made)
+        with self.plan.frame():
+            yield
+        self._made = before
 
-    def weight(self) -> Tensor:
-        """[K, O, C / groups], or its bfloat16 heads and tails [2, K, O, C / groups]."""
-        if self._packed is None:
-            self._packed = pack_weight(self.g, self._weight, self.precision == "split")
-        return self._packed
+    def weight(self, order: str = "") -> Slot:
+        """[K, O, C / groups], or its bfloat16 heads and tails [2, K, O, C / groups]; in the order
+        of channels that gluon.py takes (kernels.py, _pack)."""
+        if order not in self._made:
+            self._made[order] = self._pack(order)
+        return self._made[order]
 
-    def fragments(self, order: str) -> Tensor:
-        """As gluon.py takes it: rows of channels."""
-        packed = pack_weight(self.g, self._weight, self.precision == "split", order)
-        return packed.view(-1, self.g.image_channels)
-
-    def image(self, image: Tensor) -> Tensor:
+    def image(self, image: Operand) -> Slot:
         """As rows [B, S, C], or as planes [B, units, S, padded] if the units are narrow."""
-        if self._image is None or self._image[0] is not image:
-            if self.units.narrow:
-                laid = _planes(image, self.units)
-            else:
-                laid = _as_rows(image)
-            self._image = (image, laid)
-        return self._image[1]
+        if not self.units.narrow:
+            return self.rows(image)
+        key = ("planes", image)
+        if key not in self._made:
+            slot, units = image.slot, self.units
+            if units.padded == 1 and not image.last:
+                return slot
+            pixels = math.prod(slot.shape[2:])
+            shape = (slot.shape[0], units.number, pixels, units.padded)
+            self._made[key] = self.plan.scratch(*shape, dtype=slot.dtype)
+            layout = "rows" if image.last else "channels"
+            copy(self.plan, slot, self._made[key], None, units, layout, "planes")
+        return self._made[key]
 
-    def rows(self, points: Tensor) -> Tensor:
-        """Points as rows [B, P, O]."""
-        if self._rows is None or self._rows[0] is not points:
-            self._rows = (points, _as_rows(points))
-        return self._rows[1]
+    def rows(self, t: Operand) -> Slot:
+        """Channels last: [B, positions, channels]."""
+        if t.last:
+            return t.slot
+        key = ("rows", t)
+        if key not in self._made:
+            slot = t.slot
+            batch, channels, *size = slot.shape
+            shape = (batch, math.prod(size), channels)
+            self._made[key] = self.plan.scratch(*shape, dtype=slot.dtype)
+            whole = Units(channels, 1, False, channels)
+            copy(self.plan, slot, self._made[key], None, whole, "channels", "rows")
+        return self._made[key]
 
-    def factors(self, points: Tensor) -> Tensor:
+    def factors(self, points: Operand) -> Slot:
         """Points as bfloat16 heads and tails of rows [2 x B x P, O] (kernels.py, precision)."""
-        last = points.movedim(1, -1).is_contiguous()
-        source = _aligned(points if last or points.is_contiguous() else points.contiguous())
-        channels = points.shape[1]
-        out = points.new_empty(2 * points.numel() // channels, channels, dtype=torch.bfloat16)
-        whole = Units(channels, 1, False, channels)
-        layout = "rows" if last else "channels"
-        relayout_launch(whole, layout, "rows", points.shape[0], pixels_of(points), True)(
-            source, out, None
+        key = ("factors", points)
+        if key not in self._made:
+            slot = points.slot
+            batch, channels, *size = slot.shape
+            rows = 2 * batch * math.prod(size)
+            self._made[key] = self.plan.scratch(rows, channels, dtype=torch.bfloat16)
+            whole = Units(channels, 1, False, channels)
+            layout = "rows" if points.last else "channels"
+            copy(self.plan, slot, self._made[key], None, whole, layout, "rows", split=True)
+        return self._made[key]
+
+    def points(self, points: Operand) -> Operand:
+        """Points as rows if they are so already."""
+        made = self._made.get(("rows", points))
+        return points if made is None else Operand(made, True)
+
+    def _pack(self, order: str) -> Slot:
+        g, weight, split = self.g, self.given_weight, self.precision == "split"
+        taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
+        if taps == 1 and not split and not order:
+            return weight.slot
+        shape = ((1 + split) * taps * g.point_channels, group_in)
+        out = self.plan.scratch(*shape, dtype=torch.bfloat16 if split else weight.slot.dtype)
+        block_k = fit(taps, 64, least=1)
+        block_c = 2048 // max(block_k, 16)
+        blocks = triton.cdiv(group_in, block_c)
+        self.plan.first(
+            Job(
+                "pack",
+                (weight.slot, out),
+                (
+                    g.point_channels * blocks * triton.cdiv(taps, block_k),
+                    *(taps, g.point_channels, group_in, weights_of(g), blocks),
+                ),
+                (weight.last, split, order, block_c, block_k),
+            )
         )
         return out
 
-    def points(self, points: Tensor) -> tuple[Tensor, bool]:
-        """Points as rows or as they are [B, O, P], and which."""
-        if self._rows is not None and self._rows[0] is points:
-            return self._rows[1], True
-        if points.movedim(1, -1).is_contiguous():
-            return _aligned(points), True
-        return _contiguous(points), False
 
-
-def _aligned(t: Tensor) -> Tensor:
-    """Kernels are compiled for pointers to multiples of 16 bytes."""
-    return t if t.data_ptr() % 16 == 0 else t.clone()
-
-
-def _contiguous(t: Tensor) -> Tensor:
-    """Contiguous, by our own copy kernel where the channels are last."""
-    if t.is_contiguous():
-        return _aligned(t)
-    if t.movedim(1, -1).is_contiguous():
-        source = _aligned(t)
-        out = torch.empty_like(t, memory_format=torch.contiguous_format)
-        whole = Units(t.shape[1], 1, False, t.shape[1])
-        relayout(source, out, None, whole, "rows", "channels", pixels_of(t))
-        return out
-    return t.contiguous()
-
-
-def _as_rows(t: Tensor) -> Tensor:
-    """Channels last: the tensor itself if it is so, else a copy."""
-    if t.movedim(1, -1).is_contiguous():
-        return _aligned(t)
-    source = t if t.is_contiguous() else t.contiguous()
-    out = t.new_empty(t.shape[0], *t.shape[2:], t.shape[1])
-    whole = Units(t.shape[1], 1, False, t.shape[1])
-    relayout(_aligned(source), out, None, whole, "channels", "rows", pixels_of(t))
-    return out
-
-
-def _planes(t: Tensor, units: Units) -> Tensor:
-    out = t.new_empty(t.shape[0], units.number, pixels_of(t), units.padded)
-    last = t.movedim(1, -1).is_contiguous()
-    source = t if last or t.is_contiguous() else t.contiguous()
-    if units.padded == 1 and not last:
-        return _aligned(source)
-    relayout(
-        _aligned(source), out, None, units, "rows" if last else "channels", "planes", pixels_of(t)
-    )
-    return out
-
-
-def pixels_of(t: Tensor) -> int:
-    return math.prod(t.shape[2:])
-
-
-def relayout(
-    source: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
+def copy(
+    plan: Plan,
+    source: Slot,
+    out: Slot,
+    bias: Slot | None,
     units: Units,
     layout_from: str,
     layout_to: str,
-    pixels: int,
+    split: bool = False,
 ) -> None:
-    """Copy between "channels" [B, C, S], "rows" [B, S, C] and "planes" [B, units, S, padded]."""
-    launch = relayout_launch(units, layout_from, layout_to, out.shape[0], pixels)
-    launch(source, out, bias)
+    """Between "channels" [B, C, S], "rows" [B, S, C] and "planes" [B, units, S, padded]."""
+    channels = next(s for s in (source, out) if s.kind != SCRATCH)
+    batch, pixels = channels.shape[0], math.prod(channels.shape[2:])
+    block_c = fit(units.padded, 64, least=1)
+    block_p = 4096 // max(block_c, 32)
+    blocks, across = triton.cdiv(pixels, block_p), triton.cdiv(units.padded, block_c)
+    strides = [_strides(units, layout, pixels) for layout in (layout_from, layout_to)]
+    # What divides every distance between the channels of different pixels and units.
+    pitches = [
+        n
+        for layout, some in zip((layout_from, layout_to), strides, strict=True)
+        if layout != "channels"
+        for n in some
+    ]
+    vector_c = math.gcd(16, units.length, *pitches)
+    vector_p = next(v for v in (16, 4, 1) if pixels % v == 0)  # few kernels
+    pad = units.padded if layout_to == "planes" and units.padded != units.length else 0
+    plan.first(
+        Job(
+            "copy",
+            (source, out, bias),
+            (
+                *(blocks * units.number * across * batch, batch),
+                *(pixels // vector_p, units.number, units.length // vector_c),
+                *(*strides, blocks, across),
+            ),
+            (
+                *(layout_from != "channels", layout_to != "channels", vector_c, vector_p),
+                *(block_p, block_c, pad, split),
+            ),
+        )
+    )
 
 
 def _strides(units: Units, layout: str, pixels: int) -> tuple[int, int, int]:
@@ -197,70 +221,6 @@ def _strides(units: Units, layout: str, pixels: int) -> tuple[int, int, int]:
     if layout == "rows":
         return channels * pixels, units.length, channels
     return units.number * pixels * units.padded, pixels * units.padded, units.padded
-
-
-@functools.lru_cache(maxsize=4096)
-def relayout_launch(
-    units: Units, source: str, to: str, batch: int, pixels: int, split: bool = False
-) -> Launch:
-    block_c = fit(units.padded, 64, least=1)
-    block_p = 4096 // max(block_c, 32)
-    blocks = triton.cdiv(pixels, block_p)
-    # What divides every distance between the channels of different pixels and units.
-    pitches = [s for x in (source, to) if x != "channels" for s in _strides(units, x, pixels)]
-    pad = units.padded if to == "planes" and units.padded != units.length else 0
-    return Launch(
-        "relayout",
-        (blocks * units.number * batch, triton.cdiv(units.padded, block_c), 1),
-        (
-            pixels,
-            units.number,
-            units.length,
-            *_strides(units, source, pixels),
-            *_strides(units, to, pixels),
-            blocks,
-        ),
-        dict(
-            FROM_LAST=source != "channels",
-            TO_LAST=to != "channels",
-            VECTOR_C=math.gcd(16, units.length, *pitches),
-            VECTOR_P=next(v for v in (16, 4, 1) if pixels % v == 0),  # few kernels
-            BLOCK_P=block_p,
-            BLOCK_C=block_c,
-            PAD=pad,
-            SPLIT=split,
-        ),
-        4,
-        1,
-    )
-
-
-def pack_weight(g: Geometry, weight: Tensor, split: bool, order: str = "") -> Tensor:
-    """[K, O, C / groups], or bfloat16 heads and tails of that (kernels.py, pack_weight)."""
-    last = not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
-    weight = _aligned(weight if last else weight.contiguous())
-    if math.prod(g.kernel) == 1 and not split and not order:
-        return weight
-    dtype = torch.bfloat16 if split else weight.dtype
-    out = weight.new_empty((1 + split) * weight.numel(), dtype=dtype)
-    pack_launch(g, last, split, order)(weight, out)
-    return out
-
-
-@functools.lru_cache(maxsize=4096)
-def pack_launch(g: Geometry, last: bool, split: bool, order: str) -> Launch:
-    group_in, taps = g.image_channels // g.groups, math.prod(g.kernel)
-    block_k = fit(taps, 64, least=1)
-    block_c = 2048 // max(block_k, 16)
-    blocks = triton.cdiv(group_in, block_c)
-    return Launch(
-        "pack_weight",
-        (g.point_channels * blocks, triton.cdiv(taps, block_k), 1),
-        (taps, g.point_channels, group_in, weights_of(g), blocks),
-        dict(LAST=last, SPLIT=split, ORDER=order, BLOCK_C=block_c, BLOCK_K=block_k),
-        4,
-        1,
-    )
 
 
 def sizes_of(g: Geometry) -> tuple[tuple[int, ...], ...]:

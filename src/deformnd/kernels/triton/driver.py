@@ -1,0 +1,179 @@
+"""The CUDA driver through ctypes: loading and launching what Triton compiled.
+
+Triton builds a C extension for every signature to launch a kernel, which takes a C compiler and
+longer than the kernel itself; the driver's own interface takes neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+
+_STATIC_SHARED = 48 * 1024  # bytes that a block may have without asking
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201
+_PROMOTE_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+TENSOR_MAP = 128  # bytes
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", c_void_p),
+        ("number_of_attributes", c_uint),
+    )
+
+
+@functools.cache
+def _driver() -> Any:
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuModuleLoadData.argtypes = (POINTER(c_void_p), c_char_p)
+    driver.cuModuleGetFunction.argtypes = (POINTER(c_void_p), c_void_p, c_char_p)
+    driver.cuFuncSetAttribute.argtypes = (c_void_p, c_int, c_int)
+    driver.cuFuncGetParamInfo.argtypes = (c_void_p, c_size_t, POINTER(c_size_t), POINTER(c_size_t))
+    driver.cuGetErrorString.argtypes = (c_int, POINTER(c_char_p))
+    driver.cuLaunchKernelEx.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
+    driver.cuTensorMapEncodeTiled.argtypes = (
+        *(c_void_p, c_int, c_uint32, c_void_p),
+        *(c_void_p, c_void_p, c_void_p, c_void_p),
+        *(c_int, c_int, c_int, c_int),
+    )
+    return driver
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = c_char_p()
+        _driver().cuGetErrorString(code, byref(text))
+        message = (text.value or b"unknown error").decode()
+        raise RuntimeError(f"deformnd: {what}: CUDA driver error {code}, {message}")
+
+
+class TensorMap(NamedTuple):
+    """What a descriptor for the copy engine says of a contiguous tensor, beside its address."""
+
+    kind: int  # CUtensorMapDataType
+    width: int  # bytes of a number
+    swizzle: int  # CUtensorMapSwizzle
+    size: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @classmethod
+    def of(cls, described: dict[str, Any], size: tuple[int, ...]) -> TensorMap:
+        """From what Triton says of a descriptor."""
+        kind = described["elem_type"]
+        # Triton numbers three types in another order.
+        kind = {8: 10, 9: 8, 10: 9}.get(kind, kind)
+        block = tuple(described["block_size"])
+        return cls(kind, described["elem_size"], described["swizzle"], size, block)
+
+    def encode(self, place: int, address: int) -> None:
+        """Write the descriptor to `place`."""
+        rank = len(self.size)
+        size, block = self.size[::-1], self.block[::-1]  # the last axis first
+        pitches = [self.width * math.prod(size[: i + 1]) for i in range(rank - 1)]
+        code = _driver().cuTensorMapEncodeTiled(
+            *(place, self.kind, rank, address, (c_uint64 * rank)(*size)),
+            *(
+                (c_uint64 * rank)(*pitches),
+                (c_uint32 * rank)(*block),
+                (c_uint32 * rank)(*[1] * rank),
+            ),
+            *(0, self.swizzle, _PROMOTE_128_BYTES, 0),
+        )
+        _check(code, "a tensor map")
+
+
+class Function:
+    """A kernel on the current device."""
+
+    def __init__(self, cubin: bytes, name: str, shared: int, warps: int) -> None:
+        driver = _driver()
+        self.module, self.handle = c_void_p(), c_void_p()
+        self.shared, self.threads, self.name = shared, 32 * warps, name
+        ensure_context()
+        _check(driver.cuModuleLoadData(byref(self.module), cubin), f"loading {name}")
+        _check(
+            driver.cuModuleGetFunction(byref(self.handle), self.module, name.encode()),
+            f"loading {name}",
+        )
+        if shared > _STATIC_SHARED:
+            _check(
+                driver.cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, shared),
+                f"{name} needs {shared} bytes of shared memory",
+            )
+
+    def parameters(self) -> list[int]:
+        """Their sizes in bytes."""
+        offset, size = c_size_t(), c_size_t()
+        sizes: list[int] = []
+        while not _driver().cuFuncGetParamInfo(self.handle, len(sizes), byref(offset), byref(size)):
+            sizes.append(size.value)
+        return sizes
+
+
+def ensure_context() -> None:
+    """Make torch's context current in this thread, which may not have called CUDA yet."""
+    driver, context, device = _driver(), c_void_p(), c_int()
+    _check(driver.cuCtxGetCurrent(byref(context)), "the CUDA context")
+    if not context:
+        _check(driver.cuDeviceGet(byref(device), torch.cuda.current_device()), "the CUDA device")
+        _check(driver.cuDevicePrimaryCtxRetain(byref(context), device), "the CUDA context")
+        _check(driver.cuCtxSetCurrent(context), "the CUDA context")
+
+
+class Invocation:
+    """A function with its arguments, in the order of its parameters: the address of a word for a
+    pointer or of a tensor map, else an integer. Not for two threads at once."""
+
+    def __init__(
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        arguments: Sequence[tuple[bool, int]],  # (whether an address, value)
+    ) -> None:
+        sizes = function.parameters()
+        self.values: list[Any] = []
+        addresses = []
+        # What remains are pointers to scratch memory that none of our kernels has.
+        rest = [(False, 0)] * (len(sizes) - len(arguments))
+        for size, (address, value) in zip(sizes, (*arguments, *rest), strict=True):
+            if size not in ((8, TENSOR_MAP) if address else (4, 8)):
+                raise RuntimeError(f"deformnd: {function.name} has a parameter of {size} bytes")
+            if not address:
+                word = (c_uint64 if size == 8 else c_uint32)(value & (2 ** (8 * size) - 1))
+                self.values.append(word)
+                value = ctypes.addressof(word)
+            addresses.append(value)
+        self.function = function
+        self.arguments = (c_void_p * len(addresses))(*addresses)
+        self.configuration = _Configuration(
+            (c_uint * 3)(*grid), (c_uint * 3)(function.threads, 1, 1), function.shared
+        )
+        self.call = (
+            ctypes.addressof(self.configuration),
+            function.handle.value,
+            ctypes.addressof(self.arguments),
+            None,
+        )
+        self.launch = _driver().cuLaunchKernelEx
+
+    def __call__(self, stream: int) -> None:
+        self.configuration.stream = stream
+        code = self.launch(*self.call)
+        if code == _INVALID_CONTEXT:
+            ensure_context()
+            code = self.launch(*self.call)
+        if code:
+            _check(code, f"launching {self.function.name}")

@@ -1,0 +1,282 @@
+"""Kernel launches and their memory, recorded once for calls alike and then run for each.
+
+On the host a call costs what it takes to allocate its results, one block of scratch memory, and to
+hand the driver a list of launches whose arguments are made already but for the addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .compiled import INTERPRETED, Launch
+from .driver import TENSOR_MAP, Invocation, TensorMap
+
+_ALIGNMENT = 256  # bytes, of a piece of scratch memory
+
+
+class Slot(NamedTuple):
+    """A tensor that there is when a plan runs: given, returned, or scratch memory."""
+
+    kind: int  # which of the three
+    index: int  # among those
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+GIVEN, RETURNED, SCRATCH = range(3)
+
+
+class _Result(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    form: torch.memory_format
+
+
+class Job(NamedTuple):
+    """A part of the kernel `prepare`: the arguments of one copy, packing or zeros."""
+
+    kind: str  # "copy", "pack" or "zero"
+    slots: tuple[Slot | None, ...]
+    sizes: tuple[Any, ...]  # the first is the number of programs
+    constants: tuple[Any, ...] = ()
+
+
+class _First:
+    """Jobs for one launch of `prepare`."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, list[Job]] = {"copy": [], "pack": [], "zero": []}
+
+    def takes(self, job: Job) -> bool:
+        same = self.jobs[job.kind]
+        if job.kind == "zero" or not same:
+            return not same
+        if job.kind == "copy":  # only the first may have a bias
+            return len(same) < 2 and job.slots[2] is None
+        return len(same) < 2 and job.slots[0] == same[0].slots[0]
+
+    def launch(self) -> tuple[Launch, tuple[Slot | None, ...]]:
+        nothing = Job("", (None,) * 3, (0,))
+        copies, packs, zeros = ([*jobs, nothing, nothing][:2] for jobs in self.jobs.values())
+        slots = (
+            *copies[0].slots,
+            *copies[1].slots[:2],
+            *packs[0].slots[:2],
+            packs[1].slots[1],
+            zeros[0].slots[0],
+        )
+        sizes = tuple(job.sizes for job in (*copies, *packs, zeros[0]))
+        constants = dict(
+            COPY=copies[0].constants,
+            SECOND_COPY=copies[1].constants,
+            PACK=packs[0].constants,
+            SECOND_PACK=packs[1].constants,
+            BLOCK=ZEROS,
+        )
+        programs = sum(size[0] for size in sizes)
+        return Launch("prepare", (programs, 1, 1), sizes, constants, 4, 1), slots
+
+
+ZEROS = 4096  # that a program writes
+
+
+class Plan:
+    """What a call does, for all calls with tensors of these sizes, dtypes and layouts.
+
+    A frame is a part of the plan whose scratch memory later parts may use again.
+    """
+
+    def __init__(self, device: torch.device, given: Sequence[Tensor | None]) -> None:
+        self.device = device
+        self.given: list[Slot | None] = []
+        for t in given:
+            index = sum(s is not None for s in self.given)
+            self.given.append(None if t is None else Slot(GIVEN, index, t.dtype, tuple(t.shape)))
+        self.results: list[_Result] = []
+        self.offsets: list[int] = []  # of the scratch slots, in bytes
+        self.size = 0  # of all scratch memory
+        self._top = 0
+        self.steps: list[tuple[Launch, tuple[Slot | None, ...]]] = []
+        self._first = _First()
+        self._idle: list[_Instance] = []  # those that no thread runs now
+
+    def result(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        form: torch.memory_format = torch.contiguous_format,
+    ) -> Slot:
+        self.results.append(_Result(tuple(shape), dtype, form))
+        return Slot(RETURNED, len(self.results) - 1, dtype, tuple(shape))
+
+    def scratch(self, *shape: int, dtype: torch.dtype) -> Slot:
+        self.offsets.append(self._top)
+        size = math.prod(shape) * dtype.itemsize
+        self._top += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.size = max(self.size, self._top)
+        return Slot(SCRATCH, len(self.offsets) - 1, dtype, shape)
+
+    @contextlib.contextmanager
+    def frame(self) -> Iterator[None]:
+        top = self._top
+        yield
+        self.flush()
+        self._top = top
+
+    def launch(self, launch: Launch, *slots: Slot | None) -> None:
+        self.flush()
+        self.steps.append((launch, slots))
+
+    def call(self, function: Callable[..., Any], *slots: Slot) -> None:
+        self.flush()
+        self.steps.append((function, slots))
+
+    def first(self, job: Job) -> None:
+        """Something to be done before the next launch, together with its like."""
+        if not self._first.takes(job):
+            self.flush()
+        self._first.jobs[job.kind].append(job)
+
+    def zero(self, slot: Slot) -> None:
+        count = math.prod(slot.shape)
+        self.first(Job("zero", (slot,), (-(-count // ZEROS), count)))
+
+    def flush(self) -> None:
+        if any(self._first.jobs.values()):
+            self.steps.append(self._first.launch())
+            self._first = _First()
+
+    def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        given = [t for t in tensors if t is not None]
+        results = [
+            given[0].new_empty(shape, dtype=dtype)
+            if form is torch.contiguous_format
+            else torch.empty(shape, dtype=dtype, device=self.device, memory_format=form)
+            for shape, dtype, form in self.results
+        ]
+        if INTERPRETED:
+            self._interpret(given, results)
+            return results
+        # Not torch.empty, which fills its tensors where algorithms are to be deterministic.
+        memory = torch.UntypedStorage(self.size, device=self.device)
+        try:
+            instance = self._idle.pop()
+        except IndexError:
+            instance = _Instance(self)
+        instance.run(
+            [t.data_ptr() for t in given], [t.data_ptr() for t in results], memory.data_ptr()
+        )
+        self._idle.append(instance)
+        return results
+
+    def _interpret(self, given: list[Tensor], results: list[Tensor]) -> None:
+        memory = torch.full((self.size,), 255, dtype=torch.uint8)
+
+        def tensor(slot: Slot | None) -> Tensor | None:
+            if slot is None:
+                return None
+            if slot.kind != SCRATCH:
+                return (given, results)[slot.kind][slot.index]
+            start = self.offsets[slot.index]
+            size = math.prod(slot.shape) * slot.dtype.itemsize
+            return memory[start : start + size].view(slot.dtype).view(slot.shape)
+
+        for launch, slots in self.steps:
+            if not isinstance(launch, Launch):
+                launch(*[tensor(s) for s in slots])
+                continue
+            launch.interpret([tensor(s) for s in slots])
+
+
+class _Instance:
+    """A plan's launches with room for the addresses of one call."""
+
+    def __init__(self, plan: Plan) -> None:
+        given = sum(s is not None for s in plan.given)
+        counts = (given, len(plan.results), len(plan.offsets))
+        self.words = [(ctypes.c_uint64 * n)() for n in counts]
+        self.offsets = plan.offsets
+        self.maps: list[tuple[TensorMap, int, Slot]] = []
+        self.mapped: list[int] = []  # the addresses that they were last made for
+        self.room: list[Any] = []
+        self.calls = [self._bind(*step) for step in plan.steps]
+        self.stream = _stream_of(plan.device)
+
+    def run(self, given: list[int], results: list[int], memory: int) -> None:
+        words = self.words
+        words[GIVEN][:] = given
+        words[RETURNED][:] = results
+        words[SCRATCH][:] = [memory + offset for offset in self.offsets]
+        for i, (tensor_map, place, slot) in enumerate(self.maps):
+            address = words[slot.kind][slot.index]
+            if address != self.mapped[i]:
+                tensor_map.encode(place, address)
+                self.mapped[i] = address
+        stream = self.stream()
+        for call in self.calls:
+            call(stream)
+
+    def _bind(self, launch: Launch, slots: Sequence[Slot | None]) -> Callable[[int], None]:
+        dtypes = [None if s is None else s.dtype for s in slots]
+        if torch.version.hip:
+            return self._bind_by_triton(launch, dtypes, slots)
+        function, described = launch.load(dtypes)
+        arguments: list[tuple[bool, int]] = []
+        for i, slot in enumerate(slots):
+            if slot is None:
+                continue
+            if launch.descriptor is not None and launch.descriptor.argument == i:
+                tensor_map = TensorMap.of(described, slot.shape)
+                arguments.append((True, self._room_for(tensor_map, slot)))
+                strides = [math.prod(slot.shape[i + 1 :]) for i in range(len(slot.shape))]
+                arguments += [(False, n) for n in (*slot.shape, *strides)]
+            else:
+                arguments.append((True, self._address_of(slot)))
+        arguments += [(False, n) for n in _flat(launch.integers)]
+        return Invocation(function, launch.grid, arguments)
+
+    def _address_of(self, slot: Slot) -> int:
+        return ctypes.addressof(self.words[slot.kind]) + 8 * slot.index
+
+    def _room_for(self, tensor_map: TensorMap, slot: Slot) -> int:
+        room = ctypes.create_string_buffer(2 * TENSOR_MAP)
+        place = -(-ctypes.addressof(room) // TENSOR_MAP) * TENSOR_MAP
+        self.room.append(room)
+        self.maps.append((tensor_map, place, slot))
+        self.mapped.append(0)
+        return place
+
+    def _bind_by_triton(
+        self, launch: Launch, dtypes: list[torch.dtype | None], slots: Sequence[Slot | None]
+    ) -> Callable[[int], None]:
+        """By Triton's own launcher, which knows drivers other than CUDA's."""
+        compiled = launch.compile(dtypes, triton.runtime.driver.active.get_current_target())
+        run = compiled.run
+        head = (compiled.function, compiled.packed_metadata, None, None, None)
+        tail = (*launch.integers, *launch.constants.values())
+
+        def call(stream: int) -> None:
+            pointers = [None if s is None else self.words[s.kind][s.index] for s in slots]
+            run(*launch.grid, stream, *head, *pointers, *tail)
+
+        return call
+
+
+def _flat(value: Any) -> list[int]:
+    if isinstance(value, tuple):
+        return [n for v in value for n in _flat(v)]
+    return [value]
+
+
+def _stream_of(device: torch.device) -> Callable[[], int]:
+    current = torch._C._cuda_getCurrentRawStream  # as Triton and inductor do
+    index = device.index
+    return lambda: int(current(index))
