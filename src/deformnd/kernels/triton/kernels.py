@@ -854,7 +854,8 @@ def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
     """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
 
     For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
-    operand and the point channels for "gather", the image channels of a product for "along".
+    operand and the point channels for its gather (1), the image channels of a product for its
+    along (2).
     """
     programs, taps, outputs, group_in, weights, blocks = sizes
     tap = (program % ((taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
@@ -864,10 +865,10 @@ def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
     inside = (c < group_in) & (tap < taps)
     from_o = o
     from_c = c
-    if ORDER == "gather":
+    if ORDER == 1:
         from_o = _accumulator_order(o)
         from_c = _operand_order(c)
-    if ORDER == "along":
+    if ORDER == 2:
         from_c = _accumulator_order(c)
     if LAST:
         place = (from_o * taps + tap) * group_in + from_c

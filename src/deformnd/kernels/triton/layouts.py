@@ -163,7 +163,7 @@ class Call:
                     g.point_channels * blocks * triton.cdiv(taps, block_k),
                     *(taps, g.point_channels, group_in, weights_of(g), blocks),
                 ),
-                (weight.last, split, order, block_c, block_k),
+                (weight.last, split, ("", "gather", "along").index(order), block_c, block_k),
             )
         )
         return out
