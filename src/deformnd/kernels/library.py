@@ -328,7 +328,12 @@ def _forward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
             return (None,) * (5 + len(ctx.parameters))
         backward = getattr(torch.ops.deformnd, family.name + "_backward")
         needs = list(ctx.needs_input_grad[:5])
-        grads = backward(grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
+        args = (grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            grads = backward(*args)
+        else:  # nobody differentiates this, so spare the host what would see to it
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = backward(*args)
         return (*grads, *(None for _ in ctx.parameters))
 
     return gradient
