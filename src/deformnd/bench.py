@@ -596,30 +596,47 @@ def table(report: dict[str, Any]) -> str:
 def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Bars of each peer's time in units of deformnd's, a panel for each dtype and phase."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    kinds = list(dict.fromkeys((row["dtype"], row["phase"]) for row in report["rows"]))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in report["rows"]))
+    phases = list(dict.fromkeys(row["phase"] for row in report["rows"]))
+    found = {q for row in report["rows"] for q, r in row["peers"].items() if "ms" in r}
+    peers = [q for q in PEERS if q in found and q != "deformnd"]
     figure, axes = plt.subplots(
-        len(kinds), 1, figsize=(9, 2.4 * len(kinds)), squeeze=False, layout="constrained"
+        *(len(dtypes), len(phases)),
+        figsize=(5.5 * len(phases), 0.4 + 2.2 * len(dtypes)),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, (dtype, phase) in zip(axes.flat, kinds, strict=True):
-        rows = [r for r in report["rows"] if (r["dtype"], r["phase"]) == (dtype, phase)]
-        rows = [r for r in rows if "ms" in r["peers"].get("deformnd", {})]
-        peers = [q for q in PEERS if any("ms" in r["peers"].get(q, {}) for r in rows)]
-        peers = [q for q in peers if q != "deformnd"]
-        for i, q in enumerate(peers):
-            here = [(x, r) for x, r in enumerate(rows) if "ms" in r["peers"].get(q, {})]
-            ratio = [r["peers"][q]["ms"] / r["peers"]["deformnd"]["ms"] for _, r in here]
-            width = 0.8 / len(peers)
-            at = [x + (i - (len(peers) - 1) / 2) * width for x, _ in here]
-            axis.bar(at, ratio, width, label=q)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(rows)), [r["shape"] for r in rows])
-        axis.set_ylabel("time / deformnd's")
-        axis.set_title(f"{phase}, {dtype}: above 1, deformnd is faster", fontsize=9)
-        if peers:
-            axis.legend(fontsize=8, ncols=len(peers))
-    figure.suptitle(report["device"], fontsize=9)
+    for dtype, line in zip(dtypes, axes, strict=True):
+        for phase, axis in zip(phases, line, strict=True):
+            rows = [
+                row
+                for row in report["rows"]
+                if (row["dtype"], row["phase"]) == (dtype, phase)
+                and "ms" in row["peers"].get("deformnd", {})
+            ]
+            here = [q for q in peers if any("ms" in row["peers"].get(q, {}) for row in rows)]
+            width = 0.8 / max(len(here), 1)
+            for i, q in enumerate(here):
+                there = [(x, row["peers"]) for x, row in enumerate(rows) if q in row["peers"]]
+                there = [(x, found) for x, found in there if "ms" in found[q]]
+                ratios = [found[q]["ms"] / found["deformnd"]["ms"] for _, found in there]
+                at = [x + (i - (len(here) - 1) / 2) * width for x, _ in there]
+                axis.bar(at, ratios, width, label=q, color=f"C{peers.index(q)}")
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.set_xticks(range(len(rows)), [row["shape"] for row in rows], fontsize=7)
+            axis.set_title(f"{phase}, {dtype}", fontsize=9)
+            axis.grid(axis="y", alpha=0.3)
+    figure.supylabel("time / deformnd's time", fontsize=9)
+    handles = {h: n for a in axes.flat for h, n in zip(*a.get_legend_handles_labels(), strict=True)}
+    names = {name: handle for handle, name in handles.items()}
+    figure.legend(names.values(), names, loc="outside upper right", ncols=len(names), fontsize=8)
+    figure.suptitle(f"{report['device']}: above 1, deformnd is faster", fontsize=9, x=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
