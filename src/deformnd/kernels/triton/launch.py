@@ -135,17 +135,27 @@ def _gather(call: Call, image: Tensor, bias: Tensor | None, like: Tensor) -> Ten
     shape = (g.batch, g.point_channels, *g.point_size)
     out = torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=form)
     if hopper.on_hopper(g, image, call.precision):
-        made = hopper.gather_launch(g, image.dtype, last, multiprocessors_of(image.device))
-        if made is not None and made(
-            call.image(image), call.fragments("gather"), call.offset, call.mask, bias, out
-        ):
-            return out
+        made, splits = hopper.gather_launch(g, image.dtype, last, multiprocessors_of(image.device))
+        target = _parts_of(out, splits)
+        fragments = call.fragments("gather")
+        once = None if splits > 1 else bias
+        if made(call.image(image), fragments, call.offset, call.mask, once, target):
+            return _sum_parts(g, target, splits, bias, out, last)
     key = (image.element_size(), call.precision, last, multiprocessors_of(image.device))
     launch, splits = _gather_launch(g, *key)
-    target = out
-    if splits > 1:
-        target = image.new_empty(splits, out.numel(), dtype=torch.float32)
+    target = _parts_of(out, splits)
     launch(call.image(image), call.weight(), call.offset, call.mask, bias, target)
+    return _sum_parts(g, target, splits, bias, out, last)
+
+
+def _parts_of(out: Tensor, splits: int) -> Tensor:
+    """Where a kernel puts the parts of a split sum."""
+    return out if splits == 1 else out.new_empty(splits, out.numel(), dtype=torch.float32)
+
+
+def _sum_parts(
+    g: Geometry, parts: Tensor, splits: int, bias: Tensor | None, out: Tensor, last: bool
+) -> Tensor:
     if splits > 1:
         positions = math.prod(g.point_size)
         if last:
@@ -153,7 +163,7 @@ def _gather(call: Call, image: Tensor, bias: Tensor | None, like: Tensor) -> Ten
         else:
             sizes = (g.batch, g.point_channels, positions)
         strides = (sizes[1] * sizes[2], sizes[2], 1)
-        _reduce_launch(splits, sizes, strides)(target, bias, out)
+        _reduce_launch(splits, sizes, strides)(parts, bias, out)
     return out
 
 
