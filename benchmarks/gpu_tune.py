@@ -223,7 +223,7 @@ def tune_hopper(shapes: list[str], operators: list[str], widths: list[int]) -> N
                 configs.HOPPER = (row,)
                 if operator == "gather":
                     hopper.gather_launch.cache_clear()
-                    made = hopper.gather_launch(g, dtype, False, 0)
+                    made, _ = hopper.gather_launch(g, dtype, False, 0)
                     tensors = (data.image, call.fragments("gather"), *places, data.bias, out)
                 elif operator == "along":
                     hopper.along_launch.cache_clear()

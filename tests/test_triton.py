@@ -393,9 +393,9 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
     single, integer = torch.float32, torch.int32
     given = (dtype, dtype)  # offset and mask
     key = (width, precision, True)
-    gather, splits = launch._gather_launch(g, *key, 132)
+    gather = launch._gather_launch(g, *key, 132)
     return [
-        (gather, (dtype, weight, *given, dtype, single if splits > 1 else dtype)),
+        (gather, (dtype, weight, *given, dtype, single if gather.grid[1] > 1 else dtype)),
         (launch._spread_launch(g, *key, False, True, 132),
          (dtype, dtype, weight, *given, *given, None)),
         (launch._spread_launch(g, *key, True, False, 132),
@@ -473,13 +473,22 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         given = (dtype, dtype)  # offset and mask
         along = hopper.along_launch(g, dtype, 132)
-        for made, dtypes in (
-            (hopper.gather_launch(g, dtype, False, 0), [dtype, None, *given, dtype, dtype]),
-            (hopper.gather_launch(g, dtype, True, 0), [dtype, None, *given, None, dtype]),
+        whole = hopper.gather_launch(g, dtype, False, 0)
+        rows = hopper.gather_launch(g, dtype, True, 0)
+        parts = hopper.gather_launch(g._replace(image_channels=128), dtype, False, 132)
+        assert parts.grid[1] > 1 or n == 1
+        kernels = [
+            (whole, [dtype, None, *given, dtype, dtype]),
+            (rows, [dtype, None, *given, None, dtype]),
+            (parts, [dtype, None, *given, None, torch.float32]),
             (along, [dtype, dtype, None, *given, *given, None]),
             (along, [None, dtype, None, *given, None, None, torch.float32]),
             (hopper.outer_launch(g, 132), [dtype, None, *given, torch.float32]),
-        ):
+        ]
+        if n == 2:
+            wide = hopper.along_launch(g._replace(point_channels=512), dtype, 132)
+            kernels.append((wide, [dtype, dtype, None, *given, *given, torch.float32]))
+        for made, dtypes in kernels:
             if made.kernel == "outer" and dtype != torch.float32:
                 continue
             assert made is not None
@@ -538,6 +547,7 @@ GPU_CASES = [
     Case((7, 15, 16), (3, 3, 3), image=64, points=128, last=True, transposed=True),
     Case((301,), (5,), image=96, points=192, mask_groups=0),
     Case((30, 31), (3, 3), image=256, points=256, last=True, bias=False),
+    Case((12, 13), (3, 3), image=256, points=1024, last=True),
 ]
 
 

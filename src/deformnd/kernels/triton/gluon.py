@@ -198,6 +198,17 @@ def _bring(source, row, column, rows, held, bars, stage, pred, BYTES: gl.constex
         )  # fmt: skip
 
 
+@gluon.jit
+def _bring_block(weight, unit, stage, first, outputs, per_tap, rows, held, bars, pred,
+                 BLOCKS: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
+                 BYTES: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
+    """The copy of the weights' unit, numbered by kernel points from `first` on, blocks of C,
+    blocks of O."""
+    step = unit // BLOCKS
+    row = (first + step // per_tap) * outputs + unit % BLOCKS * BLOCK_O
+    _bring(weight, row, step % per_tap * BLOCK_C, rows, held, bars, stage, pred, BYTES, SPLIT)
+
+
 @gluon.constexpr_function
 def _bytes(rows, columns):
     return 2 * rows * columns
@@ -205,12 +216,15 @@ def _bytes(rows, columns):
 
 @gluon.jit
 def gather(image, weight, offset, mask, bias, out,
-           sizes, channels, outputs, tiles, blocks,
+           sizes, channels, outputs, tiles, blocks, splits, count,
            POINTS_LAST: gl.constexpr, SPLIT: gl.constexpr, BLOCK_P: gl.constexpr,
            BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
            COLUMNS: gl.constexpr, ROWS: gl.constexpr, PLANES: gl.constexpr,
            num_warps: gl.constexpr):  # fmt: skip
-    """dF/dpoints. Grid: (B x tiles x blocks of O)."""
+    """dF/dpoints, or where the sum is split float32 parts [splits, count] of it.
+
+    Grid: (B x tiles x blocks of O, splits of the kernel points' blocks of C).
+    """
     dtype: gl.constexpr = gl.bfloat16 if SPLIT else image.dtype.element_ty
     parts: gl.constexpr = 2 if SPLIT else 1
     size: gl.constexpr = _bytes(BLOCK_C, BLOCK_O)
@@ -231,11 +245,13 @@ def gather(image, weight, offset, mask, bias, out,
     taps = _volume(sizes[2])
     rows = taps * outputs
     per_tap = channels // BLOCK_C
-    steps = taps * per_tap
+    first = gl.program_id(1) * (taps * per_tap) // splits
+    last = (gl.program_id(1) + 1) * (taps * per_tap) // splits
     for s in gl.static_range(STAGES):
+        i = first + s
         _bring(
-            weight, s // per_tap * outputs + o0, s % per_tap * BLOCK_C, rows, held, bars, s,
-            s < steps, size, SPLIT,
+            weight, i // per_tap * outputs + o0, i % per_tap * BLOCK_C, rows, held, bars, s,
+            i < last, size, SPLIT,
         )  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
     inside = p < positions
@@ -243,13 +259,13 @@ def gather(image, weight, offset, mask, bias, out,
     image += b.to(gl.int64) * _volume(image_size) * channels
     here = image + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS))[None, :]
     acc = gl.zeros([BLOCK_P, BLOCK_O], gl.float32, layout=MMA)
-    tap = 0 * channels
-    c0 = 0 * channels
+    tap = first // per_tap
+    c0 = first % per_tap * BLOCK_C
     axes, amplitude, valid = _locate(offset, mask, b, tap, p, point, inside, sizes)
     code = _code(axes, image_size)
     weights = _weights(axes, amplitude, SPLIT)
     values = _fetch(here, code, c0, channels, image_size)
-    for i in range(steps):
+    for i in range(last - first):
         a = _blend(values, weights, SPLIT)
         a = gl.reshape(a, [BLOCK_P, BLOCK_C // 32, 4, 2, 2, 2])
         a = gl.reshape(gl.permute(a, (0, 1, 3, 4, 2, 5)), [BLOCK_P, BLOCK_C])
@@ -263,10 +279,10 @@ def gather(image, weight, offset, mask, bias, out,
             weights = _weights(axes, amplitude, SPLIT)
         values = _fetch(here, code, c0, channels, image_size)
         barrier()
-        ahead = i + STAGES - 1
+        ahead = first + i + STAGES - 1
         _bring(
             weight, ahead // per_tap * outputs + o0, ahead % per_tap * BLOCK_C, rows, held, bars,
-            ahead % STAGES, (ahead < steps) & (i > 0), size, SPLIT,
+            (i + STAGES - 1) % STAGES, (ahead < last) & (i > 0), size, SPLIT,
         )  # fmt: skip
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
@@ -285,7 +301,7 @@ def gather(image, weight, offset, mask, bias, out,
     if bias is not None:
         o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, acc.type.layout))
         acc += gl.load(bias + o).to(gl.float32)[None, :]
-    out += b.to(gl.int64) * positions * outputs
+    out += gl.program_id(1).to(gl.int64) * count + b.to(gl.int64) * positions * outputs
     target: gl.constexpr = ROWS if POINTS_LAST else PLANES
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), target)
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, target))
@@ -298,33 +314,40 @@ def gather(image, weight, offset, mask, bias, out,
 
 
 @gluon.jit
-def _multiply(grads, held, stage, zero, SPLIT: gl.constexpr):
-    """Start points @ weights[stage]; the factors lie in shared memory."""
+def _multiply(grads, block, held, stage, acc, use_acc: gl.constexpr, BLOCKS: gl.constexpr,
+              SPLIT: gl.constexpr):  # fmt: skip
+    """Start acc + points' block @ weights[stage]; the factors lie in shared memory."""
     if SPLIT:
-        acc = warpgroup_mma(
-            grads.index(1), held.index(2 * stage), zero, use_acc=False, is_async=True
-        )
-        acc = warpgroup_mma(grads.index(0), held.index(2 * stage + 1), acc, is_async=True)
-        return warpgroup_mma(grads.index(0), held.index(2 * stage), acc, is_async=True)
+        head = grads.index(block)
+        tail = grads.index(BLOCKS + block)
+        acc = warpgroup_mma(tail, held.index(2 * stage), acc, use_acc=use_acc, is_async=True)
+        acc = warpgroup_mma(head, held.index(2 * stage + 1), acc, is_async=True)
+        return warpgroup_mma(head, held.index(2 * stage), acc, is_async=True)
     else:
-        return warpgroup_mma(grads.index(0), held.index(stage), zero, use_acc=False, is_async=True)
+        return warpgroup_mma(
+            grads.index(block), held.index(stage), acc, use_acc=use_acc, is_async=True
+        )
 
 
 @gluon.jit
 def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
           sizes, channels, outputs, tiles, splits,
           SPLIT: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr,
-          BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
-          SECTORS: gl.constexpr, ROWS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+          BLOCKS: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
+          COLUMNS: gl.constexpr, SECTORS: gl.constexpr, ROWS: gl.constexpr,
+          num_warps: gl.constexpr):  # fmt: skip
     """dF/doffset and dF/dmask, and dF/dimage (float32) by atomic additions, each unless None;
     from points in rows [B, P, O].
 
-    The points' tile stays in shared memory. Atomic additions go by SECTORS, where two lanes fill
-    32 bytes. Grid: (B x tiles, splits of the kernel points).
+    The points' tile stays in shared memory, all BLOCKS of O; weights come a block of O at a time.
+    Of the next product's blocks those that are there already are multiplied before this one's
+    results are used (EARLY), the others, whose stages it has just freed, after. Atomic additions
+    go by SECTORS, where two lanes fill 32 bytes. Grid: (B x tiles, splits of the kernel points).
     """
     dtype: gl.constexpr = gl.bfloat16 if SPLIT else points.dtype.element_ty
     parts: gl.constexpr = 2 if SPLIT else 1
     size: gl.constexpr = _bytes(BLOCK_O, BLOCK_C)
+    EARLY: gl.constexpr = BLOCKS if STAGES >= 2 * BLOCKS else STAGES - BLOCKS
     rank: gl.constexpr = len(sizes[0])
     by_position: gl.constexpr = grad_offset is not None or grad_mask is not None
     at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
@@ -338,18 +361,18 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
     per_tap = channels // BLOCK_C
     steps = (last - first) * per_tap
     grads = gl.allocate_shared_memory(
-        dtype, [parts, BLOCK_P, BLOCK_O],
+        dtype, [parts * BLOCKS, BLOCK_P, BLOCK_O],
         gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_O], dtype),
     )  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, ROWS))
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, ROWS))
     points += b.to(gl.int64) * positions * outputs
     here = (p < positions)[:, None] & (o < outputs)[None, :]
-    tile = _parts(
-        gl.load(points + (p * outputs)[:, None] + o[None, :], mask=here, other=0.0), dtype, SPLIT
-    )
-    for part in gl.static_range(parts):
-        grads.index(part).store(tile[part])
+    for j in gl.static_range(BLOCKS):
+        source = (p * outputs + j * BLOCK_O)[:, None] + o[None, :]
+        tile = _parts(gl.load(points + source, mask=here, other=0.0), dtype, SPLIT)
+        for part in gl.static_range(parts):
+            grads.index(part * BLOCKS + j).store(tile[part])
     held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -358,10 +381,8 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
     barrier()
     rows = taps * outputs
     for s in gl.static_range(STAGES):
-        _bring(
-            weight, (first + s // per_tap) * outputs, (s % per_tap) * BLOCK_C, rows, held, bars, s,
-            s < steps, size, SPLIT,
-        )  # fmt: skip
+        _bring_block(weight, s, s, first, outputs, per_tap, rows, held, bars, s < steps * BLOCKS,
+                     BLOCKS, BLOCK_O, BLOCK_C, size, SPLIT)  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
     inside = p < positions
     point = _unravel(p, sizes[1])
@@ -372,8 +393,10 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
     if grad_image is not None:
         grad_image += start
     zero = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
-    mbarrier.wait(bars.index(0), 0)
-    acc = _multiply(grads, held, 0, zero, SPLIT)
+    acc = zero
+    for j in gl.static_range(BLOCKS):
+        mbarrier.wait(bars.index(j), 0)
+        acc = _multiply(grads, j, held, j, acc, j > 0, BLOCKS, SPLIT)
     i = 0
     for tap in range(first, last):
         axes, amplitude, valid = _locate(offset, mask, b, tap, p, point, inside, sizes)
@@ -387,15 +410,17 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
                 values = _fetch(image_block, code, block * BLOCK_C, channels, image_size)
             grad = warpgroup_mma_wait(0, deps=[acc])
             barrier()
-            ahead = i + STAGES
-            _bring(
-                weight, (first + ahead // per_tap) * outputs, (ahead % per_tap) * BLOCK_C, rows,
-                held, bars, i % STAGES, ahead < steps, size, SPLIT,
-            )  # fmt: skip
-            # The last turn multiplies its own block again, to no end, instead of branching.
-            i1 = gl.minimum(i + 1, steps - 1)
-            mbarrier.wait(bars.index(i1 % STAGES), (i1 // STAGES) & 1)
-            acc = _multiply(grads, held, i1 % STAGES, zero, SPLIT)
+            for j in gl.static_range(BLOCKS):
+                ahead = i * BLOCKS + j + STAGES
+                _bring_block(weight, ahead, ahead % STAGES, first, outputs, per_tap, rows, held,
+                             bars, ahead < steps * BLOCKS, BLOCKS, BLOCK_O, BLOCK_C, size,
+                             SPLIT)  # fmt: skip
+            # The last turn multiplies its own blocks again, to no end, instead of branching.
+            i1 = gl.minimum(i + 1, steps - 1) * BLOCKS
+            acc = zero
+            for j in gl.static_range(EARLY):
+                mbarrier.wait(bars.index((i1 + j) % STAGES), ((i1 + j) // STAGES) & 1)
+                acc = _multiply(grads, j, held, (i1 + j) % STAGES, acc, j > 0, BLOCKS, SPLIT)
             grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // 32, 4, 4, 2])
             grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C])
             grad = gl.convert_layout(grad, COLUMNS)
@@ -418,6 +443,9 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
                         mask=(touched != 0)[:, None] & (c >= 0)[None, :],
                         sem="relaxed",
                     )
+            for j in gl.static_range(EARLY, BLOCKS):
+                mbarrier.wait(bars.index((i1 + j) % STAGES), ((i1 + j) // STAGES) & 1)
+                acc = _multiply(grads, j, held, (i1 + j) % STAGES, acc, True, BLOCKS, SPLIT)
             i += 1
         base = b.to(gl.int64) * taps + tap
         for axis in gl.static_range(rank + 1):

@@ -58,6 +58,9 @@ def builds(launch: Launch, slots: Sequence[Slot | None]) -> bool:
     return True
 
 
+# Bytes of shared memory that a multiprocessor has; each program takes 1024 beside its own.
+SHARED = 228 * 1024
+
 BROKEN: set[tuple[str, bool]] = set()
 
 
@@ -83,9 +86,8 @@ def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def gather_launch(
-    g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
-) -> Launch | None:
+def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int) -> Launch:
+    """With a sum in parts where the grid is small (axis 1)."""
     row = configs.find_hopper("gather", dtype.itemsize, g.point_channels)
     block_p = 16 * row.warps
     block_o = math.gcd(row.block_o, g.point_channels)
@@ -94,12 +96,16 @@ def gather_launch(
     block_c = math.gcd(32 if few else row.block_c, g.image_channels)
     tiles = triton.cdiv(math.prod(g.point_size), block_p)
     blocks = g.point_channels // block_o
-    if g.batch * tiles * blocks < multiprocessors:
-        return None  # the Triton kernel has more warps to a program, and may split the sum
+    programs, steps = g.batch * tiles * blocks, math.prod(g.kernel) * g.image_channels // block_c
+    splits = 1
+    if programs < multiprocessors:
+        # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
+        splits = max(1, min(2 * multiprocessors // programs, steps // 8))
+    count = g.batch * math.prod(g.point_size) * g.point_channels
     return Launch(
         "gather",
-        (g.batch * tiles * blocks, 1, 1),
-        (sizes_of(g), g.image_channels, g.point_channels, tiles, blocks),
+        (programs, splits, 1),
+        (sizes_of(g), g.image_channels, g.point_channels, tiles, blocks, splits, count),
         dict(
             POINTS_LAST=last,
             SPLIT=dtype == torch.float32,
@@ -122,26 +128,37 @@ def gather_launch(
 
 @functools.lru_cache(maxsize=4096)
 def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Launch | None:
-    block_o = g.point_channels
-    if block_o > 256 or block_o & (block_o - 1):
-        return None
     row = configs.find_hopper("along", dtype.itemsize, g.point_channels)
     block_p = 16 * row.warps
+    block_o = min(row.block_o, g.point_channels & -g.point_channels)
+    blocks = g.point_channels // block_o
     block_c = math.gcd(row.block_c if len(g.kernel) < 3 else 32, g.image_channels)
-    tiles = triton.cdiv(math.prod(g.point_size), block_p)
-    taps = math.prod(g.kernel)
-    splits = max(1, min(taps, 2 * multiprocessors // (g.batch * tiles)))
+    stages = max(row.stages, blocks + 1)
+    parts = 2 if dtype == torch.float32 else 1
+    shared = 2 * parts * (block_p * g.point_channels + stages * block_o * block_c) + 1024
+    if blocks > 8 or shared > SHARED:
+        return None
+    programs: int = g.batch * triton.cdiv(math.prod(g.point_size), block_p)
+    tiles, taps = programs // g.batch, math.prod(g.kernel)
+    slots = max(1, multiprocessors * min(2, SHARED // shared))
+
+    def cost(splits: int) -> int:
+        """Turns of all waves of programs, one more for a start."""
+        return -(-programs * splits // slots) * (-(-taps // splits) + 1)
+
+    splits = min(range(1, taps + 1), key=cost)
     across = min(32, block_o // 8)
     return Launch(
         "along",
-        (g.batch * tiles, splits, 1),
+        (programs, splits, 1),
         (sizes_of(g), g.image_channels, g.point_channels, tiles, splits),
         dict(
             SPLIT=dtype == torch.float32,
             BLOCK_P=block_p,
             BLOCK_O=block_o,
+            BLOCKS=blocks,
             BLOCK_C=block_c,
-            STAGES=row.stages,
+            STAGES=stages,
             MMA=_mma_layout(block_c, row.warps),
             COLUMNS=_columns_layout(block_p, block_c, row.warps),
             SECTORS=_columns_layout(block_p, block_c, row.warps, 4),

@@ -236,32 +236,33 @@ def _points_result(call: Call, dtype: torch.dtype, form: torch.memory_format) ->
 
 def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None:
     g, plan, dtype = call.g, call.plan, image.slot.dtype
-    if hopper.takes(call):
-        launch = hopper.gather_launch(g, dtype, out.last, call.multiprocessors)
-        if launch is not None:
-            slots = (
-                *(call.image(image), call.weight("gather")),
-                *(call.offset, call.mask, bias, out.slot),
-            )
-            if hopper.builds(launch, slots):
-                plan.launch(launch, *slots)
-                return
-    key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
-    launch, splits = _gather_launch(g, *key)
+
+    def slots(launch: Launch, order: str) -> tuple[Slot | None, ...]:
+        given = (call.image(image), call.weight(order), call.offset, call.mask)
+        if launch.grid[1] == 1:
+            return (*given, bias, out.slot)
+        parts = plan.scratch(launch.grid[1], *out.slot.shape, dtype=torch.float32)
+        return (*given, None, parts)
+
     with call.frame():
-        target = out.slot
-        if splits > 1:
-            target = plan.scratch(splits, *out.slot.shape, dtype=torch.float32)
-        given = (call.image(image), call.weight(), call.offset, call.mask)
-        plan.launch(launch, *given, None if splits > 1 else bias, target)
-        if splits > 1:
+        taken = None
+        if hopper.takes(call):
+            launch = hopper.gather_launch(g, dtype, out.last, call.multiprocessors)
+            taken = slots(launch, "gather")
+        if taken is None or not hopper.builds(launch, taken):
+            key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
+            launch = _gather_launch(g, *key)
+            taken = slots(launch, "")
+        plan.launch(launch, *taken)
+        if launch.grid[1] > 1:
             positions = math.prod(g.point_size)
             if out.last:
                 sizes = (g.batch * positions, g.point_channels, 1)
             else:
                 sizes = (g.batch, g.point_channels, positions)
             strides = (sizes[1] * sizes[2], sizes[2], 1)
-            plan.launch(_reduce_launch(splits, sizes, strides), target, bias, out.slot)
+            reduce = _reduce_launch(launch.grid[1], sizes, strides)
+            plan.launch(reduce, taken[-1], bias, out.slot)
 
 
 def _blocks(g: Geometry, operator: str, width: int, channels: int) -> tuple[configs.Row, int, int]:
@@ -288,7 +289,8 @@ def _outputs_of(g: Geometry, channels: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _gather_launch(
     g: Geometry, width: int, precision: str, last: bool, multiprocessors: int
-) -> tuple[Launch, int]:
+) -> Launch:
+    """With a sum in parts where the grid is small (axis 1)."""
     group_out = g.point_channels // g.groups
     row, units, block_c = _blocks(g, "gather", width, group_out)
     positions, taps = math.prod(g.point_size), math.prod(g.kernel)
@@ -299,7 +301,7 @@ def _gather_launch(
     # A short sum is not worth a second kernel.
     if 2 * programs <= multiprocessors and taps * triton.cdiv(g.image_channels, block_c) >= 16:
         splits = min(taps, multiprocessors // programs)
-    launch = Launch(
+    return Launch(
         "gather",
         (programs, splits, 1),
         (sizes_of(g), *channels_of(g), weights_of(g), tiles, blocks, splits),
@@ -316,7 +318,6 @@ def _gather_launch(
         row.warps,
         row.stages,
     )
-    return launch, splits
 
 
 @functools.lru_cache(maxsize=4096)
