@@ -118,3 +118,26 @@ def find(operator: str, width: int, channels: int) -> Row:
         if row.operator == operator and row.width == width and channels <= row.channels:
             return row
     raise LookupError(f"no row for {operator}, width {width}")
+
+
+@dataclass(frozen=True)
+class InverseRow:
+    """For `inverse` of gluon.py: image channels of a program, and how many stages its rings have."""
+
+    channels: int
+    points: int
+    factors: int
+    weights: int
+    registers: int  # of a lane that multiplies
+    programs: int = 1  # on a multiprocessor
+
+
+INVERSE = (
+    InverseRow(64, 2, 2, 3, 152),
+    InverseRow(128, 2, 2, 3, 184),
+    InverseRow(256, 2, 2, 3, 200),
+)
+
+
+def find_inverse(channels: int) -> InverseRow:
+    return next(row for row in INVERSE if channels <= row.channels)

@@ -199,3 +199,47 @@ def outer_launch(g: Geometry, multiprocessors: int) -> HopperLaunch:
         descriptor=1,
     )  # fmt: skip
     return HopperLaunch(launch, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32))
+
+
+@functools.lru_cache(maxsize=4096)
+def inverse_launch(
+    g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
+) -> HopperLaunch | None:
+    units = units_of(g)
+    block_c = math.gcd(256, g.image_channels)
+    if g.point_channels % 64 or block_c < 64:
+        return None
+    row = configs.find_inverse(block_c)
+    tile = configs.TILES[len(g.kernel)]
+    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
+    pairs, taps = triton.cdiv(tiles, 2), math.prod(g.kernel)
+    programs = g.batch * pairs * (g.image_channels // block_c)
+    # A tile of 64 is touched by the samples of 81 pixels at stride 1.
+    dense = math.prod(g.point_size) / math.prod(g.image_size)
+    listed = min(128, max(32, triton.next_power_of_2(math.ceil(100 * dense))))
+    splits = max(1, min(units.number * taps, row.programs * multiprocessors // programs))
+    launch = Launch(
+        "inverse",
+        (g.batch * pairs, g.image_channels // block_c, splits),
+        (sizes_of(g), g.batch, g.image_channels, g.point_channels, taps, tiles, pairs, splits,
+         units.number, units.number // max(g.offset_groups, 1),
+         units.number // max(g.mask_groups, 1)),
+        dict(
+            TILE=tile,
+            EVEN=tuple(s % t == 0 for s, t in zip(g.image_size, tile, strict=True)),
+            LAST=last,
+            SPLIT=splits > 1,
+            RUN=math.gcd(8, tile[-1], g.image_size[-1]),
+            BLOCK_C=block_c,
+            LISTED=listed,
+            XS=row.points,
+            SS=row.factors,
+            WS=row.weights,
+            REGISTERS=row.registers,
+            num_warps=4,
+        ),
+        4,
+        1,
+        descriptor=1,
+    )  # fmt: skip
+    return HopperLaunch(launch, (64, block_c), _shared_layout(64, block_c, dtype))
