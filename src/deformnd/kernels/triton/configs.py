@@ -72,6 +72,9 @@ FEW = 1024
 # Positions that are listed at once for the inverse gather.
 LISTED = 512
 
+# Samples of a list at most that are sorted at once, in the usual case and at all.
+SHORT, LONG = 128, 1024
+
 # Tiles of the image for the inverse gather, by rank: 64 pixels each.
 TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
@@ -135,7 +138,7 @@ class InverseRow:
 INVERSE = (
     InverseRow(64, 2, 2, 3, 152),
     InverseRow(128, 2, 2, 3, 184),
-    InverseRow(256, 2, 2, 3, 200),
+    InverseRow(256, 2, 2, 3, 192),
 )
 
 

@@ -544,35 +544,35 @@ POINTS = gl.constexpr(64)  # point channels at once
 
 
 @gluon.jit
-def _lists_of(counts, ends, b, t, last, pair, taps, tiles, groups, offset_units):
+def _lists_of(lists, slots, b, t, last, pair, taps, tiles, groups, offset_units):
     """(Start, length) of the lists of two tiles for tap t of all units' taps."""
     item = b.to(gl.int64) * groups + t // taps // offset_units
     slot = (item * taps + t % taps) * tiles + 2 * pair
     found = ()
     for k in gl.static_range(2):
         here = (t < last) & (2 * pair + k < tiles)
-        count = gl.load(counts + slot + k, mask=here, other=0)
-        end = gl.load(ends + slot + k, mask=here, other=0)
-        found = found + ((end - count, count),)
+        count = gl.load(lists + slot + k, mask=here, other=0)
+        end = gl.load(lists + slots + 1 + slot + k, mask=here, other=0)
+        found = found + ((end - count, count.to(gl.int32)),)
     return found
 
 
 @gluon.jit
-def _advance(at, counts, ends, b, last, pair, taps, tiles, groups, offset_units,
+def _advance(at, lists, slots, b, last, pair, taps, tiles, groups, offset_units,
              LISTED: gl.constexpr):  # fmt: skip
     """From (tap, its lists, the next tap's lists) to what follows LISTED entries of each list."""
-    t, lists, following = at
-    more = gl.maximum(lists[0][1], lists[1][1]) > LISTED
+    t, current, following = at
+    more = gl.maximum(current[0][1], current[1][1]) > LISTED
     step = gl.where(more, 0, 1)
     t += step
     fresh = _lists_of(
-        counts, ends, b, t + 1, gl.where(more, 0, last), pair, taps, tiles, groups, offset_units
+        lists, slots, b, t + 1, gl.where(more, 0, last), pair, taps, tiles, groups, offset_units
     )
     rest = ()
     later = ()
     for k in gl.static_range(2):
-        start = gl.where(more, lists[k][0] + LISTED, following[k][0])
-        count = gl.where(more, gl.maximum(lists[k][1] - LISTED, 0), following[k][1])
+        start = gl.where(more, current[k][0] + LISTED, following[k][0])
+        count = gl.where(more, gl.maximum(current[k][1] - LISTED, 0), following[k][1])
         rest = rest + ((start, count),)
         later = later + (
             (
@@ -584,7 +584,7 @@ def _advance(at, counts, ends, b, last, pair, taps, tiles, groups, offset_units,
 
 
 @gluon.jit
-def _items(counts, b, first, last, pair, taps, tiles, groups, offset_units,
+def _items(lists, b, first, last, pair, taps, tiles, groups, offset_units,
            LISTED: gl.constexpr):  # fmt: skip
     """How often _advance reaches an end, one at least for every tap."""
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -593,25 +593,26 @@ def _items(counts, b, first, last, pair, taps, tiles, groups, offset_units,
         t = t0 + lane
         item = b.to(gl.int64) * groups + t // taps // offset_units
         slot = (item * taps + t % taps) * tiles + 2 * pair
-        count = gl.load(counts + slot, mask=t < last, other=0)
-        other = gl.load(counts + slot + 1, mask=(t < last) & (2 * pair + 1 < tiles), other=0)
-        items = gl.maximum((gl.maximum(count, other) + LISTED - 1) // LISTED, 1)
+        count = gl.load(lists + slot, mask=t < last, other=0)
+        other = gl.load(lists + slot + 1, mask=(t < last) & (2 * pair + 1 < tiles), other=0)
+        items = (gl.maximum(count, other).to(gl.int32) + LISTED - 1) // LISTED
+        items = gl.maximum(items, 1)
         total += gl.where(t < last, items, 0)
     return gl.sum(total, 0)
 
 
 @gluon.jit
-def _entries_of(entries, lists, layout: gl.constexpr, LISTED: gl.constexpr):
+def _entries_of(entries, current, layout: gl.constexpr, LISTED: gl.constexpr):
     """Of each list the first LISTED positions, 0 after its end."""
     e = gl.arange(0, LISTED, layout=layout)
     found = ()
     for k in gl.static_range(2):
-        found = found + (gl.load(entries + lists[k][0] + e, mask=e < lists[k][1], other=0),)
+        found = found + (gl.load(entries + current[k][0] + e, mask=e < current[k][1], other=0),)
     return found
 
 
 @gluon.jit
-def _samples_of(offset, mask, b, t, lists, listed, taps, groups, offset_units, mask_groups,
+def _samples_of(offset, mask, b, t, current, listed, taps, groups, offset_units, mask_groups,
                 mask_units, rank: gl.constexpr, positions, layout: gl.constexpr,
                 LISTED: gl.constexpr):  # fmt: skip
     """The offsets and the mask's value of entries, as they are stored."""
@@ -621,7 +622,7 @@ def _samples_of(offset, mask, b, t, lists, listed, taps, groups, offset_units, m
     masks = (b.to(gl.int64) * mask_groups + u // mask_units) * taps + t % taps
     found = ()
     for k in gl.static_range(2):
-        inside = e < lists[k][1]
+        inside = e < current[k][1]
         values = ()
         for a in gl.static_range(rank):
             source = offset + (place * rank + a) * positions
@@ -660,7 +661,7 @@ def _interpolation(values, p, count, tap, corner, sizes, dtype: gl.constexpr,
 
 
 @gluon.jit
-def _inverse_bring(points, weight, offset, mask, counts, ends, entries, xs, ss, ws, x_bars,
+def _inverse_bring(points, weight, offset, mask, lists, slots, entries, xs, ss, ws, x_bars,
                    s_bars, w_bars, b, pair, c0, first, last, corners, taps, tiles, groups,
                    offset_units, mask_groups, mask_units, outputs, sizes, TILE: gl.constexpr,
                    BLOCK_C: gl.constexpr, LISTED: gl.constexpr, XS: gl.constexpr,
@@ -679,29 +680,30 @@ def _inverse_bring(points, weight, offset, mask, counts, ends, entries, xs, ss, 
     rows = gl.arange(0, LISTED, layout=gl.SliceLayout(1, copies))
     o = gl.arange(0, POINTS, layout=gl.SliceLayout(0, copies))
     points += b.to(gl.int64) * positions * outputs
-    lists = _lists_of(counts, ends, b, first, last, pair, taps, tiles, groups, offset_units)
-    following = _lists_of(counts, ends, b, first + 1, last, pair, taps, tiles, groups,
-                          offset_units)  # fmt: skip
-    at = (first, lists, following)
-    listed = _entries_of(entries, lists, entry, LISTED)
-    values = _samples_of(offset, mask, b, first, lists, listed, taps, groups, offset_units,
+    at = (
+        first,
+        _lists_of(lists, slots, b, first, last, pair, taps, tiles, groups, offset_units),
+        _lists_of(lists, slots, b, first + 1, last, pair, taps, tiles, groups, offset_units),
+    )
+    listed = _entries_of(entries, at[1], entry, LISTED)
+    values = _samples_of(offset, mask, b, first, at[1], listed, taps, groups, offset_units,
                          mask_groups, mask_units, rank, positions, entry, LISTED)  # fmt: skip
-    at1 = _advance(at, counts, ends, b, last, pair, taps, tiles, groups, offset_units,
+    at1 = _advance(at, lists, slots, b, last, pair, taps, tiles, groups, offset_units,
                    LISTED)  # fmt: skip
     listed1 = _entries_of(entries, at1[1], entry, LISTED)
     i = 0 * outputs
     step = 0 * outputs
     while at[0] < last:
-        t, lists, following = at
-        at2 = _advance(at1, counts, ends, b, last, pair, taps, tiles, groups, offset_units,
+        t, current, following = at
+        at2 = _advance(at1, lists, slots, b, last, pair, taps, tiles, groups, offset_units,
                        LISTED)  # fmt: skip
         listed2 = _entries_of(entries, at2[1], entry, LISTED)
         values1 = _samples_of(offset, mask, b, at1[0], at1[1], listed1, taps, groups,
                               offset_units, mask_groups, mask_units, rank, positions,
                               entry, LISTED)  # fmt: skip
-        sources = _entries_of(entries, lists, gl.SliceLayout(1, copies), LISTED)
+        sources = _entries_of(entries, current, gl.SliceLayout(1, copies), LISTED)
         for k in gl.static_range(2):
-            s = _interpolation(values[k], listed[k], lists[k][1], t % taps, corners[k], sizes,
+            s = _interpolation(values[k], listed[k], current[k][1], t % taps, corners[k], sizes,
                                dtype, TILE, by_entry, mask is not None, LISTED)  # fmt: skip
             mbarrier.wait(s_bars.index(SS + i % SS), ((i // SS) & 1) ^ 1)
             ss.index(k * SS + i % SS).store(s)
@@ -720,7 +722,7 @@ def _inverse_bring(points, weight, offset, mask, counts, ends, entries, xs, ss, 
                 place = sources[k] * outputs + block * POINTS
                 async_copy.async_copy_global_to_shared(
                     xs[k].index(stage), points + (place[:, None] + o[None, :]),
-                    mask=(rows < lists[k][1])[:, None] & (o >= 0)[None, :],
+                    mask=(rows < current[k][1])[:, None] & (o >= 0)[None, :],
                 )  # fmt: skip
             async_copy.mbarrier_arrive(x_bars.index(stage), increment_count=False)
             step += 1
@@ -732,7 +734,7 @@ def _inverse_bring(points, weight, offset, mask, counts, ends, entries, xs, ss, 
 
 
 @gluon.jit
-def _inverse_multiply(k: gl.constexpr, bias, counts, ends, out, xs, ss, ws, x_bars, s_bars,
+def _inverse_multiply(k: gl.constexpr, bias, lists, out, xs, ss, ws, x_bars, s_bars,
                       w_bars, b, batch, pair, c0, split, first, last, corner, taps, tiles, groups,
                       offset_units, channels, outputs, sizes, TILE: gl.constexpr,
                       BLOCK_C: gl.constexpr, LISTED: gl.constexpr, XS: gl.constexpr,
@@ -747,11 +749,10 @@ def _inverse_multiply(k: gl.constexpr, bias, counts, ends, out, xs, ss, ws, x_ba
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_C, 16]
     )
     operand: gl.constexpr = gl.DotOperandLayout(0, large, 2)
-    acc = warpgroup_mma_init(gl.zeros([64, BLOCK_C], gl.float32, layout=large))
+    acc = gl.zeros([64, BLOCK_C], gl.float32, layout=large)
     z = gl.zeros([64, POINTS], gl.float32, layout=small)
-    factor = gl.zeros([64, POINTS], dtype, layout=operand)
     blocks = outputs // POINTS
-    steps = blocks * _items(counts, b, first, last, pair, taps, tiles, groups, offset_units,
+    steps = blocks * _items(lists, b, first, last, pair, taps, tiles, groups, offset_units,
                             LISTED)  # fmt: skip
     for step in range(steps):
         slot = step // blocks % SS
@@ -765,16 +766,17 @@ def _inverse_multiply(k: gl.constexpr, bias, counts, ends, out, xs, ss, ws, x_ba
             ss.index(k * SS + slot).permute((1, 0)), xs.index(stage), z, use_acc=False,
             is_async=True,
         )  # fmt: skip
-        z, acc, factor = warpgroup_mma_wait(0, deps=[z, acc, factor])
+        z = warpgroup_mma_wait(0, deps=[z])
         barrier()
         mbarrier.arrive(x_bars.index(XS + stage), count=1)
-        mbarrier.arrive(w_bars.index(WS + (step + WS - 1) % WS), count=1, pred=step > 0)
         mbarrier.arrive(s_bars.index(SS + slot), count=1, pred=(step + 1) % blocks == 0)
         factor = gl.convert_layout(z.to(dtype), operand)
         stage = step % WS
         mbarrier.wait(w_bars.index(stage), (step // WS) & 1)
         acc = warpgroup_mma(factor, ws.index(stage), acc, is_async=True)
-    acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
+        acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
+        barrier()
+        mbarrier.arrive(w_bars.index(WS + stage), count=1)
     image_size = sizes[0]
     if SPLIT:
         target: gl.constexpr = large
@@ -786,7 +788,7 @@ def _inverse_multiply(k: gl.constexpr, bias, counts, ends, out, xs, ss, ws, x_ba
         target: gl.constexpr = gl.BlockedLayout([RUN, 1], [1, 32], [1, 4], [0, 1])
     if bias is not None:
         c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, large))
-        acc += gl.load(bias + c).to(gl.float32)[None, :]
+        acc += gl.where(split == 0, gl.load(bias + c).to(gl.float32), 0.0)[None, :]
     if not SPLIT:
         barrier()  # all have read what the points' place held
         staged = xs._reinterpret(
@@ -808,20 +810,20 @@ def _inverse_multiply(k: gl.constexpr, bias, counts, ends, out, xs, ss, ws, x_ba
         base = base * image_size[a] + corner[a]
     pixels = _volume(image_size).to(gl.int64)
     here = here & (2 * pair + k < tiles)
-    if SPLIT or LAST:
-        out += ((split.to(gl.int64) * batch + b) * pixels + base) * channels
-        gl.store(out + ((row * channels)[:, None] + c[None, :]), acc,
-                 mask=here[:, None] & (c >= 0)[None, :])  # fmt: skip
+    place = (split.to(gl.int64) * batch + b) * pixels * channels
+    if LAST:
+        place += base * channels + row * channels
+        place = place[:, None] + c[None, :]
     else:
-        place = b.to(gl.int64) * pixels * channels + base + row
+        place += base + row
         place = place[:, None] + (c.to(gl.int64) * pixels)[None, :]
         place = gl.max_contiguous(gl.multiple_of(place, (RUN, 1)), (RUN, 1))
-        gl.store(out + place, acc, mask=here[:, None] & (c >= 0)[None, :])
+    gl.store(out + place, acc, mask=here[:, None] & (c >= 0)[None, :])
 
 
 @gluon.jit
-def inverse(points, weight, offset, mask, bias, counts, ends, entries, out,
-            sizes, batch, channels, outputs, taps, tiles, pairs, splits, units, offset_units,
+def inverse(points, weight, offset, mask, bias, lists, entries, out,
+            sizes, slots, batch, channels, outputs, taps, tiles, pairs, splits, units, offset_units,
             mask_units,
             TILE: gl.constexpr, EVEN: gl.constexpr, LAST: gl.constexpr, SPLIT: gl.constexpr,
             RUN: gl.constexpr, BLOCK_C: gl.constexpr, LISTED: gl.constexpr, XS: gl.constexpr,
@@ -830,7 +832,7 @@ def inverse(points, weight, offset, mask, bias, counts, ends, entries, out,
     program.
 
     `weight` has a row of channels for every (unit, kernel point, point channel), zero outside the
-    unit. SPLIT: partial sums [splits, B, S, C] in float32 over shares of the kernel points. Grid:
+    unit. SPLIT: partial sums [splits, ...] in float32 over shares of the kernel points. Grid:
     (B x pairs of tiles, blocks of C, splits).
     """
     dtype: gl.constexpr = points.dtype.element_ty
@@ -876,20 +878,20 @@ def inverse(points, weight, offset, mask, bias, counts, ends, entries, out,
         [
             (
                 _inverse_bring,
-                (points, weight, offset, mask, counts, ends, entries, (xs0, xs1), ss, ws, x_bars,
+                (points, weight, offset, mask, lists, slots, entries, (xs0, xs1), ss, ws, x_bars,
                  s_bars, w_bars, b, pair, c0, first, last, corners, taps, tiles, groups,
                  offset_units, mask_groups, mask_units, outputs, sizes, TILE, BLOCK_C, LISTED, XS,
                  SS, WS),
             ),
             (
                 _inverse_multiply,
-                (0, bias, counts, ends, out, xs0, ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
+                (0, bias, lists, out, xs0, ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
                  c0, split, first, last, corners[0], taps, tiles, groups, offset_units, channels,
                  outputs, sizes, TILE, BLOCK_C, LISTED, XS, SS, WS, LAST, SPLIT, EVEN, RUN),
             ),
             (
                 _inverse_multiply,
-                (1, bias, counts, ends, out, xs1, ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
+                (1, bias, lists, out, xs1, ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
                  c0, split, first, last, corners[1], taps, tiles, groups, offset_units, channels,
                  outputs, sizes, TILE, BLOCK_C, LISTED, XS, SS, WS, LAST, SPLIT, EVEN, RUN),
             ),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..geometry import Geometry
 from . import configs
 from .compiled import Launch, capability_of
-from .layouts import image_rows, sizes_of, units_of
+from .layouts import image_rows, sizes_of, units_of, weights_of
 
 try:  # as in compiled.py
     from triton.experimental.gluon import language as gl
@@ -201,29 +201,41 @@ def outer_launch(g: Geometry, multiprocessors: int) -> HopperLaunch:
     return HopperLaunch(launch, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32))
 
 
+def inverse_on_hopper(g: Geometry, like: Tensor, precision: str) -> bool:
+    """Whether `inverse` of gluon.py can take the call: one group, sizes that fit."""
+    return (
+        gluon is not None
+        and like.is_cuda
+        and precision == "native"
+        and capability_of(like.device) == (9, 0)
+        and g.groups == 1
+        and g.offset_groups > 0
+        and g.image_channels % 64 == 0
+        and g.point_channels % 64 == 0
+        and units_of(g).number * weights_of(g) <= 2**24
+        and math.prod(g.point_size) * g.point_channels < 2**31
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def inverse_launch(
     g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
-) -> HopperLaunch | None:
-    units = units_of(g)
+) -> HopperLaunch:
+    units, tile = units_of(g), configs.TILES[len(g.kernel)]
     block_c = math.gcd(256, g.image_channels)
-    if g.point_channels % 64 or block_c < 64:
-        return None
     row = configs.find_inverse(block_c)
-    tile = configs.TILES[len(g.kernel)]
     tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
     pairs, taps = triton.cdiv(tiles, 2), math.prod(g.kernel)
     programs = g.batch * pairs * (g.image_channels // block_c)
-    # A tile of 64 is touched by the samples of 81 pixels at stride 1.
-    dense = math.prod(g.point_size) / math.prod(g.image_size)
-    listed = min(128, max(32, triton.next_power_of_2(math.ceil(100 * dense))))
     splits = max(1, min(units.number * taps, row.programs * multiprocessors // programs))
+    # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
+    dense = 100 * math.prod(g.point_size) // math.prod(g.image_size)
     launch = Launch(
         "inverse",
         (g.batch * pairs, g.image_channels // block_c, splits),
-        (sizes_of(g), g.batch, g.image_channels, g.point_channels, taps, tiles, pairs, splits,
-         units.number, units.number // max(g.offset_groups, 1),
-         units.number // max(g.mask_groups, 1)),
+        (sizes_of(g), g.batch * max(g.offset_groups, 1) * taps * tiles, g.batch,
+         g.image_channels, g.point_channels, taps, tiles, pairs, splits, units.number,
+         units.number // max(g.offset_groups, 1), units.number // max(g.mask_groups, 1)),
         dict(
             TILE=tile,
             EVEN=tuple(s % t == 0 for s, t in zip(g.image_size, tile, strict=True)),
@@ -231,7 +243,7 @@ def inverse_launch(
             SPLIT=splits > 1,
             RUN=math.gcd(8, tile[-1], g.image_size[-1]),
             BLOCK_C=block_c,
-            LISTED=listed,
+            LISTED=min(128, max(32, triton.next_power_of_2(dense))),
             XS=row.points,
             SS=row.factors,
             WS=row.weights,

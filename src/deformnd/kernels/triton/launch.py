@@ -352,95 +352,88 @@ def _by_inverse(g: Geometry, like: Tensor) -> bool:
 
 def _inverse(call: Call, points: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
     """Derivative by the image, in the memory format of `like`."""
-    g = call.g
+    g, device = call.g, points.device
     plan = _list_plan(g, torch.are_deterministic_algorithms_enabled())
-    tiles, segments = plan.tiles, plan.segments
-    counts = torch.zeros(plan.counts, dtype=torch.int32, device=points.device)
-    entries = torch.empty(plan.entries, dtype=torch.int32, device=points.device)
     index = torch.int32 if plan.entries < 2**31 else torch.int64
-    count, fill = plan.launches
-    count(call.offset, counts, None, None)
-    ends = torch.cumsum(counts, 0, dtype=index)
-    fill(call.offset, counts, ends, entries)
-    laid = torch.empty(
-        (g.batch, *g.image_size, g.image_channels), dtype=points.dtype, device=points.device
-    )
-    rows = call.rows(points)
-    _inverse_launch(g, points.element_size(), call.precision, tiles, segments)(
-        rows, call.weight(), call.offset, call.mask, bias, ends, entries, laid
-    )
-    return _image_like(g, laid, None, "rows", like)
+    lists = torch.zeros(2 * plan.slots + 1, dtype=index, device=device)
+    entries = torch.empty(plan.entries, dtype=torch.int32, device=device)
+    count, starts, fill, order = plan.launches
+    count(call.offset, lists, None)
+    starts(lists)
+    fill(call.offset, lists, entries)
+    if order is not None:
+        order(call.offset, lists, entries)
+    form = memory_format(like)
+    last = form is not torch.contiguous_format
+    shape = (g.batch, g.image_channels, *g.image_size)
+    out = torch.empty(shape, dtype=points.dtype, device=device, memory_format=form)
+    multiprocessors = multiprocessors_of(device)
+    tensors = (call.offset, call.mask, bias, lists, entries)
+    if hopper.inverse_on_hopper(g, points, call.precision):
+        made = hopper.inverse_launch(g, points.dtype, last, multiprocessors)
+        splits = made.launch.grid[2]
+        target = out if splits == 1 else out.new_empty(splits, out.numel(), dtype=torch.float32)
+        if made(call.rows(points), call.spread_weight(), *tensors, target):
+            return _sum_splits(target, out)
+    launch = _inverse_launch(g, points.element_size(), call.precision, last, multiprocessors)
+    splits = launch.grid[2]
+    target = out if splits == 1 else out.new_empty(splits, out.numel(), dtype=torch.float32)
+    launch(call.rows(points), call.weight(), *tensors, target)
+    return _sum_splits(target, out)
+
+
+def _sum_splits(parts: Tensor, out: Tensor) -> Tensor:
+    if parts is not out:
+        _reduce_launch(parts.shape[0], (1, 1, out.numel()), (0, 0, 1))(parts, None, out)
+    return out
 
 
 class _ListPlan(NamedTuple):
-    tiles: int
-    segments: int
-    counts: int
+    slots: int
     entries: int  # at most
-    launches: tuple[Launch, Launch]
+    launches: tuple[Launch, Launch, Launch, Launch | None]
 
 
 @functools.lru_cache(maxsize=4096)
 def _list_plan(g: Geometry, ordered: bool) -> _ListPlan:
+    """The lists of the inverse gather (kernels.py, Note [lists])."""
     tile = configs.TILES[len(g.kernel)]
     tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
-    owners = g.batch * max(g.offset_groups, 1) * math.prod(g.kernel)
-    positions, block = math.prod(g.point_size), configs.LISTED
-    # Programs a list: in order, each has counts of its own, so no more than fill a device.
-    programs = -(-positions // block)
-    if ordered:
-        programs = min(programs, max(1, -(-512 // owners)))
-    segment = -(-positions // programs // block) * block
-    segments = -(-positions // segment) if ordered else 1
-    return _ListPlan(
-        tiles,
-        segments,
-        owners * tiles * segments,
-        owners * positions * 2 ** len(g.kernel),
-        _bucket_launches(g, tiles, ordered, segment),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _bucket_launches(g: Geometry, tiles: int, ordered: bool, segment: int) -> tuple[Launch, Launch]:
-    """The passes that count and fill; a program takes `segment` positions."""
-    segments = triton.cdiv(math.prod(g.point_size), segment)
-    groups = max(g.offset_groups, 1)
+    groups, positions = max(g.offset_groups, 1), math.prod(g.point_size)
     owners = g.batch * groups * math.prod(g.kernel)
-    block = configs.LISTED
+    slots, blocks = owners * tiles, triton.cdiv(positions, configs.LISTED)
+    integers = (sizes_of(g), groups, tiles, slots)
 
-    def launch(fill: bool) -> Launch:
-        return Launch(
-            "bucket",
-            (owners * segments, 1, 1),
-            (sizes_of(g), groups, tiles, segments, segment),
-            dict(
-                FILL=fill,
-                ORDERED=ordered,
-                KEY=tl.int32 if (tiles + 1) * block < 2**31 else tl.int64,
-                TILE=configs.TILES[len(g.kernel)],
-                BLOCK=block,
-            ),
-            4,
-            1,
-        )
+    def bucket(fill: bool) -> Launch:
+        constants = dict(FILL=fill, TILE=tile, BLOCK=configs.LISTED)
+        return Launch("bucket", (owners * blocks, 1, 1), (*integers, blocks), constants, 4, 1)
 
-    return launch(False), launch(True)
+    constants = dict(TILE=tile, SHORT=configs.SHORT, LONG=configs.LONG, BLOCK=configs.LISTED)
+    order = Launch("order", (slots, 1, 1), integers, constants, 1, 1) if ordered else None
+    starts = Launch("starts", (triton.cdiv(slots, 1024), 1, 1), (slots,), dict(BLOCK=1024), 4, 1)
+    launches = (bucket(False), starts, bucket(True), order)
+    return _ListPlan(slots, owners * positions * 2 ** len(g.kernel), launches)
 
 
 @functools.lru_cache(maxsize=4096)
-def _inverse_launch(g: Geometry, width: int, precision: str, tiles: int, segments: int) -> Launch:
+def _inverse_launch(
+    g: Geometry, width: int, precision: str, last: bool, multiprocessors: int
+) -> Launch:
     units = units_of(g)
     row = configs.find("inverse", width, units.length)
     tile = configs.TILES[len(g.kernel)]
-    block_c = fit(units.length, row.block_c)
-    constants = constants_of(g, precision, math.prod(g.point_size) * g.point_channels)
+    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
+    block_c, taps = fit(units.length, row.block_c), math.prod(g.kernel)
+    programs, blocks = g.batch * units.number * tiles, triton.cdiv(units.length, block_c)
+    splits = max(1, min(taps, 2 * multiprocessors // (programs * blocks)))
+    slots = g.batch * max(g.offset_groups, 1) * taps * tiles
     return Launch(
         "inverse",
-        (g.batch * units.number * tiles, triton.cdiv(units.length, block_c), 1),
-        (sizes_of(g), *channels_of(g), weights_of(g), tiles, segments),
+        (programs, blocks, splits),
+        (sizes_of(g), *channels_of(g), weights_of(g), tiles, slots, g.batch, splits),
         dict(
-            **constants,
+            LAST=last,
+            **constants_of(g, precision, math.prod(g.point_size) * g.point_channels),
             TILE=tile,
             PIXELS=math.prod(tile),
             BLOCK_E=row.block_p,

@@ -92,6 +92,16 @@ class Call:
         packed = pack_weight(self.g, self._weight, self.precision == "split", order)
         return packed.view(-1, self.g.image_channels)
 
+    def spread_weight(self) -> Tensor:
+        """Of every unit [K, O, C], zero outside the unit: rows of channels."""
+        g, units = self.g, self.units
+        weight = self.weight()
+        if units.number > 1:
+            own = torch.eye(units.number, dtype=torch.bool, device=weight.device)
+            weight = weight.view(1, -1, units.number, units.length)
+            weight = torch.where(own.view(units.number, 1, units.number, 1), weight, 0)
+        return weight.reshape(-1, g.image_channels)
+
     def image(self, image: Tensor) -> Tensor:
         """As rows [B, S, C], or as planes [B, units, S, padded] if the units are narrow."""
         if self._image is None or self._image[0] is not image:
