@@ -293,6 +293,8 @@ def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.Monkey
     """Many units take the inverse gather too, and lists longer than a block are right."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     monkeypatch.setattr(configs, "LISTED", 16)
+    monkeypatch.setattr(configs, "LONG", 32)
+    monkeypatch.setattr(configs, "SHORT", 16)
     for case in (
         Case((5, 4), (1, 2), offset_groups=2, mask_groups=2, batch=1),
         Case((40,), (2,), offset_groups=1, batch=1),
@@ -394,6 +396,7 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
     given = (dtype, dtype)  # offset and mask
     key = (width, precision, True)
     gather = launch._gather_launch(g, *key, 132)
+    count, starts, fill, order = launch._list_plan(g, True).launches
     return [
         (gather, (dtype, weight, *given, dtype, single if gather.grid[1] > 1 else dtype)),
         (launch._spread_launch(g, *key, False, True, 132),
@@ -401,11 +404,14 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (launch._spread_launch(g, *key, True, False, 132),
          (None, dtype, weight, *given, None, None, single)),
         (launch._weight_launch(g, *key, 132)[0], (dtype, dtype, *given, single)),
-        (launch._inverse_launch(g, width, precision, 4, 1),
+        (launch._inverse_launch(g, width, precision, False, 132),
+         (dtype, weight, *given, None, integer, integer, single)),
+        (launch._inverse_launch(g, width, precision, True, 0),
          (dtype, weight, *given, None, integer, integer, dtype)),
-        (launch._bucket_launches(g, 4, True, 512)[0], (dtype, integer, None, None)),
-        (launch._bucket_launches(g, 4, True, 512)[1], (dtype, integer, integer, integer)),
-        (launch._bucket_launches(g, 4, False, 512)[1], (dtype, integer, integer, integer)),
+        (count, (dtype, integer, None)),
+        (starts, (integer,)),
+        (fill, (dtype, integer, integer)),
+        (order, (dtype, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
         *prepared(g, dtype, precision),
     ]  # fmt: skip
@@ -477,6 +483,7 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
         rows = hopper.gather_launch(g, dtype, True, 0)
         parts = hopper.gather_launch(g._replace(image_channels=128), dtype, False, 132)
         assert parts.grid[1] > 1 or n == 1
+        inverse = [dtype, None, *given, dtype, torch.int32, torch.int32]
         kernels = [
             (whole, [dtype, None, *given, dtype, dtype]),
             (rows, [dtype, None, *given, None, dtype]),
@@ -484,12 +491,15 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
             (along, [dtype, dtype, None, *given, *given, None]),
             (along, [None, dtype, None, *given, None, None, torch.float32]),
             (hopper.outer_launch(g, 132), [dtype, None, *given, torch.float32]),
+            (hopper.inverse_launch(g, dtype, False, 132), [*inverse, torch.float32]),
+            (hopper.inverse_launch(g, dtype, False, 0), [*inverse, dtype]),
+            (hopper.inverse_launch(g, dtype, True, 0), [*inverse, dtype]),
         ]
         if n == 2:
             wide = hopper.along_launch(g._replace(point_channels=512), dtype, 132)
             kernels.append((wide, [dtype, dtype, None, *given, *given, torch.float32]))
         for made, dtypes in kernels:
-            if made.kernel == "outer" and dtype != torch.float32:
+            if made.kernel == ("inverse" if dtype == torch.float32 else "outer"):
                 continue
             assert made is not None
             dtypes[made.descriptor.argument] = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -514,7 +524,7 @@ def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     size, ones = (180, 320), (1, 1)
     g = Geometry(1, 64, 64, 1, 16, 16, size, size, (3, 3), ones, ones, ones)
     half, integer = torch.float16, torch.int32
-    made = launch._inverse_launch(g, 2, "native", 920, 1)
+    made = launch._inverse_launch(g, 2, "native", True, 132)
     dtypes = (half, half, half, half, None, integer, integer, half)
     compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
     forget()
@@ -668,29 +678,40 @@ def test_gpu_deterministic(offset_groups: int, transposed: bool, exact_float32: 
         torch.use_deterministic_algorithms(False)
 
 
+def run(step: Any, *tensors: Tensor | None) -> None:
+    """A launch by itself."""
+    device = next(t.device for t in tensors if t is not None)
+    plan = Plan(device, tensors)
+    plan.launch(step, *plan.given)
+    plan.run(tensors)
+
+
 @gpu
-@pytest.mark.parametrize("segment", [512, 1 << 20])
-def test_gpu_lists(segment: int) -> None:
-    """The lists in order hold what those out of order hold, each bucket's samples in order."""
-    size = (181, 300)
+def test_gpu_lists() -> None:
+    """The lists in order hold what those out of order hold, each list's samples in order."""
+    size, slots = (181, 300), 18 * 23 * 38
     g = Geometry(1, 32, 32, 1, 2, 0, size, size, (3, 3), (1, 1), (1, 1), (1, 1))
     offset = 3 * torch.randn(1, 36, *size, device="cuda")
-    tiles = 23 * 38
+    offset[0, 3:9] -= torch.arange(300.0, device="cuda") - 3.3  # long lists
     found = []
     for ordered in (True, False):
-        segments = -(-math.prod(size) // segment) if ordered else 1
-        count, fill = launch._bucket_launches(g, tiles, ordered, segment if ordered else 512)
-        counts = torch.zeros(18 * tiles * segments, dtype=torch.int32, device="cuda")
-        count(offset, counts, None, None)
-        ends = counts.cumsum(0, dtype=torch.int32)
+        lists = torch.zeros(2 * slots + 1, dtype=torch.int32, device="cuda")
         entries = torch.full((18 * math.prod(size) * 4,), -1, dtype=torch.int32, device="cuda")
-        fill(offset, counts, ends, entries)
-        assert not counts.any()
-        total = int(ends[-1])
+        count, starts, fill, order = launch._list_plan(g, ordered).launches
+        run(count, offset, lists, None)
+        run(starts, lists)
+        run(fill, offset, lists, entries)
+        if order is not None:
+            run(order, offset, lists, entries)
+        lengths, total, ends = lists.split([slots, 1, slots])
         assert (entries[:total] >= 0).all() and (entries[total:] == -1).all()
-        ends = ends[segments - 1 :: segments]
-        bucket = torch.searchsorted(ends, torch.arange(total, device="cuda"), right=True)
-        found.append((ends, (bucket * math.prod(size) + entries[:total]).sort().values))
+        order_of = torch.argsort(ends - lengths, stable=True)
+        slot = torch.repeat_interleave(order_of, lengths[order_of].long())
+        key = slot * math.prod(size) + entries[:total]
+        if ordered:
+            assert ((key[1:] > key[:-1]) | (slot[1:] != slot[:-1])).all()
+        found.append((lengths, key.sort().values))
+        assert lengths.max() > configs.LONG
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

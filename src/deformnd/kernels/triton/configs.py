@@ -72,6 +72,9 @@ FEW = 1024
 # Positions that are listed at once for the inverse gather.
 LISTED = 512
 
+# Samples of a list at most that are sorted at once, in the usual case and at all.
+SHORT, LONG = 128, 1024
+
 # Tiles of the image for the inverse gather, by rank: 64 pixels each.
 TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
@@ -121,3 +124,26 @@ def find(operator: str, width: int, channels: int) -> Row:
         if row.operator == operator and row.width == width and channels <= row.channels:
             return row
     raise LookupError(f"no row for {operator}, width {width}")
+
+
+@dataclass(frozen=True)
+class InverseRow:
+    """For `inverse` of gluon.py: image channels of a program, and how many stages its rings have."""
+
+    channels: int
+    points: int
+    factors: int
+    weights: int
+    registers: int  # of a lane that multiplies
+    programs: int = 1  # on a multiprocessor
+
+
+INVERSE = (
+    InverseRow(64, 2, 2, 3, 152),
+    InverseRow(128, 2, 2, 3, 184),
+    InverseRow(256, 2, 2, 3, 192),
+)
+
+
+def find_inverse(channels: int) -> InverseRow:
+    return next(row for row in INVERSE if channels <= row.channels)

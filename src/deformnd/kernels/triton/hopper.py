@@ -14,7 +14,7 @@ import triton
 from ..geometry import Geometry
 from . import configs
 from .compiled import Descriptor, Launch, capability_of
-from .layouts import Call, image_rows, sizes_of, units_of
+from .layouts import Call, image_rows, sizes_of, units_of, weights_of
 from .plan import Slot
 
 try:  # as in compiled.py
@@ -202,4 +202,58 @@ def outer_launch(g: Geometry, multiprocessors: int) -> Launch:
         row.warps,
         1,
         Descriptor(1, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32)),
+    )  # fmt: skip
+
+
+def takes_inverse(call: Call) -> bool:
+    """Whether `inverse` of gluon.py can take the call: one group, sizes that fit."""
+    g, device = call.g, call.plan.device
+    return (
+        gluon is not None
+        and device.type == "cuda"
+        and call.precision == "native"
+        and capability_of(device) == (9, 0)
+        and g.groups == 1
+        and g.offset_groups > 0
+        and g.image_channels % 64 == 0
+        and g.point_channels % 64 == 0
+        and units_of(g).number * weights_of(g) <= 2**24
+        and math.prod(g.point_size) * g.point_channels < 2**31
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def inverse_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int) -> Launch:
+    units, tile = units_of(g), configs.TILES[len(g.kernel)]
+    block_c = math.gcd(256, g.image_channels)
+    row = configs.find_inverse(block_c)
+    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
+    pairs, taps = triton.cdiv(tiles, 2), math.prod(g.kernel)
+    programs = g.batch * pairs * (g.image_channels // block_c)
+    splits = max(1, min(units.number * taps, row.programs * multiprocessors // programs))
+    # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
+    dense = 100 * math.prod(g.point_size) // math.prod(g.image_size)
+    return Launch(
+        "inverse",
+        (g.batch * pairs, g.image_channels // block_c, splits),
+        (sizes_of(g), g.batch * max(g.offset_groups, 1) * taps * tiles, g.batch,
+         g.image_channels, g.point_channels, taps, tiles, pairs, splits, units.number,
+         units.number // max(g.offset_groups, 1), units.number // max(g.mask_groups, 1)),
+        dict(
+            TILE=tile,
+            EVEN=tuple(s % t == 0 for s, t in zip(g.image_size, tile, strict=True)),
+            LAST=last,
+            SPLIT=splits > 1,
+            RUN=math.gcd(8, tile[-1], g.image_size[-1]),
+            BLOCK_C=block_c,
+            LISTED=min(128, max(32, triton.next_power_of_2(dense))),
+            XS=row.points,
+            SS=row.factors,
+            WS=row.weights,
+            REGISTERS=row.registers,
+            num_warps=4,
+        ),
+        4,
+        1,
+        Descriptor(1, (64, block_c), _shared_layout(64, block_c, dtype)),
     )  # fmt: skip

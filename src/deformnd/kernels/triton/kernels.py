@@ -573,78 +573,109 @@ def _tile_of(indices, valid, image_size, q, TILE: tl.constexpr):
     return tile, new
 
 
-@triton.jit
-def _count_run(tile_a, count_a, tile_b, count_b):
-    """Scan: the number of elements since the tile changed."""
-    return tile_b, tl.where(tile_a == tile_b, count_a + count_b, count_b)
+# Note [lists]
+# There is a list for every (batch item, offset group, kernel point, tile), a `slot`: its samples'
+# positions, together in `entries`. `lists` holds the length of every list, then a cursor, then
+# where every list ends. Lists lie in any order, but each is in order where results must be
+# repeatable.
 
 
 @triton.jit
-def bucket(offset, counts, ends, entries, sizes, groups, tiles, segments, segment,
-           FILL: tl.constexpr, ORDERED: tl.constexpr, KEY: tl.constexpr, TILE: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
-    """List the samples by (batch item, offset group, tile, kernel point).
+def bucket(offset, lists, entries, sizes, groups, tiles, slots, blocks, FILL: tl.constexpr,
+           TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Count the samples of every list, or (FILL) write them where `starts` has put its end.
 
-    First pass (not FILL): count. Second: write each sample's position index to `entries`; `ends`
-    are the running sums of the counts, and the counts go down as entries are written. A program
-    takes a segment of `segment` positions of one (batch item, group, kernel point). ORDERED: each
-    segment has counts of its own and is walked in order, so the lists are the same in every run.
-    Grid: (B x groups x taps x segments).
+    Grid: (B x groups x taps x blocks of positions).
     """
     image_size = sizes[0]
-    positions = _volume(sizes[1])
+    owner = tl.program_id(0) // blocks
     taps = _volume(sizes[2])
-    s = tl.program_id(0) % segments
-    owner = tl.program_id(0) // segments
     tap = owner % taps
     item = owner // taps  # (batch item, group)
-    lane = tl.arange(0, BLOCK)
-    stop = tl.minimum((s + 1) * segment, positions)
-    for p0 in range(s * segment, stop, BLOCK):
-        p = p0 + lane
-        at, valid = _positions(
-            offset, item // groups, item % groups, groups, tap, p, p < stop, sizes
-        )
-        indices, factors, slopes = _cell(at, valid, image_size)
-        for q in range(2 ** len(image_size)):
-            tile, new = _tile_of(indices, valid, image_size, q, TILE)
-            slot = (item.to(tl.int64) * tiles + tile) * taps + tap
-            if FILL and ORDERED:
-                # Sorted by tile, the samples of a tile are a run; a sample's place is its place
-                # in the run, after what the segment has written to the tile before.
-                key = tl.sort(tl.where(new, tile.to(KEY) * BLOCK + lane, tiles.to(KEY) * BLOCK))
-                new = key < tiles.to(KEY) * BLOCK
-                tile, run = tl.associative_scan(
-                    (key // BLOCK, tl.full((BLOCK,), 1, tl.int32)), 0, _count_run
-                )
-                slot = ((item.to(tl.int64) * tiles + tile) * taps + tap) * segments + s
-                left = tl.load(counts + slot, mask=new, other=0, volatile=True)
-                place = tl.load(ends + slot, mask=new, other=0) - left + run - 1
-                tl.store(entries + place, (p0 + key % BLOCK).to(tl.int32), mask=new)
-                tl.debug_barrier()  # all have read what is left
-                tl.atomic_add(counts + slot, -1, mask=new, sem="relaxed")
-                tl.debug_barrier()
-            elif FILL:
-                left = tl.atomic_add(counts + slot, -1, mask=new, sem="relaxed")
-                place = tl.load(ends + slot, mask=new, other=0) - left
-                tl.store(entries + place, p, mask=new)
-            else:
-                slot = slot * segments + s if ORDERED else slot
-                tl.atomic_add(counts + slot, 1, mask=new, sem="relaxed")
+    p = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = p < _volume(sizes[1])
+    at, valid = _positions(offset, item // groups, item % groups, groups, tap, p, inside, sizes)
+    indices, factors, slopes = _cell(at, valid, image_size)
+    first = owner.to(tl.int64) * tiles
+    for q in tl.static_range(2 ** len(image_size)):
+        tile, new = _tile_of(indices, valid, image_size, q, TILE)
+        slot = lists + (first + tile)
+        if FILL:
+            place = tl.atomic_add(slot + slots + 1, 1, mask=new, sem="relaxed")
+            tl.store(entries + place, p, mask=new)
+        else:
+            tl.atomic_add(slot, 1, mask=new, sem="relaxed")
 
 
 @triton.jit
-def inverse(points, weight, offset, mask, bias, ends, entries, out,
+def starts(lists, slots, BLOCK: tl.constexpr):
+    """Reserve room for every list: its end, so far, is its start."""
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < slots
+    count = tl.load(lists + slot, mask=inside, other=0)
+    ends = tl.cumsum(count, 0)
+    start = tl.atomic_add(lists + slots, tl.sum(count, 0), sem="relaxed")
+    tl.store(lists + slots + 1 + slot, start + ends - count, mask=inside)
+
+
+@triton.jit
+def order(offset, lists, entries, sizes, groups, tiles, slots, TILE: tl.constexpr,
+          SHORT: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Sort a list, or write it anew if it has more than LONG samples. Grid: (slots)."""
+    slot = tl.program_id(0).to(tl.int64)
+    count = tl.load(lists + slot)
+    start = tl.load(lists + slots + 1 + slot) - count
+    if count <= SHORT:
+        _sort(entries + start, count, SHORT)
+    elif count <= LONG:
+        _sort(entries + start, count, LONG)
+    else:
+        image_size = sizes[0]
+        positions = _volume(sizes[1])
+        taps = _volume(sizes[2])
+        across = ()
+        for a in tl.static_range(len(image_size)):
+            across = across + ((image_size[a] + TILE[a] - 1) // TILE[a],)
+        cell = _unravel((slot % tiles).to(tl.int32), across)
+        owner = (slot // tiles).to(tl.int32)
+        item = owner // taps
+        for p0 in range(0, positions, BLOCK):
+            p = p0 + tl.arange(0, BLOCK)
+            at, valid = _positions(
+                offset, item // groups, item % groups, groups, owner % taps, p, p < positions,
+                sizes,
+            )  # fmt: skip
+            indices, factors, slopes = _cell(at, valid, image_size)
+            touches = valid
+            for a in tl.static_range(len(image_size)):
+                low = indices[a][0] // TILE[a] == cell[a]
+                touches = touches & (low | (indices[a][1] // TILE[a] == cell[a]))
+            one = touches.to(tl.int32)
+            tl.store(entries + (start + tl.cumsum(one, 0) - 1), p, mask=touches)
+            start += tl.sum(one, 0)
+
+
+@triton.jit
+def _sort(entries, count, SIZE: tl.constexpr):
+    e = tl.arange(0, SIZE)
+    p = tl.sort(tl.load(entries + e, mask=e < count, other=0x7FFFFFFF))
+    tl.store(entries + e, p, mask=e < count)
+
+
+@triton.jit
+def inverse(points, weight, offset, mask, bias, lists, entries, out,
             sizes, channels, unit, outputs, group_in, group_out, offset_units, mask_units,
-            weights, tiles, segments,
-            GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+            weights, tiles, slots, batch, splits,
+            LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
             VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr, TILE: tl.constexpr,
             PIXELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
             BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/dimage by inverse gather: what every listed sample adds to a tile, by three products'
     worth of tensor cores: (interpolation weights [pixels, samples] @ points) @ weight[tap].
 
-    points and out are rows (channels last). Grid: (B x units x tiles, blocks of a unit).
+    points are rows; out, with LAST, too, else it has channels first. With several splits it is
+    float32: partial sums over shares of the kernel points. Grid: (B x units x tiles, blocks of a
+    unit, splits).
     """
     image_size = sizes[0]
     point_size = sizes[1]
@@ -678,10 +709,11 @@ def inverse(points, weight, offset, mask, bias, ends, entries, out,
     o_last = ((tl.minimum(c0 + BLOCK_C, last) - 1) // group_in + 1) * group_out
     points += tl.multiple_of(b.to(tl.int64) * positions * outputs, VECTOR_O)
     acc = tl.zeros((PIXELS, BLOCK_C), tl.float32)
-    for tap in range(taps):
-        slot = ((item.to(tl.int64) * tiles + tile) * taps + tap) * segments
-        start = tl.load(ends + slot - 1, mask=slot > 0, other=0)
-        stop = tl.load(ends + slot + segments - 1)
+    split = tl.program_id(2)
+    for tap in range(split * taps // splits, (split + 1) * taps // splits):
+        slot = lists + ((item.to(tl.int64) * taps + tap) * tiles + tile)
+        stop = tl.load(slot + slots + 1)
+        start = stop - tl.load(slot)
         for e0 in range(start, stop, BLOCK_E):
             e = e0 + tl.arange(0, BLOCK_E)
             listed = e < stop
@@ -713,13 +745,15 @@ def inverse(points, weight, offset, mask, bias, ends, entries, out,
                 z = _parts(z, points.dtype.element_ty, PRECISION)
                 acc = _dot_once(z, w, acc, PRECISION)
     if bias is not None:
-        acc += tl.load(bias + c, mask=c_in, other=0.0).to(tl.float32)[None, :]
-    row = tl.multiple_of((b.to(tl.int64) * _volume(image_size) + row) * channels, VECTOR_C)
-    tl.store(
-        out + (row[:, None] + c[None, :]),
-        acc.to(out.dtype.element_ty),
-        mask=here[:, None] & c_in[None, :],
-    )
+        value = tl.load(bias + c, mask=c_in & (split == 0), other=0.0)
+        acc += value.to(tl.float32)[None, :]
+    pixels = _volume(image_size)
+    out += (split * batch + b).to(tl.int64) * pixels * channels
+    if LAST:
+        place = tl.multiple_of(row.to(tl.int64) * channels, VECTOR_C)[:, None] + c[None, :]
+    else:
+        place = row[:, None] + (c.to(tl.int64) * pixels)[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=here[:, None] & c_in[None, :])
 
 
 @triton.jit
@@ -855,12 +889,13 @@ def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
 
     For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
     operand and the point channels for its gather (1), the image channels of a product for its
-    along (2).
+    along (2); for its inverse (3) it gives such an array for each unit, 0 in other units' channels.
     """
-    programs, taps, outputs, group_in, weights, blocks = sizes
+    programs, taps, outputs, group_in, unit, weights, blocks = sizes
     tap = (program % ((taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     row = program // ((taps + BLOCK_K - 1) // BLOCK_K)
-    o = row // blocks
+    o = row // blocks % outputs
+    u = row // blocks // outputs
     c = (row % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     inside = (c < group_in) & (tap < taps)
     from_o = o
@@ -875,6 +910,9 @@ def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
     else:
         place = (from_o * group_in + from_c) * taps + tap
     value = tl.load(weight + place, mask=inside, other=0.0)
+    if ORDER == 3:
+        value = tl.where(c // unit == u, value, 0.0)
+        out += u * weights
     to = (tap * outputs + o) * group_in + c
     if SPLIT:
         head = value.to(tl.bfloat16)

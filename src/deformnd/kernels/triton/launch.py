@@ -178,7 +178,7 @@ def _plan_scatter(
 ) -> None:
     out = _image_result(call, points.slot.dtype, forms[1])
     if _by_inverse(call):
-        _inverse(call, points, bias, out)
+        _inverse(call, points, bias, out, _counts(call))
     else:
         _spread(call, None, points, bias, out, None, None)
 
@@ -206,8 +206,10 @@ def _plan_gradients(
     )
     by_inverse = grad_image is not None and _by_inverse(call)
     if by_inverse:
-        call.rows(points)  # before the frame, so that all kernels use them
-        call.weight()
+        # Before the frame, so that all kernels use the rows, and all is done at once.
+        call.rows(points)
+        call.weight("units" if hopper.takes_inverse(call) else "")
+        counts = _counts(call)
     with call.frame():
         if not (grad_points is grad_weight is grad_offset is grad_mask is None):
             call.image(image)
@@ -219,7 +221,7 @@ def _plan_gradients(
         if grad_weight is not None:
             _weight_gradient(call, image, points, grad_weight)
     if by_inverse and grad_image is not None:
-        _inverse(call, points, None, grad_image)
+        _inverse(call, points, None, grad_image, counts)
 
 
 def _image_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:
@@ -450,105 +452,96 @@ def _by_inverse(call: Call) -> bool:
     return call.precision == "native" and call.units.length > configs.NARROW
 
 
-def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand) -> None:
-    """Derivative by the image."""
+def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand, counts: Slot) -> None:
+    """Derivative by the image, with the zeros that _counts gave."""
     g, plan, dtype = call.g, call.plan, points.slot.dtype
     lists = _list_plan(g, torch.are_deterministic_algorithms_enabled())
+
+    def slots(launch: Launch, order: str) -> tuple[Slot | None, ...]:
+        given = (call.rows(points), call.weight(order), call.offset, call.mask)
+        if launch.grid[2] == 1:
+            return (*given, bias, counts, entries, out.slot)
+        parts = plan.scratch(launch.grid[2], *out.slot.shape, dtype=torch.float32)
+        return (*given, bias, counts, entries, parts)
+
     with call.frame():
-        counts = plan.scratch(lists.counts, dtype=torch.int32)
         entries = plan.scratch(lists.entries, dtype=torch.int32)
-        index = torch.int32 if lists.entries < 2**31 else torch.int64
-        ends = plan.scratch(lists.counts, dtype=index)
-        rows, weight = call.rows(points), call.weight()
-        plan.zero(counts)
-        count, fill = lists.launches
-        plan.launch(count, call.offset, counts, None, None)
-        plan.call(lambda a, b: torch.cumsum(a, 0, dtype=b.dtype, out=b), counts, ends)
-        plan.launch(fill, call.offset, counts, ends, entries)
-        direct = out.last
-        laid = (
-            out.slot
-            if direct
-            else plan.scratch(g.batch, math.prod(g.image_size), g.image_channels, dtype=dtype)
-        )
-        key = (dtype.itemsize, call.precision, lists.tiles, lists.segments)
-        plan.launch(
-            _inverse_launch(g, *key),
-            *(rows, weight, call.offset, call.mask, bias, ends, entries, laid),
-        )
-        if not direct:
-            _image_like(call, laid, None, "rows", out)
+        taken = None
+        if hopper.takes_inverse(call):
+            launch = hopper.inverse_launch(g, dtype, out.last, call.multiprocessors)
+            taken = slots(launch, "units")
+        if taken is None or not hopper.builds(launch, taken):
+            key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
+            launch = _inverse_launch(g, *key)
+            taken = slots(launch, "")
+        count, starts, fill, order = lists.launches
+        plan.launch(count, call.offset, counts, None)
+        plan.launch(starts, counts)
+        plan.launch(fill, call.offset, counts, entries)
+        if order is not None:
+            plan.launch(order, call.offset, counts, entries)
+        plan.launch(launch, *taken)
+        if launch.grid[2] > 1:
+            size = math.prod(out.slot.shape)
+            reduce = _reduce_launch(launch.grid[2], (1, 1, size), (0, 0, 1))
+            plan.launch(reduce, taken[-1], None, out.slot)
+
+
+def _counts(call: Call) -> Slot:
+    """Zeros for the lists of an inverse gather."""
+    lists = _list_plan(call.g, torch.are_deterministic_algorithms_enabled())
+    index = torch.int32 if lists.entries < 2**31 else torch.int64
+    counts = call.plan.scratch(2 * lists.slots + 1, dtype=index)
+    call.plan.zero(counts)
+    return counts
 
 
 class _ListPlan(NamedTuple):
-    tiles: int
-    segments: int
-    counts: int
+    slots: int
     entries: int  # at most
-    launches: tuple[Launch, Launch]
+    launches: tuple[Launch, Launch, Launch, Launch | None]
 
 
 @functools.lru_cache(maxsize=4096)
 def _list_plan(g: Geometry, ordered: bool) -> _ListPlan:
+    """The lists of the inverse gather (kernels.py, Note [lists])."""
     tile = configs.TILES[len(g.kernel)]
     tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
-    owners = g.batch * max(g.offset_groups, 1) * math.prod(g.kernel)
-    positions, block = math.prod(g.point_size), configs.LISTED
-    # Programs a list: in order, each has counts of its own, so no more than fill a device.
-    programs = -(-positions // block)
-    if ordered:
-        programs = min(programs, max(1, -(-512 // owners)))
-    segment = -(-positions // programs // block) * block
-    segments = -(-positions // segment) if ordered else 1
-    return _ListPlan(
-        tiles,
-        segments,
-        owners * tiles * segments,
-        owners * positions * 2 ** len(g.kernel),
-        _bucket_launches(g, tiles, ordered, segment),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _bucket_launches(g: Geometry, tiles: int, ordered: bool, segment: int) -> tuple[Launch, Launch]:
-    """The passes that count and fill; a program takes `segment` positions."""
-    segments = triton.cdiv(math.prod(g.point_size), segment)
-    groups = max(g.offset_groups, 1)
+    groups, positions = max(g.offset_groups, 1), math.prod(g.point_size)
     owners = g.batch * groups * math.prod(g.kernel)
-    block = configs.LISTED
+    slots, blocks = owners * tiles, triton.cdiv(positions, configs.LISTED)
+    integers = (sizes_of(g), groups, tiles, slots)
 
-    def launch(fill: bool) -> Launch:
-        return Launch(
-            "bucket",
-            (owners * segments, 1, 1),
-            (sizes_of(g), groups, tiles, segments, segment),
-            dict(
-                FILL=fill,
-                ORDERED=ordered,
-                KEY=tl.int32 if (tiles + 1) * block < 2**31 else tl.int64,
-                TILE=configs.TILES[len(g.kernel)],
-                BLOCK=block,
-            ),
-            4,
-            1,
-        )
+    def bucket(fill: bool) -> Launch:
+        constants = dict(FILL=fill, TILE=tile, BLOCK=configs.LISTED)
+        return Launch("bucket", (owners * blocks, 1, 1), (*integers, blocks), constants, 4, 1)
 
-    return launch(False), launch(True)
+    constants = dict(TILE=tile, SHORT=configs.SHORT, LONG=configs.LONG, BLOCK=configs.LISTED)
+    order = Launch("order", (slots, 1, 1), integers, constants, 1, 1) if ordered else None
+    starts = Launch("starts", (triton.cdiv(slots, 1024), 1, 1), (slots,), dict(BLOCK=1024), 4, 1)
+    launches = (bucket(False), starts, bucket(True), order)
+    return _ListPlan(slots, owners * positions * 2 ** len(g.kernel), launches)
 
 
 @functools.lru_cache(maxsize=4096)
-def _inverse_launch(g: Geometry, width: int, precision: str, tiles: int, segments: int) -> Launch:
+def _inverse_launch(
+    g: Geometry, width: int, precision: str, last: bool, multiprocessors: int
+) -> Launch:
     units = units_of(g)
     row = configs.find("inverse", width, units.length)
     tile = configs.TILES[len(g.kernel)]
-    block_c = fit(units.length, row.block_c)
-    constants = constants_of(g, precision, math.prod(g.point_size) * g.point_channels)
+    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
+    block_c, taps = fit(units.length, row.block_c), math.prod(g.kernel)
+    programs, blocks = g.batch * units.number * tiles, triton.cdiv(units.length, block_c)
+    splits = max(1, min(taps, 2 * multiprocessors // (programs * blocks)))
+    slots = g.batch * max(g.offset_groups, 1) * taps * tiles
     return Launch(
         "inverse",
-        (g.batch * units.number * tiles, triton.cdiv(units.length, block_c), 1),
-        (sizes_of(g), *channels_of(g), weights_of(g), tiles, segments),
+        (programs, blocks, splits),
+        (sizes_of(g), *channels_of(g), weights_of(g), tiles, slots, g.batch, splits),
         dict(
-            **constants,
+            LAST=last,
+            **constants_of(g, precision, math.prod(g.point_size) * g.point_channels),
             TILE=tile,
             PIXELS=math.prod(tile),
             BLOCK_E=row.block_p,

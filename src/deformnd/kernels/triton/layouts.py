@@ -150,7 +150,8 @@ class Call:
         taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
         if taps == 1 and not split and not order:
             return weight.slot
-        shape = ((1 + split) * taps * g.point_channels, group_in)
+        units = self.units.number if order == "units" else 1
+        shape = ((units + split) * taps * g.point_channels, group_in)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if split else weight.slot.dtype)
         block_k = fit(taps, 64, least=1)
         block_c = 2048 // max(block_k, 16)
@@ -160,10 +161,17 @@ class Call:
                 "pack",
                 (weight.slot, out),
                 (
-                    g.point_channels * blocks * triton.cdiv(taps, block_k),
-                    *(taps, g.point_channels, group_in, weights_of(g), blocks),
+                    units * g.point_channels * blocks * triton.cdiv(taps, block_k),
+                    *(taps, g.point_channels, group_in, self.units.length),
+                    *(weights_of(g), blocks),
                 ),
-                (weight.last, split, ("", "gather", "along").index(order), block_c, block_k),
+                (
+                    weight.last,
+                    split,
+                    ("", "gather", "along", "units").index(order),
+                    block_c,
+                    block_k,
+                ),
             )
         )
         return out

@@ -135,10 +135,6 @@ class Plan:
         self.flush()
         self.steps.append((launch, slots))
 
-    def call(self, function: Callable[..., Any], *slots: Slot) -> None:
-        self.flush()
-        self.steps.append((function, slots))
-
     def first(self, job: Job) -> None:
         """Something to be done before the next launch, together with its like."""
         if not self._first.takes(job):
@@ -190,9 +186,6 @@ class Plan:
             return memory[start : start + size].view(slot.dtype).view(slot.shape)
 
         for launch, slots in self.steps:
-            if not isinstance(launch, Launch):
-                launch(*[tensor(s) for s in slots])
-                continue
             launch.interpret([tensor(s) for s in slots])
 
 
