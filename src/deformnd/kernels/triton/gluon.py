@@ -29,8 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.6's name, and that of later versions.
+# Triton 3.6's names, and those of later versions.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -193,7 +194,7 @@ def _bring(source, row, column, rows, held, bars, stage, pred, BYTES: gl.constex
     parts: gl.constexpr = 2 if SPLIT else 1
     mbarrier.expect(bars.index(stage), parts * BYTES, pred=pred)
     for part in gl.static_range(parts):
-        tma.async_copy_global_to_shared(
+        async_load(
             source, [row + part * rows, column], bars.index(stage),
             held.index(stage * parts + part), pred=pred,
         )  # fmt: skip
