@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # Triton 3.6's names, and those of later versions.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -749,7 +750,7 @@ def _inverse_bring(points, weight, offset, mask, lists, slots, entries, xs, ss, 
             mbarrier.wait(x_bars.index(XS + stage), ((step // XS) & 1) ^ 1)
             for k in gl.static_range(2):
                 place = sources[k] * outputs + block * POINTS
-                async_copy.async_copy_global_to_shared(
+                load_rows(
                     xs[k].index(stage), points + (place[:, None] + o[None, :]),
                     mask=(rows < current[k][1])[:, None] & (o >= 0)[None, :],
                 )  # fmt: skip
