@@ -16,7 +16,7 @@ from . import kernels
 try:  # Gluon's interface may yet change; without it everything runs on kernels.py.
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from . import gluon
+    from . import gluon, gluon_narrow
 except Exception:
     gluon = None  # type: ignore[assignment]
 
@@ -152,7 +152,10 @@ def _compile(
     for_hopper: bool,
 ) -> Any:
     """Compile for a target; `device` only keeps apart what is loaded on different devices."""
-    function = getattr(gluon if for_hopper else kernels, kernel)
+    module = kernels
+    if for_hopper:
+        module = gluon_narrow if kernel.endswith("_narrow") else gluon
+    function = getattr(module, kernel)
     types: list[Any] = ["constexpr" if d is None else _POINTERS.get(d, d) for d in dtypes]
     types += [*integers, *["constexpr"] * len(constants)]
     signature = dict(zip(function.arg_names, types, strict=True))

@@ -43,6 +43,38 @@ def on_hopper(g: Geometry, like: Tensor, precision: str) -> bool:
     )
 
 
+def narrow_on_hopper(g: Geometry, like: Tensor, precision: str) -> bool:
+    """Whether gluon_narrow.py can take the call: one group, units of 4 to 32, sizes that fit."""
+    units, taps, positions = units_of(g), math.prod(g.kernel), math.prod(g.point_size)
+    return (
+        gluon is not None
+        and like.is_cuda
+        and precision in ("native", "split")
+        and capability_of(like.device) == (9, 0)
+        and g.groups == 1
+        and units.narrow
+        and units.length in (4, 8, 16, 32)
+        and g.offset_groups > 0
+        and g.image_channels % 32 == 0
+        and g.point_channels % 64 == 0
+        and max(*g.image_size, *_reach(g)) < 2**21  # gluon_narrow.py, _floor
+        and max(image_rows(g), positions * g.point_channels) < 2**31
+        and g.offset_groups * taps * len(g.kernel) * positions < 2**31
+        and g.mask_groups * taps * positions < 2**31
+        and 2 * g.batch * positions < 2**31
+    )
+
+
+def _reach(g: Geometry) -> list[int]:
+    """How far positions without offsets lie from the image's first pixel at most, per axis."""
+    return [
+        p + s * t + d * k
+        for s, t, p, d, k in zip(
+            g.point_size, g.stride, g.padding, g.dilation, g.kernel, strict=True
+        )
+    ]
+
+
 class HopperLaunch:
     """A Gluon kernel; calling it says whether it ran. One that cannot be compiled never does."""
 
@@ -129,6 +161,98 @@ def gather_launch(
         descriptor=1,
     )  # fmt: skip
     return HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
+
+
+def _chunks_layout(positions: int, channels: int, run: int, warps: int, pairs: bool) -> Any:
+    """Chunks of `run` consecutive channels to a lane, [position, chunk, channel of it], as wgmma
+    has them (gluon_narrow.py); `pairs`: of two neighbouring positions."""
+    near, rows = (1, (2, 4, 8)) if pairs else (8, (1, 2, 4))
+    registers = [[0, 0, 1 << i] for i in range(run.bit_length() - 1)] + [[near, 0, 0]]
+    registers += [[0, 4 << i, 0] for i in range((channels // run // 4).bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], *([r, 0, 0] for r in rows)]
+    warp = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        registers, lanes, warp, [], [positions, channels // run, run]
+    )
+
+
+def _narrow_constants(g: Geometry, dtype: torch.dtype, row: configs.HopperRow) -> dict[str, Any]:
+    unit = units_of(g).length
+    block_c = math.gcd(row.block_c, g.image_channels)
+    return dict(
+        SPLIT=dtype == torch.float32,
+        UNIT=unit,
+        OFFSET_CHANNELS=g.image_channels // g.offset_groups,
+        MASK_CHANNELS=g.image_channels // max(g.mask_groups, 1),
+        VECTOR_P=math.gcd(2, math.prod(g.point_size)),
+        RUN=min(unit, block_c // 4),
+        BLOCK_P=16 * row.warps,
+        BLOCK_O=math.gcd(row.block_o, g.point_channels),
+        BLOCK_C=block_c,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def gather_narrow_launch(g: Geometry, dtype: torch.dtype, last: bool) -> HopperLaunch:
+    row = configs.find_hopper("gather narrow", dtype.itemsize, g.point_channels)
+    fixed = _narrow_constants(g, dtype, row)
+    block_p, block_o, block_c = fixed["BLOCK_P"], fixed["BLOCK_O"], fixed["BLOCK_C"]
+    tiles = triton.cdiv(math.prod(g.point_size), block_p)
+    blocks = g.point_channels // block_o
+    launch = Launch(
+        "gather_narrow",
+        (g.batch * tiles * blocks, 1, 1),
+        (sizes_of(g), g.image_channels, g.point_channels, tiles, blocks),
+        dict(
+            POINTS_LAST=last,
+            **fixed,
+            STAGES=row.stages,
+            MMA=_mma_layout(block_o, row.warps),
+            COLUMNS=_chunks_layout(block_p, block_c, fixed["RUN"], row.warps, True),
+            ROWS=_columns_layout(block_p, block_o, row.warps),
+            PLANES=gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p],
+                                    [0, 1]),
+            num_warps=row.warps,
+        ),
+        row.warps,
+        1,
+        descriptor=1,
+    )  # fmt: skip
+    return HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def gradients_narrow_launch(
+    g: Geometry, dtype: torch.dtype, multiprocessors: int
+) -> HopperLaunch | None:
+    row = configs.find_hopper("gradients narrow", dtype.itemsize, g.point_channels)
+    if g.point_channels > row.block_o:
+        return None
+    fixed = _narrow_constants(g, dtype, row)
+    fixed["BLOCK_O"] = block_o = g.point_channels
+    block_p, block_c = fixed["BLOCK_P"], fixed["BLOCK_C"]
+    tiles = triton.cdiv(math.prod(g.point_size), block_p)
+    programs = math.prod(g.kernel) * (g.image_channels // block_c)
+    splits = max(1, min(g.batch * tiles, row.programs * multiprocessors // programs))
+    launch = Launch(
+        "gradients_narrow",
+        (programs, splits, 1),
+        (sizes_of(g), g.batch, g.image_channels, g.point_channels, tiles, splits),
+        dict(
+            **fixed,
+            STAGES=row.stages,
+            MMA=_mma_layout(block_c, row.warps),
+            OUTER=_mma_layout(block_c, row.warps),
+            COLUMNS=_chunks_layout(block_p, block_c, fixed["RUN"], row.warps, False),
+            SECTORS=None,
+            ROWS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1], [1, 0]),
+            num_warps=row.warps,
+        ),
+        row.warps,
+        1,
+        descriptor=1,
+    )
+    return HopperLaunch(launch, (block_p, block_o), _shared_layout(block_p, block_o, dtype))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -835,25 +835,27 @@ def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
 
 
 @triton.jit
-def _accumulator_order(i):
-    """The column of a wgmma accumulator whose place, in order of lanes, is i (of each 32)."""
-    return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 8 % 4) * 2 + i % 2
+def _accumulator_order(i, RUN: tl.constexpr):
+    """The channel in column i of a wgmma accumulator of which each lane has RUN in a row."""
+    return i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN + (i // 8 % (RUN // 2)) * 2 + i % 2
 
 
 @triton.jit
-def _operand_order(i):
+def _operand_order(i, RUN: tl.constexpr):
     """Likewise for the columns of an operand in registers."""
-    return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 16 % 2) * 4 + (i // 8 % 2) * 2 + i % 2
+    first = i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN
+    return first + (i // 16 % (RUN // 4)) * 4 + (i // 8 % 2) * 2 + i % 2
 
 
 @triton.jit
 def pack_weight(weight, out, taps, outputs, group_in, weights, blocks, LAST: tl.constexpr,
-                SPLIT: tl.constexpr, ORDER: tl.constexpr, BLOCK_C: tl.constexpr,
-                BLOCK_K: tl.constexpr):  # fmt: skip
+                SPLIT: tl.constexpr, ORDER: tl.constexpr, RUN: tl.constexpr,
+                BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
 
     For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
-    operand and the point channels for "gather", the image channels of a product for "along".
+    operand and the point channels for "gather", the image channels of a product for "along";
+    image channels RUN to a lane.
     Grid: (O x blocks of C, blocks of K).
     """
     o = tl.program_id(0) // blocks
@@ -863,10 +865,10 @@ def pack_weight(weight, out, taps, outputs, group_in, weights, blocks, LAST: tl.
     from_o = o
     from_c = c
     if ORDER == "gather":
-        from_o = _accumulator_order(o)
-        from_c = _operand_order(c)
+        from_o = _accumulator_order(o, 8)
+        from_c = _operand_order(c, RUN)
     if ORDER == "along":
-        from_c = _accumulator_order(c)
+        from_c = _accumulator_order(c, RUN)
     if LAST:
         place = (from_o * taps + tap) * group_in + from_c
     else:

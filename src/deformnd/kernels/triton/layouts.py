@@ -87,9 +87,9 @@ class Call:
             self._packed = pack_weight(self.g, self._weight, self.precision == "split")
         return self._packed
 
-    def fragments(self, order: str) -> Tensor:
+    def fragments(self, order: str, run: int = 8) -> Tensor:
         """As gluon.py takes it: rows of channels."""
-        packed = pack_weight(self.g, self._weight, self.precision == "split", order)
+        packed = pack_weight(self.g, self._weight, self.precision == "split", order, run)
         return packed.view(-1, self.g.image_channels)
 
     def image(self, image: Tensor) -> Tensor:
@@ -235,7 +235,9 @@ def relayout_launch(
     )
 
 
-def pack_weight(g: Geometry, weight: Tensor, split: bool, order: str = "") -> Tensor:
+def pack_weight(
+    g: Geometry, weight: Tensor, split: bool, order: str = "", run: int = 8
+) -> Tensor:
     """[K, O, C / groups], or bfloat16 heads and tails of that (kernels.py, pack_weight)."""
     last = not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
     weight = _aligned(weight if last else weight.contiguous())
@@ -243,12 +245,14 @@ def pack_weight(g: Geometry, weight: Tensor, split: bool, order: str = "") -> Te
         return weight
     dtype = torch.bfloat16 if split else weight.dtype
     out = weight.new_empty((1 + split) * weight.numel(), dtype=dtype)
-    pack_launch(g, last, split, order)(weight, out)
+    pack_launch(g, last, split, order, run)(weight, out)
     return out
 
 
 @functools.lru_cache(maxsize=4096)
-def pack_launch(g: Geometry, last: bool, split: bool, order: str) -> Launch:
+def pack_launch(
+    g: Geometry, last: bool, split: bool, order: str, run: int = 8
+) -> Launch:
     group_in, taps = g.image_channels // g.groups, math.prod(g.kernel)
     block_k = fit(taps, 64, least=1)
     block_c = 2048 // max(block_k, 16)
@@ -257,7 +261,7 @@ def pack_launch(g: Geometry, last: bool, split: bool, order: str) -> Launch:
         "pack_weight",
         (g.point_channels * blocks, triton.cdiv(taps, block_k), 1),
         (taps, g.point_channels, group_in, weights_of(g), blocks),
-        dict(LAST=last, SPLIT=split, ORDER=order, BLOCK_C=block_c, BLOCK_K=block_k),
+        dict(LAST=last, SPLIT=split, ORDER=order, RUN=run, BLOCK_C=block_c, BLOCK_K=block_k),
         4,
         1,
     )
