@@ -163,17 +163,15 @@ def gather_launch(
     return HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
 
 
-def _chunks_layout(positions: int, channels: int, run: int, warps: int, pairs: bool) -> Any:
-    """Chunks of `run` consecutive channels to a lane, [position, chunk, channel of it], as wgmma
+def _chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: bool) -> Any:
+    """Chunks of `run` consecutive elements to a lane, [position, chunk, element of it], as wgmma
     has them (gluon_narrow.py); `pairs`: of two neighbouring positions."""
     near, rows = (1, (2, 4, 8)) if pairs else (8, (1, 2, 4))
     registers = [[0, 0, 1 << i] for i in range(run.bit_length() - 1)] + [[near, 0, 0]]
-    registers += [[0, 4 << i, 0] for i in range((channels // run // 4).bit_length() - 1)]
+    registers += [[0, 4 << i, 0] for i in range((chunks // 4).bit_length() - 1)]
     lanes = [[0, 1, 0], [0, 2, 0], *([r, 0, 0] for r in rows)]
     warp = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        registers, lanes, warp, [], [positions, channels // run, run]
-    )
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [positions, chunks, run])
 
 
 def _narrow_constants(g: Geometry, dtype: torch.dtype, row: configs.HopperRow) -> dict[str, Any]:
@@ -193,12 +191,17 @@ def _narrow_constants(g: Geometry, dtype: torch.dtype, row: configs.HopperRow) -
 
 
 @functools.lru_cache(maxsize=4096)
-def gather_narrow_launch(g: Geometry, dtype: torch.dtype, last: bool) -> HopperLaunch:
+def gather_narrow_launch(
+    g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
+) -> HopperLaunch | None:
     row = configs.find_hopper("gather narrow", dtype.itemsize, g.point_channels)
     fixed = _narrow_constants(g, dtype, row)
     block_p, block_o, block_c = fixed["BLOCK_P"], fixed["BLOCK_O"], fixed["BLOCK_C"]
     tiles = triton.cdiv(math.prod(g.point_size), block_p)
     blocks = g.point_channels // block_o
+    if g.batch * tiles * blocks < multiprocessors:
+        return None  # as in gather_launch
+    width = 4 // dtype.itemsize
     launch = Launch(
         "gather_narrow",
         (g.batch * tiles * blocks, 1, 1),
@@ -208,7 +211,7 @@ def gather_narrow_launch(g: Geometry, dtype: torch.dtype, last: bool) -> HopperL
             **fixed,
             STAGES=row.stages,
             MMA=_mma_layout(block_o, row.warps),
-            COLUMNS=_chunks_layout(block_p, block_c, fixed["RUN"], row.warps, True),
+            COLUMNS=_chunks_layout(block_p, fixed["RUN"] // width, block_c // fixed["RUN"], row.warps, True),
             ROWS=_columns_layout(block_p, block_o, row.warps),
             PLANES=gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p],
                                     [0, 1]),
@@ -243,7 +246,7 @@ def gradients_narrow_launch(
             STAGES=row.stages,
             MMA=_mma_layout(block_c, row.warps),
             OUTER=_mma_layout(block_c, row.warps),
-            COLUMNS=_chunks_layout(block_p, block_c, fixed["RUN"], row.warps, False),
+            COLUMNS=_chunks_layout(block_p, fixed["RUN"], block_c // fixed["RUN"], row.warps, False),
             SECTORS=None,
             ROWS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1], [1, 0]),
             num_warps=row.warps,

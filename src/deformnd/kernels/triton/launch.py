@@ -92,10 +92,16 @@ def gradients(
             call.rows(points)  # first, so that all kernels use them
         if by_points:
             out[1] = _gather(call, image, None, points)
-        if by_weight:
-            out[2] = _weight_gradient(call, image, points, weight)
         atomics = by_image and not _by_inverse(g, image)
-        if by_offset or by_mask or atomics:
+        at_once = None
+        if (by_offset or by_mask) and hopper.narrow_on_hopper(g, image, call.precision):
+            needed = (atomics, by_weight, by_offset, by_mask)
+            at_once = _narrow_gradients(call, image, points, weight, needed)
+        if at_once is not None:
+            out[0], out[2], out[3], out[4] = at_once
+        elif by_weight:
+            out[2] = _weight_gradient(call, image, points, weight)
+        if at_once is None and (by_offset or by_mask or atomics):
             out[0], out[3], out[4] = _spread(
                 call, image, points, None, (atomics, by_offset, by_mask), image
             )
@@ -140,6 +146,12 @@ def _gather(call: Call, image: Tensor, bias: Tensor | None, like: Tensor) -> Ten
             call.image(image), call.fragments("gather"), call.offset, call.mask, bias, out
         ):
             return out
+    if hopper.narrow_on_hopper(g, image, call.precision):
+        made = hopper.gather_narrow_launch(g, image.dtype, last, multiprocessors_of(image.device))
+        if made is not None:
+            packed = call.fragments("gather", made.launch.constants["RUN"])
+            if made(call.image(image), packed, call.offset, call.mask, bias, out):
+                return out
     key = (image.element_size(), call.precision, last, multiprocessors_of(image.device))
     launch, splits = _gather_launch(g, *key)
     target = out
@@ -237,16 +249,8 @@ def _spread(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Derivatives by image (through atomic additions), offset and mask; image as `like`."""
     g, units = call.g, call.units
-    by_image, by_offset, by_mask = needs
-    grad_offset = grad_mask = grad_image = None
-    if by_offset and call.offset is not None:
-        grad_offset = _by_unit(g, call.offset, g.offset_groups)
-    if by_mask and call.mask is not None:
-        grad_mask = _by_unit(g, call.mask, g.mask_groups)
-    pixels = math.prod(g.image_size)
-    if by_image:
-        shape = (g.batch, units.number * units.padded * pixels)
-        grad_image = torch.zeros(shape, dtype=torch.float32, device=points.device)
+    by_image = needs[0]
+    grad_image, grad_offset, grad_mask = _room(call, needs, points.device)
     by_position = grad_offset is not None or grad_mask is not None
     laid = call.image(image) if by_position and image is not None else None
     made = None
@@ -260,6 +264,66 @@ def _spread(
         key = (points.element_size(), call.precision, last, by_image, by_position)
         launch = _spread_launch(g, *key, multiprocessors_of(points.device))
         launch(laid, placed, call.weight(), *tensors, grad_image)
+    return _given(call, grad_image, grad_offset, grad_mask, bias, like)
+
+
+def _narrow_gradients(
+    call: Call, image: Tensor, points: Tensor, weight: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...] | None:
+    """Derivatives by image (through atomic additions), weight, offset and mask by one kernel of
+    gluon_narrow.py; None where that cannot be had."""
+    g = call.g
+    made = hopper.gradients_narrow_launch(g, image.dtype, multiprocessors_of(image.device))
+    if made is None:
+        return None
+    by_image, by_weight, by_offset, by_mask = needs
+    grads = _room(call, (by_image, by_offset, by_mask), image.device)
+    parts = None
+    if by_weight:
+        shape = (made.launch.grid[1], weights_of(g))
+        parts = torch.empty(shape, dtype=torch.float32, device=image.device)
+    rows = call.factors(points) if call.precision == "split" else call.rows(points)
+    packed = call.fragments("along", made.launch.constants["RUN"])
+    rows = rows.view(-1, g.point_channels)
+    if not made(
+        call.image(image), rows, packed, call.offset, call.mask, grads[1], grads[2], grads[0], parts
+    ):
+        return None
+    by_image_offset_mask = _given(call, *grads, None, image)
+    grad_weight = None
+    if parts is not None:
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        _sum_weights(g, parts, grad_weight)
+    return (by_image_offset_mask[0], grad_weight, *by_image_offset_mask[1:])
+
+
+def _room(
+    call: Call, needs: tuple[bool, bool, bool], device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where kernels put derivatives by image (zeros), offset and mask."""
+    g, units = call.g, call.units
+    by_image, by_offset, by_mask = needs
+    grad_image = grad_offset = grad_mask = None
+    if by_image:
+        shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
+        grad_image = torch.zeros(shape, dtype=torch.float32, device=device)
+    if by_offset and call.offset is not None:
+        grad_offset = _by_unit(g, call.offset, g.offset_groups)
+    if by_mask and call.mask is not None:
+        grad_mask = _by_unit(g, call.mask, g.mask_groups)
+    return grad_image, grad_offset, grad_mask
+
+
+def _given(
+    call: Call,
+    grad_image: Tensor | None,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    bias: Tensor | None,
+    like: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What _room had made, as the caller gets it."""
+    g, units = call.g, call.units
     result = None
     if grad_image is not None:
         result = _image_like(g, grad_image, bias, "planes" if units.narrow else "rows", like)
@@ -470,9 +534,15 @@ def _weight_gradient(call: Call, image: Tensor, points: Tensor, weight: Tensor) 
     launch, splits = _weight_launch(g, *key)
     parts = image.new_empty(splits, weights_of(g), dtype=torch.float32)
     launch(call.image(image), placed, call.offset, call.mask, parts)
-    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
-    _reduce_launch(splits, sizes, strides)(parts, None, out)
+    _sum_weights(g, parts, out)
     return out
+
+
+def _sum_weights(g: Geometry, parts: Tensor, out: Tensor) -> None:
+    """Sum partial results [splits, K, O, C / groups] to a weight's gradient."""
+    taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
+    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
+    _reduce_launch(parts.shape[0], sizes, strides)(parts, None, out)
 
 
 @functools.lru_cache(maxsize=4096)
