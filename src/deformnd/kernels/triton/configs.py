@@ -88,6 +88,7 @@ class HopperRow:
     warps: int
     stages: int
     programs: int = 0  # outer: how many a multiprocessor gets, by splitting the sum
+    registers: int = 0  # of a thread at most, where ptxas alone takes too many
 
 
 HOPPER = (

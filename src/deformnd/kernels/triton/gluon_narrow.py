@@ -124,10 +124,10 @@ def _fetch(image, row, steps, lane, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_packed(image, row, steps, lane, UNIT: gl.constexpr):
+def _fetch_packed(image, row, steps, lane, UNIT: gl.constexpr, WIDTH: gl.constexpr):
     """As _fetch, half numbers two to an int32, so that they take half the registers across a
     loop; lane is a pair of channels then."""
-    if image.dtype.element_ty == gl.float32:
+    if WIDTH == 1:
         return _fetch(image, row, steps, lane, UNIT)
     else:
         return _fetch(
@@ -136,9 +136,9 @@ def _fetch_packed(image, row, steps, lane, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def _blend_packed(values, weights, dtype: gl.constexpr):
+def _blend_packed(values, weights, dtype: gl.constexpr, WIDTH: gl.constexpr):
     """The columns, from what _fetch_packed loaded."""
-    if dtype == gl.float32:
+    if WIDTH == 1:
         return _blend(values, weights)
     else:
         low = ()
@@ -174,18 +174,20 @@ def _blend(values, weights):
 
 @gluon.jit
 def _advance(tap, shift, c0, channels, kernel_size, BLOCK_C: gl.constexpr):
-    """The next block of channels; after the last one the next kernel point, which shift unravels;
-    after that all over again."""
-    c0 += BLOCK_C
-    over = c0 >= channels
-    c0 = gl.where(over, 0, c0)
-    tap += gl.where(over, 1, 0)
+    """The next kernel point, which shift unravels; after the last one the next block of channels;
+    after that all over again.
+
+    In this order a multiprocessor's cache holds the neighbourhood that a block is sampled from.
+    """
+    carry = True
     next = ()
     for a in gl.static_range(len(shift) - 1, -1, -1):
-        step = shift[a] + gl.where(over, 1, 0)
-        over = step >= kernel_size[a]
-        next = (gl.where(over, 0, step),) + next
-    return gl.where(over, 0, tap), next, c0
+        step = shift[a] + gl.where(carry, 1, 0)
+        carry = step >= kernel_size[a]
+        next = (gl.where(carry, 0, step),) + next
+    tap = gl.where(carry, 0, tap + 1)
+    c0 += gl.where(carry, BLOCK_C, 0)
+    return tap, next, gl.where(c0 >= channels, 0, c0)
 
 
 @gluon.jit
@@ -224,16 +226,15 @@ def gather_narrow(image, weight, offset, mask, bias, out,
     fence_async_shared()
     barrier()
     rows = taps * outputs
-    per_tap = channels // BLOCK_C
-    steps = taps * per_tap
+    steps = taps * (channels // BLOCK_C)
     for s in gl.static_range(STAGES):
         _bring(
-            weight, s // per_tap * outputs + o0, s % per_tap * BLOCK_C, rows, held, bars, s,
+            weight, s % taps * outputs + o0, s // taps * BLOCK_C, rows, held, bars, s,
             s < steps, size, SPLIT,
         )  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))
     chunk = gl.arange(0, BLOCK_C // RUN, layout=gl.SliceLayout(0, at_chunk)) * RUN
-    width: gl.constexpr = 1 if SPLIT else 2
+    width: gl.constexpr = RUN // COLUMNS.shape[2]
     at_lane: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS))
     lane = gl.arange(0, RUN // width, layout=at_lane)[None, None, :]
     lane = (chunk % UNIT // width)[None, :, None] + lane
@@ -258,22 +259,22 @@ def gather_narrow(image, weight, offset, mask, bias, out,
     row, jumps, axes, amplitude, valid = _locate(read, base, shift, inside, sizes)
     row += ((c0 + chunk) // UNIT * pixels)[None, :]
     weights = _weights(axes, amplitude)
-    values = _fetch_packed(image, row, jumps, lane, UNIT)
+    values = _fetch_packed(image, row, jumps, lane, UNIT, width)
     tap, shift, c0 = _advance(tap, shift, c0, channels, kernel_size, BLOCK_C)
     read = _read(
         offset, mask, tap, c0 + chunk, p, inside, sizes, OFFSET_CHANNELS, MASK_CHANNELS, VECTOR_P
     )
-    ahead_tap = (STAGES - 1) // per_tap
-    ahead_c = (STAGES - 1) % per_tap * BLOCK_C
+    ahead_tap = (STAGES - 1) % taps
+    ahead_c = (STAGES - 1) // taps * BLOCK_C
     for i in range(steps):
-        a = _blend_packed(values, weights, image.dtype.element_ty)
+        a = _blend_packed(values, weights, image.dtype.element_ty, width)
         a = gl.reshape(a, [BLOCK_P // 16, 8, 2, BLOCK_C // (4 * RUN), 4, RUN // 4, 2, 2])
         a = gl.reshape(gl.permute(a, (0, 2, 1, 3, 5, 6, 4, 7)), [BLOCK_P, BLOCK_C])
         a = _parts(gl.convert_layout(a, operand), dtype, SPLIT)
         row, jumps, axes, amplitude, valid = _locate(read, base, shift, inside, sizes)
         row += ((c0 + chunk) // UNIT * pixels)[None, :]
         weights = _weights(axes, amplitude)
-        values = _fetch_packed(image, row, jumps, lane, UNIT)
+        values = _fetch_packed(image, row, jumps, lane, UNIT, width)
         tap, shift, c0 = _advance(tap, shift, c0, channels, kernel_size, BLOCK_C)
         read = _read(
             offset, mask, tap, c0 + chunk, p, inside, sizes, OFFSET_CHANNELS, MASK_CHANNELS,
@@ -285,9 +286,9 @@ def gather_narrow(image, weight, offset, mask, bias, out,
             weight, ahead_tap * outputs + o0, ahead_c, rows, held, bars, ahead % STAGES,
             (ahead < steps) & (i > 0), size, SPLIT,
         )  # fmt: skip
-        ahead_c += BLOCK_C
-        ahead_tap += gl.where(ahead_c >= channels, 1, 0)
-        ahead_c = gl.where(ahead_c >= channels, 0, ahead_c)
+        ahead_tap += 1
+        ahead_c += gl.where(ahead_tap >= taps, BLOCK_C, 0)
+        ahead_tap = gl.where(ahead_tap >= taps, 0, ahead_tap)
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
         if SPLIT:
@@ -361,12 +362,51 @@ def _store(out, total, row, p0, c0, pitch, positions, UNIT: gl.constexpr, RUN: g
 
 
 @gluon.jit
+def _add_corners(out, grad, weights, row, steps, apart, UNIT: gl.constexpr,
+                 RUN: gl.constexpr, SECTORS: gl.constexpr):  # fmt: skip
+    """Add a chunk's derivatives times the corners' weights to the image, by atomic additions.
+
+    Of the low and the high corner along the last axis, which are neighbours, lanes that are
+    neighbours fill as many bytes in a row as they can (SECTORS [position, chunk, low or high,
+    channel]); the memory's atomic units take a sector of 32 bytes at a time. A unit of 4 channels
+    has two copies of the image, `apart` pixels apart: where the low corner's place is odd the pair
+    goes to the second one, so that it starts a sector there too.
+    """
+    at_pair: gl.constexpr = gl.SliceLayout(3, SECTORS)
+    at_grad: gl.constexpr = gl.SliceLayout(2, SECTORS)
+    at_lane: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, at_grad))
+    grad = gl.convert_layout(grad, at_grad)[:, :, None, :]
+    lane = gl.arange(0, RUN, layout=at_lane)[None, None, None, :]
+    chunk = gl.arange(0, grad.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, at_pair)))
+    part = (chunk * RUN % UNIT)[None, :, None]
+    for q in gl.static_range(0, len(weights), 2):
+        low = _corner(row, steps, q)
+        to = low
+        if apart is not None:
+            to = gl.where((low & 1) != 0, low + apart, low)
+        pixel = gl.join(
+            gl.where(weights[q] != 0.0, to, -1),
+            gl.where(weights[q + 1] != 0.0, to + steps[len(steps) - 1], -1),
+        )
+        pixel = gl.convert_layout(pixel, at_pair)
+        weight = gl.convert_layout(gl.join(weights[q], weights[q + 1]), at_pair)
+        place = pixel * UNIT
+        if RUN < UNIT:
+            place += part
+        place = place[:, :, :, None] + lane
+        gl.atomic_add(
+            out + place, grad * weight[:, :, :, None],
+            mask=(pixel >= 0)[:, :, :, None] & (lane >= 0), sem="relaxed",
+        )  # fmt: skip
+
+
+@gluon.jit
 def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
-                     grad_weight, sizes, batch, channels, outputs, tiles, splits,
+                     grad_weight, sizes, batch, channels, outputs, down, across, splits,
                      SPLIT: gl.constexpr, UNIT: gl.constexpr, OFFSET_CHANNELS: gl.constexpr,
                      MASK_CHANNELS: gl.constexpr, VECTOR_P: gl.constexpr, RUN: gl.constexpr,
                      BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
-                     STAGES: gl.constexpr, MMA: gl.constexpr, OUTER: gl.constexpr,
+                     TWICE: gl.constexpr, MMA: gl.constexpr, OUTER: gl.constexpr,
                      COLUMNS: gl.constexpr, SECTORS: gl.constexpr, ROWS: gl.constexpr,
                      num_warps: gl.constexpr):  # fmt: skip
     """dF/doffset and dF/dmask (laid out as an offset and a mask of every unit), dF/dimage
@@ -374,7 +414,10 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
     unless None; from points in rows [B x P, O].
 
     A program holds the weights of a block of channels and of one kernel point, and takes tiles of
-    positions in turn. Grid: (K x blocks of C, splits).
+    positions in turn, so that a lane finds cells and corners once for everything. Tiles are taken
+    down columns of the image (`across` tiles a row), as far as that goes, for the sake of the
+    cache. TWICE: the image's gradient has two copies (_add_corners). Grid: (K x blocks of C,
+    splits).
     """
     dtype: gl.constexpr = gl.bfloat16 if SPLIT else points.dtype
     parts: gl.constexpr = 2 if SPLIT else 1
@@ -393,17 +436,18 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
     shift = _unravel(tap, kernel_size)
     c0 = (gl.program_id(0) % per_tap) * BLOCK_C
     split = gl.program_id(1)
+    tiles = down * across
     share = batch * tiles // splits
     rest = batch * tiles % splits
     first = split * share + gl.minimum(split, rest)
     last = first + share + gl.where(split < rest, 1, 0)
-    held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_P, BLOCK_O], points.layout)
+    held = gl.allocate_shared_memory(dtype, [2 * parts, BLOCK_P, BLOCK_O], points.layout)
     factor = gl.allocate_shared_memory(
         dtype, [parts, BLOCK_O, BLOCK_C],
         gl.NVMMASharedLayout.get_default_for([BLOCK_O, BLOCK_C], dtype),
     )  # fmt: skip
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(2):
         mbarrier.init(bars.index(s), count=1)
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, ROWS))
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, ROWS))
@@ -413,10 +457,11 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
     fence_async_shared()
     barrier()
     rows = batch * positions
-    for s in gl.static_range(STAGES - 1):
-        ahead = first + s
-        ahead_p = (ahead // tiles) * positions + (ahead % tiles) * BLOCK_P
-        _bring(points, ahead_p, 0, rows, held, bars, s, ahead < last, size, SPLIT)
+    b = first // tiles
+    column = first % tiles // down
+    step = first % tiles % down
+    p0 = (step * across + column) * BLOCK_P
+    _bring(points, b * positions + p0, 0, rows, held, bars, 0, first < last, size, SPLIT)
     near = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))
     chunk = gl.arange(0, BLOCK_C // RUN, layout=gl.SliceLayout(0, at_chunk)) * RUN
     lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
@@ -424,16 +469,17 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
     plane = ((c0 + chunk) // UNIT * pixels)[None, :]
     of_offset = (channels // OFFSET_CHANNELS) * taps * rank * positions
     of_mask = (channels // MASK_CHANNELS) * taps * positions
+    apart = None
+    if TWICE:
+        apart = batch * units * pixels | 1
     zero = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
     if grad_weight is not None:
         columns = gl.allocate_shared_memory(
-            dtype, [2 * parts, BLOCK_P, BLOCK_C],
+            dtype, [parts, BLOCK_P, BLOCK_C],
             gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_C], dtype),
         )  # fmt: skip
         acc = gl.zeros([BLOCK_O, BLOCK_C], gl.float32, layout=OUTER)
         product = warpgroup_mma_init(gl.zeros([BLOCK_O, BLOCK_C], gl.float32, layout=OUTER))
-    b = first // tiles
-    p0 = (first % tiles) * BLOCK_P
     p = p0 + near
     inside = (p < positions)[:, None] & (chunk >= 0)[None, :]
     here = offset + b.to(gl.int64) * of_offset
@@ -445,8 +491,8 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
     )
     for t in range(first, last):
         i = t - first
-        stage = i % STAGES
-        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
+        stage = i % 2
+        mbarrier.wait(bars.index(stage), (i // 2) & 1)
         grad = warpgroup_mma(
             held.index(stage * parts), factor.index(0), zero, use_acc=False, is_async=True
         )
@@ -462,12 +508,16 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
         row += plane
         if by_position or grad_weight is not None:
             values = _fetch(image + item * pixels * channels, row, jumps, lane, UNIT)
-        # The next tile's offsets; after the last one the last one's again.
+        # The next tile; after the last one some other, to no end.
         tile0 = p0
-        p0 += BLOCK_P
-        over = p0 >= tiles * BLOCK_P
-        p0 = gl.where(over, 0, p0)
-        b += gl.where(over & (t + 1 < last), 1, 0)
+        step += 1
+        over = step >= down
+        step = gl.where(over, 0, step)
+        column += gl.where(over, 1, 0)
+        over = column >= across
+        column = gl.where(over, 0, column)
+        b = gl.minimum(b + gl.where(over, 1, 0), batch - 1)
+        p0 = (step * across + column) * BLOCK_P
         p = p0 + near
         inside = (p < positions)[:, None] & (chunk >= 0)[None, :]
         here = offset + b.to(gl.int64) * of_offset
@@ -481,27 +531,26 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
             grad, product = warpgroup_mma_wait(0, deps=[grad, product])
             if SPLIT:
                 acc += product
-            k = i % 2 * parts
-            x = _parts(gl.reshape(_blend(values, weights), [BLOCK_P, BLOCK_C]), dtype, SPLIT)
-            for part in gl.static_range(parts):
-                columns.index(k + part).store(x[part])
-            fence_async_shared()
         else:
             grad = warpgroup_mma_wait(0, deps=[grad])
         barrier()
-        ahead = t + STAGES - 1
-        ahead_p = (ahead // tiles) * positions + (ahead % tiles) * BLOCK_P
-        _bring(points, ahead_p, 0, rows, held, bars, (i + STAGES - 1) % STAGES, ahead < last, size,
-               SPLIT)  # fmt: skip
+        _bring(
+            points, b * positions + p0, 0, rows, held, bars, 1 - stage, t + 1 < last, size, SPLIT
+        )
         if grad_weight is not None:
+            x = _parts(gl.reshape(_blend(values, weights), [BLOCK_P, BLOCK_C]), dtype, SPLIT)
+            for part in gl.static_range(parts):
+                columns.index(part).store(x[part])
+            fence_async_shared()
+            barrier()
             left = held.index(stage * parts).permute((1, 0))
             if SPLIT:
                 left1 = held.index(stage * 2 + 1).permute((1, 0))
                 product = warpgroup_mma(
-                    left1, columns.index(k), product, use_acc=False, is_async=True
+                    left1, columns.index(0), product, use_acc=False, is_async=True
                 )
-                product = warpgroup_mma(left, columns.index(k + 1), product, is_async=True)
-            product = warpgroup_mma(left, columns.index(k), product, is_async=True)
+                product = warpgroup_mma(left, columns.index(1), product, is_async=True)
+            product = warpgroup_mma(left, columns.index(0), product, is_async=True)
         grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // (4 * RUN), RUN // 2, 4, 2])
         grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C // RUN, RUN])
         grad = gl.convert_layout(grad, COLUMNS)
@@ -523,12 +572,7 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
                 _store(out, total, tap, tile0, c0, taps, positions, UNIT, RUN)
         if grad_image is not None:
             out = grad_image + item * pixels * channels
-            for q in gl.static_range(2**rank):
-                start = (_corner(row, jumps, q) * UNIT)[:, :, None] + lane
-                touched = (weights[q] != 0.0)[:, :, None] & (lane >= 0)
-                gl.atomic_add(
-                    out + start, grad * weights[q][:, :, None], mask=touched, sem="relaxed"
-                )
+            _add_corners(out, grad, weights, row, jumps, apart, UNIT, RUN, SECTORS)
     if grad_weight is not None:
         product = warpgroup_mma_wait(0, deps=[product])
         if SPLIT:

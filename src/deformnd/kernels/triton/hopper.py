@@ -101,6 +101,7 @@ class HopperLaunch:
 
 
 BROKEN: set[tuple[str, bool]] = set()
+PACKED = True
 
 
 def _columns_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:
@@ -174,6 +175,25 @@ def _chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: boo
     return gl.DistributedLinearLayout(registers, lanes, warp, [], [positions, chunks, run])
 
 
+def _sectors_layout(positions: int, run: int, chunks: int, unit: int, warps: int) -> Any:
+    """As _chunks_layout, [position, chunk, low or high corner, channel], but neighbouring lanes
+    have four channels each of what is contiguous."""
+    pair, second, third = [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0]
+    if run == 4:
+        near, registers = [pair, third], [second]
+    elif run == 8 and unit == 8:
+        near, registers = [[0, 0, 0, 4], pair], [second, third]
+    elif run == 8:
+        near, registers = [[0, 0, 0, 4], second], [pair, third]
+    else:
+        near, registers = [[0, 0, 0, 4], [0, 0, 0, 8]], [pair, second, third]
+    registers = [[0, 0, 0, 1], [0, 0, 0, 2], *registers, [8, 0, 0, 0]]
+    registers += [[0, 4 << i, 0, 0] for i in range((chunks // 4).bit_length() - 1)]
+    lanes = [*near, [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    warp = [[16 << i, 0, 0, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [positions, chunks, 2, run])
+
+
 def _narrow_constants(g: Geometry, dtype: torch.dtype, row: configs.HopperRow) -> dict[str, Any]:
     unit = units_of(g).length
     block_c = math.gcd(row.block_c, g.image_channels)
@@ -201,7 +221,7 @@ def gather_narrow_launch(
     blocks = g.point_channels // block_o
     if g.batch * tiles * blocks < multiprocessors:
         return None  # as in gather_launch
-    width = 4 // dtype.itemsize
+    width = 4 // dtype.itemsize if PACKED else 1
     launch = Launch(
         "gather_narrow",
         (g.batch * tiles * blocks, 1, 1),
@@ -221,6 +241,8 @@ def gather_narrow_launch(
         1,
         descriptor=1,
     )  # fmt: skip
+    if row.registers:
+        launch.options["maxnreg"] = row.registers
     return HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
 
 
@@ -233,21 +255,22 @@ def gradients_narrow_launch(
         return None
     fixed = _narrow_constants(g, dtype, row)
     fixed["BLOCK_O"] = block_o = g.point_channels
-    block_p, block_c = fixed["BLOCK_P"], fixed["BLOCK_C"]
-    tiles = triton.cdiv(math.prod(g.point_size), block_p)
+    block_p, block_c, run = fixed["BLOCK_P"], fixed["BLOCK_C"], fixed["RUN"]
+    across = max(1, round(g.point_size[-1] / block_p))
+    down = triton.cdiv(triton.cdiv(math.prod(g.point_size), block_p), across)
     programs = math.prod(g.kernel) * (g.image_channels // block_c)
-    splits = max(1, min(g.batch * tiles, row.programs * multiprocessors // programs))
+    splits = max(1, min(g.batch * down * across, row.programs * multiprocessors // programs))
     launch = Launch(
         "gradients_narrow",
         (programs, splits, 1),
-        (sizes_of(g), g.batch, g.image_channels, g.point_channels, tiles, splits),
+        (sizes_of(g), g.batch, g.image_channels, g.point_channels, down, across, splits),
         dict(
             **fixed,
-            STAGES=row.stages,
+            TWICE=fixed["UNIT"] == 4 and 2 * g.batch * image_rows(g) < 2**31,
             MMA=_mma_layout(block_c, row.warps),
             OUTER=_mma_layout(block_c, row.warps),
-            COLUMNS=_chunks_layout(block_p, fixed["RUN"], block_c // fixed["RUN"], row.warps, False),
-            SECTORS=None,
+            COLUMNS=_chunks_layout(block_p, run, block_c // run, row.warps, False),
+            SECTORS=_sectors_layout(block_p, run, block_c // run, fixed["UNIT"], row.warps),
             ROWS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1], [1, 0]),
             num_warps=row.warps,
         ),
@@ -255,6 +278,8 @@ def gradients_narrow_launch(
         1,
         descriptor=1,
     )
+    if row.registers:
+        launch.options["maxnreg"] = row.registers
     return HopperLaunch(launch, (block_p, block_o), _shared_layout(block_p, block_o, dtype))
 
 

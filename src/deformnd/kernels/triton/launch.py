@@ -277,7 +277,8 @@ def _narrow_gradients(
     if made is None:
         return None
     by_image, by_weight, by_offset, by_mask = needs
-    grads = _room(call, (by_image, by_offset, by_mask), image.device)
+    twice = made.launch.constants["TWICE"]
+    grads = _room(call, (by_image, by_offset, by_mask), image.device, twice)
     parts = None
     if by_weight:
         shape = (made.launch.grid[1], weights_of(g))
@@ -289,7 +290,12 @@ def _narrow_gradients(
         call.image(image), rows, packed, call.offset, call.mask, grads[1], grads[2], grads[0], parts
     ):
         return None
-    by_image_offset_mask = _given(call, *grads, None, image)
+    grad_image = grads[0]
+    if twice and grad_image is not None:  # gluon_narrow.py, _add_corners
+        length = g.batch * image_rows(g)
+        start = (length // 4 | 1) * 4
+        grad_image = grad_image[:length].add_(grad_image[start : start + length])
+    by_image_offset_mask = _given(call, grad_image, *grads[1:], None, image)
     grad_weight = None
     if parts is not None:
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -298,15 +304,16 @@ def _narrow_gradients(
 
 
 def _room(
-    call: Call, needs: tuple[bool, bool, bool], device: torch.device
+    call: Call, needs: tuple[bool, bool, bool], device: torch.device, twice: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Where kernels put derivatives by image (zeros), offset and mask."""
-    g, units = call.g, call.units
+    """Where kernels put derivatives by image (zeros; two copies with `twice`), offset and mask."""
+    g = call.g
     by_image, by_offset, by_mask = needs
     grad_image = grad_offset = grad_mask = None
     if by_image:
-        shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
-        grad_image = torch.zeros(shape, dtype=torch.float32, device=device)
+        length = g.batch * image_rows(g)
+        length += twice * (length + 8)
+        grad_image = torch.zeros(length, dtype=torch.float32, device=device)
     if by_offset and call.offset is not None:
         grad_offset = _by_unit(g, call.offset, g.offset_groups)
     if by_mask and call.mask is not None:
