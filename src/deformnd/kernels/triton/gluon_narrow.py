@@ -173,6 +173,32 @@ def _blend(values, weights):
 
 
 @gluon.jit
+def _tile(lane, tile, tiles_y, tiles_x, size, TILE_X: gl.constexpr, BLOCK_P: gl.constexpr,
+          VECTOR_P: gl.constexpr):  # fmt: skip
+    """Coordinates of the points of a tile of BLOCK_P // TILE_X x TILE_X along the last two axes,
+    which points they are, and whether there are such."""
+    rank: gl.constexpr = len(size)
+    x = tile % tiles_x * TILE_X + lane % TILE_X
+    inside = x < size[rank - 1]
+    point = (x,)
+    p = x
+    if rank > 1:
+        tile = tile // tiles_x
+        y = tile % tiles_y * (BLOCK_P // TILE_X) + lane // TILE_X
+        rest = tile // tiles_y
+        row = rest * size[rank - 2] + y
+        point = (y, x)
+        for a in gl.static_range(rank - 3, -1, -1):
+            point = (rest % size[a] + 0 * x,) + point
+            rest = rest // size[a]
+        p = row * size[rank - 1] + x
+        inside = inside & (y < size[rank - 2])
+    # VECTOR_P neighbours are loaded at once.
+    p = gl.max_contiguous(gl.multiple_of(p, [VECTOR_P]), [VECTOR_P])
+    return point, p, gl.max_constancy(inside, [VECTOR_P])
+
+
+@gluon.jit
 def _advance(tap, shift, c0, channels, kernel_size, BLOCK_C: gl.constexpr):
     """The next kernel point, which shift unravels; after the last one the next block of channels;
     after that all over again.
@@ -192,13 +218,13 @@ def _advance(tap, shift, c0, channels, kernel_size, BLOCK_C: gl.constexpr):
 
 @gluon.jit
 def gather_narrow(image, weight, offset, mask, bias, out,
-                  sizes, channels, outputs, tiles, blocks,
+                  sizes, channels, outputs, tiles, tiles_y, tiles_x, blocks,
                   POINTS_LAST: gl.constexpr, SPLIT: gl.constexpr, UNIT: gl.constexpr,
                   OFFSET_CHANNELS: gl.constexpr, MASK_CHANNELS: gl.constexpr,
                   VECTOR_P: gl.constexpr, RUN: gl.constexpr, BLOCK_P: gl.constexpr,
-                  BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
-                  MMA: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr,
-                  PLANES: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                  BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, TILE_X: gl.constexpr,
+                  STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+                  ROWS: gl.constexpr, PLANES: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """dF/dpoints. Grid: (B x tiles x blocks of O).
 
     The rows of a warp's products are its positions with the last bit first, so that a lane has
@@ -218,7 +244,7 @@ def gather_narrow(image, weight, offset, mask, bias, out,
     tile = gl.program_id(0) // blocks
     o0 = (gl.program_id(0) % blocks) * BLOCK_O
     b = tile // tiles
-    p0 = (tile % tiles) * BLOCK_P
+    tile = tile % tiles
     held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -232,15 +258,14 @@ def gather_narrow(image, weight, offset, mask, bias, out,
             weight, s % taps * outputs + o0, s // taps * BLOCK_C, rows, held, bars, s,
             s < steps, size, SPLIT,
         )  # fmt: skip
-    p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))
+    near = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))
+    point, p, inside = _tile(near, tile, tiles_y, tiles_x, sizes[1], TILE_X, BLOCK_P, VECTOR_P)
     chunk = gl.arange(0, BLOCK_C // RUN, layout=gl.SliceLayout(0, at_chunk)) * RUN
     width: gl.constexpr = RUN // COLUMNS.shape[2]
     at_lane: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS))
     lane = gl.arange(0, RUN // width, layout=at_lane)[None, None, :]
     lane = (chunk % UNIT // width)[None, :, None] + lane
-    # As constant in VECTOR_P neighbours, for loads of as many.
-    inside = (p // VECTOR_P < positions // VECTOR_P)[:, None] & (chunk >= 0)[None, :]
-    point = _unravel(p, sizes[1])
+    inside = inside[:, None] & (chunk >= 0)[None, :]
     base = ()
     shift = ()
     for axis in gl.static_range(rank):
@@ -309,13 +334,14 @@ def gather_narrow(image, weight, offset, mask, bias, out,
     out += b.to(gl.int64) * positions * outputs
     target: gl.constexpr = ROWS if POINTS_LAST else PLANES
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), target)
-    p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, target))
+    near = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, target))
+    point, p, inside = _tile(near, tile, tiles_y, tiles_x, sizes[1], TILE_X, BLOCK_P, VECTOR_P)
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, target))
     if POINTS_LAST:
         place = (p * outputs)[:, None] + o[None, :]
     else:
-        place = (o * positions)[None, :] + p[:, None]
-    gl.store(out + place, acc, mask=(p < positions)[:, None] & (o < outputs)[None, :])
+        place = gl.multiple_of(o * positions, [VECTOR_P])[None, :] + p[:, None]
+    gl.store(out + place, acc, mask=inside[:, None] & (o < outputs)[None, :])
 
 
 @gluon.jit

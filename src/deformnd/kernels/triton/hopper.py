@@ -102,6 +102,7 @@ class HopperLaunch:
 
 BROKEN: set[tuple[str, bool]] = set()
 PACKED = True
+TILE_X = 16
 
 
 def _columns_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:
@@ -202,7 +203,7 @@ def _narrow_constants(g: Geometry, dtype: torch.dtype, row: configs.HopperRow) -
         UNIT=unit,
         OFFSET_CHANNELS=g.image_channels // g.offset_groups,
         MASK_CHANNELS=g.image_channels // max(g.mask_groups, 1),
-        VECTOR_P=math.gcd(2, math.prod(g.point_size)),
+        VECTOR_P=math.gcd(2, g.point_size[-1]),
         RUN=min(unit, block_c // 4),
         BLOCK_P=16 * row.warps,
         BLOCK_O=math.gcd(row.block_o, g.point_channels),
@@ -217,7 +218,11 @@ def gather_narrow_launch(
     row = configs.find_hopper("gather narrow", dtype.itemsize, g.point_channels)
     fixed = _narrow_constants(g, dtype, row)
     block_p, block_o, block_c = fixed["BLOCK_P"], fixed["BLOCK_O"], fixed["BLOCK_C"]
-    tiles = triton.cdiv(math.prod(g.point_size), block_p)
+    # Tiles of two dimensions sample a smaller neighbourhood, of which more stays in the cache.
+    tile_x = block_p if len(g.point_size) == 1 else TILE_X
+    tiles_x = triton.cdiv(g.point_size[-1], tile_x)
+    tiles_y = triton.cdiv(g.point_size[-2], block_p // tile_x) if len(g.point_size) > 1 else 1
+    tiles = math.prod(g.point_size[:-2]) * tiles_y * tiles_x
     blocks = g.point_channels // block_o
     if g.batch * tiles * blocks < multiprocessors:
         return None  # as in gather_launch
@@ -225,10 +230,11 @@ def gather_narrow_launch(
     launch = Launch(
         "gather_narrow",
         (g.batch * tiles * blocks, 1, 1),
-        (sizes_of(g), g.image_channels, g.point_channels, tiles, blocks),
+        (sizes_of(g), g.image_channels, g.point_channels, tiles, tiles_y, tiles_x, blocks),
         dict(
             POINTS_LAST=last,
             **fixed,
+            TILE_X=tile_x,
             STAGES=row.stages,
             MMA=_mma_layout(block_o, row.warps),
             COLUMNS=_chunks_layout(block_p, fixed["RUN"] // width, block_c // fixed["RUN"], row.warps, True),
