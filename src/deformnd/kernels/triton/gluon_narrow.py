@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -505,7 +504,7 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
             gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_C], dtype),
         )  # fmt: skip
         acc = gl.zeros([BLOCK_O, BLOCK_C], gl.float32, layout=OUTER)
-        product = warpgroup_mma_init(gl.zeros([BLOCK_O, BLOCK_C], gl.float32, layout=OUTER))
+        product = gl.zeros([BLOCK_O, BLOCK_C], gl.float32, layout=OUTER)
     p = p0 + near
     inside = (p < positions)[:, None] & (chunk >= 0)[None, :]
     here = offset + b.to(gl.int64) * of_offset
@@ -553,12 +552,7 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
             here, here_mask, tap, c0 + chunk, p, inside, sizes, OFFSET_CHANNELS, MASK_CHANNELS, 1
         )
         weights = _weights(axes, amplitude)
-        if grad_weight is not None:
-            grad, product = warpgroup_mma_wait(0, deps=[grad, product])
-            if SPLIT:
-                acc += product
-        else:
-            grad = warpgroup_mma_wait(0, deps=[grad])
+        grad = warpgroup_mma_wait(0, deps=[grad])
         barrier()
         _bring(
             points, b * positions + p0, 0, rows, held, bars, 1 - stage, t + 1 < last, size, SPLIT
@@ -599,10 +593,13 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
         if grad_image is not None:
             out = grad_image + item * pixels * channels
             _add_corners(out, grad, weights, row, jumps, apart, UNIT, RUN, SECTORS)
+        if grad_weight is not None:
+            product = warpgroup_mma_wait(0, deps=[product])
+            if SPLIT:
+                acc += product
     if grad_weight is not None:
-        product = warpgroup_mma_wait(0, deps=[product])
         if SPLIT:
-            product += acc
+            product = acc
         o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, OUTER))
         c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, OUTER))
         place = ((split * taps + tap).to(gl.int64) * outputs + o) * channels
