@@ -123,43 +123,6 @@ def _fetch(image, row, steps, lane, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_packed(image, row, steps, lane, UNIT: gl.constexpr, WIDTH: gl.constexpr):
-    """As _fetch, half numbers two to an int32, so that they take half the registers across a
-    loop; lane is a pair of channels then."""
-    if WIDTH == 1:
-        return _fetch(image, row, steps, lane, UNIT)
-    else:
-        return _fetch(
-            image.to(gl.pointer_type(gl.int32), bitcast=True), row, steps, lane, UNIT // 2
-        )
-
-
-@gluon.jit
-def _blend_packed(values, weights, dtype: gl.constexpr, WIDTH: gl.constexpr):
-    """The columns, from what _fetch_packed loaded."""
-    if WIDTH == 1:
-        return _blend(values, weights)
-    else:
-        low = ()
-        high = ()
-        for q in gl.static_range(len(values)):
-            if dtype == gl.bfloat16:
-                pair = ((values[q] << 16).to(gl.float32, bitcast=True),
-                        (values[q] & -65536).to(gl.float32, bitcast=True))  # fmt: skip
-            else:
-                pair = gl.inline_asm_elementwise(
-                    "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
-                    "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
-                    "=f,=f,r", [values[q]], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-                )  # fmt: skip
-            low = low + (pair[0],)
-            high = high + (pair[1],)
-        columns = gl.join(_blend(low, weights), _blend(high, weights))
-        size: gl.constexpr = columns.shape
-        return gl.reshape(columns, [size[0], size[1], 2 * size[2]])
-
-
-@gluon.jit
 def _blend(values, weights):
     columns = None
     for q in gl.static_range(len(values)):
@@ -220,14 +183,14 @@ def gather_narrow(image, weight, offset, mask, bias, out,
                   sizes, channels, outputs, tiles, tiles_y, tiles_x, blocks,
                   POINTS_LAST: gl.constexpr, SPLIT: gl.constexpr, UNIT: gl.constexpr,
                   OFFSET_CHANNELS: gl.constexpr, MASK_CHANNELS: gl.constexpr,
-                  VECTOR_P: gl.constexpr, RUN: gl.constexpr, BLOCK_P: gl.constexpr,
-                  BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, TILE_X: gl.constexpr,
+                  RUN: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr,
+                  BLOCK_C: gl.constexpr, VECTOR_P: gl.constexpr, TILE_X: gl.constexpr,
                   STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
                   ROWS: gl.constexpr, PLANES: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """dF/dpoints. Grid: (B x tiles x blocks of O).
 
     The rows of a warp's products are its positions with the last bit first, so that a lane has
-    two neighbours. COLUMNS is of [BLOCK_P, chunks, int32].
+    two neighbours.
     """
     dtype: gl.constexpr = gl.bfloat16 if SPLIT else image.dtype.element_ty
     parts: gl.constexpr = 2 if SPLIT else 1
@@ -260,10 +223,8 @@ def gather_narrow(image, weight, offset, mask, bias, out,
     near = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))
     point, p, inside = _tile(near, tile, tiles_y, tiles_x, sizes[1], TILE_X, BLOCK_P, VECTOR_P)
     chunk = gl.arange(0, BLOCK_C // RUN, layout=gl.SliceLayout(0, at_chunk)) * RUN
-    width: gl.constexpr = RUN // COLUMNS.shape[2]
-    at_lane: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS))
-    lane = gl.arange(0, RUN // width, layout=at_lane)[None, None, :]
-    lane = (chunk % UNIT // width)[None, :, None] + lane
+    lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
+    lane = (chunk % UNIT)[None, :, None] + lane
     inside = inside[:, None] & (chunk >= 0)[None, :]
     base = ()
     shift = ()
@@ -283,7 +244,7 @@ def gather_narrow(image, weight, offset, mask, bias, out,
     row, jumps, axes, amplitude, valid = _locate(read, base, shift, inside, sizes)
     row += ((c0 + chunk) // UNIT * pixels)[None, :]
     weights = _weights(axes, amplitude)
-    values = _fetch_packed(image, row, jumps, lane, UNIT, width)
+    values = _fetch(image, row, jumps, lane, UNIT)
     tap, shift, c0 = _advance(tap, shift, c0, channels, kernel_size, BLOCK_C)
     read = _read(
         offset, mask, tap, c0 + chunk, p, inside, sizes, OFFSET_CHANNELS, MASK_CHANNELS, VECTOR_P
@@ -291,14 +252,14 @@ def gather_narrow(image, weight, offset, mask, bias, out,
     ahead_tap = (STAGES - 1) % taps
     ahead_c = (STAGES - 1) // taps * BLOCK_C
     for i in range(steps):
-        a = _blend_packed(values, weights, image.dtype.element_ty, width)
+        a = _blend(values, weights)
         a = gl.reshape(a, [BLOCK_P // 16, 8, 2, BLOCK_C // (4 * RUN), 4, RUN // 4, 2, 2])
         a = gl.reshape(gl.permute(a, (0, 2, 1, 3, 5, 6, 4, 7)), [BLOCK_P, BLOCK_C])
         a = _parts(gl.convert_layout(a, operand), dtype, SPLIT)
         row, jumps, axes, amplitude, valid = _locate(read, base, shift, inside, sizes)
         row += ((c0 + chunk) // UNIT * pixels)[None, :]
         weights = _weights(axes, amplitude)
-        values = _fetch_packed(image, row, jumps, lane, UNIT, width)
+        values = _fetch(image, row, jumps, lane, UNIT)
         tap, shift, c0 = _advance(tap, shift, c0, channels, kernel_size, BLOCK_C)
         read = _read(
             offset, mask, tap, c0 + chunk, p, inside, sizes, OFFSET_CHANNELS, MASK_CHANNELS,
@@ -429,11 +390,10 @@ def _add_corners(out, grad, weights, row, steps, apart, UNIT: gl.constexpr,
 def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
                      grad_weight, sizes, batch, channels, outputs, down, across, splits,
                      SPLIT: gl.constexpr, UNIT: gl.constexpr, OFFSET_CHANNELS: gl.constexpr,
-                     MASK_CHANNELS: gl.constexpr, VECTOR_P: gl.constexpr, RUN: gl.constexpr,
-                     BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
-                     TWICE: gl.constexpr, MMA: gl.constexpr, OUTER: gl.constexpr,
-                     COLUMNS: gl.constexpr, SECTORS: gl.constexpr, ROWS: gl.constexpr,
-                     num_warps: gl.constexpr):  # fmt: skip
+                     MASK_CHANNELS: gl.constexpr, RUN: gl.constexpr, BLOCK_P: gl.constexpr,
+                     BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, TWICE: gl.constexpr,
+                     MMA: gl.constexpr, OUTER: gl.constexpr, COLUMNS: gl.constexpr,
+                     SECTORS: gl.constexpr, ROWS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """dF/doffset and dF/dmask (laid out as an offset and a mask of every unit), dF/dimage
     (float32, planes) by atomic additions, and partial sums of dF/dweight [splits, K, O, C], each
     unless None; from points in rows [B x P, O].

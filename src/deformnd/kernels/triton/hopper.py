@@ -101,8 +101,6 @@ class HopperLaunch:
 
 
 BROKEN: set[tuple[str, bool]] = set()
-PACKED = True
-TILE_X = 16
 
 
 def _columns_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:
@@ -197,13 +195,14 @@ def _sectors_layout(positions: int, run: int, chunks: int, unit: int, warps: int
 
 def _narrow_constants(g: Geometry, dtype: torch.dtype, row: configs.HopperRow) -> dict[str, Any]:
     unit = units_of(g).length
-    block_c = math.gcd(row.block_c, g.image_channels)
+    # Eight corners, or more than a unit to a lane, take too many registers; bfloat16 spills.
+    few = len(g.kernel) == 3 or unit < 16 or dtype == torch.bfloat16
+    block_c = math.gcd(32 if few else row.block_c, g.image_channels)
     return dict(
         SPLIT=dtype == torch.float32,
         UNIT=unit,
         OFFSET_CHANNELS=g.image_channels // g.offset_groups,
         MASK_CHANNELS=g.image_channels // max(g.mask_groups, 1),
-        VECTOR_P=math.gcd(2, g.point_size[-1]),
         RUN=min(unit, block_c // 4),
         BLOCK_P=16 * row.warps,
         BLOCK_O=math.gcd(row.block_o, g.point_channels),
@@ -217,16 +216,16 @@ def gather_narrow_launch(
 ) -> HopperLaunch | None:
     row = configs.find_hopper("gather narrow", dtype.itemsize, g.point_channels)
     fixed = _narrow_constants(g, dtype, row)
-    block_p, block_o, block_c = fixed["BLOCK_P"], fixed["BLOCK_O"], fixed["BLOCK_C"]
+    block_p, block_o = fixed["BLOCK_P"], fixed["BLOCK_O"]
+    block_c, run = fixed["BLOCK_C"], fixed["RUN"]
     # Tiles of two dimensions sample a smaller neighbourhood, of which more stays in the cache.
-    tile_x = block_p if len(g.point_size) == 1 else TILE_X
+    tile_x = block_p if len(g.point_size) == 1 else 16
     tiles_x = triton.cdiv(g.point_size[-1], tile_x)
     tiles_y = triton.cdiv(g.point_size[-2], block_p // tile_x) if len(g.point_size) > 1 else 1
     tiles = math.prod(g.point_size[:-2]) * tiles_y * tiles_x
     blocks = g.point_channels // block_o
     if g.batch * tiles * blocks < multiprocessors:
         return None  # as in gather_launch
-    width = 4 // dtype.itemsize if PACKED else 1
     launch = Launch(
         "gather_narrow",
         (g.batch * tiles * blocks, 1, 1),
@@ -234,10 +233,11 @@ def gather_narrow_launch(
         dict(
             POINTS_LAST=last,
             **fixed,
+            VECTOR_P=math.gcd(2, g.point_size[-1]),
             TILE_X=tile_x,
             STAGES=row.stages,
             MMA=_mma_layout(block_o, row.warps),
-            COLUMNS=_chunks_layout(block_p, fixed["RUN"] // width, block_c // fixed["RUN"], row.warps, True),
+            COLUMNS=_chunks_layout(block_p, run, block_c // run, row.warps, True),
             ROWS=_columns_layout(block_p, block_o, row.warps),
             PLANES=gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p],
                                     [0, 1]),
@@ -247,8 +247,8 @@ def gather_narrow_launch(
         1,
         descriptor=1,
     )  # fmt: skip
-    if row.registers:
-        launch.options["maxnreg"] = row.registers
+    if row.registers and run == 4 and len(g.kernel) < 3:
+        launch.options["maxnreg"] = row.registers  # others spill
     return HopperLaunch(launch, (block_o, block_c), _shared_layout(block_o, block_c, dtype))
 
 
@@ -284,8 +284,6 @@ def gradients_narrow_launch(
         1,
         descriptor=1,
     )
-    if row.registers:
-        launch.options["maxnreg"] = row.registers
     return HopperLaunch(launch, (block_p, block_o), _shared_layout(block_p, block_o, dtype))
 
 

@@ -88,7 +88,7 @@ def gradients(
     out: list[Tensor | None] = [None] * 5
     with _on_device_of(image):
         call = Call.of(g, image, offset, mask, weight)
-        if by_image and _by_inverse(g, image):
+        if call.units.narrow or (by_image and _by_inverse(g, image)):
             call.rows(points)  # first, so that all kernels use them
         if by_points:
             out[1] = _gather(call, image, None, points)
