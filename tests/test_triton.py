@@ -512,6 +512,39 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
                 assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
+@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to compile with")
+@pytest.mark.parametrize(
+    ("n", "points", "offset_groups"), [(1, 128, 4), (2, 64, 16), (2, 128, 2), (3, 64, 8)]
+)
+def test_narrow_compiles_for_hopper(
+    n: int, points: int, offset_groups: int, tmp_path: Path
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    size, kernel, ones = (16,) * n, (3,) * n, (1,) * n
+    g = Geometry(
+        2, 64, points, 1, offset_groups, offset_groups, size, size, kernel, ones, ones, ones
+    )
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        given = (dtype, dtype)  # offset and mask
+        half = torch.bfloat16 if dtype == torch.float32 else dtype
+        gradients = hopper.gradients_narrow_launch(g, dtype, 132)
+        single = torch.float32
+        for made, dtypes in (
+            (hopper.gather_narrow_launch(g, dtype, False, 0), [dtype, None, *given, None, dtype]),
+            (gradients, [dtype, None, half, *given, *given, single, single]),
+            (gradients, [dtype, None, half, *given, None, dtype, None, None]),
+        ):
+            assert made is not None
+            dtypes[made.descriptor.argument] = half
+            compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
+            assert "wgmma" in compiled.asm["ptx"]
+            assert compiled.metadata.shared <= 114 * 1024  # so that there is room for two
+            assert stack(compiled.asm["cubin"], tmp_path) <= 64  # next to nothing spilled
+            if triton.__version__.startswith("3.6"):
+                assert not unset_registers(compiled.asm["cubin"], tmp_path)
+
+
 def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The check above sees what it is for, as long as ptxas does it."""
     from triton.backends.compiler import GPUTarget
@@ -567,6 +600,37 @@ GPU_CASES = [
 def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
     # Offsets in float32: coordinates in half of these sizes are exact only nearly.
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+    assert not hopper.BROKEN
+
+
+# With fewer multiprocessors than any device has, so that small images do not need more programs.
+NARROW_CASES = [
+    Case((33, 30), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16),
+    Case((20, 23), (3, 3), image=128, points=128, offset_groups=8, mask_groups=8, last=True),
+    Case((20, 23), (3, 2), image=64, points=64, offset_groups=2, mask_groups=0, stride=(2, 1),
+         padding=(2, 0), dilation=(1, 2)),
+    Case((20, 22), (3, 3), image=64, points=192, offset_groups=8, mask_groups=8, bias=False),
+    Case((300,), (5,), image=64, points=128, offset_groups=8, mask_groups=4, padding=(2,)),
+    Case((7, 15, 17), (3, 3, 3), image=32, points=64, offset_groups=4, mask_groups=8, batch=3),
+    Case((33, 31), (3, 3), image=96, points=64, offset_groups=12, mask_groups=12, transposed=True),
+]  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=str)
+def test_gpu_narrow(
+    case: Case, dtype: torch.dtype, exact_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layouts, "multiprocessors_of", lambda device: 4)
+    launch._PLANS.clear()
+    check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+    if case.points == 64:
+        torch.use_deterministic_algorithms(True)
+        try:
+            check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+        finally:
+            torch.use_deterministic_algorithms(False)
     assert not hopper.BROKEN
 
 
@@ -629,6 +693,7 @@ def test_gpu_nonfinite(exact_float32: None) -> None:
     nonfinite(Case((5, 5), (3, 3)), "cuda")
     nonfinite(Case((5, 5), (3, 3), offset_groups=4, mask_groups=4), "cuda")
     nonfinite(Case((5, 5), (3, 3), transposed=True), "cuda")
+    nonfinite(Case((9, 9), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16), "cuda")
     exact_positions("cuda")
 
 

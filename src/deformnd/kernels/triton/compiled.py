@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from .driver import Function
 try:  # Gluon's interface may yet change; without it everything runs on kernels.py.
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from . import gluon
+    from . import gluon, gluon_narrow
 except Exception:
     gluon = None  # type: ignore[assignment]
 
@@ -117,7 +118,10 @@ class Launch:
 
     def _source(self, dtypes: Sequence[torch.dtype | None]) -> Any:
         of_gluon = self.descriptor is not None
-        function = getattr(gluon if of_gluon else kernels, self.kernel)
+        module = kernels
+        if of_gluon:
+            module = gluon_narrow if self.kernel.endswith("_narrow") else gluon
+        function = getattr(module, self.kernel)
         types: list[Any] = ["constexpr" if d is None else _POINTERS[d] for d in dtypes]
         if self.descriptor is not None:
             at = self.descriptor.argument

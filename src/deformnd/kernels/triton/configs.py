@@ -90,7 +90,8 @@ class HopperRow:
     block_c: int
     warps: int
     stages: int
-    programs: int = 0  # outer: how many a multiprocessor gets, by splitting the sum
+    programs: int = 0  # outer, gradients: how many a multiprocessor gets, by splitting the sum
+    registers: int = 0  # gather narrow: of a thread at most, for units of 4 channels
 
 
 HOPPER = (
@@ -100,6 +101,11 @@ HOPPER = (
     HopperRow("gather", 4, 64, 64, 32, 4, 2),
     HopperRow("gather", 4, 128, 128, 32, 4, 2),
     HopperRow("gather", 4, ANY, 256, 32, 4, 2),
+    HopperRow("gather narrow", 2, 64, 64, 32, 4, 2, registers=128),
+    HopperRow("gather narrow", 2, ANY, 128, 64, 4, 2),
+    HopperRow("gather narrow", 4, ANY, 128, 32, 4, 2),
+    HopperRow("gradients narrow", 2, 128, 128, 32, 4, 2, 2),
+    HopperRow("gradients narrow", 4, 128, 128, 32, 4, 2, 2),
     HopperRow("along", 2, 128, 128, 32, 4, 3),
     HopperRow("along", 2, 256, 256, 64, 4, 2),
     HopperRow("along", 2, 512, 256, 64, 4, 4),

@@ -44,6 +44,39 @@ def takes(call: Call) -> bool:
     )
 
 
+def takes_narrow(call: Call) -> bool:
+    """Whether gluon_narrow.py can take the call: one group, units of 4 to 32, sizes that fit."""
+    g, device = call.g, call.plan.device
+    units, taps, positions = units_of(g), math.prod(g.kernel), math.prod(g.point_size)
+    return (
+        gluon is not None
+        and device.type == "cuda"
+        and call.precision in ("native", "split")
+        and capability_of(device) == (9, 0)
+        and g.groups == 1
+        and units.narrow
+        and units.length in (4, 8, 16, 32)
+        and g.offset_groups > 0
+        and g.image_channels % 32 == 0
+        and g.point_channels % 64 == 0
+        and max(*g.image_size, *_reach(g)) < 2**21  # gluon_narrow.py, _floor
+        and max(image_rows(g), positions * g.point_channels) < 2**31
+        and g.offset_groups * taps * len(g.kernel) * positions < 2**31
+        and g.mask_groups * taps * positions < 2**31
+        and 2 * g.batch * positions < 2**31
+    )
+
+
+def _reach(g: Geometry) -> list[int]:
+    """How far positions without offsets lie from the image's first pixel at most, per axis."""
+    return [
+        p + s * t + d * k
+        for s, t, p, d, k in zip(
+            g.point_size, g.stride, g.padding, g.dilation, g.kernel, strict=True
+        )
+    ]
+
+
 def builds(launch: Launch, slots: Sequence[Slot | None]) -> bool:
     """Whether the kernel can be compiled. If not, that is said once, and another must do."""
     key = (launch.kernel, launch.constants.get("SPLIT", True))
@@ -124,6 +157,127 @@ def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: 
         1,
         Descriptor(1, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
     )  # fmt: skip
+
+
+def _chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: bool) -> Any:
+    """Chunks of `run` consecutive elements to a lane, [position, chunk, element of it], as wgmma
+    has them (gluon_narrow.py); `pairs`: of two neighbouring positions."""
+    near, rows = (1, (2, 4, 8)) if pairs else (8, (1, 2, 4))
+    registers = [[0, 0, 1 << i] for i in range(run.bit_length() - 1)] + [[near, 0, 0]]
+    registers += [[0, 4 << i, 0] for i in range((chunks // 4).bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], *([r, 0, 0] for r in rows)]
+    warp = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [positions, chunks, run])
+
+
+def _sectors_layout(positions: int, run: int, chunks: int, unit: int, warps: int) -> Any:
+    """As _chunks_layout, [position, chunk, low or high corner, channel], but neighbouring lanes
+    have four channels each of what is contiguous."""
+    pair, second, third = [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0]
+    if run == 4:
+        near, registers = [pair, third], [second]
+    elif run == 8 and unit == 8:
+        near, registers = [[0, 0, 0, 4], pair], [second, third]
+    elif run == 8:
+        near, registers = [[0, 0, 0, 4], second], [pair, third]
+    else:
+        near, registers = [[0, 0, 0, 4], [0, 0, 0, 8]], [pair, second, third]
+    registers = [[0, 0, 0, 1], [0, 0, 0, 2], *registers, [8, 0, 0, 0]]
+    registers += [[0, 4 << i, 0, 0] for i in range((chunks // 4).bit_length() - 1)]
+    lanes = [*near, [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    warp = [[16 << i, 0, 0, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [positions, chunks, 2, run])
+
+
+def _narrow_constants(g: Geometry, dtype: torch.dtype, row: configs.HopperRow) -> dict[str, Any]:
+    unit = units_of(g).length
+    # Eight corners, or more than a unit to a lane, take too many registers; bfloat16 spills.
+    few = len(g.kernel) == 3 or unit < 16 or dtype == torch.bfloat16
+    block_c = math.gcd(32 if few else row.block_c, g.image_channels)
+    return dict(
+        SPLIT=dtype == torch.float32,
+        UNIT=unit,
+        OFFSET_CHANNELS=g.image_channels // g.offset_groups,
+        MASK_CHANNELS=g.image_channels // max(g.mask_groups, 1),
+        RUN=min(unit, block_c // 4),
+        BLOCK_P=16 * row.warps,
+        BLOCK_O=math.gcd(row.block_o, g.point_channels),
+        BLOCK_C=block_c,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def gather_narrow_launch(
+    g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int
+) -> Launch | None:
+    row = configs.find_hopper("gather narrow", dtype.itemsize, g.point_channels)
+    fixed = _narrow_constants(g, dtype, row)
+    block_p, block_o = fixed["BLOCK_P"], fixed["BLOCK_O"]
+    block_c, run = fixed["BLOCK_C"], fixed["RUN"]
+    # Tiles of two dimensions sample a smaller neighbourhood, of which more stays in the cache.
+    tile_x = block_p if len(g.point_size) == 1 else 16
+    tiles_x = triton.cdiv(g.point_size[-1], tile_x)
+    tiles_y = triton.cdiv(g.point_size[-2], block_p // tile_x) if len(g.point_size) > 1 else 1
+    tiles = math.prod(g.point_size[:-2]) * tiles_y * tiles_x
+    blocks = g.point_channels // block_o
+    if g.batch * tiles * blocks < multiprocessors:
+        return None  # as in gather_launch
+    launch = Launch(
+        "gather_narrow",
+        (g.batch * tiles * blocks, 1, 1),
+        (sizes_of(g), g.image_channels, g.point_channels, tiles, tiles_y, tiles_x, blocks),
+        dict(
+            POINTS_LAST=last,
+            **fixed,
+            VECTOR_P=math.gcd(2, g.point_size[-1]),
+            TILE_X=tile_x,
+            STAGES=row.stages,
+            MMA=_mma_layout(block_o, row.warps),
+            COLUMNS=_chunks_layout(block_p, run, block_c // run, row.warps, True),
+            ROWS=_columns_layout(block_p, block_o, row.warps),
+            PLANES=gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p],
+                                    [0, 1]),
+            num_warps=row.warps,
+        ),
+        row.warps,
+        1,
+        Descriptor(1, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
+    )  # fmt: skip
+    if row.registers and run == 4 and len(g.kernel) < 3:
+        launch.options["maxnreg"] = row.registers  # others spill
+    return launch
+
+
+@functools.lru_cache(maxsize=4096)
+def gradients_narrow_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Launch | None:
+    row = configs.find_hopper("gradients narrow", dtype.itemsize, g.point_channels)
+    if g.point_channels > row.block_o:
+        return None
+    fixed = _narrow_constants(g, dtype, row)
+    fixed["BLOCK_O"] = block_o = g.point_channels
+    block_p, block_c, run = fixed["BLOCK_P"], fixed["BLOCK_C"], fixed["RUN"]
+    across = max(1, round(g.point_size[-1] / block_p))
+    down = triton.cdiv(triton.cdiv(math.prod(g.point_size), block_p), across)
+    programs = math.prod(g.kernel) * (g.image_channels // block_c)
+    splits = max(1, min(g.batch * down * across, row.programs * multiprocessors // programs))
+    return Launch(
+        "gradients_narrow",
+        (programs, splits, 1),
+        (sizes_of(g), g.batch, g.image_channels, g.point_channels, down, across, splits),
+        dict(
+            **fixed,
+            TWICE=fixed["UNIT"] == 4 and 2 * g.batch * image_rows(g) < 2**31,
+            MMA=_mma_layout(block_c, row.warps),
+            OUTER=_mma_layout(block_c, row.warps),
+            COLUMNS=_chunks_layout(block_p, run, block_c // run, row.warps, False),
+            SECTORS=_sectors_layout(block_p, run, block_c // run, fixed["UNIT"], row.warps),
+            ROWS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1], [1, 0]),
+            num_warps=row.warps,
+        ),
+        row.warps,
+        1,
+        Descriptor(1, (block_p, block_o), _shared_layout(block_p, block_o, dtype)),
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -871,25 +871,26 @@ def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.con
 
 
 @triton.jit
-def _accumulator_order(i):
-    """The column of a wgmma accumulator whose place, in order of lanes, is i (of each 32)."""
-    return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 8 % 4) * 2 + i % 2
+def _accumulator_order(i, RUN: tl.constexpr):
+    """The channel in column i of a wgmma accumulator of which each lane has RUN in a row."""
+    return i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN + (i // 8 % (RUN // 2)) * 2 + i % 2
 
 
 @triton.jit
-def _operand_order(i):
+def _operand_order(i, RUN: tl.constexpr):
     """Likewise for the columns of an operand in registers."""
-    return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 16 % 2) * 4 + (i // 8 % 2) * 2 + i % 2
+    first = i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN
+    return first + (i // 16 % (RUN // 4)) * 4 + (i // 8 % 2) * 2 + i % 2
 
 
 @triton.jit
 def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
-          ORDER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+          ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
 
     For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
     operand and the point channels for its gather (1), the image channels of a product for its
-    along (2); for its inverse (3) it gives such an array for each unit, 0 in other units' channels.
+    along (2), RUN to a lane; for its inverse (3) it gives such an array for each unit, 0 in other units' channels.
     """
     programs, taps, outputs, group_in, unit, weights, blocks = sizes
     tap = (program % ((taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
@@ -901,10 +902,10 @@ def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
     from_o = o
     from_c = c
     if ORDER == 1:
-        from_o = _accumulator_order(o)
-        from_c = _operand_order(c)
+        from_o = _accumulator_order(o, 8)
+        from_c = _operand_order(c, RUN)
     if ORDER == 2:
-        from_c = _accumulator_order(c)
+        from_c = _accumulator_order(c, RUN)
     if LAST:
         place = (from_o * taps + tap) * group_in + from_c
     else:
@@ -998,12 +999,14 @@ def prepare(source, copy, bias, second_source, second_copy, weight, packed, seco
         program -= second_sizes[0]
     if packed is not None:
         if program >= 0 and program < pack_sizes[0]:
-            _pack(program, weight, packed, pack_sizes, PACK[0], PACK[1], PACK[2], PACK[3], PACK[4])
+            _pack(program, weight, packed, pack_sizes, PACK[0], PACK[1], PACK[2], PACK[3], PACK[4],
+                  PACK[5])  # fmt: skip
         program -= pack_sizes[0]
     if second_packed is not None:
         if program >= 0 and program < second_pack_sizes[0]:
             _pack(program, weight, second_packed, second_pack_sizes, SECOND_PACK[0],
-                  SECOND_PACK[1], SECOND_PACK[2], SECOND_PACK[3], SECOND_PACK[4])  # fmt: skip
+                  SECOND_PACK[1], SECOND_PACK[2], SECOND_PACK[3], SECOND_PACK[4],
+                  SECOND_PACK[5])  # fmt: skip
         program -= second_pack_sizes[0]
     if zeros is not None:
         if program >= 0:

@@ -210,12 +210,16 @@ def _plan_gradients(
         call.rows(points)
         call.weight("units" if hopper.takes_inverse(call) else "")
         counts = _counts(call)
+    elif call.units.narrow:
+        call.rows(points)  # worth its time for narrow units, too
     with call.frame():
         if not (grad_points is grad_weight is grad_offset is grad_mask is None):
             call.image(image)
         if grad_points is not None:
             _gather(call, image, None, grad_points)
         by_atomics = None if by_inverse else grad_image
+        if _narrow_gradients(call, image, points, by_atomics, grad_weight, grad_offset, grad_mask):
+            by_atomics = grad_weight = grad_offset = grad_mask = None
         if not (grad_offset is grad_mask is by_atomics is None):
             _spread(call, image, points, None, by_atomics, grad_offset, grad_mask)
         if grad_weight is not None:
@@ -240,18 +244,22 @@ def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None
     g, plan, dtype = call.g, call.plan, image.slot.dtype
 
     def slots(launch: Launch, order: str) -> tuple[Slot | None, ...]:
-        given = (call.image(image), call.weight(order), call.offset, call.mask)
+        weight = call.weight(order, launch.constants.get("RUN", 8))
+        given = (call.image(image), weight, call.offset, call.mask)
         if launch.grid[1] == 1:
             return (*given, bias, out.slot)
         parts = plan.scratch(launch.grid[1], *out.slot.shape, dtype=torch.float32)
         return (*given, None, parts)
 
     with call.frame():
-        taken = None
+        launch = None
         if hopper.takes(call):
             launch = hopper.gather_launch(g, dtype, out.last, call.multiprocessors)
+        elif hopper.takes_narrow(call):
+            launch = hopper.gather_narrow_launch(g, dtype, out.last, call.multiprocessors)
+        if launch is not None:
             taken = slots(launch, "gather")
-        if taken is None or not hopper.builds(launch, taken):
+        if launch is None or not hopper.builds(launch, taken):
             key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
             launch = _gather_launch(g, *key)
             taken = slots(launch, "")
@@ -379,6 +387,58 @@ def _spread(
             _image_like(call, grad_image, bias, layout, by_image)
         _sum_units(call, grad_offset, by_offset, g.offset_groups)
         _sum_units(call, grad_mask, by_mask, g.mask_groups)
+
+
+def _narrow_gradients(
+    call: Call,
+    image: Operand,
+    points: Operand,
+    by_image: Operand | None,
+    by_weight: Slot | None,
+    by_offset: Slot | None,
+    by_mask: Slot | None,
+) -> bool:
+    """Derivatives by image (through atomic additions), weight, offset and mask by one kernel of
+    gluon_narrow.py; whether that can be had."""
+    g, plan, dtype = call.g, call.plan, image.slot.dtype
+    if by_offset is by_mask is None or not hopper.takes_narrow(call):
+        return False
+    launch = hopper.gradients_narrow_launch(g, dtype, call.multiprocessors)
+    if launch is None:
+        return False
+    with call.frame():
+        grad_offset = _by_unit(call, by_offset, g.offset_groups)
+        grad_mask = _by_unit(call, by_mask, g.mask_groups)
+        grad_image = parts = None
+        length = g.batch * image_rows(g)
+        second = (length // 4 | 1) * 4 if launch.constants["TWICE"] else 0  # _add_corners there
+        if by_image is not None:
+            grad_image = plan.scratch(length + second, dtype=torch.float32)
+        if by_weight is not None:
+            parts = plan.scratch(launch.grid[1], weights_of(g), dtype=torch.float32)
+        split = call.precision == "split"
+        rows = call.factors(points) if split else call.rows(points)
+        rows = rows._replace(shape=(math.prod(rows.shape) // g.point_channels, g.point_channels))
+        weight = call.weight("along", launch.constants["RUN"])
+        given = (call.image(image), rows, weight, call.offset, call.mask)
+        slots = (*given, grad_offset, grad_mask, grad_image, parts)
+        if not hopper.builds(launch, slots):
+            return False
+        if grad_image is not None:
+            plan.zero(grad_image)
+        plan.launch(launch, *slots)
+        if grad_image is not None and by_image is not None:
+            if second:
+                sizes = (1, 1, length)
+                plan.launch(
+                    _reduce_launch(2, sizes, (0, 0, 1), second), grad_image, None, grad_image
+                )
+            _image_like(call, grad_image, None, "planes", by_image)
+        _sum_units(call, grad_offset, by_offset, g.offset_groups)
+        _sum_units(call, grad_mask, by_mask, g.mask_groups)
+        if parts is not None and by_weight is not None:
+            _sum_weights(call, parts, by_weight)
+    return True
 
 
 def _by_unit(call: Call, result: Slot | None, groups: int) -> Slot | None:
@@ -573,8 +633,22 @@ def _weight_gradient(call: Call, image: Operand, points: Operand, out: Slot) -> 
         parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
         given = (call.image(image), placed.slot, call.offset, call.mask)
         plan.launch(launch, *given, parts)
-        sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
-        plan.launch(_reduce_launch(splits, sizes, strides), parts, None, out)
+        _sum_weights(call, parts, out)
+
+
+def _sum_weights(call: Call, parts: Slot, out: Slot) -> None:
+    """Sum partial results [splits, K, O, C / groups] to a weight's gradient."""
+    g = call.g
+    taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
+    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
+    call.plan.launch(_reduce_launch(parts.shape[0], sizes, strides), parts, None, out)
+
+
+def _sum_weights(g: Geometry, parts: Tensor, out: Tensor) -> None:
+    """Sum partial results [splits, K, O, C / groups] to a weight's gradient."""
+    taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
+    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
+    _reduce_launch(parts.shape[0], sizes, strides)(parts, None, out)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -90,12 +90,13 @@ class Call:
             yield
         self._made = before
 
-    def weight(self, order: str = "") -> Slot:
+    def weight(self, order: str = "", run: int = 8) -> Slot:
         """[K, O, C / groups], or its bfloat16 heads and tails [2, K, O, C / groups]; in the order
-        of channels that gluon.py takes (kernels.py, _pack)."""
-        if order not in self._made:
-            self._made[order] = self._pack(order)
-        return self._made[order]
+        of channels that gluon.py takes, image channels `run` to a lane (kernels.py, _pack)."""
+        key = (order, run)
+        if key not in self._made:
+            self._made[key] = self._pack(order, run)
+        return self._made[key]
 
     def image(self, image: Operand) -> Slot:
         """As rows [B, S, C], or as planes [B, units, S, padded] if the units are narrow."""
@@ -145,7 +146,7 @@ class Call:
         made = self._made.get(("rows", points))
         return points if made is None else Operand(made, True)
 
-    def _pack(self, order: str) -> Slot:
+    def _pack(self, order: str, run: int) -> Slot:
         g, weight, split = self.g, self.given_weight, self.precision == "split"
         taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
         if taps == 1 and not split and not order:
@@ -169,6 +170,7 @@ class Call:
                     weight.last,
                     split,
                     ("", "gather", "along", "units").index(order),
+                    run,
                     block_c,
                     block_k,
                 ),
