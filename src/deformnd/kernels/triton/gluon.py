@@ -445,92 +445,303 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
     warpgroup_mma_wait(0, deps=[acc])
 
 
+@gluon.constexpr_function
+def _rounded(number):
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+@gluon.constexpr_function
+def _product(sizes):
+    product = 1
+    for s in sizes:
+        product *= s
+    return product
+
+
+@gluon.jit
+def _advance(b, at, tiles, TILE: gl.constexpr):
+    """The tile after that at the batch item and first position given."""
+    new = ()
+    carry = 1
+    for i in gl.static_range(len(TILE)):
+        x = at[len(TILE) - 1 - i] + carry * TILE[len(TILE) - 1 - i]
+        over = x >= tiles[len(TILE) - 1 - i] * TILE[len(TILE) - 1 - i]
+        carry = gl.where(over, 1, 0)
+        new = (gl.where(over, 0, x),) + new
+    return b + carry, new
+
+
+@gluon.jit
+def _bring_points(points, b, batch, at, o0, held, bars, stage, pred, parts: gl.constexpr):
+    """Start the copy of a tile of points (of heads, then of tails) into a stage."""
+    for part in gl.static_range(parts):
+        tma.async_copy_global_to_shared(
+            points, (b + part * batch,) + at + (o0,), bars.index(stage),
+            held.index(stage * parts + part), pred=pred,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _start(tile, tiles, TILE: gl.constexpr):
+    """A batch item and the first position of a tile in it."""
+    b = tile // _volume(tiles)
+    at = _unravel(tile % _volume(tiles), tiles)
+    first = ()
+    for a in gl.static_range(len(TILE)):
+        first = first + (at[a] * TILE[a],)
+    return b, first
+
+
+@gluon.jit
+def _read(offset, mask, tile, unit, lane, wanted, sizes, tiles, TILE: gl.constexpr):
+    """Load what _list needs of a sample each lane: per axis where it lies without its offset, and
+    the offset; the mask's value."""
+    image_size, point_size, kernel_size, stride, padding, dilation = sizes
+    positions = _volume(point_size)
+    taps = _volume(kernel_size)
+    b, first = _start(tile, tiles, TILE)
+    local = _unravel(lane, TILE)
+    extent = point_size if len(TILE) == len(point_size) else (positions,)
+    p = 0 * lane
+    point = ()
+    for a in gl.static_range(len(TILE)):
+        at = first[a] + local[a]
+        wanted = wanted & (at < extent[a])
+        p = p * extent[a] + at
+        point = point + (at,)
+    if len(TILE) != len(point_size):
+        point = _unravel(p, point_size)
+    shift = _unravel(unit % taps, kernel_size)
+    base = b.to(gl.int64) * taps + unit % taps
+    axes = ()
+    for a in gl.static_range(len(image_size)):
+        place = offset + (base * len(image_size) + a) * positions
+        value = gl.load(place + p, mask=wanted, other=float("inf"))
+        axes = axes + ((point[a] * stride[a] - padding[a] + shift[a] * dilation[a], value),)
+    if mask is not None:
+        return b, axes, gl.load(mask + base * positions + p, mask=wanted, other=0.0)
+    else:
+        return b, axes, gl.where(wanted, 1.0, 0.0)
+
+
+@gluon.jit
+def _list(samples, row, read, image_size, SPLIT: gl.constexpr):
+    """Store the codes and weights of samples from _read; `samples` has a buffer for each word."""
+    b, given, amplitude = read
+    axes = ()
+    low = ()
+    valid = None
+    for a in gl.static_range(len(image_size)):
+        value = given[a][1].to(gl.float32)
+        near = gl.abs(value) < 1.0e9
+        value = gl.where(near, value, 0.0)
+        floor = gl.floor(value)
+        at = given[a][0] + floor.to(gl.int32)
+        low = low + ((at, value - floor),)
+        inside = near & (at >= -1) & (at < image_size[a])
+        if a == 0:
+            valid = inside
+        else:
+            valid = valid & inside
+    amplitude = gl.where(valid, amplitude.to(gl.float32), 0.0)
+    for a in gl.static_range(len(image_size)):
+        at = gl.where(valid, low[a][0], 0)
+        has_low = at >= 0
+        has_high = at + 1 < image_size[a]
+        step = gl.where(has_low & has_high, 1, 0)
+        weights = (
+            gl.where(has_low, 1.0 - low[a][1], 0.0),
+            gl.where(has_high, low[a][1], 0.0),
+        )
+        axes = axes + ((gl.maximum(at, 0), step, weights, has_low, has_high),)
+    weights = _weights(axes, amplitude, SPLIT)
+    pixels = b * (_volume(image_size) * 2 ** len(image_size))
+    samples[0].index(row).store(pixels + _code(axes, image_size))
+    for w in gl.static_range(len(weights)):
+        samples[1 + w].index(row).store(weights[w].to(gl.int32, bitcast=True))
+
+
+@gluon.jit
+def _listed(samples, w: gl.constexpr, row, shape: gl.constexpr, layout: gl.constexpr):
+    """Word w of the samples of a tile [positions, units]."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    tile = samples[w]._reinterpret(gl.int32, shape, plain).index(row)
+    return tile.permute((1, 0)).load(layout)
+
+
+@gluon.jit
+def _sample(image, samples, row, c0, channels, image_size, used, shape: gl.constexpr,
+            COLUMNS: gl.constexpr):  # fmt: skip
+    """The corners' values [positions, units, channels] of a listed tile."""
+    at: gl.constexpr = gl.SliceLayout(2, COLUMNS)
+    code = _listed(samples, 0, row, shape, at)
+    values = ()
+    for q in gl.static_range(2 ** len(image_size)):
+        place = _place(code, q, channels, image_size) + c0
+        values = values + (gl.load(image + place[:, :, None], mask=used),)
+    return values
+
+
+@gluon.jit
+def _mix(values, samples, row, shape: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr):
+    """The corners' values times the listed weights. In float16 these stay half numbers: rounding
+    after every corner costs a forward 1.4e-4 and a long sum nothing."""
+    at: gl.constexpr = gl.SliceLayout(2, COLUMNS)
+    columns = None
+    for q in gl.static_range(len(values)):
+        if SPLIT:
+            weight = _listed(samples, 1 + q, row, shape, at).to(gl.float32, bitcast=True)
+        else:
+            weight = _half(_listed(samples, 1 + q // 2, row, shape, at), q % 2)
+        if values[0].dtype == gl.float16:
+            term = values[q] * weight[:, :, None]
+        else:
+            term = values[q].to(gl.float32) * weight.to(gl.float32)[:, :, None]
+        if q == 0:
+            columns = term
+        else:
+            columns += term
+    return columns
+
+
 @gluon.jit
 def outer(image, points, offset, mask, out,
           sizes, batch, channels, outputs, tiles, splits,
-          BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
-          STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+          SPLIT: gl.constexpr, UNITS: gl.constexpr, TILE: gl.constexpr,
+          BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
+          LISTED: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
           num_warps: gl.constexpr):  # fmt: skip
-    """dF/dweight for float32: partial sums [splits, K, C, O], from points in rows [B x P, O].
+    """dF/dweight: partial sums [splits, K, C, O], from points in rows [B, P, O].
 
-    A program samples a tile of positions for BLOCK_C channels of one kernel point, stores the
-    columns, and multiplies columns^T @ points while it loads the corners of its next tile. Tensor
-    cores, which round toward zero, add up no more than a tile. Grid: (K x blocks of C, blocks of
-    O, splits). For half numbers `weight_gradient` of kernels.py is faster.
+    A unit of the sum is a kernel point and BLOCK_C channels. A program walks the tiles of its share
+    of the positions; it samples the columns of UNITS units, stores them, and multiplies columns^T @
+    points while it loads the corners of the next tile. So the points come once for all its units,
+    and units of neighbouring kernel points find most of their corners in the cache. Cells and
+    weights are found by one lane for each sample and listed in shared memory, for LISTED tiles at
+    once.
+
+    SPLIT: tensor cores, which round toward zero, add up no more than a tile.
+    Grid: (blocks of units x blocks of O, splits).
     """
-    half: gl.constexpr = gl.bfloat16
-    size: gl.constexpr = _bytes(BLOCK_P, BLOCK_O)
-    at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
+    dtype: gl.constexpr = gl.bfloat16 if SPLIT else image.dtype.element_ty
+    parts: gl.constexpr = 2 if SPLIT else 1
+    rank: gl.constexpr = len(sizes[0])
+    block_p: gl.constexpr = _product(TILE)
+    size: gl.constexpr = _bytes(block_p, BLOCK_O)
+    units: gl.constexpr = _rounded(UNITS)
+    words: gl.constexpr = 1 + (2**rank if SPLIT else 2 ** (rank - 1))
+    # The list holds two chunks of LISTED tiles. One is found at least two tiles ahead of its use.
+    ahead: gl.constexpr = 2 if LISTED == 1 else 1
+    many: gl.constexpr = LISTED * units * block_p
+    listed: gl.constexpr = [2 * LISTED, units, block_p]
     image_size = sizes[0]
-    positions = _volume(sizes[1])
     taps = _volume(sizes[2])
-    per_tap = channels // BLOCK_C
-    tap = gl.program_id(0) // per_tap
-    c0 = (gl.program_id(0) % per_tap) * BLOCK_C
-    o0 = gl.program_id(1) * BLOCK_O
-    split = gl.program_id(2)
-    share = batch * tiles // splits
-    rest = batch * tiles % splits
+    count = taps * (channels // BLOCK_C)
+    blocks = outputs // BLOCK_O
+    unit0 = gl.program_id(0) // blocks * UNITS
+    o0 = gl.program_id(0) % blocks * BLOCK_O
+    split = gl.program_id(1)
+    total = batch * _volume(tiles)
+    share = total // splits
+    rest = total % splits
     first = split * share + gl.minimum(split, rest)
     last = first + share + gl.where(split < rest, 1, 0)
-    columns = gl.allocate_shared_memory(
-        half, [4, BLOCK_P, BLOCK_C],
-        gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_C], half),
-    )  # fmt: skip
-    held = gl.allocate_shared_memory(half, [STAGES * 2, BLOCK_P, BLOCK_O], points.layout)
+
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([block_p, units * BLOCK_C], dtype)
+    columns = ()
+    for part in gl.static_range(parts):
+        columns = columns + (
+            gl.allocate_shared_memory(dtype, [2, block_p, units * BLOCK_C], shared),
+        )
+    held = gl.allocate_shared_memory(dtype, [STAGES * parts] + points.block_shape, points.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    samples = ()
+    for w in gl.static_range(words):
+        samples = samples + (gl.allocate_shared_memory(gl.int32, [2, many], plain),)
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
     barrier()
-    rows = batch * positions
+    b, at = _start(first, tiles, TILE)
     for s in gl.static_range(STAGES - 1):
-        t = first + s
-        row = (t // tiles) * positions + (t % tiles) * BLOCK_P
-        _bring(points, row, o0, rows, held, bars, s, t < last, size, True)
-    here = image + (c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS)))[None, :]
-    volume = _volume(image_size).to(gl.int64) * channels
-    lane = gl.arange(0, BLOCK_P, layout=at_row)
-    acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
-    product = warpgroup_mma_init(gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA))
-    b = first // tiles
-    p = (first % tiles) * BLOCK_P + lane
-    inside = (p < positions) & (first < last)
-    axes, amplitude, valid = _locate(offset, mask, b, tap, p, _unravel(p, sizes[1]), inside, sizes)
-    weights = _weights(axes, amplitude, True)
-    values = _fetch(here + b * volume, _code(axes, image_size), 0, channels, image_size)
+        mbarrier.expect(bars.index(s), parts * size, pred=first + s < last)
+        _bring_points(points, b, batch, at, o0, held, bars, s, first + s < last, parts)
+        b, at = _advance(b, at, tiles, TILE)
+
+    lane = gl.arange(0, many, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+    tile = lane // (block_p * units)
+    unit = gl.minimum(unit0 + lane // block_p % units, count - 1)
+    lane = lane % block_p
+    for chunk in gl.static_range(ahead):
+        t = first + chunk * LISTED + tile
+        read = _read(offset, mask, gl.minimum(t, last - 1), unit, lane, t < last, sizes, tiles,
+                     TILE)  # fmt: skip
+        _list(samples, chunk, read, image_size, SPLIT)
+
+    # A product of zeros, for ptxas makes products wait for each other if it sees that at the loop's
+    # head the accumulator may be no product's.
+    y = held.index((STAGES - 1) * parts).reshape([block_p, BLOCK_O])
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    columns[0].index(0).store(gl.zeros([block_p, units * BLOCK_C], dtype, layout=flat))
+    y.store(gl.zeros([block_p, BLOCK_O], dtype, layout=flat))
+    fence_async_shared()
+    barrier()
+    acc = gl.zeros([units * BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
+    product = warpgroup_mma(
+        columns[0].index(0).permute((1, 0)), y, acc, use_acc=False, is_async=True
+    )
+
+    of_unit: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS))
+    u = gl.arange(0, units, layout=of_unit)
+    used = (u < UNITS)[None, :, None]
+    c0 = (gl.minimum(unit0 + u, count - 1) // taps * BLOCK_C)[None, :]
+    c = gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))
+    here = image + c[None, None, :]
+    values = _sample(here, samples, 0, c0, channels, image_size, used, listed, COLUMNS)
     for t in range(first, last):
         i = t - first
-        x = _parts(_blend(values, weights, True), half, True)
-        k = i % 2 * 2
-        columns.index(k).store(x[0])
-        columns.index(k + 1).store(x[1])
-        t1 = gl.minimum(t + 1, last - 1)
-        b = t1 // tiles
-        p = (t1 % tiles) * BLOCK_P + lane
-        inside = p < positions
-        axes, amplitude, valid = _locate(
-            offset, mask, b, tap, p, _unravel(p, sizes[1]), inside, sizes
-        )
-        weights = _weights(axes, amplitude, True)
-        values = _fetch(here + b * volume, _code(axes, image_size), 0, channels, image_size)
+        refill = i % LISTED == 0
+        if refill:
+            t2 = t + ahead * LISTED + tile
+            read = _read(
+                offset, mask, gl.minimum(t2, last - 1), unit, lane, t2 < last, sizes, tiles, TILE
+            )
+        x = _mix(values, samples, i % (2 * LISTED), listed, COLUMNS, SPLIT)
+        x = _parts(gl.reshape(x, [block_p, units * BLOCK_C]), dtype, SPLIT)
+        for part in gl.static_range(parts):
+            columns[part].index(i % 2).store(x[part])
         fence_async_shared()
+        row = gl.minimum(i + 1, last - 1 - first) % (2 * LISTED)
+        values = _sample(here, samples, row, c0, channels, image_size, used, listed, COLUMNS)
+        more = t + STAGES - 1 < last
+        mbarrier.expect(bars.index((i + STAGES - 1) % STAGES), parts * size, pred=more)
         product = warpgroup_mma_wait(0, deps=[product])
-        acc += product
+        if SPLIT:
+            acc += product
         barrier()
-        t1 = t + STAGES - 1
-        row = (t1 // tiles) * positions + (t1 % tiles) * BLOCK_P
-        _bring(points, row, o0, rows, held, bars, (i + STAGES - 1) % STAGES, t1 < last, size, True)
+        _bring_points(points, b, batch, at, o0, held, bars, (i + STAGES - 1) % STAGES, more, parts)
+        b, at = _advance(b, at, tiles, TILE)
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        head = columns.index(k).permute((1, 0))
-        tail = columns.index(k + 1).permute((1, 0))
-        product = warpgroup_mma(tail, held.index(2 * stage), product, use_acc=False, is_async=True)
-        product = warpgroup_mma(head, held.index(2 * stage + 1), product, is_async=True)
-        product = warpgroup_mma(head, held.index(2 * stage), product, is_async=True)
-    product = warpgroup_mma_wait(0, deps=[product])
-    acc += product
-    c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
+        head = columns[0].index(i % 2).permute((1, 0))
+        y = held.index(stage * parts).reshape([block_p, BLOCK_O])
+        if SPLIT:
+            tail = columns[1].index(i % 2).permute((1, 0))
+            y_tail = held.index(stage * parts + 1).reshape([block_p, BLOCK_O])
+            product = warpgroup_mma(tail, y, product, use_acc=False, is_async=True)
+            product = warpgroup_mma(head, y_tail, product, is_async=True)
+            product = warpgroup_mma(head, y, product, is_async=True)
+        else:
+            product = warpgroup_mma(head, y, product, is_async=True)
+        if refill:
+            _list(samples, (i // LISTED + ahead) % 2, read, image_size, SPLIT)
+    acc += warpgroup_mma_wait(0, deps=[product])
+    row = gl.arange(0, units * BLOCK_C, layout=gl.SliceLayout(1, MMA))
+    unit = unit0 + row // BLOCK_C
+    c = unit // taps * BLOCK_C + row % BLOCK_C
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
-    place = ((split * taps + tap).to(gl.int64) * channels + c) * outputs
-    gl.store(out + (place[:, None] + o[None, :]), acc)
+    place = ((split * taps + unit % taps).to(gl.int64) * channels + c) * outputs
+    kept = (row < UNITS * BLOCK_C) & (unit < count)
+    gl.store(out + (place[:, None] + o[None, :]), acc, mask=kept[:, None] & (o < outputs)[None, :])

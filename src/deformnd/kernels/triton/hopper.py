@@ -167,35 +167,39 @@ def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Hoppe
 
 
 @functools.lru_cache(maxsize=4096)
-def outer_launch(g: Geometry, multiprocessors: int) -> HopperLaunch:
-    row = configs.find_hopper("outer", 4, g.point_channels)
-    block_o = math.gcd(row.block_o, g.point_channels)
-    block_c, block_p = math.gcd(row.block_c, g.image_channels), 64
-    taps, tiles = math.prod(g.kernel), triton.cdiv(math.prod(g.point_size), block_p)
-    programs = taps * (g.image_channels // block_c) * (g.point_channels // block_o)
-    splits = max(1, min(g.batch * tiles // 8, row.programs * multiprocessors // programs))
-    # Whole warp groups along the channels, the rest along the point channels.
-    along = 4 * max(1, min(block_c // 64, row.warps // 4))
+def outer_variant(
+    g: Geometry, dtype: torch.dtype, units: int, block_o: int, warps: int,
+    stages: int, listed: int, tile: tuple[int, ...], splits: int,
+) -> HopperLaunch:
+    block_c = 64
+    along = 4 * min(warps // 4, 1 << (units - 1).bit_length())
+    size = g.point_size if len(tile) == len(g.point_size) else (math.prod(g.point_size),)
+    tiles = tuple(triton.cdiv(s, t) for s, t in zip(size, tile, strict=True))
+    count = math.prod(g.kernel) * (g.image_channels // block_c)
     launch = Launch(
         "outer",
-        (taps * (g.image_channels // block_c), g.point_channels // block_o, splits),
+        (triton.cdiv(count, units) * (g.point_channels // block_o), splits, 1),
         (sizes_of(g), g.batch, g.image_channels, g.point_channels, tiles, splits),
         dict(
-            BLOCK_P=block_p,
+            SPLIT=dtype == torch.float32,
+            UNITS=units,
+            TILE=tile,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
-            STAGES=row.stages,
+            STAGES=stages,
+            LISTED=listed,
             MMA=gl.NVMMADistributedLayout(
                 version=[3, 0],
-                warps_per_cta=[along, row.warps // along],
-                instr_shape=[16, block_o // (row.warps // along), 16],
+                warps_per_cta=[along, warps // along],
+                instr_shape=[16, block_o // (warps // along), 16],
             ),
-            COLUMNS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1],
-                                     [1, 0]),
-            num_warps=row.warps,
+            COLUMNS=gl.BlockedLayout([1, 1, 8], [4, 1, 8], [warps, 1, 1], [2, 1, 0]),
+            num_warps=warps,
         ),
-        row.warps,
+        warps,
         1,
         descriptor=1,
-    )  # fmt: skip
-    return HopperLaunch(launch, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32))
+    )
+    block = (1, *tile, block_o)
+    kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return HopperLaunch(launch, block, gl.NVMMASharedLayout.get_default_for(list(block), kind))
