@@ -835,6 +835,28 @@ def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
 
 
 @triton.jit
+def reduce_weight(parts, out, taps, group_in, outputs, splits, VECTOR_O: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+    """Sum partial weights [splits, K, C / groups, O] to a weight [O, C / groups, K].
+
+    Reads and writes runs of memory: the tile is transposed between them. Grid: (blocks of C /
+    groups x K, blocks of O).
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    length = group_in * taps
+    inside = (k < length)[:, None] & (o < outputs)[None, :]
+    row = tl.multiple_of((k % taps * group_in + k // taps) * outputs, VECTOR_O)
+    place = row[:, None] + o[None, :]
+    acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
+    for first in range(0, splits, TOGETHER):
+        for s in tl.static_range(TOGETHER):
+            acc += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
+            parts += tl.multiple_of(length * outputs, VECTOR_O)
+    tl.store(out + (k[:, None] + o[None, :] * length), acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _accumulator_order(i):
     """The column of a wgmma accumulator whose place, in order of lanes, is i (of each 32)."""
     return i // 32 * 32 + (i // 2 % 4) * 8 + (i // 8 % 4) * 2 + i % 2
