@@ -526,8 +526,9 @@ def _read(offset, mask, tile, unit, lane, wanted, sizes, tiles, TILE: gl.constex
 
 
 @gluon.jit
-def _list(samples, row, read, image_size, SPLIT: gl.constexpr):
-    """Store the codes and weights of samples from _read; `samples` has a buffer for each word."""
+def _list(samples, row, read, image_size, HALF: gl.constexpr):
+    """Store the code and the corners' weights of samples from _read, each in a buffer of its own
+    (of which the compiler then knows that they do not overlap); HALF: weights as pairs of halves."""
     b, given, amplitude = read
     axes = ()
     low = ()
@@ -555,11 +556,15 @@ def _list(samples, row, read, image_size, SPLIT: gl.constexpr):
             gl.where(has_high, low[a][1], 0.0),
         )
         axes = axes + ((gl.maximum(at, 0), step, weights, has_low, has_high),)
-    weights = _weights(axes, amplitude, SPLIT)
     pixels = b * (_volume(image_size) * 2 ** len(image_size))
     samples[0].index(row).store(pixels + _code(axes, image_size))
-    for w in gl.static_range(len(weights)):
-        samples[1 + w].index(row).store(weights[w].to(gl.int32, bitcast=True))
+    for q in gl.static_range(2 ** len(image_size)):
+        weight = _corner_weight(axes, q) * amplitude
+        if HALF:
+            word = _pack(weight, weight)
+        else:
+            word = weight.to(gl.int32, bitcast=True)
+        samples[1 + q].index(row).store(word)
 
 
 @gluon.jit
@@ -573,9 +578,9 @@ def _listed(samples, w: gl.constexpr, row, shape: gl.constexpr, layout: gl.const
 @gluon.jit
 def _sample(image, samples, row, c0, channels, image_size, used, shape: gl.constexpr,
             COLUMNS: gl.constexpr):  # fmt: skip
-    """The corners' values [positions, units, channels] of a listed tile."""
-    at: gl.constexpr = gl.SliceLayout(2, COLUMNS)
-    code = _listed(samples, 0, row, shape, at)
+    """The corners' values [positions, units, channels] of a listed tile; channels, as the image,
+    in words."""
+    code = _listed(samples, 0, row, shape, gl.SliceLayout(2, COLUMNS))
     values = ()
     for q in gl.static_range(2 ** len(image_size)):
         place = _place(code, q, channels, image_size) + c0
@@ -584,25 +589,39 @@ def _sample(image, samples, row, c0, channels, image_size, used, shape: gl.const
 
 
 @gluon.jit
-def _mix(values, samples, row, shape: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr):
-    """The corners' values times the listed weights. In float16 these stay half numbers: rounding
-    after every corner costs a forward 1.4e-4 and a long sum nothing."""
-    at: gl.constexpr = gl.SliceLayout(2, COLUMNS)
-    columns = None
+def _mix(values, samples, row, dtype: gl.constexpr, shape: gl.constexpr, COLUMNS: gl.constexpr):
+    """The corners' values times the listed weights: numbers of float32, or pairs of half numbers
+    as words. float16 is rounded after every corner (kernels.py, _blend)."""
+    total = None
+    high = None
     for q in gl.static_range(len(values)):
-        if SPLIT:
-            weight = _listed(samples, 1 + q, row, shape, at).to(gl.float32, bitcast=True)
+        weight = _listed(samples, 1 + q, row, shape, gl.SliceLayout(2, COLUMNS))[:, :, None]
+        if dtype == gl.float16:
+            if q == 0:
+                total = gl.inline_asm_elementwise(
+                    "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [values[q], weight], gl.int32,
+                    is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                total = gl.inline_asm_elementwise(
+                    "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [values[q], weight, total],
+                    gl.int32, is_pure=True, pack=1,
+                )  # fmt: skip
         else:
-            weight = _half(_listed(samples, 1 + q // 2, row, shape, at), q % 2)
-        if values[0].dtype == gl.float16:
-            term = values[q] * weight[:, :, None]
-        else:
-            term = values[q].to(gl.float32) * weight.to(gl.float32)[:, :, None]
-        if q == 0:
-            columns = term
-        else:
-            columns += term
-    return columns
+            weight = weight.to(gl.float32, bitcast=True)
+            if dtype == gl.float32:
+                x = values[q].to(gl.float32, bitcast=True) * weight
+                total = x if q == 0 else total + x
+            else:
+                x = (values[q] << 16).to(gl.float32, bitcast=True) * weight
+                y = (values[q] & -65536).to(gl.float32, bitcast=True) * weight
+                total = x if q == 0 else total + x
+                high = y if q == 0 else high + y
+    if dtype == gl.bfloat16:
+        total = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, total], gl.int32, is_pure=True, pack=1
+        )
+    return total
 
 
 @gluon.jit
@@ -610,7 +629,7 @@ def outer(image, points, offset, mask, out,
           sizes, batch, channels, outputs, tiles, splits,
           SPLIT: gl.constexpr, UNITS: gl.constexpr, TILE: gl.constexpr,
           BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
-          LISTED: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+          LISTED: gl.constexpr, LATE: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
           num_warps: gl.constexpr):  # fmt: skip
     """dF/dweight: partial sums [splits, K, C, O], from points in rows [B, P, O].
 
@@ -624,13 +643,14 @@ def outer(image, points, offset, mask, out,
     SPLIT: tensor cores, which round toward zero, add up no more than a tile.
     Grid: (blocks of units x blocks of O, splits).
     """
-    dtype: gl.constexpr = gl.bfloat16 if SPLIT else image.dtype.element_ty
+    kind: gl.constexpr = image.dtype.element_ty
+    dtype: gl.constexpr = gl.bfloat16 if SPLIT else kind
     parts: gl.constexpr = 2 if SPLIT else 1
     rank: gl.constexpr = len(sizes[0])
     block_p: gl.constexpr = _product(TILE)
     size: gl.constexpr = _bytes(block_p, BLOCK_O)
     units: gl.constexpr = _rounded(UNITS)
-    words: gl.constexpr = 1 + (2**rank if SPLIT else 2 ** (rank - 1))
+    words: gl.constexpr = _bytes(BLOCK_C, 2 if SPLIT else 1) // 4
     # The list holds two chunks of LISTED tiles. One is found at least two tiles ahead of its use.
     ahead: gl.constexpr = 2 if LISTED == 1 else 1
     many: gl.constexpr = LISTED * units * block_p
@@ -658,7 +678,7 @@ def outer(image, points, offset, mask, out,
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     samples = ()
-    for w in gl.static_range(words):
+    for w in gl.static_range(1 + 2**rank):
         samples = samples + (gl.allocate_shared_memory(gl.int32, [2, many], plain),)
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
@@ -674,11 +694,11 @@ def outer(image, points, offset, mask, out,
     tile = lane // (block_p * units)
     unit = gl.minimum(unit0 + lane // block_p % units, count - 1)
     lane = lane % block_p
-    for chunk in gl.static_range(ahead):
-        t = first + chunk * LISTED + tile
+    for s in gl.static_range(ahead):
+        t = first + s * LISTED + tile
         read = _read(offset, mask, gl.minimum(t, last - 1), unit, lane, t < last, sizes, tiles,
                      TILE)  # fmt: skip
-        _list(samples, chunk, read, image_size, SPLIT)
+        _list(samples, s, read, image_size, kind == gl.float16)
 
     # A product of zeros, for ptxas makes products wait for each other if it sees that at the loop's
     # head the accumulator may be no product's.
@@ -696,30 +716,41 @@ def outer(image, points, offset, mask, out,
     of_unit: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS))
     u = gl.arange(0, units, layout=of_unit)
     used = (u < UNITS)[None, :, None]
-    c0 = (gl.minimum(unit0 + u, count - 1) // taps * BLOCK_C)[None, :]
-    c = gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))
-    here = image + c[None, None, :]
-    values = _sample(here, samples, 0, c0, channels, image_size, used, listed, COLUMNS)
+    c0 = (gl.minimum(unit0 + u, count - 1) // taps * words)[None, :]
+    c = gl.arange(0, words, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))
+    here = image.to(gl.pointer_type(gl.int32), bitcast=True) + c[None, None, :]
+    pitch = channels // BLOCK_C * words
+    as_words: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=32, rank=2
+    )
+    values = _sample(here, samples, 0, c0, pitch, image_size, used, listed, COLUMNS)
     for t in range(first, last):
         i = t - first
         refill = i % LISTED == 0
-        if refill:
+        if refill and not LATE:
             t2 = t + ahead * LISTED + tile
             read = _read(
                 offset, mask, gl.minimum(t2, last - 1), unit, lane, t2 < last, sizes, tiles, TILE
             )
-        x = _mix(values, samples, i % (2 * LISTED), listed, COLUMNS, SPLIT)
-        x = _parts(gl.reshape(x, [block_p, units * BLOCK_C]), dtype, SPLIT)
-        for part in gl.static_range(parts):
-            columns[part].index(i % 2).store(x[part])
+        x = _mix(values, samples, i % (2 * LISTED), kind, listed, COLUMNS)
+        x = gl.reshape(x, [block_p, units * words])
+        if SPLIT:
+            x = _parts(x, dtype, SPLIT)
+            columns[0].index(i % 2).store(x[0])
+            columns[1].index(i % 2).store(x[1])
+        else:
+            place = columns[0]._reinterpret(gl.int32, [2, block_p, units * words], as_words)
+            place.index(i % 2).store(x)
         fence_async_shared()
         row = gl.minimum(i + 1, last - 1 - first) % (2 * LISTED)
-        values = _sample(here, samples, row, c0, channels, image_size, used, listed, COLUMNS)
+        values = _sample(here, samples, row, c0, pitch, image_size, used, listed, COLUMNS)
         more = t + STAGES - 1 < last
         mbarrier.expect(bars.index((i + STAGES - 1) % STAGES), parts * size, pred=more)
         product = warpgroup_mma_wait(0, deps=[product])
-        if SPLIT:
-            acc += product
+        if SPLIT:  # in volatile assembly, for LLVM would move it past the start of the next product
+            acc = gl.inline_asm_elementwise(
+                "add.f32 $0, $1, $2;", "=f,f,f", [acc, product], gl.float32, is_pure=False, pack=1
+            )
         barrier()
         _bring_points(points, b, batch, at, o0, held, bars, (i + STAGES - 1) % STAGES, more, parts)
         b, at = _advance(b, at, tiles, TILE)
@@ -736,7 +767,14 @@ def outer(image, points, offset, mask, out,
         else:
             product = warpgroup_mma(head, y, product, is_async=True)
         if refill:
-            _list(samples, (i // LISTED + ahead) % 2, read, image_size, SPLIT)
+            if LATE:
+                t2 = t + ahead * LISTED + tile
+                read = _read(
+                    offset, mask, gl.minimum(t2, last - 1), unit, lane, t2 < last, sizes, tiles,
+                    TILE,
+                )  # fmt: skip
+            chunk = (i // LISTED + ahead) % 2
+            _list(samples, chunk, read, image_size, kind == gl.float16)
     acc += warpgroup_mma_wait(0, deps=[product])
     row = gl.arange(0, units * BLOCK_C, layout=gl.SliceLayout(1, MMA))
     unit = unit0 + row // BLOCK_C

@@ -170,6 +170,7 @@ def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Hoppe
 def outer_variant(
     g: Geometry, dtype: torch.dtype, units: int, block_o: int, warps: int,
     stages: int, listed: int, tile: tuple[int, ...], splits: int,
+    late: bool = False, registers: int = 0,
 ) -> HopperLaunch:
     block_c = 64
     along = 4 * min(warps // 4, 1 << (units - 1).bit_length())
@@ -188,18 +189,21 @@ def outer_variant(
             BLOCK_C=block_c,
             STAGES=stages,
             LISTED=listed,
+            LATE=late,
             MMA=gl.NVMMADistributedLayout(
                 version=[3, 0],
                 warps_per_cta=[along, warps // along],
                 instr_shape=[16, block_o // (warps // along), 16],
             ),
-            COLUMNS=gl.BlockedLayout([1, 1, 8], [4, 1, 8], [warps, 1, 1], [2, 1, 0]),
+            COLUMNS=gl.BlockedLayout([1, 1, 4], [4, 1, 8], [warps, 1, 1], [2, 1, 0]),
             num_warps=warps,
         ),
         warps,
         1,
         descriptor=1,
     )
+    if registers:
+        launch.options["maxnreg"] = registers
     block = (1, *tile, block_o)
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
     return HopperLaunch(launch, block, gl.NVMMASharedLayout.get_default_for(list(block), kind))
