@@ -406,6 +406,7 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (launch._bucket_launches(g, 4, True, 512)[1], (dtype, integer, integer, integer)),
         (launch._bucket_launches(g, 4, False, 512)[1], (dtype, integer, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
+        (launch._reduce_weight_launch(g, 9), (single, dtype)),
         (layouts.pack_launch(g, False, precision == "split", ""), (dtype, weight)),
         (layouts.relayout_launch(layouts.units_of(g), "channels", "rows", 2, 256),
          (dtype, dtype, None)),
@@ -453,25 +454,28 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         given = (dtype, dtype)  # offset and mask
         along = hopper.along_launch(g, dtype, 132)
+        outer = hopper.outer_launch(g, dtype, 132)
+        assert outer is not None
         for made, dtypes in (
             (hopper.gather_launch(g, dtype, False, 0), [dtype, None, *given, dtype, dtype]),
             (hopper.gather_launch(g, dtype, True, 0), [dtype, None, *given, None, dtype]),
             (along, [dtype, dtype, None, *given, *given, None]),
             (along, [None, dtype, None, *given, None, None, torch.float32]),
-            (hopper.outer_launch(g, 132), [dtype, None, *given, torch.float32]),
+            (outer[0], [dtype, None, *given, torch.float32]),
         ):
-            if made.launch.kernel == "outer" and dtype != torch.float32:
-                continue
             assert made is not None
             half = torch.bfloat16 if dtype == torch.float32 else dtype
             dtypes[made.launch.descriptor] = descriptor_type(half, made.block, made.layout)
             compiled = made.launch.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
-            if made.launch.kernel == "gather":
+            if made.launch.kernel != "along":
                 assert stack(compiled.asm["cubin"], tmp_path) == 0  # nothing spilled
-            if triton.__version__.startswith("3.6"):  # whose listings the check is made for
+            if triton.__version__.startswith("3.6"):  # whose listings the checks are made for
                 assert not unset_registers(compiled.asm["cubin"], tmp_path)
+                if made.launch.kernel == "outer":  # products wait in the loop and after it only
+                    listing = cuobjdump("--dump-sass", compiled.asm["cubin"], tmp_path)
+                    assert listing.count("WARPGROUP.DEPBAR") == 2
 
 
 def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

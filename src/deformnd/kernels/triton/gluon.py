@@ -66,28 +66,37 @@ def _half(packed, high: gl.constexpr):
 
 
 @gluon.jit
-def _locate(offset, mask, b, tap, p, point, inside, sizes):
-    """Per axis (low index, step to the high one, their weights, their derivatives), the mask's
-    value, and whether the sample is valid (kernels.py, Note [corners])."""
+def _given(offset, mask, b, tap, p, point, inside, sizes):
+    """What is read of samples: per axis (index without the offset, offset); the mask's value."""
     image_size, point_size, kernel_size, stride, padding, dilation = sizes
     positions = _volume(point_size)
     shift = _unravel(tap, kernel_size)
     base = b.to(gl.int64) * _volume(kernel_size) + tap
-    valid = inside
-    at = ()
+    axes = ()
     for a in gl.static_range(len(image_size)):
         place = offset + (base * len(image_size) + a) * positions
-        value = gl.load(place + p, mask=inside, other=0.0).to(gl.float32)
+        value = gl.load(place + p, mask=inside, other=0.0)
+        axes = axes + ((point[a] * stride[a] - padding[a] + shift[a] * dilation[a], value),)
+    if mask is not None:
+        return axes, gl.load(mask + base * positions + p, mask=inside, other=0.0)
+    else:
+        return axes, gl.where(inside, 1.0, 0.0)
+
+
+@gluon.jit
+def _cell(given, inside, image_size):
+    """As _locate, from what _given has read."""
+    at = ()
+    valid = inside
+    for a in gl.static_range(len(image_size)):
+        value = given[0][a][1].to(gl.float32)
         near = gl.abs(value) < 1.0e9
         value = gl.where(near, value, 0.0)
         floor = gl.floor(value)
-        low = point[a] * stride[a] - padding[a] + shift[a] * dilation[a] + floor.to(gl.int32)
+        low = given[0][a][0] + floor.to(gl.int32)
         valid = valid & near & (low >= -1) & (low < image_size[a])
         at = at + ((low, value - floor),)
-    amplitude = gl.where(valid, 1.0, 0.0)
-    if mask is not None:
-        value = gl.load(mask + base * positions + p, mask=inside, other=0.0)
-        amplitude = gl.where(valid, value.to(gl.float32), 0.0)
+    amplitude = gl.where(valid, given[1].to(gl.float32), 0.0)
     axes = ()
     for a in gl.static_range(len(image_size)):
         low = gl.where(valid, at[a][0], 0)
@@ -100,6 +109,14 @@ def _locate(offset, mask, b, tap, p, point, inside, sizes):
         )
         axes = axes + ((gl.maximum(low, 0), step, weights, has_low, has_high),)
     return axes, amplitude, valid
+
+
+@gluon.jit
+def _locate(offset, mask, b, tap, p, point, inside, sizes):
+    """Per axis (low index, step to the high one, their weights, whether they are in the image),
+    the mask's value, and whether the sample is valid (kernels.py, Note [corners])."""
+    given = _given(offset, mask, b, tap, p, point, inside, sizes)
+    return _cell(given, inside, sizes[0])
 
 
 @gluon.jit
@@ -446,12 +463,6 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
 
 
 @gluon.constexpr_function
-def _rounded(number):
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
-
-
-@gluon.constexpr_function
 def _product(sizes):
     product = 1
     for s in sizes:
@@ -460,31 +471,8 @@ def _product(sizes):
 
 
 @gluon.jit
-def _advance(b, at, tiles, TILE: gl.constexpr):
-    """The tile after that at the batch item and first position given."""
-    new = ()
-    carry = 1
-    for i in gl.static_range(len(TILE)):
-        x = at[len(TILE) - 1 - i] + carry * TILE[len(TILE) - 1 - i]
-        over = x >= tiles[len(TILE) - 1 - i] * TILE[len(TILE) - 1 - i]
-        carry = gl.where(over, 1, 0)
-        new = (gl.where(over, 0, x),) + new
-    return b + carry, new
-
-
-@gluon.jit
-def _bring_points(points, b, batch, at, o0, held, bars, stage, pred, parts: gl.constexpr):
-    """Start the copy of a tile of points (of heads, then of tails) into a stage."""
-    for part in gl.static_range(parts):
-        tma.async_copy_global_to_shared(
-            points, (b + part * batch,) + at + (o0,), bars.index(stage),
-            held.index(stage * parts + part), pred=pred,
-        )  # fmt: skip
-
-
-@gluon.jit
 def _start(tile, tiles, TILE: gl.constexpr):
-    """A batch item and the first position of a tile in it."""
+    """A tile's batch item and the place of its first position in it."""
     b = tile // _volume(tiles)
     at = _unravel(tile % _volume(tiles), tiles)
     first = ()
@@ -494,108 +482,87 @@ def _start(tile, tiles, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _read(offset, mask, tile, unit, lane, wanted, sizes, tiles, TILE: gl.constexpr):
-    """Load what _list needs of a sample each lane: per axis where it lies without its offset, and
-    the offset; the mask's value."""
-    image_size, point_size, kernel_size, stride, padding, dilation = sizes
-    positions = _volume(point_size)
-    taps = _volume(kernel_size)
-    b, first = _start(tile, tiles, TILE)
+def _advance(b, first, tiles, TILE: gl.constexpr):
+    """As _start, of the next tile."""
+    new = ()
+    carry = 1
+    for i in gl.static_range(len(TILE)):
+        at = first[len(TILE) - 1 - i] + carry * TILE[len(TILE) - 1 - i]
+        over = at >= tiles[len(TILE) - 1 - i] * TILE[len(TILE) - 1 - i]
+        carry = gl.where(over, 1, 0)
+        new = (gl.where(over, 0, at),) + new
+    return b + carry, new
+
+
+@gluon.jit
+def _bring_points(points, b, batch, first, o0, held, bars, stage, pred, parts: gl.constexpr):
+    """Start the copy of a tile of points (of heads, then of tails) into a stage."""
+    for part in gl.static_range(parts):
+        tma.async_copy_global_to_shared(
+            points, (b + part * batch,) + first + (o0,), bars.index(stage),
+            held.index(stage * parts + part), pred=pred,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _read(offset, mask, tile, last, tap, lane, sizes, tiles, TILE: gl.constexpr):
+    """Positions `lane` of tiles: (batch item, what _given reads, whether they are to be used)."""
+    b, first = _start(gl.minimum(tile, last - 1), tiles, TILE)
     local = _unravel(lane, TILE)
-    extent = point_size if len(TILE) == len(point_size) else (positions,)
+    extent = sizes[1] if len(TILE) == len(sizes[1]) else (_volume(sizes[1]),)
+    inside = tile < last
     p = 0 * lane
     point = ()
     for a in gl.static_range(len(TILE)):
         at = first[a] + local[a]
-        wanted = wanted & (at < extent[a])
+        inside = inside & (at < extent[a])
         p = p * extent[a] + at
         point = point + (at,)
-    if len(TILE) != len(point_size):
-        point = _unravel(p, point_size)
-    shift = _unravel(unit % taps, kernel_size)
-    base = b.to(gl.int64) * taps + unit % taps
-    axes = ()
-    for a in gl.static_range(len(image_size)):
-        place = offset + (base * len(image_size) + a) * positions
-        value = gl.load(place + p, mask=wanted, other=float("inf"))
-        axes = axes + ((point[a] * stride[a] - padding[a] + shift[a] * dilation[a], value),)
-    if mask is not None:
-        return b, axes, gl.load(mask + base * positions + p, mask=wanted, other=0.0)
-    else:
-        return b, axes, gl.where(wanted, 1.0, 0.0)
+    if len(TILE) != len(sizes[1]):
+        point = _unravel(p, sizes[1])
+    return b, _given(offset, mask, b, tap, p, point, inside, sizes), inside
 
 
 @gluon.jit
-def _list(samples, row, read, image_size, HALF: gl.constexpr):
-    """Store the code and the corners' weights of samples from _read, each in a buffer of its own
-    (of which the compiler then knows that they do not overlap); HALF: weights as pairs of halves."""
-    b, given, amplitude = read
-    axes = ()
-    low = ()
-    valid = None
-    for a in gl.static_range(len(image_size)):
-        value = given[a][1].to(gl.float32)
-        near = gl.abs(value) < 1.0e9
-        value = gl.where(near, value, 0.0)
-        floor = gl.floor(value)
-        at = given[a][0] + floor.to(gl.int32)
-        low = low + ((at, value - floor),)
-        inside = near & (at >= -1) & (at < image_size[a])
-        if a == 0:
-            valid = inside
-        else:
-            valid = valid & inside
-    amplitude = gl.where(valid, amplitude.to(gl.float32), 0.0)
-    for a in gl.static_range(len(image_size)):
-        at = gl.where(valid, low[a][0], 0)
-        has_low = at >= 0
-        has_high = at + 1 < image_size[a]
-        step = gl.where(has_low & has_high, 1, 0)
-        weights = (
-            gl.where(has_low, 1.0 - low[a][1], 0.0),
-            gl.where(has_high, low[a][1], 0.0),
-        )
-        axes = axes + ((gl.maximum(at, 0), step, weights, has_low, has_high),)
-    pixels = b * (_volume(image_size) * 2 ** len(image_size))
-    samples[0].index(row).store(pixels + _code(axes, image_size))
+def _list(samples, chunk, read, image_size, HALF: gl.constexpr):
+    """Store what _read has found: the low corner's pixel and steps (_code), then the corners'
+    weights, each in a buffer of its own, which the compiler then knows not to overlap. HALF: a
+    weight twice as a half number."""
+    b, given, inside = read
+    axes, amplitude, valid = _cell(given, inside, image_size)
+    before = b * (_volume(image_size) * 2 ** len(image_size))
+    samples[0].index(chunk).store(before + _code(axes, image_size))
     for q in gl.static_range(2 ** len(image_size)):
         weight = _corner_weight(axes, q) * amplitude
         if HALF:
-            word = _pack(weight, weight)
+            samples[1 + q].index(chunk).store(_pack(weight, weight))
         else:
-            word = weight.to(gl.int32, bitcast=True)
-        samples[1 + q].index(row).store(word)
+            samples[1 + q].index(chunk).store(weight.to(gl.int32, bitcast=True))
 
 
 @gluon.jit
-def _listed(samples, w: gl.constexpr, row, shape: gl.constexpr, layout: gl.constexpr):
-    """Word w of the samples of a tile [positions, units]."""
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    tile = samples[w]._reinterpret(gl.int32, shape, plain).index(row)
-    return tile.permute((1, 0)).load(layout)
+def _listed(samples, w: gl.constexpr, i, shape: gl.constexpr, layout: gl.constexpr):
+    """Word w of the samples of tile i."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows = samples[w]._reinterpret(gl.int32, shape, plain)
+    return rows.index(i % shape[0]).load(layout)
 
 
 @gluon.jit
-def _sample(image, samples, row, c0, channels, image_size, used, shape: gl.constexpr,
-            COLUMNS: gl.constexpr):  # fmt: skip
-    """The corners' values [positions, units, channels] of a listed tile; channels, as the image,
-    in words."""
-    code = _listed(samples, 0, row, shape, gl.SliceLayout(2, COLUMNS))
-    values = ()
-    for q in gl.static_range(2 ** len(image_size)):
-        place = _place(code, q, channels, image_size) + c0
-        values = values + (gl.load(image + place[:, :, None], mask=used),)
-    return values
+def _sample(image, samples, i, pitch, image_size, shape: gl.constexpr, COLUMNS: gl.constexpr):
+    """The corners' values of tile i; the image and its pitch in words."""
+    code = _listed(samples, 0, i, shape, gl.SliceLayout(1, COLUMNS))
+    return _fetch(image, code, 0, pitch, image_size)
 
 
 @gluon.jit
-def _mix(values, samples, row, dtype: gl.constexpr, shape: gl.constexpr, COLUMNS: gl.constexpr):
-    """The corners' values times the listed weights: numbers of float32, or pairs of half numbers
-    as words. float16 is rounded after every corner (kernels.py, _blend)."""
+def _mix(values, samples, i, shape: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr):
+    """The sum of the corners' values times their weights, in float32 or in words of two half
+    numbers. Those of float16 are multiplied as they are (kernels.py, _blend)."""
     total = None
     high = None
     for q in gl.static_range(len(values)):
-        weight = _listed(samples, 1 + q, row, shape, gl.SliceLayout(2, COLUMNS))[:, :, None]
+        weight = _listed(samples, 1 + q, i, shape, gl.SliceLayout(1, COLUMNS))[:, None]
         if dtype == gl.float16:
             if q == 0:
                 total = gl.inline_asm_elementwise(
@@ -626,160 +593,136 @@ def _mix(values, samples, row, dtype: gl.constexpr, shape: gl.constexpr, COLUMNS
 
 @gluon.jit
 def outer(image, points, offset, mask, out,
-          sizes, batch, channels, outputs, tiles, splits,
-          SPLIT: gl.constexpr, UNITS: gl.constexpr, TILE: gl.constexpr,
-          BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
-          LISTED: gl.constexpr, LATE: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+          sizes, batch, channels, outputs, tiles, splits, multiprocessors,
+          SPLIT: gl.constexpr, TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
+          STAGES: gl.constexpr, LISTED: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
           num_warps: gl.constexpr):  # fmt: skip
-    """dF/dweight: partial sums [splits, K, C, O], from points in rows [B, P, O].
+    """dF/dweight: partial sums [splits, K, C, O], from points [B, ..., O] in tiles (of heads, then
+    of tails, [2 x B, ..., O]).
 
-    A unit of the sum is a kernel point and BLOCK_C channels. A program walks the tiles of its share
-    of the positions; it samples the columns of UNITS units, stores them, and multiplies columns^T @
-    points while it loads the corners of the next tile. So the points come once for all its units,
-    and units of neighbouring kernel points find most of their corners in the cache. Cells and
-    weights are found by one lane for each sample and listed in shared memory, for LISTED tiles at
-    once.
+    A program samples a tile of positions for BLOCK_C channels of one kernel point, stores the
+    columns, and multiplies columns^T @ points while it loads the corners of its next tile. Cells
+    and weights are found by one lane for each sample and listed in shared memory, for LISTED tiles
+    at once. Two half numbers are a word throughout, or each would take a register.
 
+    TILE has as many axes as the positions, or one along all of them.
     SPLIT: tensor cores, which round toward zero, add up no more than a tile.
-    Grid: (blocks of units x blocks of O, splits).
+    Grid: multiprocessors x programs for each. Neighbours, which sample much the same pixels, go to
+    one multiprocessor (blocks are dealt out in turn), and its cache.
     """
-    kind: gl.constexpr = image.dtype.element_ty
-    dtype: gl.constexpr = gl.bfloat16 if SPLIT else kind
+    dtype: gl.constexpr = image.dtype.element_ty
+    factor: gl.constexpr = gl.bfloat16 if SPLIT else dtype
     parts: gl.constexpr = 2 if SPLIT else 1
-    rank: gl.constexpr = len(sizes[0])
+    words: gl.constexpr = BLOCK_C if SPLIT else BLOCK_C // 2
     block_p: gl.constexpr = _product(TILE)
-    size: gl.constexpr = _bytes(block_p, BLOCK_O)
-    units: gl.constexpr = _rounded(UNITS)
-    words: gl.constexpr = _bytes(BLOCK_C, 2 if SPLIT else 1) // 4
-    # The list holds two chunks of LISTED tiles. One is found at least two tiles ahead of its use.
-    ahead: gl.constexpr = 2 if LISTED == 1 else 1
-    many: gl.constexpr = LISTED * units * block_p
-    listed: gl.constexpr = [2 * LISTED, units, block_p]
-    image_size = sizes[0]
+    size: gl.constexpr = parts * _bytes(block_p, BLOCK_O)
+    listed: gl.constexpr = [2 * LISTED, block_p]
     taps = _volume(sizes[2])
-    count = taps * (channels // BLOCK_C)
     blocks = outputs // BLOCK_O
-    unit0 = gl.program_id(0) // blocks * UNITS
-    o0 = gl.program_id(0) % blocks * BLOCK_O
-    split = gl.program_id(1)
+    programs = taps * (channels // BLOCK_C) * blocks
+    each = gl.num_programs(0) // multiprocessors
+    program = gl.program_id(0) % multiprocessors * each + gl.program_id(0) // multiprocessors
+    split = program // programs
+    if split >= splits:
+        return
+    o0 = program % blocks * BLOCK_O
+    tap = program % programs // blocks % taps
+    c0 = program % programs // blocks // taps * BLOCK_C
     total = batch * _volume(tiles)
-    share = total // splits
-    rest = total % splits
-    first = split * share + gl.minimum(split, rest)
-    last = first + share + gl.where(split < rest, 1, 0)
+    first = split * (total // splits) + gl.minimum(split, total % splits)
+    last = first + total // splits + gl.where(split < total % splits, 1, 0)
 
-    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([block_p, units * BLOCK_C], dtype)
     columns = ()
     for part in gl.static_range(parts):
         columns = columns + (
-            gl.allocate_shared_memory(dtype, [2, block_p, units * BLOCK_C], shared),
-        )
-    held = gl.allocate_shared_memory(dtype, [STAGES * parts] + points.block_shape, points.layout)
+            gl.allocate_shared_memory(
+                factor, [2, block_p, BLOCK_C],
+                gl.NVMMASharedLayout.get_default_for([block_p, BLOCK_C], factor),
+            ),
+        )  # fmt: skip
+    held = gl.allocate_shared_memory(factor, [STAGES * parts] + points.block_shape, points.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     samples = ()
-    for w in gl.static_range(1 + 2**rank):
-        samples = samples + (gl.allocate_shared_memory(gl.int32, [2, many], plain),)
+    for w in gl.static_range(1 + 2 ** len(sizes[0])):
+        samples = samples + (gl.allocate_shared_memory(gl.int32, [2, LISTED * block_p], plain),)
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
     barrier()
     b, at = _start(first, tiles, TILE)
     for s in gl.static_range(STAGES - 1):
-        mbarrier.expect(bars.index(s), parts * size, pred=first + s < last)
+        mbarrier.expect(bars.index(s), size, pred=first + s < last)
         _bring_points(points, b, batch, at, o0, held, bars, s, first + s < last, parts)
         b, at = _advance(b, at, tiles, TILE)
 
-    lane = gl.arange(0, many, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
-    tile = lane // (block_p * units)
-    unit = gl.minimum(unit0 + lane // block_p % units, count - 1)
+    lane = gl.arange(0, LISTED * block_p, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+    ahead = lane // block_p
     lane = lane % block_p
-    for s in gl.static_range(ahead):
-        t = first + s * LISTED + tile
-        read = _read(offset, mask, gl.minimum(t, last - 1), unit, lane, t < last, sizes, tiles,
-                     TILE)  # fmt: skip
-        _list(samples, s, read, image_size, kind == gl.float16)
+    read = _read(offset, mask, first + ahead, last, tap, lane, sizes, tiles, TILE)
+    _list(samples, 0, read, sizes[0], dtype == gl.float16)
 
-    # A product of zeros, for ptxas makes products wait for each other if it sees that at the loop's
-    # head the accumulator may be no product's.
+    # A product of zeros first: ptxas makes all products wait for one another if, for what it sees
+    # at the loop's head, a sum may come from elsewhere than a product.
     y = held.index((STAGES - 1) * parts).reshape([block_p, BLOCK_O])
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    columns[0].index(0).store(gl.zeros([block_p, units * BLOCK_C], dtype, layout=flat))
-    y.store(gl.zeros([block_p, BLOCK_O], dtype, layout=flat))
+    columns[0].index(0).store(gl.zeros([block_p, BLOCK_C], factor, layout=flat))
+    y.store(gl.zeros([block_p, BLOCK_O], factor, layout=flat))
     fence_async_shared()
     barrier()
-    acc = gl.zeros([units * BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
+    acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
     product = warpgroup_mma(
         columns[0].index(0).permute((1, 0)), y, acc, use_acc=False, is_async=True
     )
 
-    of_unit: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS))
-    u = gl.arange(0, units, layout=of_unit)
-    used = (u < UNITS)[None, :, None]
-    c0 = (gl.minimum(unit0 + u, count - 1) // taps * words)[None, :]
-    c = gl.arange(0, words, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))
-    here = image.to(gl.pointer_type(gl.int32), bitcast=True) + c[None, None, :]
+    c = c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
+    here = image.to(gl.pointer_type(gl.int32), bitcast=True) + c[None, :]
     pitch = channels // BLOCK_C * words
-    as_words: gl.constexpr = gl.NVMMASharedLayout(
-        swizzle_byte_width=128, element_bitwidth=32, rank=2
-    )
-    values = _sample(here, samples, 0, c0, pitch, image_size, used, listed, COLUMNS)
-    for t in range(first, last):
-        i = t - first
+    pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    values = _sample(here, samples, 0, pitch, sizes[0], listed, COLUMNS)
+    for i in range(last - first):
         refill = i % LISTED == 0
-        if refill and not LATE:
-            t2 = t + ahead * LISTED + tile
-            read = _read(
-                offset, mask, gl.minimum(t2, last - 1), unit, lane, t2 < last, sizes, tiles, TILE
-            )
-        x = _mix(values, samples, i % (2 * LISTED), kind, listed, COLUMNS)
-        x = gl.reshape(x, [block_p, units * words])
+        if refill:
+            tile = first + i + LISTED + ahead
+            read = _read(offset, mask, tile, last, tap, lane, sizes, tiles, TILE)
+        x = _mix(values, samples, i, listed, COLUMNS, dtype)
         if SPLIT:
-            x = _parts(x, dtype, SPLIT)
+            x = _parts(x, factor, SPLIT)
             columns[0].index(i % 2).store(x[0])
             columns[1].index(i % 2).store(x[1])
         else:
-            place = columns[0]._reinterpret(gl.int32, [2, block_p, units * words], as_words)
-            place.index(i % 2).store(x)
+            as_words = columns[0]._reinterpret(gl.int32, [2, block_p, words], pairs)
+            as_words.index(i % 2).store(x)
         fence_async_shared()
-        row = gl.minimum(i + 1, last - 1 - first) % (2 * LISTED)
-        values = _sample(here, samples, row, c0, pitch, image_size, used, listed, COLUMNS)
-        more = t + STAGES - 1 < last
-        mbarrier.expect(bars.index((i + STAGES - 1) % STAGES), parts * size, pred=more)
+        # Listed are the tiles up to a chunk's end; past the last one they are unused.
+        values = _sample(here, samples, i + 1, pitch, sizes[0], listed, COLUMNS)
+        stage = (i + STAGES - 1) % STAGES
+        more = first + i + STAGES - 1 < last
+        mbarrier.expect(bars.index(stage), size, pred=more)
         product = warpgroup_mma_wait(0, deps=[product])
-        if SPLIT:  # in volatile assembly, for LLVM would move it past the start of the next product
+        if SPLIT:  # in volatile assembly, or LLVM moves it past the start of the next product
             acc = gl.inline_asm_elementwise(
                 "add.f32 $0, $1, $2;", "=f,f,f", [acc, product], gl.float32, is_pure=False, pack=1
             )
         barrier()
-        _bring_points(points, b, batch, at, o0, held, bars, (i + STAGES - 1) % STAGES, more, parts)
+        _bring_points(points, b, batch, at, o0, held, bars, stage, more, parts)
         b, at = _advance(b, at, tiles, TILE)
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        head = columns[0].index(i % 2).permute((1, 0))
-        y = held.index(stage * parts).reshape([block_p, BLOCK_O])
+        x_head = columns[0].index(i % 2).permute((1, 0))
+        y_head = held.index(stage * parts).reshape([block_p, BLOCK_O])
         if SPLIT:
-            tail = columns[1].index(i % 2).permute((1, 0))
+            x_tail = columns[1].index(i % 2).permute((1, 0))
             y_tail = held.index(stage * parts + 1).reshape([block_p, BLOCK_O])
-            product = warpgroup_mma(tail, y, product, use_acc=False, is_async=True)
-            product = warpgroup_mma(head, y_tail, product, is_async=True)
-            product = warpgroup_mma(head, y, product, is_async=True)
+            product = warpgroup_mma(x_tail, y_head, product, use_acc=False, is_async=True)
+            product = warpgroup_mma(x_head, y_tail, product, is_async=True)
+            product = warpgroup_mma(x_head, y_head, product, is_async=True)
         else:
-            product = warpgroup_mma(head, y, product, is_async=True)
+            product = warpgroup_mma(x_head, y_head, product, is_async=True)
         if refill:
-            if LATE:
-                t2 = t + ahead * LISTED + tile
-                read = _read(
-                    offset, mask, gl.minimum(t2, last - 1), unit, lane, t2 < last, sizes, tiles,
-                    TILE,
-                )  # fmt: skip
-            chunk = (i // LISTED + ahead) % 2
-            _list(samples, chunk, read, image_size, kind == gl.float16)
+            _list(samples, (i // LISTED + 1) % 2, read, sizes[0], dtype == gl.float16)
     acc += warpgroup_mma_wait(0, deps=[product])
-    row = gl.arange(0, units * BLOCK_C, layout=gl.SliceLayout(1, MMA))
-    unit = unit0 + row // BLOCK_C
-    c = unit // taps * BLOCK_C + row % BLOCK_C
+    c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
-    place = ((split * taps + unit % taps).to(gl.int64) * channels + c) * outputs
-    kept = (row < UNITS * BLOCK_C) & (unit < count)
-    gl.store(out + (place[:, None] + o[None, :]), acc, mask=kept[:, None] & (o < outputs)[None, :])
+    place = ((split * taps + tap).to(gl.int64) * channels + c) * outputs
+    gl.store(out + (place[:, None] + o[None, :]), acc)

@@ -730,7 +730,7 @@ def weight_gradient(image, points, offset, mask, out,
                     INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
                     EVEN: tl.constexpr, UNITS: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """dF/dweight: partial sums [splits, K, O, C / groups] over shares of the positions.
+    """dF/dweight: partial sums [splits, K, C / groups, O] over shares of the positions.
 
     A program samples the columns of one kernel point for a block of channels and multiplies
     points^T @ columns. Grid: (taps x blocks of C, blocks of a group's O, splits).
@@ -808,13 +808,13 @@ def weight_gradient(image, points, offset, mask, out,
         y = _parts(columns, image.dtype.element_ty, PRECISION)
         acc = _dot_once(x, y, acc, PRECISION)
     keep = o_in[:, None] & c_in[None, :]
-    row = tl.multiple_of(((split * taps + tap).to(tl.int64) * outputs + o) * group_in, VECTOR_C)
     if GROUPED:
-        column = c[None, :] - ((o // group_out) * group_in)[:, None]
-        keep = keep & (column >= 0) & (column < group_in)
+        row = c[None, :] - ((o // group_out) * group_in)[:, None]
+        keep = keep & (row >= 0) & (row < group_in)
     else:
-        column = c[None, :]
-    tl.store(out + (row[:, None] + column), acc, mask=keep)
+        row = c[None, :]
+    row = ((split * taps + tap).to(tl.int64) * group_in + row) * outputs
+    tl.store(out + (row + o[:, None]), acc, mask=keep)
 
 
 @triton.jit

@@ -454,25 +454,52 @@ def _inverse_launch(g: Geometry, width: int, precision: str, tiles: int, segment
 
 def _weight_gradient(call: Call, image: Tensor, points: Tensor, weight: Tensor) -> Tensor:
     g = call.g
-    taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     multiprocessors = multiprocessors_of(image.device)
-    if call.precision == "split" and hopper.on_hopper(g, image, "split") and group_in % 64 == 0:
-        made = hopper.outer_launch(g, multiprocessors)
-        splits = made.launch.grid[2]
-        parts = image.new_empty(splits, weights_of(g), dtype=torch.float32)
-        if made(call.image(image), call.factors(points), call.offset, call.mask, parts):
-            sizes, strides = (taps, group_in, g.point_channels), (1, taps, group_in * taps)
-            _reduce_launch(splits, sizes, strides)(parts, None, out)
-            return out
+    if hopper.on_hopper(g, image, call.precision):
+        found = hopper.outer_launch(g, image.dtype, multiprocessors)
+        if found is not None:
+            made, splits, shape = found
+            if call.precision == "split":
+                factors = call.factors(points).view(shape)
+            else:
+                factors = call.rows(points).as_strided(shape, _strides(shape))
+            parts = image.new_empty(splits, weights_of(g), dtype=torch.float32)
+            if made(call.image(image), factors, call.offset, call.mask, parts):
+                _reduce_weight_launch(g, splits)(parts, out)
+                return out
     placed, last = call.points(points)
     key = (image.element_size(), call.precision, last, multiprocessors)
     launch, splits = _weight_launch(g, *key)
     parts = image.new_empty(splits, weights_of(g), dtype=torch.float32)
     launch(call.image(image), placed, call.offset, call.mask, parts)
-    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
-    _reduce_launch(splits, sizes, strides)(parts, None, out)
+    _reduce_weight_launch(g, splits)(parts, out)
     return out
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce_weight_launch(g: Geometry, splits: int) -> Launch:
+    taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
+    together = 8 if splits >= 8 else 4
+    block_k, block_o = 128 // together, 32
+    return Launch(
+        "reduce_weight",
+        (triton.cdiv(group_in * taps, block_k), triton.cdiv(g.point_channels, block_o), 1),
+        (taps, group_in, g.point_channels, splits),
+        dict(
+            VECTOR_O=math.gcd(16, g.point_channels),
+            BLOCK_K=block_k,
+            BLOCK_O=block_o,
+            TOGETHER=together,
+        ),
+        4,
+        1,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
