@@ -15,7 +15,7 @@ overwritten before its wgmma is done, so the wait names it.
 """
 
 # Tuples of Triton grow by +.
-# ruff: noqa: RUF005, RUF059
+# ruff: noqa: B007, RUF005, RUF059
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -607,8 +606,8 @@ def outer(image, points, offset, mask, out,
 
     TILE has as many axes as the positions, or one along all of them.
     SPLIT: tensor cores, which round toward zero, add up no more than a tile.
-    Grid: multiprocessors x programs for each. Neighbours, which sample much the same pixels, go to
-    one multiprocessor (blocks are dealt out in turn), and its cache.
+    Grid: multiprocessors x the most programs of one. Neighbours, which sample much the same pixels,
+    go to one multiprocessor (to which blocks are dealt out in turn) and its cache.
     """
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = gl.bfloat16 if SPLIT else dtype
@@ -620,11 +619,11 @@ def outer(image, points, offset, mask, out,
     taps = _volume(sizes[2])
     blocks = outputs // BLOCK_O
     programs = taps * (channels // BLOCK_C) * blocks
-    each = gl.num_programs(0) // multiprocessors
-    program = gl.program_id(0) % multiprocessors * each + gl.program_id(0) // multiprocessors
-    split = program // programs
-    if split >= splits:
+    home = gl.program_id(0) % multiprocessors
+    program = home * programs * splits // multiprocessors + gl.program_id(0) // multiprocessors
+    if program >= (home + 1) * programs * splits // multiprocessors:
         return
+    split = program // programs
     o0 = program % blocks * BLOCK_O
     tap = program % programs // blocks % taps
     c0 = program % programs // blocks // taps * BLOCK_C

@@ -835,8 +835,9 @@ def reduce(parts, bias, out, count, splits, sizes, strides, INDEX: tl.constexpr,
 
 
 @triton.jit
-def reduce_weight(parts, out, taps, group_in, outputs, splits, VECTOR_O: tl.constexpr,
-                  BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+def reduce_weight(parts, out, taps, group_in, outputs, splits,
+                  VECTOR_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+                  TOGETHER: tl.constexpr):  # fmt: skip
     """Sum partial weights [splits, K, C / groups, O] to a weight [O, C / groups, K].
 
     Reads and writes runs of memory: the tile is transposed between them. Grid: (blocks of C /
