@@ -413,6 +413,7 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (fill, (dtype, integer, integer)),
         (order, (dtype, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
+        (launch._reduce_weight_launch(g, 9), (single, dtype)),
         *prepared(g, dtype, precision),
     ]  # fmt: skip
 
@@ -479,6 +480,8 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         given = (dtype, dtype)  # offset and mask
         along = hopper.along_launch(g, dtype, 132)
+        outer = hopper.outer_launch(g, dtype, 132)
+        assert outer is not None
         whole = hopper.gather_launch(g, dtype, False, 0)
         rows = hopper.gather_launch(g, dtype, True, 0)
         parts = hopper.gather_launch(g._replace(image_channels=128), dtype, False, 132)
@@ -490,7 +493,7 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
             (parts, [dtype, None, *given, None, torch.float32]),
             (along, [dtype, dtype, None, *given, *given, None]),
             (along, [None, dtype, None, *given, None, None, torch.float32]),
-            (hopper.outer_launch(g, 132), [dtype, None, *given, torch.float32]),
+            (outer[0], [dtype, None, *given, torch.float32]),
             (hopper.inverse_launch(g, dtype, False, 132), [*inverse, torch.float32]),
             (hopper.inverse_launch(g, dtype, False, 0), [*inverse, dtype]),
             (hopper.inverse_launch(g, dtype, True, 0), [*inverse, dtype]),
@@ -499,17 +502,20 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
             wide = hopper.along_launch(g._replace(point_channels=512), dtype, 132)
             kernels.append((wide, [dtype, dtype, None, *given, *given, torch.float32]))
         for made, dtypes in kernels:
-            if made.kernel == ("inverse" if dtype == torch.float32 else "outer"):
+            if made.kernel == "inverse" and dtype == torch.float32:
                 continue
             assert made is not None
             dtypes[made.descriptor.argument] = torch.bfloat16 if dtype == torch.float32 else dtype
             compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
-            if made.kernel == "gather":
+            if made.kernel not in ("along", "inverse"):
                 assert stack(compiled.asm["cubin"], tmp_path) == 0  # nothing spilled
-            if triton.__version__.startswith("3.6"):  # whose listings the check is made for
+            if triton.__version__.startswith("3.6"):  # whose listings the checks are made for
                 assert not unset_registers(compiled.asm["cubin"], tmp_path)
+                if made.kernel == "outer":  # products wait in the loop and after it only
+                    listing = cuobjdump("--dump-sass", compiled.asm["cubin"], tmp_path)
+                    assert listing.count("WARPGROUP.DEPBAR") == 2
 
 
 @pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to compile with")

@@ -90,7 +90,7 @@ class HopperRow:
     block_c: int
     warps: int
     stages: int
-    programs: int = 0  # outer, gradients: how many a multiprocessor gets, by splitting the sum
+    programs: int = 0  # outer, gradients: how many a multiprocessor holds
     registers: int = 0  # gather narrow: of a thread at most, for units of 4 channels
 
 
@@ -113,9 +113,20 @@ HOPPER = (
     HopperRow("along", 4, 128, 128, 32, 4, 2),
     HopperRow("along", 4, 256, 256, 32, 8, 2),
     HopperRow("along", 4, ANY, 256, 32, 4, 3),
-    HopperRow("outer", 4, 128, 128, 64, 8, 2, 2),
-    HopperRow("outer", 4, ANY, 256, 64, 8, 2, 2),
+    HopperRow("outer", 2, 64, 64, 64, 4, 2, 4),
+    HopperRow("outer", 2, 128, 128, 64, 4, 2, 3),
+    HopperRow("outer", 2, ANY, 256, 64, 4, 2, 2),
+    HopperRow("outer", 4, 64, 64, 64, 4, 2, 2),
+    HopperRow("outer", 4, 128, 128, 64, 8, 2, 1),
+    HopperRow("outer", 4, ANY, 256, 64, 8, 2, 1),
+    HopperRow("outer 3d", 2, 64, 64, 64, 4, 2, 2),
+    HopperRow("outer 3d", 2, ANY, 128, 64, 4, 2, 2),
+    HopperRow("outer 3d", 4, ANY, 64, 64, 8, 2, 1),
 )
+
+
+# Tiles of the positions for `outer`: neighbours share pixels in the cache.
+HOPPER_TILES = {1: (64,), 2: (8, 8), 3: (1, 8, 8)}
 
 
 def find_hopper(operator: str, width: int, channels: int) -> HopperRow:
@@ -134,7 +145,7 @@ def find(operator: str, width: int, channels: int) -> Row:
 
 @dataclass(frozen=True)
 class InverseRow:
-    """For `inverse` of gluon.py: image channels of a program, and how many stages its rings have."""
+    """For `inverse` of gluon.py: image channels of a program, and the stages of its rings."""
 
     channels: int
     points: int

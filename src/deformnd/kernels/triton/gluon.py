@@ -15,7 +15,7 @@ overwritten before its wgmma is done, so the wait names it.
 """
 
 # Tuples of Triton grow by +.
-# ruff: noqa: RUF005, RUF059
+# ruff: noqa: B007, RUF005, RUF059
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -69,28 +68,37 @@ def _half(packed, high: gl.constexpr):
 
 
 @gluon.jit
-def _locate(offset, mask, b, tap, p, point, inside, sizes):
-    """Per axis (low index, step to the high one, their weights, their derivatives), the mask's
-    value, and whether the sample is valid (kernels.py, Note [corners])."""
+def _given(offset, mask, b, tap, p, point, inside, sizes):
+    """What is read of samples: per axis (index without the offset, offset); the mask's value."""
     image_size, point_size, kernel_size, stride, padding, dilation = sizes
     positions = _volume(point_size)
     shift = _unravel(tap, kernel_size)
     base = b.to(gl.int64) * _volume(kernel_size) + tap
-    valid = inside
-    at = ()
+    axes = ()
     for a in gl.static_range(len(image_size)):
         place = offset + (base * len(image_size) + a) * positions
-        value = gl.load(place + p, mask=inside, other=0.0).to(gl.float32)
+        value = gl.load(place + p, mask=inside, other=0.0)
+        axes = axes + ((point[a] * stride[a] - padding[a] + shift[a] * dilation[a], value),)
+    if mask is not None:
+        return axes, gl.load(mask + base * positions + p, mask=inside, other=0.0)
+    else:
+        return axes, gl.where(inside, 1.0, 0.0)
+
+
+@gluon.jit
+def _cell(given, inside, image_size):
+    """As _locate, from what _given has read."""
+    at = ()
+    valid = inside
+    for a in gl.static_range(len(image_size)):
+        value = given[0][a][1].to(gl.float32)
         near = gl.abs(value) < 1.0e9
         value = gl.where(near, value, 0.0)
         floor = gl.floor(value)
-        low = point[a] * stride[a] - padding[a] + shift[a] * dilation[a] + floor.to(gl.int32)
+        low = given[0][a][0] + floor.to(gl.int32)
         valid = valid & near & (low >= -1) & (low < image_size[a])
         at = at + ((low, value - floor),)
-    amplitude = gl.where(valid, 1.0, 0.0)
-    if mask is not None:
-        value = gl.load(mask + base * positions + p, mask=inside, other=0.0)
-        amplitude = gl.where(valid, value.to(gl.float32), 0.0)
+    amplitude = gl.where(valid, given[1].to(gl.float32), 0.0)
     axes = ()
     for a in gl.static_range(len(image_size)):
         low = gl.where(valid, at[a][0], 0)
@@ -103,6 +111,14 @@ def _locate(offset, mask, b, tap, p, point, inside, sizes):
         )
         axes = axes + ((gl.maximum(low, 0), step, weights, has_low, has_high),)
     return axes, amplitude, valid
+
+
+@gluon.jit
+def _locate(offset, mask, b, tap, p, point, inside, sizes):
+    """Per axis (low index, step to the high one, their weights, whether they are in the image),
+    the mask's value, and whether the sample is valid (kernels.py, Note [corners])."""
+    given = _given(offset, mask, b, tap, p, point, inside, sizes)
+    return _cell(given, inside, sizes[0])
 
 
 @gluon.jit
@@ -476,91 +492,266 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
     warpgroup_mma_wait(0, deps=[acc])
 
 
+@gluon.constexpr_function
+def _product(sizes):
+    product = 1
+    for s in sizes:
+        product *= s
+    return product
+
+
+@gluon.jit
+def _start(tile, tiles, TILE: gl.constexpr):
+    """A tile's batch item and the place of its first position in it."""
+    b = tile // _volume(tiles)
+    at = _unravel(tile % _volume(tiles), tiles)
+    first = ()
+    for a in gl.static_range(len(TILE)):
+        first = first + (at[a] * TILE[a],)
+    return b, first
+
+
+@gluon.jit
+def _advance(b, first, tiles, TILE: gl.constexpr):
+    """As _start, of the next tile."""
+    new = ()
+    carry = 1
+    for i in gl.static_range(len(TILE)):
+        at = first[len(TILE) - 1 - i] + carry * TILE[len(TILE) - 1 - i]
+        over = at >= tiles[len(TILE) - 1 - i] * TILE[len(TILE) - 1 - i]
+        carry = gl.where(over, 1, 0)
+        new = (gl.where(over, 0, at),) + new
+    return b + carry, new
+
+
+@gluon.jit
+def _bring_points(points, b, batch, first, o0, held, bars, stage, pred, parts: gl.constexpr):
+    """Start the copy of a tile of points (of heads, then of tails) into a stage."""
+    for part in gl.static_range(parts):
+        tma.async_copy_global_to_shared(
+            points, (b + part * batch,) + first + (o0,), bars.index(stage),
+            held.index(stage * parts + part), pred=pred,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _read(offset, mask, tile, last, tap, lane, sizes, tiles, TILE: gl.constexpr):
+    """Positions `lane` of tiles: (batch item, what _given reads, whether they are to be used)."""
+    b, first = _start(gl.minimum(tile, last - 1), tiles, TILE)
+    local = _unravel(lane, TILE)
+    extent = sizes[1] if len(TILE) == len(sizes[1]) else (_volume(sizes[1]),)
+    inside = tile < last
+    p = 0 * lane
+    point = ()
+    for a in gl.static_range(len(TILE)):
+        at = first[a] + local[a]
+        inside = inside & (at < extent[a])
+        p = p * extent[a] + at
+        point = point + (at,)
+    if len(TILE) != len(sizes[1]):
+        point = _unravel(p, sizes[1])
+    return b, _given(offset, mask, b, tap, p, point, inside, sizes), inside
+
+
+@gluon.jit
+def _list(samples, chunk, read, image_size, HALF: gl.constexpr):
+    """Store what _read has found: the low corner's pixel and steps (_code), then the corners'
+    weights, each in a buffer of its own, which the compiler then knows not to overlap. HALF: a
+    weight twice as a half number."""
+    b, given, inside = read
+    axes, amplitude, valid = _cell(given, inside, image_size)
+    before = b * (_volume(image_size) * 2 ** len(image_size))
+    samples[0].index(chunk).store(before + _code(axes, image_size))
+    for q in gl.static_range(2 ** len(image_size)):
+        weight = _corner_weight(axes, q) * amplitude
+        if HALF:
+            samples[1 + q].index(chunk).store(_pack(weight, weight))
+        else:
+            samples[1 + q].index(chunk).store(weight.to(gl.int32, bitcast=True))
+
+
+@gluon.jit
+def _listed(samples, w: gl.constexpr, i, shape: gl.constexpr, layout: gl.constexpr):
+    """Word w of the samples of tile i."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows = samples[w]._reinterpret(gl.int32, shape, plain)
+    return rows.index(i % shape[0]).load(layout)
+
+
+@gluon.jit
+def _sample(image, samples, i, pitch, image_size, shape: gl.constexpr, COLUMNS: gl.constexpr):
+    """The corners' values of tile i; the image and its pitch in words."""
+    code = _listed(samples, 0, i, shape, gl.SliceLayout(1, COLUMNS))
+    return _fetch(image, code, 0, pitch, image_size)
+
+
+@gluon.jit
+def _mix(values, samples, i, shape: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr):
+    """The sum of the corners' values times their weights, in float32 or in words of two half
+    numbers. Those of float16 are multiplied as they are (kernels.py, _blend)."""
+    total = None
+    high = None
+    for q in gl.static_range(len(values)):
+        weight = _listed(samples, 1 + q, i, shape, gl.SliceLayout(1, COLUMNS))[:, None]
+        if dtype == gl.float16:
+            if q == 0:
+                total = gl.inline_asm_elementwise(
+                    "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [values[q], weight], gl.int32,
+                    is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                total = gl.inline_asm_elementwise(
+                    "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [values[q], weight, total],
+                    gl.int32, is_pure=True, pack=1,
+                )  # fmt: skip
+        else:
+            weight = weight.to(gl.float32, bitcast=True)
+            if dtype == gl.float32:
+                x = values[q].to(gl.float32, bitcast=True) * weight
+                total = x if q == 0 else total + x
+            else:
+                x = (values[q] << 16).to(gl.float32, bitcast=True) * weight
+                y = (values[q] & -65536).to(gl.float32, bitcast=True) * weight
+                total = x if q == 0 else total + x
+                high = y if q == 0 else high + y
+    if dtype == gl.bfloat16:
+        total = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, total], gl.int32, is_pure=True, pack=1
+        )
+    return total
+
+
 @gluon.jit
 def outer(image, points, offset, mask, out,
-          sizes, batch, channels, outputs, tiles, splits,
-          BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
-          STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+          sizes, batch, channels, outputs, tiles, splits, multiprocessors,
+          SPLIT: gl.constexpr, TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
+          STAGES: gl.constexpr, LISTED: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
           num_warps: gl.constexpr):  # fmt: skip
-    """dF/dweight for float32: partial sums [splits, K, C, O], from points in rows [B x P, O].
+    """dF/dweight: partial sums [splits, K, C, O], from points [B, ..., O] in tiles (of heads, then
+    of tails, [2 x B, ..., O]).
 
     A program samples a tile of positions for BLOCK_C channels of one kernel point, stores the
-    columns, and multiplies columns^T @ points while it loads the corners of its next tile. Tensor
-    cores, which round toward zero, add up no more than a tile. Grid: (K x blocks of C, blocks of
-    O, splits). For half numbers `weight_gradient` of kernels.py is faster.
+    columns, and multiplies columns^T @ points while it loads the corners of its next tile. Cells
+    and weights are found by one lane for each sample and listed in shared memory, for LISTED tiles
+    at once. Two half numbers are a word throughout, or each would take a register.
+
+    TILE has as many axes as the positions, or one along all of them.
+    SPLIT: tensor cores, which round toward zero, add up no more than a tile.
+    Grid: multiprocessors x the most programs of one. Neighbours, which sample much the same pixels,
+    go to one multiprocessor (to which blocks are dealt out in turn) and its cache.
     """
-    half: gl.constexpr = gl.bfloat16
-    size: gl.constexpr = _bytes(BLOCK_P, BLOCK_O)
-    at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
-    image_size = sizes[0]
-    positions = _volume(sizes[1])
+    dtype: gl.constexpr = image.dtype.element_ty
+    factor: gl.constexpr = gl.bfloat16 if SPLIT else dtype
+    parts: gl.constexpr = 2 if SPLIT else 1
+    words: gl.constexpr = BLOCK_C if SPLIT else BLOCK_C // 2
+    block_p: gl.constexpr = _product(TILE)
+    size: gl.constexpr = parts * _bytes(block_p, BLOCK_O)
+    listed: gl.constexpr = [2 * LISTED, block_p]
     taps = _volume(sizes[2])
-    per_tap = channels // BLOCK_C
-    tap = gl.program_id(0) // per_tap
-    c0 = (gl.program_id(0) % per_tap) * BLOCK_C
-    o0 = gl.program_id(1) * BLOCK_O
-    split = gl.program_id(2)
-    share = batch * tiles // splits
-    rest = batch * tiles % splits
-    first = split * share + gl.minimum(split, rest)
-    last = first + share + gl.where(split < rest, 1, 0)
-    columns = gl.allocate_shared_memory(
-        half, [4, BLOCK_P, BLOCK_C],
-        gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_C], half),
-    )  # fmt: skip
-    held = gl.allocate_shared_memory(half, [STAGES * 2, BLOCK_P, BLOCK_O], points.layout)
+    blocks = outputs // BLOCK_O
+    programs = taps * (channels // BLOCK_C) * blocks
+    home = gl.program_id(0) % multiprocessors
+    program = home * programs * splits // multiprocessors + gl.program_id(0) // multiprocessors
+    if program >= (home + 1) * programs * splits // multiprocessors:
+        return
+    split = program // programs
+    o0 = program % blocks * BLOCK_O
+    tap = program % programs // blocks % taps
+    c0 = program % programs // blocks // taps * BLOCK_C
+    total = batch * _volume(tiles)
+    first = split * (total // splits) + gl.minimum(split, total % splits)
+    last = first + total // splits + gl.where(split < total % splits, 1, 0)
+
+    columns = ()
+    for part in gl.static_range(parts):
+        columns = columns + (
+            gl.allocate_shared_memory(
+                factor, [2, block_p, BLOCK_C],
+                gl.NVMMASharedLayout.get_default_for([block_p, BLOCK_C], factor),
+            ),
+        )  # fmt: skip
+    held = gl.allocate_shared_memory(factor, [STAGES * parts] + points.block_shape, points.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    samples = ()
+    for w in gl.static_range(1 + 2 ** len(sizes[0])):
+        samples = samples + (gl.allocate_shared_memory(gl.int32, [2, LISTED * block_p], plain),)
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
     barrier()
-    rows = batch * positions
+    b, at = _start(first, tiles, TILE)
     for s in gl.static_range(STAGES - 1):
-        t = first + s
-        row = (t // tiles) * positions + (t % tiles) * BLOCK_P
-        _bring(points, row, o0, rows, held, bars, s, t < last, size, True)
-    here = image + (c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS)))[None, :]
-    volume = _volume(image_size).to(gl.int64) * channels
-    lane = gl.arange(0, BLOCK_P, layout=at_row)
+        mbarrier.expect(bars.index(s), size, pred=first + s < last)
+        _bring_points(points, b, batch, at, o0, held, bars, s, first + s < last, parts)
+        b, at = _advance(b, at, tiles, TILE)
+
+    lane = gl.arange(0, LISTED * block_p, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+    ahead = lane // block_p
+    lane = lane % block_p
+    read = _read(offset, mask, first + ahead, last, tap, lane, sizes, tiles, TILE)
+    _list(samples, 0, read, sizes[0], dtype == gl.float16)
+
+    # A product of zeros first: ptxas makes all products wait for one another if, for what it sees
+    # at the loop's head, a sum may come from elsewhere than a product.
+    y = held.index((STAGES - 1) * parts).reshape([block_p, BLOCK_O])
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    columns[0].index(0).store(gl.zeros([block_p, BLOCK_C], factor, layout=flat))
+    y.store(gl.zeros([block_p, BLOCK_O], factor, layout=flat))
+    fence_async_shared()
+    barrier()
     acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
-    product = warpgroup_mma_init(gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA))
-    b = first // tiles
-    p = (first % tiles) * BLOCK_P + lane
-    inside = (p < positions) & (first < last)
-    axes, amplitude, valid = _locate(offset, mask, b, tap, p, _unravel(p, sizes[1]), inside, sizes)
-    weights = _weights(axes, amplitude, True)
-    values = _fetch(here + b * volume, _code(axes, image_size), 0, channels, image_size)
-    for t in range(first, last):
-        i = t - first
-        x = _parts(_blend(values, weights, True), half, True)
-        k = i % 2 * 2
-        columns.index(k).store(x[0])
-        columns.index(k + 1).store(x[1])
-        t1 = gl.minimum(t + 1, last - 1)
-        b = t1 // tiles
-        p = (t1 % tiles) * BLOCK_P + lane
-        inside = p < positions
-        axes, amplitude, valid = _locate(
-            offset, mask, b, tap, p, _unravel(p, sizes[1]), inside, sizes
-        )
-        weights = _weights(axes, amplitude, True)
-        values = _fetch(here + b * volume, _code(axes, image_size), 0, channels, image_size)
+    product = warpgroup_mma(
+        columns[0].index(0).permute((1, 0)), y, acc, use_acc=False, is_async=True
+    )
+
+    c = c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
+    here = image.to(gl.pointer_type(gl.int32), bitcast=True) + c[None, :]
+    pitch = channels // BLOCK_C * words
+    pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    values = _sample(here, samples, 0, pitch, sizes[0], listed, COLUMNS)
+    for i in range(last - first):
+        refill = i % LISTED == 0
+        if refill:
+            tile = first + i + LISTED + ahead
+            read = _read(offset, mask, tile, last, tap, lane, sizes, tiles, TILE)
+        x = _mix(values, samples, i, listed, COLUMNS, dtype)
+        if SPLIT:
+            x = _parts(x, factor, SPLIT)
+            columns[0].index(i % 2).store(x[0])
+            columns[1].index(i % 2).store(x[1])
+        else:
+            as_words = columns[0]._reinterpret(gl.int32, [2, block_p, words], pairs)
+            as_words.index(i % 2).store(x)
         fence_async_shared()
+        # Listed are the tiles up to a chunk's end; past the last one they are unused.
+        values = _sample(here, samples, i + 1, pitch, sizes[0], listed, COLUMNS)
+        stage = (i + STAGES - 1) % STAGES
+        more = first + i + STAGES - 1 < last
+        mbarrier.expect(bars.index(stage), size, pred=more)
         product = warpgroup_mma_wait(0, deps=[product])
-        acc += product
+        if SPLIT:  # in volatile assembly, or LLVM moves it past the start of the next product
+            acc = gl.inline_asm_elementwise(
+                "add.f32 $0, $1, $2;", "=f,f,f", [acc, product], gl.float32, is_pure=False, pack=1
+            )
         barrier()
-        t1 = t + STAGES - 1
-        row = (t1 // tiles) * positions + (t1 % tiles) * BLOCK_P
-        _bring(points, row, o0, rows, held, bars, (i + STAGES - 1) % STAGES, t1 < last, size, True)
+        _bring_points(points, b, batch, at, o0, held, bars, stage, more, parts)
+        b, at = _advance(b, at, tiles, TILE)
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        head = columns.index(k).permute((1, 0))
-        tail = columns.index(k + 1).permute((1, 0))
-        product = warpgroup_mma(tail, held.index(2 * stage), product, use_acc=False, is_async=True)
-        product = warpgroup_mma(head, held.index(2 * stage + 1), product, is_async=True)
-        product = warpgroup_mma(head, held.index(2 * stage), product, is_async=True)
-    product = warpgroup_mma_wait(0, deps=[product])
-    acc += product
+        x_head = columns[0].index(i % 2).permute((1, 0))
+        y_head = held.index(stage * parts).reshape([block_p, BLOCK_O])
+        if SPLIT:
+            x_tail = columns[1].index(i % 2).permute((1, 0))
+            y_tail = held.index(stage * parts + 1).reshape([block_p, BLOCK_O])
+            product = warpgroup_mma(x_tail, y_head, product, use_acc=False, is_async=True)
+            product = warpgroup_mma(x_head, y_tail, product, is_async=True)
+            product = warpgroup_mma(x_head, y_head, product, is_async=True)
+        else:
+            product = warpgroup_mma(x_head, y_head, product, is_async=True)
+        if refill:
+            _list(samples, (i // LISTED + 1) % 2, read, sizes[0], dtype == gl.float16)
+    acc += warpgroup_mma_wait(0, deps=[product])
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
     place = ((split * taps + tap).to(gl.int64) * channels + c) * outputs
@@ -855,7 +1046,8 @@ def inverse(points, weight, offset, mask, bias, lists, entries, out,
             mask_units,
             TILE: gl.constexpr, EVEN: gl.constexpr, LAST: gl.constexpr, SPLIT: gl.constexpr,
             RUN: gl.constexpr, BLOCK_C: gl.constexpr, LISTED: gl.constexpr, XS: gl.constexpr,
-            SS: gl.constexpr, WS: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+            SS: gl.constexpr, WS: gl.constexpr, REGISTERS: gl.constexpr,
+            num_warps: gl.constexpr):  # fmt: skip
     """dF/dimage from the lists of `bucket`, points in rows [B, P, O]; tiles of 64 pixels, two to a
     program.
 

@@ -391,7 +391,8 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
                      MASK_CHANNELS: gl.constexpr, RUN: gl.constexpr, BLOCK_P: gl.constexpr,
                      BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, TWICE: gl.constexpr,
                      MMA: gl.constexpr, OUTER: gl.constexpr, COLUMNS: gl.constexpr,
-                     SECTORS: gl.constexpr, ROWS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                     SECTORS: gl.constexpr, ROWS: gl.constexpr,
+                     num_warps: gl.constexpr):  # fmt: skip
     """dF/doffset and dF/dmask (laid out as an offset and a mask of every unit), dF/dimage
     (float32, planes) by atomic additions, and partial sums of dF/dweight [splits, K, O, C], each
     unless None; from points in rows [B x P, O].

@@ -326,37 +326,76 @@ def along_launch(g: Geometry, dtype: torch.dtype, multiprocessors: int) -> Launc
 
 
 @functools.lru_cache(maxsize=4096)
-def outer_launch(g: Geometry, multiprocessors: int) -> Launch:
-    row = configs.find_hopper("outer", 4, g.point_channels)
-    block_o = math.gcd(row.block_o, g.point_channels)
-    block_c, block_p = math.gcd(row.block_c, g.image_channels), 64
-    taps, tiles = math.prod(g.kernel), triton.cdiv(math.prod(g.point_size), block_p)
-    programs = taps * (g.image_channels // block_c) * (g.point_channels // block_o)
-    splits = max(1, min(g.batch * tiles // 8, row.programs * multiprocessors // programs))
-    # Whole warp groups along the channels, the rest along the point channels.
-    along = 4 * max(1, min(block_c // 64, row.warps // 4))
-    return Launch(
+def outer_launch(
+    g: Geometry, dtype: torch.dtype, multiprocessors: int
+) -> tuple[Launch, int, tuple[int, ...]] | None:
+    """The launch, into how many partial sums, and the shape in which it takes the points."""
+    pixels = g.batch * math.prod(g.image_size)
+    if g.image_channels % 64 or pixels * max(g.image_channels, 2 ** len(g.kernel)) >= 2**31:
+        return None
+    block_o = math.gcd(256, g.point_channels)
+    operator = "outer 3d" if len(g.kernel) == 3 else "outer"
+    row = configs.find_hopper(operator, dtype.itemsize, block_o)
+    block_o = math.gcd(row.block_o, block_o)
+    tile, size = _position_tile(g.point_size, configs.HOPPER_TILES[len(g.kernel)])
+    tiles = tuple(triton.cdiv(s, t) for s, t in zip(size, tile, strict=True))
+    programs = (
+        math.prod(g.kernel) * (g.image_channels // row.block_c) * (g.point_channels // block_o)
+    )
+    weights = math.prod(g.kernel) * g.image_channels * g.point_channels
+    at_once = multiprocessors * row.programs
+    splits = _splits(programs, g.batch * math.prod(tiles), at_once, weights)
+    each = triton.cdiv(programs * splits, multiprocessors)
+    split = dtype == torch.float32
+    kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    block = (1, *tile, block_o)
+    launch = Launch(
         "outer",
-        (taps * (g.image_channels // block_c), g.point_channels // block_o, splits),
-        (sizes_of(g), g.batch, g.image_channels, g.point_channels, tiles, splits),
+        (multiprocessors * each, 1, 1),
+        (sizes_of(g), g.batch, g.image_channels, g.point_channels, tiles, splits, multiprocessors),
         dict(
-            BLOCK_P=block_p,
+            SPLIT=split,
+            TILE=tile,
             BLOCK_O=block_o,
-            BLOCK_C=block_c,
+            BLOCK_C=row.block_c,
             STAGES=row.stages,
+            LISTED=row.warps // 2,  # a sample to every lane
             MMA=gl.NVMMADistributedLayout(
                 version=[3, 0],
-                warps_per_cta=[along, row.warps // along],
-                instr_shape=[16, block_o // (row.warps // along), 16],
+                warps_per_cta=[4, row.warps // 4],
+                instr_shape=[16, block_o // (row.warps // 4), 16],
             ),
-            COLUMNS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1],
-                                     [1, 0]),
+            COLUMNS=gl.BlockedLayout([1, 4], [4, 8], [row.warps, 1], [1, 0]),
             num_warps=row.warps,
         ),
         row.warps,
         1,
-        Descriptor(1, (block_p, block_o), _shared_layout(block_p, block_o, torch.float32)),
-    )  # fmt: skip
+        Descriptor(1, block, gl.NVMMASharedLayout.get_default_for(list(block), kind)),
+    )
+    launch.options["maxnreg"] = min(255, 65536 // (32 * row.warps * row.programs) // 8 * 8)
+    return launch, splits, (g.batch * (2 if split else 1), *size, g.point_channels)
+
+
+def _position_tile(
+    size: tuple[int, ...], tile: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tile and what it tiles: the positions, or all in a row where too much would stand out."""
+    volume = math.prod(tile)
+    flat = triton.cdiv(math.prod(size), volume)
+    if math.prod(triton.cdiv(s, t) for s, t in zip(size, tile, strict=True)) <= 1.1 * flat:
+        return tile, size
+    return (volume,), (math.prod(size),)
+
+
+def _splits(programs: int, tiles: int, at_once: int, weights: int) -> int:
+    """Into how many partial sums it pays to split one: a tile takes 1.6 us, a program starts and
+    ends in three tiles' time, and a partial sum is written and read at 2 TB/s."""
+
+    def time(splits: int) -> float:
+        waves = -(-programs * splits // at_once)
+        return waves * (-(-tiles // splits) + 3) * 1.6 + splits * weights * 8 / 2e6
+
+    return min(range(1, min(tiles, 4 * at_once // programs + 1) + 1), key=time)
 
 
 def takes_inverse(call: Call) -> bool:

@@ -764,7 +764,7 @@ def weight_gradient(image, points, offset, mask, out,
                     INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
                     EVEN: tl.constexpr, UNITS: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """dF/dweight: partial sums [splits, K, O, C / groups] over shares of the positions.
+    """dF/dweight: partial sums [splits, K, C / groups, O] over shares of the positions.
 
     A program samples the columns of one kernel point for a block of channels and multiplies
     points^T @ columns. Grid: (taps x blocks of C, blocks of a group's O, splits).
@@ -842,13 +842,13 @@ def weight_gradient(image, points, offset, mask, out,
         y = _parts(columns, image.dtype.element_ty, PRECISION)
         acc = _dot_once(x, y, acc, PRECISION)
     keep = o_in[:, None] & c_in[None, :]
-    row = tl.multiple_of(((split * taps + tap).to(tl.int64) * outputs + o) * group_in, VECTOR_C)
     if GROUPED:
-        column = c[None, :] - ((o // group_out) * group_in)[:, None]
-        keep = keep & (column >= 0) & (column < group_in)
+        row = c[None, :] - ((o // group_out) * group_in)[:, None]
+        keep = keep & (row >= 0) & (row < group_in)
     else:
-        column = c[None, :]
-    tl.store(out + (row[:, None] + column), acc, mask=keep)
+        row = c[None, :]
+    row = ((split * taps + tap).to(tl.int64) * group_in + row) * outputs
+    tl.store(out + (row + o[:, None]), acc, mask=keep)
 
 
 @triton.jit
@@ -871,6 +871,29 @@ def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.con
 
 
 @triton.jit
+def reduce_weight(parts, out, taps, group_in, outputs, splits,
+                  VECTOR_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+                  TOGETHER: tl.constexpr):  # fmt: skip
+    """Sum partial weights [splits, K, C / groups, O] to a weight [O, C / groups, K].
+
+    Reads and writes runs of memory: the tile is transposed between them. Grid: (blocks of C /
+    groups x K, blocks of O).
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    length = group_in * taps
+    inside = (k < length)[:, None] & (o < outputs)[None, :]
+    row = tl.multiple_of((k % taps * group_in + k // taps) * outputs, VECTOR_O)
+    place = row[:, None] + o[None, :]
+    acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
+    for first in range(0, splits, TOGETHER):
+        for s in tl.static_range(TOGETHER):
+            acc += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
+            parts += tl.multiple_of(length * outputs, VECTOR_O)
+    tl.store(out + (k[:, None] + o[None, :] * length), acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _accumulator_order(i, RUN: tl.constexpr):
     """The channel in column i of a wgmma accumulator of which each lane has RUN in a row."""
     return i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN + (i // 8 % (RUN // 2)) * 2 + i % 2
@@ -885,12 +908,14 @@ def _operand_order(i, RUN: tl.constexpr):
 
 @triton.jit
 def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
-          ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+          ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr,
+          BLOCK_K: tl.constexpr):  # fmt: skip
     """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
 
     For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
     operand and the point channels for its gather (1), the image channels of a product for its
-    along (2), RUN to a lane; for its inverse (3) it gives such an array for each unit, 0 in other units' channels.
+    along (2), RUN to a lane; for its inverse (3) it gives such an array for each unit, 0 in the
+    channels of others.
     """
     programs, taps, outputs, group_in, unit, weights, blocks = sizes
     tap = (program % ((taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]

@@ -210,9 +210,9 @@ def _plan_gradients(
         call.rows(points)
         call.weight("units" if hopper.takes_inverse(call) else "")
         counts = _counts(call)
-    elif call.units.narrow:
-        call.rows(points)  # worth its time for narrow units, too
     with call.frame():
+        if call.units.narrow or hopper.takes(call):
+            call.rows(points)
         if not (grad_points is grad_weight is grad_offset is grad_mask is None):
             call.image(image)
         if grad_points is not None:
@@ -614,26 +614,26 @@ def _inverse_launch(
 
 
 def _weight_gradient(call: Call, image: Operand, points: Operand, out: Slot) -> None:
-    g, plan = call.g, call.plan
-    taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
+    g, plan, dtype = call.g, call.plan, image.slot.dtype
     with call.frame():
-        if call.precision == "split" and hopper.takes(call) and group_in % 64 == 0:
-            launch = hopper.outer_launch(g, call.multiprocessors)
-            splits = launch.grid[2]
+        found = None
+        if hopper.takes(call):
+            found = hopper.outer_launch(g, dtype, call.multiprocessors)
+        if found is not None:
+            launch, splits, shape = found
+            rows = call.factors(points) if call.precision == "split" else call.rows(points)
             parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
-            slots = (call.image(image), call.factors(points), call.offset, call.mask, parts)
-            if hopper.builds(launch, slots):
-                plan.launch(launch, *slots)
-                sizes, strides = (taps, group_in, g.point_channels), (1, taps, group_in * taps)
-                plan.launch(_reduce_launch(splits, sizes, strides), parts, None, out)
-                return
-        placed = call.points(points)
-        key = (image.slot.dtype.itemsize, call.precision, placed.last, call.multiprocessors)
-        launch, splits = _weight_launch(g, *key)
-        parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
-        given = (call.image(image), placed.slot, call.offset, call.mask)
+            given = (call.image(image), rows._replace(shape=shape), call.offset, call.mask)
+            if not hopper.builds(launch, (*given, parts)):
+                found = None
+        if found is None:
+            placed = call.points(points)
+            key = (dtype.itemsize, call.precision, placed.last, call.multiprocessors)
+            launch, splits = _weight_launch(g, *key)
+            parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
+            given = (call.image(image), placed.slot, call.offset, call.mask)
         plan.launch(launch, *given, parts)
-        _sum_weights(call, parts, out)
+        plan.launch(_reduce_weight_launch(g, splits), parts, out)
 
 
 def _sum_weights(call: Call, parts: Slot, out: Slot) -> None:
@@ -644,11 +644,29 @@ def _sum_weights(call: Call, parts: Slot, out: Slot) -> None:
     call.plan.launch(_reduce_launch(parts.shape[0], sizes, strides), parts, None, out)
 
 
-def _sum_weights(g: Geometry, parts: Tensor, out: Tensor) -> None:
-    """Sum partial results [splits, K, O, C / groups] to a weight's gradient."""
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce_weight_launch(g: Geometry, splits: int) -> Launch:
     taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
-    sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
-    _reduce_launch(parts.shape[0], sizes, strides)(parts, None, out)
+    together = 8 if splits >= 8 else 4
+    block_k, block_o = 128 // together, 32
+    return Launch(
+        "reduce_weight",
+        (triton.cdiv(group_in * taps, block_k), triton.cdiv(g.point_channels, block_o), 1),
+        (taps, group_in, g.point_channels, splits),
+        dict(
+            VECTOR_O=math.gcd(16, g.point_channels),
+            BLOCK_K=block_k,
+            BLOCK_O=block_o,
+            TOGETHER=together,
+        ),
+        4,
+        1,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
