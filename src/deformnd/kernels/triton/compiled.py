@@ -34,7 +34,7 @@ class Descriptor(NamedTuple):
     """That an argument of a Gluon kernel is a matrix which the copy engine brings in blocks."""
 
     argument: int
-    block: tuple[int, int]
+    block: tuple[int, ...]
     layout: Any
 
     def type_of(self, dtype: torch.dtype) -> str:

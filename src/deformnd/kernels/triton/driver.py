@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 _STATIC_SHARED = 48 * 1024  # bytes that a block may have without asking
+_ALL_REGISTERS = 65536  # of a multiprocessor, since compute capability 3.7
 _REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -126,7 +127,7 @@ class Function:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         whole = properties.shared_memory_per_multiprocessor
         needed = self.shared + 1024  # of which the driver has some
-        by_registers = properties.regs_per_multiprocessor // (registers.value * self.threads)
+        by_registers = _ALL_REGISTERS // (registers.value * self.threads)
         programs = max(1, min(whole // needed, by_registers))
         percent = min(100, -(-100 * programs * needed // whole))
         _check(driver.cuFuncSetAttribute(self.handle, _CARVEOUT, percent), self.name)

@@ -138,7 +138,7 @@ def _run(
     plan = _PLANS.get(key)
     if plan is None:
         plan = Plan(device, tensors)
-        operands = []
+        operands: list[Any] = []
         forms = []
         for slot, layout in zip(plan.given, layouts, strict=False):
             last, form = layout or (False, torch.contiguous_format)
@@ -213,14 +213,14 @@ def _plan_gradients(
     with call.frame():
         if call.units.narrow or hopper.takes(call):
             call.rows(points)
-        if not (grad_points is grad_weight is grad_offset is grad_mask is None):
+        if grad_points is not None or any((grad_weight, grad_offset, grad_mask)):
             call.image(image)
         if grad_points is not None:
             _gather(call, image, None, grad_points)
         by_atomics = None if by_inverse else grad_image
         if _narrow_gradients(call, image, points, by_atomics, grad_weight, grad_offset, grad_mask):
             by_atomics = grad_weight = grad_offset = grad_mask = None
-        if not (grad_offset is grad_mask is by_atomics is None):
+        if by_atomics is not None or grad_offset is not None or grad_mask is not None:
             _spread(call, image, points, None, by_atomics, grad_offset, grad_mask)
         if grad_weight is not None:
             _weight_gradient(call, image, points, grad_weight)

@@ -26,7 +26,7 @@ class Slot(NamedTuple):
     """A tensor that there is when a plan runs: given, returned, or scratch memory."""
 
     kind: int  # which of the three
-    index: int  # among those
+    number: int  # among those
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -98,8 +98,8 @@ class Plan:
         self.device = device
         self.given: list[Slot | None] = []
         for t in given:
-            index = sum(s is not None for s in self.given)
-            self.given.append(None if t is None else Slot(GIVEN, index, t.dtype, tuple(t.shape)))
+            number = sum(s is not None for s in self.given)
+            self.given.append(None if t is None else Slot(GIVEN, number, t.dtype, tuple(t.shape)))
         self.results: list[_Result] = []
         self.offsets: list[int] = []  # of the scratch slots, in bytes
         self.size = 0  # of all scratch memory
@@ -180,8 +180,8 @@ class Plan:
             if slot is None:
                 return None
             if slot.kind != SCRATCH:
-                return (given, results)[slot.kind][slot.index]
-            start = self.offsets[slot.index]
+                return (given, results)[slot.kind][slot.number]
+            start = self.offsets[slot.number]
             size = math.prod(slot.shape) * slot.dtype.itemsize
             return memory[start : start + size].view(slot.dtype).view(slot.shape)
 
@@ -195,7 +195,7 @@ class _Instance:
     def __init__(self, plan: Plan) -> None:
         given = sum(s is not None for s in plan.given)
         counts = (given, len(plan.results), len(plan.offsets))
-        self.words = [(ctypes.c_uint64 * n)() for n in counts]
+        self.words: list[Any] = [(ctypes.c_uint64 * n)() for n in counts]
         self.offsets = plan.offsets
         self.maps: list[tuple[TensorMap, int, Slot]] = []
         self.mapped: list[int] = []  # the addresses that they were last made for
@@ -209,7 +209,7 @@ class _Instance:
         words[RETURNED][:] = results
         words[SCRATCH][:] = [memory + offset for offset in self.offsets]
         for i, (tensor_map, place, slot) in enumerate(self.maps):
-            address = words[slot.kind][slot.index]
+            address = words[slot.kind][slot.number]
             if address != self.mapped[i]:
                 tensor_map.encode(place, address)
                 self.mapped[i] = address
@@ -237,7 +237,7 @@ class _Instance:
         return Invocation(function, launch.grid, arguments)
 
     def _address_of(self, slot: Slot) -> int:
-        return ctypes.addressof(self.words[slot.kind]) + 8 * slot.index
+        return ctypes.addressof(self.words[slot.kind]) + 8 * slot.number
 
     def _room_for(self, tensor_map: TensorMap, slot: Slot) -> int:
         room = ctypes.create_string_buffer(2 * TENSOR_MAP)
@@ -257,7 +257,7 @@ class _Instance:
         tail = (*launch.integers, *launch.constants.values())
 
         def call(stream: int) -> None:
-            pointers = [None if s is None else self.words[s.kind][s.index] for s in slots]
+            pointers = [None if s is None else self.words[s.kind][s.number] for s in slots]
             run(*launch.grid, stream, *head, *pointers, *tail)
 
         return call
