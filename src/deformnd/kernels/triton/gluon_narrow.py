@@ -52,9 +52,7 @@ def _read(offset, mask, tap, c, p, inside, sizes, OFFSET_CHANNELS: gl.constexpr,
     values = ()
     for a in gl.static_range(rank):
         start = gl.multiple_of((row + a) * positions, [VECTOR_P])
-        values = values + (
-            gl.load(offset + (start[None, :] + p[:, None]), mask=inside, other=0.0),
-        )
+        values = values + (gl.load(offset + (start[None, :] + p[:, None]), mask=inside, other=0.0),)
     if mask is not None:
         start = gl.multiple_of((c // MASK_CHANNELS * taps + tap) * positions, [VECTOR_P])
         values = values + (gl.load(mask + (start[None, :] + p[:, None]), mask=inside, other=0.0),)
@@ -393,7 +391,8 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
                      MASK_CHANNELS: gl.constexpr, RUN: gl.constexpr, BLOCK_P: gl.constexpr,
                      BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, TWICE: gl.constexpr,
                      MMA: gl.constexpr, OUTER: gl.constexpr, COLUMNS: gl.constexpr,
-                     SECTORS: gl.constexpr, ROWS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                     SECTORS: gl.constexpr, ROWS: gl.constexpr,
+                     num_warps: gl.constexpr):  # fmt: skip
     """dF/doffset and dF/dmask (laid out as an offset and a mask of every unit), dF/dimage
     (float32, planes) by atomic additions, and partial sums of dF/dweight [splits, K, O, C], each
     unless None; from points in rows [B x P, O].

@@ -248,7 +248,7 @@ def _spread(
     like: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Derivatives by image (through atomic additions), offset and mask; image as `like`."""
-    g, units = call.g, call.units
+    g = call.g
     by_image = needs[0]
     grad_image, grad_offset, grad_mask = _room(call, needs, points.device)
     by_position = grad_offset is not None or grad_mask is not None

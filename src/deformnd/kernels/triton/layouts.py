@@ -235,9 +235,7 @@ def relayout_launch(
     )
 
 
-def pack_weight(
-    g: Geometry, weight: Tensor, split: bool, order: str = "", run: int = 8
-) -> Tensor:
+def pack_weight(g: Geometry, weight: Tensor, split: bool, order: str = "", run: int = 8) -> Tensor:
     """[K, O, C / groups], or bfloat16 heads and tails of that (kernels.py, pack_weight)."""
     last = not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
     weight = _aligned(weight if last else weight.contiguous())
@@ -250,9 +248,7 @@ def pack_weight(
 
 
 @functools.lru_cache(maxsize=4096)
-def pack_launch(
-    g: Geometry, last: bool, split: bool, order: str, run: int = 8
-) -> Launch:
+def pack_launch(g: Geometry, last: bool, split: bool, order: str, run: int = 8) -> Launch:
     group_in, taps = g.image_channels // g.groups, math.prod(g.kernel)
     block_k = fit(taps, 64, least=1)
     block_c = 2048 // max(block_k, 16)
