@@ -546,7 +546,8 @@ def test_narrow_compiles_for_hopper(
             compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 114 * 1024  # so that there is room for two
-            assert stack(compiled.asm["cubin"], tmp_path) <= 64  # next to nothing spilled
+            if n < 3:
+                assert stack(compiled.asm["cubin"], tmp_path) <= 16  # next to nothing spilled
             if triton.__version__.startswith("3.6"):
                 assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
