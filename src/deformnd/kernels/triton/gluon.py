@@ -623,7 +623,7 @@ def _mix(values, samples, i, shape: gl.constexpr, COLUMNS: gl.constexpr, dtype: 
 
 @gluon.jit
 def outer(image, points, offset, mask, out,
-          sizes, batch, channels, outputs, tiles, splits, multiprocessors,
+          sizes, batch, channels, outputs, tiles, splits,
           SPLIT: gl.constexpr, TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
           STAGES: gl.constexpr, LISTED: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
           num_warps: gl.constexpr):  # fmt: skip
@@ -637,8 +637,7 @@ def outer(image, points, offset, mask, out,
 
     TILE has as many axes as the positions, or one along all of them.
     SPLIT: tensor cores, which round toward zero, add up no more than a tile.
-    Grid: multiprocessors x the most programs of one. Neighbours, which sample much the same pixels,
-    go to one multiprocessor (to which blocks are dealt out in turn) and its cache.
+    Grid: (blocks of C x K x blocks of O, splits).
     """
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = gl.bfloat16 if SPLIT else dtype
@@ -649,15 +648,10 @@ def outer(image, points, offset, mask, out,
     listed: gl.constexpr = [2 * LISTED, block_p]
     taps = _volume(sizes[2])
     blocks = outputs // BLOCK_O
-    programs = taps * (channels // BLOCK_C) * blocks
-    home = gl.program_id(0) % multiprocessors
-    program = home * programs * splits // multiprocessors + gl.program_id(0) // multiprocessors
-    if program >= (home + 1) * programs * splits // multiprocessors:
-        return
-    split = program // programs
-    o0 = program % blocks * BLOCK_O
-    tap = program % programs // blocks % taps
-    c0 = program % programs // blocks // taps * BLOCK_C
+    o0 = gl.program_id(0) % blocks * BLOCK_O
+    tap = gl.program_id(0) // blocks % taps
+    c0 = gl.program_id(0) // blocks // taps * BLOCK_C
+    split = gl.program_id(1)
     total = batch * _volume(tiles)
     first = split * (total // splits) + gl.minimum(split, total % splits)
     last = first + total // splits + gl.where(split < total % splits, 1, 0)
@@ -696,13 +690,13 @@ def outer(image, points, offset, mask, out,
     # at the loop's head, a sum may come from elsewhere than a product.
     y = held.index((STAGES - 1) * parts).reshape([block_p, BLOCK_O])
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    columns[0].index(0).store(gl.zeros([block_p, BLOCK_C], factor, layout=flat))
+    columns[0].index(1).store(gl.zeros([block_p, BLOCK_C], factor, layout=flat))
     y.store(gl.zeros([block_p, BLOCK_O], factor, layout=flat))
     fence_async_shared()
     barrier()
     acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
     product = warpgroup_mma(
-        columns[0].index(0).permute((1, 0)), y, acc, use_acc=False, is_async=True
+        columns[0].index(1).permute((1, 0)), y, acc, use_acc=False, is_async=True
     )
 
     c = c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
