@@ -730,18 +730,21 @@ def test_gpu_needs() -> None:
 @gpu
 @pytest.mark.parametrize("offset_groups", [1, 16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gpu_deterministic(offset_groups: int, transposed: bool, exact_float32: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_gpu_deterministic(
+    dtype: torch.dtype, offset_groups: int, transposed: bool, exact_float32: None
+) -> None:
     """Bitwise the same results, also where very many samples crowd into one tile."""
     case = Case(
         (40, 40), (3, 3), transposed, image=64, points=64, offset_groups=offset_groups,
         mask_groups=offset_groups,
     )  # fmt: skip
-    problem = case.make(torch.float32, "cuda")
+    problem = case.make(dtype, "cuda", float_offset=True)
     assert problem.offset is not None
     problem.offset[1].sub_(torch.arange(40.0, device="cuda") - 3.3)
     torch.use_deterministic_algorithms(True)
     try:
-        check(problem, 1e-5, 1e-5)
+        check(problem, *TOLERANCE[dtype])
         first = (problem.forward(launch), *problem.backward(launch))
         for _ in range(5):
             again = (problem.forward(launch), *problem.backward(launch))

@@ -145,20 +145,21 @@ def find(operator: str, width: int, channels: int) -> Row:
 
 @dataclass(frozen=True)
 class InverseRow:
-    """For `inverse` of gluon.py: image channels of a program, and the stages of its rings."""
+    """For `inverse` of gluon.py."""
 
-    channels: int
-    points: int
-    factors: int
-    weights: int
+    channels: int  # image channels of a program
+    tiles: int
+    points: int  # stages of the rings of points,
+    factors: int  # of interpolation weights,
+    weights: int  # and of weights
     registers: int  # of a lane that multiplies
     programs: int = 1  # on a multiprocessor
 
 
 INVERSE = (
-    InverseRow(64, 2, 2, 3, 152),
-    InverseRow(128, 2, 2, 3, 184),
-    InverseRow(256, 2, 2, 3, 192),
+    InverseRow(64, 1, 2, 2, 2, 104, 2),
+    InverseRow(128, 1, 2, 2, 2, 136, 2),
+    InverseRow(256, 2, 2, 2, 3, 192),
 )
 
 

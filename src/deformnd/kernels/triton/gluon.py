@@ -528,7 +528,7 @@ def _advance(b, first, tiles, TILE: gl.constexpr):
 def _bring_points(points, b, batch, first, o0, held, bars, stage, pred, parts: gl.constexpr):
     """Start the copy of a tile of points (of heads, then of tails) into a stage."""
     for part in gl.static_range(parts):
-        tma.async_copy_global_to_shared(
+        async_load(
             points, (b + part * batch,) + first + (o0,), bars.index(stage),
             held.index(stage * parts + part), pred=pred,
         )  # fmt: skip
@@ -759,13 +759,14 @@ POINTS = gl.constexpr(64)  # point channels at once
 
 
 @gluon.jit
-def _lists_of(lists, slots, b, t, last, pair, taps, tiles, groups, offset_units):
-    """(Start, length) of the lists of two tiles for tap t of all units' taps."""
+def _lists_of(lists, slots, b, t, last, pair, taps, tiles, groups, offset_units,
+              TILES: gl.constexpr):  # fmt: skip
+    """(Start, length) of the lists of TILES tiles for tap t of all units' taps."""
     item = b.to(gl.int64) * groups + t // taps // offset_units
-    slot = (item * taps + t % taps) * tiles + 2 * pair
+    slot = (item * taps + t % taps) * tiles + TILES * pair
     found = ()
-    for k in gl.static_range(2):
-        here = (t < last) & (2 * pair + k < tiles)
+    for k in gl.static_range(TILES):
+        here = (t < last) & (TILES * pair + k < tiles)
         count = gl.load(lists + slot + k, mask=here, other=0)
         end = gl.load(lists + slots + 1 + slot + k, mask=here, other=0)
         found = found + ((end - count, count.to(gl.int32)),)
@@ -774,18 +775,19 @@ def _lists_of(lists, slots, b, t, last, pair, taps, tiles, groups, offset_units)
 
 @gluon.jit
 def _advance(at, lists, slots, b, last, pair, taps, tiles, groups, offset_units,
-             LISTED: gl.constexpr):  # fmt: skip
+             LISTED: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """From (tap, its lists, the next tap's lists) to what follows LISTED entries of each list."""
     t, current, following = at
-    more = gl.maximum(current[0][1], current[1][1]) > LISTED
+    more = gl.maximum(current[0][1], current[TILES - 1][1]) > LISTED
     step = gl.where(more, 0, 1)
     t += step
     fresh = _lists_of(
-        lists, slots, b, t + 1, gl.where(more, 0, last), pair, taps, tiles, groups, offset_units
-    )
+        lists, slots, b, t + 1, gl.where(more, 0, last), pair, taps, tiles, groups, offset_units,
+        TILES,
+    )  # fmt: skip
     rest = ()
     later = ()
-    for k in gl.static_range(2):
+    for k in gl.static_range(TILES):
         start = gl.where(more, current[k][0] + LISTED, following[k][0])
         count = gl.where(more, gl.maximum(current[k][1] - LISTED, 0), following[k][1])
         rest = rest + ((start, count),)
@@ -800,28 +802,31 @@ def _advance(at, lists, slots, b, last, pair, taps, tiles, groups, offset_units,
 
 @gluon.jit
 def _items(lists, b, first, last, pair, taps, tiles, groups, offset_units,
-           LISTED: gl.constexpr):  # fmt: skip
+           LISTED: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """How often _advance reaches an end, one at least for every tap."""
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
     total = gl.zeros_like(lane)
     for t0 in range(first, last, 32):
         t = t0 + lane
         item = b.to(gl.int64) * groups + t // taps // offset_units
-        slot = (item * taps + t % taps) * tiles + 2 * pair
+        slot = (item * taps + t % taps) * tiles + TILES * pair
         count = gl.load(lists + slot, mask=t < last, other=0)
-        other = gl.load(lists + slot + 1, mask=(t < last) & (2 * pair + 1 < tiles), other=0)
-        items = (gl.maximum(count, other).to(gl.int32) + LISTED - 1) // LISTED
+        if TILES == 2:
+            inside = (t < last) & (TILES * pair + 1 < tiles)
+            count = gl.maximum(count, gl.load(lists + slot + 1, mask=inside, other=0))
+        items = (count.to(gl.int32) + LISTED - 1) // LISTED
         items = gl.maximum(items, 1)
         total += gl.where(t < last, items, 0)
     return gl.sum(total, 0)
 
 
 @gluon.jit
-def _entries_of(entries, current, layout: gl.constexpr, LISTED: gl.constexpr):
+def _entries_of(entries, current, layout: gl.constexpr, LISTED: gl.constexpr,
+                TILES: gl.constexpr):  # fmt: skip
     """Of each list the first LISTED positions, 0 after its end."""
     e = gl.arange(0, LISTED, layout=layout)
     found = ()
-    for k in gl.static_range(2):
+    for k in gl.static_range(TILES):
         found = found + (gl.load(entries + current[k][0] + e, mask=e < current[k][1], other=0),)
     return found
 
@@ -829,14 +834,14 @@ def _entries_of(entries, current, layout: gl.constexpr, LISTED: gl.constexpr):
 @gluon.jit
 def _samples_of(offset, mask, b, t, current, listed, taps, groups, offset_units, mask_groups,
                 mask_units, rank: gl.constexpr, positions, layout: gl.constexpr,
-                LISTED: gl.constexpr):  # fmt: skip
+                LISTED: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """The offsets and the mask's value of entries, as they are stored."""
     e = gl.arange(0, LISTED, layout=layout)
     u = t // taps
     place = (b.to(gl.int64) * groups + u // offset_units) * taps + t % taps
     masks = (b.to(gl.int64) * mask_groups + u // mask_units) * taps + t % taps
     found = ()
-    for k in gl.static_range(2):
+    for k in gl.static_range(TILES):
         inside = e < current[k][1]
         values = ()
         for a in gl.static_range(rank):
@@ -880,7 +885,7 @@ def _inverse_bring(points, weight, offset, mask, lists, slots, entries, xs, ss, 
                    s_bars, w_bars, b, pair, c0, first, last, corners, taps, tiles, groups,
                    offset_units, mask_groups, mask_units, outputs, sizes, TILE: gl.constexpr,
                    BLOCK_C: gl.constexpr, LISTED: gl.constexpr, XS: gl.constexpr,
-                   SS: gl.constexpr, WS: gl.constexpr):  # fmt: skip
+                   SS: gl.constexpr, WS: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """Lists, interpolation weights, rows of points, weights: to shared memory."""
     dtype: gl.constexpr = points.dtype.element_ty
     rank: gl.constexpr = len(TILE)
@@ -897,27 +902,28 @@ def _inverse_bring(points, weight, offset, mask, lists, slots, entries, xs, ss, 
     points += b.to(gl.int64) * positions * outputs
     at = (
         first,
-        _lists_of(lists, slots, b, first, last, pair, taps, tiles, groups, offset_units),
-        _lists_of(lists, slots, b, first + 1, last, pair, taps, tiles, groups, offset_units),
+        _lists_of(lists, slots, b, first, last, pair, taps, tiles, groups, offset_units, TILES),
+        _lists_of(lists, slots, b, first + 1, last, pair, taps, tiles, groups, offset_units, TILES),
     )
-    listed = _entries_of(entries, at[1], entry, LISTED)
+    listed = _entries_of(entries, at[1], entry, LISTED, TILES)
     values = _samples_of(offset, mask, b, first, at[1], listed, taps, groups, offset_units,
-                         mask_groups, mask_units, rank, positions, entry, LISTED)  # fmt: skip
+                         mask_groups, mask_units, rank, positions, entry, LISTED,
+                         TILES)  # fmt: skip
     at1 = _advance(at, lists, slots, b, last, pair, taps, tiles, groups, offset_units,
-                   LISTED)  # fmt: skip
-    listed1 = _entries_of(entries, at1[1], entry, LISTED)
+                   LISTED, TILES)  # fmt: skip
+    listed1 = _entries_of(entries, at1[1], entry, LISTED, TILES)
     i = 0 * outputs
     step = 0 * outputs
     while at[0] < last:
         t, current, following = at
         at2 = _advance(at1, lists, slots, b, last, pair, taps, tiles, groups, offset_units,
-                       LISTED)  # fmt: skip
-        listed2 = _entries_of(entries, at2[1], entry, LISTED)
+                       LISTED, TILES)  # fmt: skip
+        listed2 = _entries_of(entries, at2[1], entry, LISTED, TILES)
         values1 = _samples_of(offset, mask, b, at1[0], at1[1], listed1, taps, groups,
                               offset_units, mask_groups, mask_units, rank, positions,
-                              entry, LISTED)  # fmt: skip
-        sources = _entries_of(entries, current, gl.SliceLayout(1, copies), LISTED)
-        for k in gl.static_range(2):
+                              entry, LISTED, TILES)  # fmt: skip
+        sources = _entries_of(entries, current, gl.SliceLayout(1, copies), LISTED, TILES)
+        for k in gl.static_range(TILES):
             s = _interpolation(values[k], listed[k], current[k][1], t % taps, corners[k], sizes,
                                dtype, TILE, by_entry, mask is not None, LISTED)  # fmt: skip
             mbarrier.wait(s_bars.index(SS + i % SS), ((i // SS) & 1) ^ 1)
@@ -933,7 +939,7 @@ def _inverse_bring(points, weight, offset, mask, lists, slots, entries, xs, ss, 
                    False)  # fmt: skip
             stage = step % XS
             mbarrier.wait(x_bars.index(XS + stage), ((step // XS) & 1) ^ 1)
-            for k in gl.static_range(2):
+            for k in gl.static_range(TILES):
                 place = sources[k] * outputs + block * POINTS
                 load_rows(
                     xs[k].index(stage), points + (place[:, None] + o[None, :]),
@@ -954,7 +960,7 @@ def _inverse_multiply(k: gl.constexpr, bias, lists, out, xs, ss, ws, x_bars, s_b
                       offset_units, channels, outputs, sizes, TILE: gl.constexpr,
                       BLOCK_C: gl.constexpr, LISTED: gl.constexpr, XS: gl.constexpr,
                       SS: gl.constexpr, WS: gl.constexpr, LAST: gl.constexpr, SPLIT: gl.constexpr,
-                      EVEN: gl.constexpr, RUN: gl.constexpr):  # fmt: skip
+                      EVEN: gl.constexpr, RUN: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """Products of one tile, and its result."""
     dtype: gl.constexpr = xs.dtype
     small: gl.constexpr = gl.NVMMADistributedLayout(
@@ -968,7 +974,7 @@ def _inverse_multiply(k: gl.constexpr, bias, lists, out, xs, ss, ws, x_bars, s_b
     z = gl.zeros([64, POINTS], gl.float32, layout=small)
     blocks = outputs // POINTS
     steps = blocks * _items(lists, b, first, last, pair, taps, tiles, groups, offset_units,
-                            LISTED)  # fmt: skip
+                            LISTED, TILES)  # fmt: skip
     for step in range(steps):
         slot = step // blocks % SS
         mbarrier.wait(s_bars.index(slot), (step // blocks // SS) & 1, pred=step % blocks == 0)
@@ -998,7 +1004,7 @@ def _inverse_multiply(k: gl.constexpr, bias, lists, out, xs, ss, ws, x_bars, s_b
             [1, 8], [256 // BLOCK_C, BLOCK_C // 8], [4, 1], [1, 0]
         )
     else:
-        target: gl.constexpr = gl.BlockedLayout([RUN, 1], [1, 32], [1, 4], [0, 1])
+        target: gl.constexpr = gl.BlockedLayout([RUN, 1], [8 // RUN, 4 * RUN], [1, 4], [0, 1])
     if bias is not None:
         c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, large))
         acc += gl.where(split == 0, gl.load(bias + c).to(gl.float32), 0.0)[None, :]
@@ -1022,7 +1028,7 @@ def _inverse_multiply(k: gl.constexpr, bias, lists, out, xs, ss, ws, x_bars, s_b
     for a in gl.static_range(len(TILE)):
         base = base * image_size[a] + corner[a]
     pixels = _volume(image_size).to(gl.int64)
-    here = here & (2 * pair + k < tiles)
+    here = here & (TILES * pair + k < tiles)
     place = (split.to(gl.int64) * batch + b) * pixels * channels
     if LAST:
         place += base * channels + row * channels
@@ -1031,7 +1037,8 @@ def _inverse_multiply(k: gl.constexpr, bias, lists, out, xs, ss, ws, x_bars, s_b
         place += base + row
         place = place[:, None] + (c.to(gl.int64) * pixels)[None, :]
         place = gl.max_contiguous(gl.multiple_of(place, (RUN, 1)), (RUN, 1))
-    gl.store(out + place, acc, mask=here[:, None] & (c >= 0)[None, :])
+    keep = here[:, None] & (c >= 0)[None, :]
+    gl.store(out + place, acc, mask=gl.max_constancy(keep, (RUN, 1)))
 
 
 @gluon.jit
@@ -1040,14 +1047,14 @@ def inverse(points, weight, offset, mask, bias, lists, entries, out,
             mask_units,
             TILE: gl.constexpr, EVEN: gl.constexpr, LAST: gl.constexpr, SPLIT: gl.constexpr,
             RUN: gl.constexpr, BLOCK_C: gl.constexpr, LISTED: gl.constexpr, XS: gl.constexpr,
-            SS: gl.constexpr, WS: gl.constexpr, REGISTERS: gl.constexpr,
+            SS: gl.constexpr, WS: gl.constexpr, TILES: gl.constexpr, REGISTERS: gl.constexpr,
             num_warps: gl.constexpr):  # fmt: skip
-    """dF/dimage from the lists of `bucket`, points in rows [B, P, O]; tiles of 64 pixels, two to a
+    """dF/dimage from the lists of `bucket`, points in rows [B, P, O]; TILES tiles of 64 pixels to a
     program.
 
     `weight` has a row of channels for every (unit, kernel point, point channel), zero outside the
     unit. SPLIT: partial sums [splits, ...] in float32 over shares of the kernel points. Grid:
-    (B x pairs of tiles, blocks of C, splits).
+    (B x pairs of tiles, or single ones, blocks of C, splits).
     """
     dtype: gl.constexpr = points.dtype.element_ty
     b = gl.program_id(0) // pairs
@@ -1060,56 +1067,81 @@ def inverse(points, weight, offset, mask, bias, lists, entries, out,
     groups = units // offset_units
     mask_groups = units // mask_units
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LISTED, POINTS], dtype)
-    xs0 = gl.allocate_shared_memory(dtype, [XS, LISTED, POINTS], rows)
-    xs1 = gl.allocate_shared_memory(dtype, [XS, LISTED, POINTS], rows)
-    ss = gl.allocate_shared_memory(dtype, [2 * SS, LISTED, 64], rows)
+    xs = ()
+    for _ in gl.static_range(TILES):
+        xs = xs + (gl.allocate_shared_memory(dtype, [XS, LISTED, POINTS], rows),)
+    ss = gl.allocate_shared_memory(dtype, [TILES * SS, LISTED, 64], rows)
     ws = gl.allocate_shared_memory(dtype, [WS, POINTS, BLOCK_C], weight.layout)
     x_bars = gl.allocate_shared_memory(gl.int64, [2 * XS, 1], mbarrier.MBarrierLayout())
     s_bars = gl.allocate_shared_memory(gl.int64, [2 * SS, 1], mbarrier.MBarrierLayout())
     w_bars = gl.allocate_shared_memory(gl.int64, [2 * WS, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(XS):
         mbarrier.init(x_bars.index(s), count=128)
-        mbarrier.init(x_bars.index(XS + s), count=2)
+        mbarrier.init(x_bars.index(XS + s), count=TILES)
     for s in gl.static_range(SS):
         mbarrier.init(s_bars.index(s), count=1)
-        mbarrier.init(s_bars.index(SS + s), count=2)
+        mbarrier.init(s_bars.index(SS + s), count=TILES)
     for s in gl.static_range(WS):
         mbarrier.init(w_bars.index(s), count=1)
-        mbarrier.init(w_bars.index(WS + s), count=2)
+        mbarrier.init(w_bars.index(WS + s), count=TILES)
     fence_async_shared()
     barrier()
     corners = ()
-    for k in gl.static_range(2):
+    for k in gl.static_range(TILES):
         across = ()
         for a in gl.static_range(len(TILE)):
             across = across + ((sizes[0][a] + TILE[a] - 1) // TILE[a],)
-        cell = _unravel(2 * pair + k, across)
+        cell = _unravel(TILES * pair + k, across)
         corner = ()
         for a in gl.static_range(len(TILE)):
             corner = corner + (cell[a] * TILE[a],)
         corners = corners + (corner,)
-    gl.warp_specialize(
-        [
-            (
-                _inverse_bring,
-                (points, weight, offset, mask, lists, slots, entries, (xs0, xs1), ss, ws, x_bars,
-                 s_bars, w_bars, b, pair, c0, first, last, corners, taps, tiles, groups,
-                 offset_units, mask_groups, mask_units, outputs, sizes, TILE, BLOCK_C, LISTED, XS,
-                 SS, WS),
-            ),
-            (
-                _inverse_multiply,
-                (0, bias, lists, out, xs0, ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
-                 c0, split, first, last, corners[0], taps, tiles, groups, offset_units, channels,
-                 outputs, sizes, TILE, BLOCK_C, LISTED, XS, SS, WS, LAST, SPLIT, EVEN, RUN),
-            ),
-            (
-                _inverse_multiply,
-                (1, bias, lists, out, xs1, ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
-                 c0, split, first, last, corners[1], taps, tiles, groups, offset_units, channels,
-                 outputs, sizes, TILE, BLOCK_C, LISTED, XS, SS, WS, LAST, SPLIT, EVEN, RUN),
-            ),
-        ],
-        [4, 4],
-        [REGISTERS, REGISTERS],
-    )  # fmt: skip
+    if TILES == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _inverse_bring,
+                    (points, weight, offset, mask, lists, slots, entries, xs, ss, ws, x_bars,
+                     s_bars, w_bars, b, pair, c0, first, last, corners, taps, tiles, groups,
+                     offset_units, mask_groups, mask_units, outputs, sizes, TILE, BLOCK_C, LISTED,
+                     XS, SS, WS, TILES),
+                ),
+                (
+                    _inverse_multiply,
+                    (0, bias, lists, out, xs[0], ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
+                     c0, split, first, last, corners[0], taps, tiles, groups, offset_units,
+                     channels, outputs, sizes, TILE, BLOCK_C, LISTED, XS, SS, WS, LAST, SPLIT,
+                     EVEN, RUN, TILES),
+                ),
+            ],
+            [4],
+            [REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _inverse_bring,
+                    (points, weight, offset, mask, lists, slots, entries, xs, ss, ws, x_bars,
+                     s_bars, w_bars, b, pair, c0, first, last, corners, taps, tiles, groups,
+                     offset_units, mask_groups, mask_units, outputs, sizes, TILE, BLOCK_C, LISTED,
+                     XS, SS, WS, TILES),
+                ),
+                (
+                    _inverse_multiply,
+                    (0, bias, lists, out, xs[0], ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
+                     c0, split, first, last, corners[0], taps, tiles, groups, offset_units,
+                     channels, outputs, sizes, TILE, BLOCK_C, LISTED, XS, SS, WS, LAST, SPLIT,
+                     EVEN, RUN, TILES),
+                ),
+                (
+                    _inverse_multiply,
+                    (1, bias, lists, out, xs[1], ss, ws, x_bars, s_bars, w_bars, b, batch, pair,
+                     c0, split, first, last, corners[1], taps, tiles, groups, offset_units,
+                     channels, outputs, sizes, TILE, BLOCK_C, LISTED, XS, SS, WS, LAST, SPLIT,
+                     EVEN, RUN, TILES),
+                ),
+            ],
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )  # fmt: skip

@@ -420,12 +420,13 @@ def inverse_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors:
     block_c = math.gcd(256, g.image_channels)
     row = configs.find_inverse(block_c)
     tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
-    pairs, taps = triton.cdiv(tiles, 2), math.prod(g.kernel)
+    pairs, taps = triton.cdiv(tiles, row.tiles), math.prod(g.kernel)
     programs = g.batch * pairs * (g.image_channels // block_c)
     splits = max(1, min(units.number * taps, row.programs * multiprocessors // programs))
     # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
     dense = 100 * math.prod(g.point_size) // math.prod(g.image_size)
-    return Launch(
+    listed = min(128, max(32, triton.next_power_of_2(dense)))
+    launch = Launch(
         "inverse",
         (g.batch * pairs, g.image_channels // block_c, splits),
         (sizes_of(g), g.batch * max(g.offset_groups, 1) * taps * tiles, g.batch,
@@ -438,10 +439,11 @@ def inverse_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors:
             SPLIT=splits > 1,
             RUN=math.gcd(8, tile[-1], g.image_size[-1]),
             BLOCK_C=block_c,
-            LISTED=min(128, max(32, triton.next_power_of_2(dense))),
-            XS=row.points,
+            LISTED=listed,
+            XS=max(row.points, block_c // listed),  # the result goes there
             SS=row.factors,
             WS=row.weights,
+            TILES=row.tiles,
             REGISTERS=row.registers,
             num_warps=4,
         ),
@@ -449,3 +451,6 @@ def inverse_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors:
         1,
         Descriptor(1, (64, block_c), _shared_layout(64, block_c, dtype)),
     )  # fmt: skip
+    if row.programs > 1:
+        launch.options["maxnreg"] = 65536 // (row.programs * 128 * (1 + row.tiles)) // 8 * 8
+    return launch
