@@ -103,7 +103,7 @@ HOPPER = (
     HopperRow("gather", 4, ANY, 256, 32, 4, 2),
     HopperRow("gather narrow", 2, 64, 64, 32, 4, 2, registers=128),
     HopperRow("gather narrow", 2, ANY, 128, 64, 4, 2),
-    HopperRow("gather narrow", 4, ANY, 128, 32, 4, 2),
+    HopperRow("gather narrow", 4, ANY, 64, 32, 4, 2),
     HopperRow("gradients narrow", 2, 128, 128, 32, 4, 2, 2),
     HopperRow("gradients narrow", 4, 128, 128, 32, 4, 2, 2),
     HopperRow("along", 2, 128, 128, 32, 4, 3),
