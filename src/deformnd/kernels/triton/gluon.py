@@ -32,6 +32,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def _reinterpret(x, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """Shared memory as other numbers."""
+    if RENAMED:
+        return x.reinterpret(dtype, shape, layout)
+    else:
+        return x._reinterpret(dtype, shape, layout)
 
 
 @gluon.jit
@@ -512,7 +522,7 @@ def _start(tile, tiles, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _advance(b, first, tiles, TILE: gl.constexpr):
+def _next_tile(b, first, tiles, TILE: gl.constexpr):
     """As _start, of the next tile."""
     new = ()
     carry = 1
@@ -574,7 +584,7 @@ def _list(samples, chunk, read, image_size, HALF: gl.constexpr):
 def _listed(samples, w: gl.constexpr, i, shape: gl.constexpr, layout: gl.constexpr):
     """Word w of the samples of tile i."""
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    rows = samples[w]._reinterpret(gl.int32, shape, plain)
+    rows = _reinterpret(samples[w], gl.int32, shape, plain)
     return rows.index(i % shape[0]).load(layout)
 
 
@@ -678,7 +688,7 @@ def outer(image, points, offset, mask, out,
     for s in gl.static_range(STAGES - 1):
         mbarrier.expect(bars.index(s), size, pred=first + s < last)
         _bring_points(points, b, batch, at, o0, held, bars, s, first + s < last, parts)
-        b, at = _advance(b, at, tiles, TILE)
+        b, at = _next_tile(b, at, tiles, TILE)
 
     lane = gl.arange(0, LISTED * block_p, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     ahead = lane // block_p
@@ -715,7 +725,7 @@ def outer(image, points, offset, mask, out,
             columns[0].index(i % 2).store(x[0])
             columns[1].index(i % 2).store(x[1])
         else:
-            as_words = columns[0]._reinterpret(gl.int32, [2, block_p, words], pairs)
+            as_words = _reinterpret(columns[0], gl.int32, [2, block_p, words], pairs)
             as_words.index(i % 2).store(x)
         fence_async_shared()
         # Listed are the tiles up to a chunk's end; past the last one they are unused.
@@ -730,7 +740,7 @@ def outer(image, points, offset, mask, out,
             )
         barrier()
         _bring_points(points, b, batch, at, o0, held, bars, stage, more, parts)
-        b, at = _advance(b, at, tiles, TILE)
+        b, at = _next_tile(b, at, tiles, TILE)
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
         x_head = columns[0].index(i % 2).permute((1, 0))
@@ -1010,8 +1020,8 @@ def _inverse_multiply(k: gl.constexpr, bias, lists, out, xs, ss, ws, x_bars, s_b
         acc += gl.where(split == 0, gl.load(bias + c).to(gl.float32), 0.0)[None, :]
     if not SPLIT:
         barrier()  # all have read what the points' place held
-        staged = xs._reinterpret(
-            dtype, [64, BLOCK_C], gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
+        staged = _reinterpret(
+            xs, dtype, [64, BLOCK_C], gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
         )
         staged.store(acc.to(dtype))
         barrier()
