@@ -302,6 +302,18 @@ def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.Monkey
         check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
+def test_interpreted_sums(interpreted: None) -> None:
+    sums("cpu")
+
+
+def sums(device: str) -> None:
+    """Of channels first and last, and of a slice; enough for several parts."""
+    for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5)):
+        t = torch.randn(shape).to(device)
+        for x in (t, t.movedim(1, -1).contiguous().movedim(-1, 1), t[..., 1:]):
+            torch.testing.assert_close(launch.channel_sums(x), reference.channel_sums(x))
+
+
 def test_interpreted_nonfinite(interpreted: None) -> None:
     nonfinite(Case((5, 5), (3, 3), batch=1), "cpu")
     nonfinite(Case((5, 5), (1, 3), batch=1, offset_groups=4, mask_groups=4), "cpu")
@@ -414,8 +426,21 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (order, (dtype, integer, integer)),
         (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
         (launch._reduce_weight_launch(g, 9), (single, dtype)),
+        *sums_of(g, dtype),
         *prepared(g, dtype, precision),
     ]  # fmt: skip
+
+
+def sums_of(g: Geometry, dtype: torch.dtype) -> list[Any]:
+    """Launches of channel_sums."""
+    found = []
+    for last in (False, True):
+        shape = (g.batch, g.point_channels, *g.point_size)
+        plan = Plan(torch.device("cpu"), (torch.empty(shape, dtype=dtype),))
+        launch._plan_sums(plan, shape, last)
+        step, slots = plan.steps[0]
+        found.append((step, [s and s.dtype for s in slots]))
+    return found
 
 
 def prepared(g: Geometry, dtype: torch.dtype, precision: str) -> list[Any]:
@@ -702,6 +727,11 @@ def test_gpu_nonfinite(exact_float32: None) -> None:
     nonfinite(Case((5, 5), (3, 3), transposed=True), "cuda")
     nonfinite(Case((9, 9), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16), "cuda")
     exact_positions("cuda")
+
+
+@gpu
+def test_gpu_sums() -> None:
+    sums("cuda")
 
 
 @gpu

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import reference
 from .geometry import DTYPES, Geometry, memory_format
+from .reference import channel_sums as channel_sums
 
 # The names of the levels that the core counts, see best_level in csrc/core.cpp.
 LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16")

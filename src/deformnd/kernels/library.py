@@ -153,7 +153,7 @@ def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..
                 (by_image, by_points, by_weight, by_offset, by_mask),
             )
         grad_image, grad_points, grad_weight, grad_offset, grad_mask = grads
-        grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))) if by_bias else None
+        grad_bias = backend().channel_sums(grad_output) if by_bias else None
         grad_input = grad_points if family.transposed else grad_image
         return grad_input, grad_weight, grad_offset, grad_mask, grad_bias
 

@@ -272,3 +272,8 @@ def _add_bias(image: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return image
     return image + bias.to(image.dtype).view(-1, *[1] * (image.dim() - 2))
+
+
+def channel_sums(t: Tensor) -> Tensor:
+    """Sums [channels] over everything else: the gradient of a bias."""
+    return t.sum((0, *range(2, t.dim())))

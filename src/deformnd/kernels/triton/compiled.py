@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ class Launch:
                 "name": known.name,
                 "shared": known.shared,
                 "warps": known.num_warps,
+                "parameters": _parameters(compiled.asm["ptx"]),
                 "descriptors": list(getattr(known, "tensordesc_meta", None) or ()),
             }
             if known.global_scratch_size or known.num_ctas != 1:
@@ -111,7 +113,8 @@ class Launch:
             described = cache.put(json.dumps(about), "kernel.json", binary=False)
         about = json.loads(Path(described).read_text())
         function = Function(
-            Path(binary).read_bytes(), about["name"], about["shared"], about["warps"]
+            Path(binary).read_bytes(),
+            *(about[key] for key in ("name", "parameters", "shared", "warps")),
         )
         return function, next(iter(about["descriptors"]), None)
 
@@ -151,6 +154,13 @@ class Launch:
             if name in divisors
         }
         return (GluonASTSource if of_gluon else ASTSource)(function, signature, bound, aligned)
+
+
+def _parameters(ptx: str) -> list[int]:
+    """The sizes in bytes of a kernel's parameters."""
+    header = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
+    found = re.findall(r"\.param (?:\.align \d+ )?\.[bu](\d+)[^,\n\[]*(?:\[(\d+)\])?", header)
+    return [int(bits) // 8 * int(count or 1) for bits, count in found]
 
 
 _LOADED: dict[Any, tuple[Function, Any]] = {}

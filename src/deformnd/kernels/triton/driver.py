@@ -10,7 +10,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,6 @@ def _driver() -> Any:
     driver.cuModuleGetFunction.argtypes = (POINTER(c_void_p), c_void_p, c_char_p)
     driver.cuFuncSetAttribute.argtypes = (c_void_p, c_int, c_int)
     driver.cuFuncGetAttribute.argtypes = (POINTER(c_int), c_int, c_void_p)
-    driver.cuFuncGetParamInfo.argtypes = (c_void_p, c_size_t, POINTER(c_size_t), POINTER(c_size_t))
     driver.cuGetErrorString.argtypes = (c_int, POINTER(c_char_p))
     driver.cuLaunchKernelEx.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
     driver.cuTensorMapEncodeTiled.argtypes = (
@@ -102,10 +101,13 @@ class TensorMap(NamedTuple):
 class Function:
     """A kernel on the current device."""
 
-    def __init__(self, cubin: bytes, name: str, shared: int, warps: int) -> None:
+    def __init__(
+        self, cubin: bytes, name: str, parameters: list[int], shared: int, warps: int
+    ) -> None:
         driver = _driver()
         self.module, self.handle = c_void_p(), c_void_p()
-        self.shared, self.threads, self.name = shared, 32 * warps, name
+        self.name, self.parameters = name, parameters  # their sizes in bytes
+        self.shared, self.threads = shared, 32 * warps
         ensure_context()
         _check(driver.cuModuleLoadData(byref(self.module), cubin), f"loading {name}")
         _check(
@@ -132,14 +134,6 @@ class Function:
         percent = min(100, -(-100 * programs * needed // whole))
         _check(driver.cuFuncSetAttribute(self.handle, _CARVEOUT, percent), self.name)
 
-    def parameters(self) -> list[int]:
-        """Their sizes in bytes."""
-        offset, size = c_size_t(), c_size_t()
-        sizes: list[int] = []
-        while not _driver().cuFuncGetParamInfo(self.handle, len(sizes), byref(offset), byref(size)):
-            sizes.append(size.value)
-        return sizes
-
 
 def ensure_context() -> None:
     """Make torch's context current in this thread, which may not have called CUDA yet."""
@@ -161,7 +155,7 @@ class Invocation:
         grid: tuple[int, int, int],
         arguments: Sequence[tuple[bool, int]],  # (whether an address, value)
     ) -> None:
-        sizes = function.parameters()
+        sizes = function.parameters
         self.values: list[Any] = []
         addresses = []
         # What remains are pointers to scratch memory that none of our kernels has.

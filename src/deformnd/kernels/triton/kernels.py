@@ -852,6 +852,29 @@ def weight_gradient(image, points, offset, mask, out,
 
 
 @triton.jit
+def channel_sums(source, out, batch, positions, outputs, tiles, splits,
+                 LAST: tl.constexpr, VECTOR_O: tl.constexpr, VECTOR_P: tl.constexpr,
+                 BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
+    """Sums of points [B, O, P] or [B, P, O] (LAST) over all but O, in parts [splits, O].
+
+    Positions come divided by VECTOR_P. Grid: (blocks of O, splits).
+    """
+    positions = positions * VECTOR_P
+    o = tl.multiple_of(tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), VECTOR_O)
+    split = tl.program_id(1).to(tl.int64)
+    total = batch * tiles
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    for t in range((split * total // splits).to(tl.int32),
+                   ((split + 1) * total // splits).to(tl.int32)):  # fmt: skip
+        p = (t % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+        here = (p < positions)[:, None] & (o < outputs)[None, :]
+        place = _points_at(t // tiles, p, o, positions, outputs, LAST, VECTOR_O)
+        acc += tl.load(source + place, mask=here, other=0.0).to(tl.float32)
+    result = tl.sum(acc, 0).to(out.dtype.element_ty)
+    tl.store(out + split * outputs + o, result, mask=o < outputs)
+
+
+@triton.jit
 def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     """Sum partial results [count / inner, splits, inner], plus a bias along the middle one of the

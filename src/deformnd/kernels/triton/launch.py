@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..geometry import Geometry, memory_format
 from . import configs, hopper
-from .compiled import Launch
+from .compiled import Launch, multiprocessors_of
 from .layouts import (
     LEAST,
     Call,
@@ -88,14 +88,22 @@ def gradients(
     return tuple(next(found) if want else None for want in wanted)
 
 
+def channel_sums(t: Tensor) -> Tensor:
+    """Sums [channels] over everything else: the gradient of a bias."""
+    if t.dtype == torch.float64 or t.numel() == 0:
+        return reference.channel_sums(t)
+    last = False
+    if not t.is_contiguous() or t.data_ptr() % 16:
+        t, last = _usable(t)
+    key = (channel_sums, t.shape, t.dtype, last, t.device.index)
+    return _planned(key, t.device, (t,), lambda plan: _plan_sums(plan, t.shape, last))[0]
+
+
 def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
     """float64 and empty tensors take the reference."""
     if 0 in (g.batch, g.image_channels, g.point_channels):
         return True
     return torch.float64 in [t.dtype for t in tensors if t is not None]
-
-
-_PLANS: dict[Any, Plan] = {}
 
 
 def _run(
@@ -109,11 +117,8 @@ def _run(
     bias: Tensor | None,
     wanted: tuple[bool, ...] = (),
 ) -> list[Tensor]:
-    """Run the plan of the call, made by `make` for the first of its kind."""
+    """Run the plan of the call, which `make` writes."""
     device, dtype = weight.device, weight.dtype
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(make, g, image, points, weight, offset, mask, bias, wanted)
     tensors: list[Tensor | None] = []
     layouts: list[Any] = []
     for t in (image, points, weight):
@@ -135,9 +140,8 @@ def _run(
         torch.are_deterministic_algorithms_enabled(),
         dtype == torch.float32 and allows_tf32(),
     )
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = Plan(device, tensors)
+
+    def write(plan: Plan) -> None:
         operands: list[Any] = []
         forms = []
         for slot, layout in zip(plan.given, layouts, strict=False):
@@ -146,6 +150,24 @@ def _run(
             forms.append(form)
         call = Call(g, plan, precision_of(g, dtype), operands[2], *plan.given[3:5])
         make(call, *operands[:2], plan.given[5], forms, wanted)
+
+    return _planned(key, device, tensors, write)
+
+
+_PLANS: dict[Any, Plan] = {}
+
+
+def _planned(
+    key: Any, device: torch.device, tensors: Sequence[Tensor | None], write: Callable[[Plan], None]
+) -> list[Tensor]:
+    """Run the plan with that key; `write` writes it if there is none yet."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _planned(key, device, tensors, write)
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = Plan(device, tensors)
+        write(plan)
         plan.flush()
         if len(_PLANS) >= 4096:
             _PLANS.clear()
@@ -344,6 +366,37 @@ def _reduce_launch(
         4,
         1,
     )
+
+
+def _plan_sums(plan: Plan, shape: Sequence[int], last: bool) -> None:
+    batch, channels, positions = shape[0], shape[1], math.prod(shape[2:])
+    block_p, block_o = (64, fit(channels, 64)) if last else (fit(positions, 8192), 1)
+    tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(channels, block_o)
+    at_once = 2 * multiprocessors_of(plan.device)
+    splits = max(1, min(batch * tiles, at_once // blocks))
+    vector_p = 1 if last else next(v for v in (16, 4, 1) if positions % v == 0)
+    launch = Launch(
+        "channel_sums",
+        (blocks, splits, 1),
+        (batch, positions // vector_p, channels, tiles, splits),
+        dict(
+            LAST=last,
+            VECTOR_O=math.gcd(16, channels) if last else 1,
+            VECTOR_P=vector_p,
+            BLOCK_P=block_p,
+            BLOCK_O=block_o,
+        ),
+        8,
+        1,
+    )
+    assert plan.given[0] is not None
+    source, out = plan.given[0], plan.result((channels,), plan.given[0].dtype)
+    if splits == 1:
+        plan.launch(launch, source, out)
+    else:
+        parts = plan.scratch(splits, channels, dtype=torch.float32)
+        plan.launch(launch, source, parts)
+        plan.launch(_reduce_launch(splits, (1, 1, channels), (0, 0, 1)), parts, None, out)
 
 
 def _spread(
