@@ -33,6 +33,7 @@ from deformnd.kernels.geometry import (
 triton = pytest.importorskip("triton")
 
 from deformnd.kernels.triton import configs, hopper, launch, layouts  # noqa: E402
+from deformnd.kernels.triton.compiled import _parameters  # noqa: E402
 from deformnd.kernels.triton.plan import Plan  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -534,6 +535,9 @@ def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
             compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 227 * 1024
+            # Pointers, a descriptor, integers, and scratch memory that is not used.
+            sizes = _parameters(compiled.asm["ptx"])
+            assert sizes.count(128) == 1 and set(sizes) == {4, 8, 128} and sizes[-2:] == [8, 8]
             if made.kernel not in ("along", "inverse"):
                 assert stack(compiled.asm["cubin"], tmp_path) == 0  # nothing spilled
             if triton.__version__.startswith("3.6"):  # whose listings the checks are made for
@@ -571,9 +575,9 @@ def test_narrow_compiles_for_hopper(
             compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
             assert "wgmma" in compiled.asm["ptx"]
             assert compiled.metadata.shared <= 114 * 1024  # so that there is room for two
-            if n < 3:
-                assert stack(compiled.asm["cubin"], tmp_path) <= 16  # next to nothing spilled
             if triton.__version__.startswith("3.6"):
+                # In three dimensions there are too many corners; else next to nothing is spilled.
+                assert n == 3 or stack(compiled.asm["cubin"], tmp_path) <= 16
                 assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
