@@ -331,7 +331,7 @@ def _gather_launch(
     programs = g.batch * tiles * blocks
     splits = 1
     # A short sum is not worth a second kernel.
-    if 2 * programs <= multiprocessors and taps * triton.cdiv(g.image_channels, block_c) >= 16:
+    if 2 * programs <= multiprocessors and taps * triton.cdiv(g.image_channels, block_c) >= 32:
         splits = min(taps, multiprocessors // programs)
     return Launch(
         "gather",
