@@ -22,7 +22,8 @@ def cpu() -> dict[str, Any]:
             if found:
                 peers = {peer: {"ms": times["median"]} for peer, times in found.items()}
                 rows.append({"shape": name, "dtype": "float32", "phase": phase, "peers": peers})
-    return {"device": f"{report['device']['cores']} cores, {report['device']['cpu']}", "rows": rows}
+    cpu = report["device"]["cpu"].removeprefix("model name ")
+    return {"device": f"{report['device']['cores']} cores, {cpu}", "rows": rows}
 
 
 def gpu() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Tile sizes, by operator, element width and channels; nothing is tuned on a user's call.
 
 A row is right for every size: it only decides how fast. The first row that fits is taken.
-Measured on an NVIDIA H200 with torch 2.11 and Triton 3.6 by benchmarks/gpu_tune.py, on the
-shapes there (two dimensions, 3 x 3 and 7 x 7 kernel points).
+Measured on an NVIDIA H200 with torch 2.11 and Triton 3.6, on shapes of two dimensions with 3 x 3
+and 7 x 7 kernel points; benchmarks/gpu_tune.py tries others.
 """
 
 from __future__ import annotations

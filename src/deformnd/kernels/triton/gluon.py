@@ -3,7 +3,7 @@
 They compute what `gather`, `spread` and `weight_gradient` of kernels.py do, for one group and one
 unit. The first two keep the sampled columns in registers: a lane samples eight consecutive channels
 at once, and the weights' channels are permuted so that these are just the lane's share of a wgmma
-operand or accumulator (pack_fragments in kernels.py). So nothing goes through shared memory but the
+operand or accumulator (_pack in kernels.py). So nothing goes through shared memory but the
 weights, which the copy engine brings, STAGES blocks deep.
 
 SPLIT: the tensors are float32, and the products those of Note [precision] in kernels.py; weights
