@@ -193,4 +193,5 @@ def multiprocessors_of(device: torch.device) -> int:
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    """Of an NVIDIA device."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)

@@ -90,11 +90,11 @@ def gradients(
 
 def channel_sums(t: Tensor) -> Tensor:
     """Sums [channels] over everything else: the gradient of a bias."""
-    if t.dtype == torch.float64 or t.numel() == 0:
+    last = not t.is_contiguous()
+    copied = last and not t.movedim(1, -1).is_contiguous()  # which would cost more than the sums
+    if copied or t.dtype == torch.float64 or t.numel() == 0:
         return reference.channel_sums(t)
-    last = False
-    if not t.is_contiguous() or t.data_ptr() % 16:
-        t, last = _usable(t)
+    t = _aligned(t)
     key = (channel_sums, t.shape, t.dtype, last, t.device.index)
     return _planned(key, t.device, (t,), lambda plan: _plan_sums(plan, t.shape, last))[0]
 
@@ -118,7 +118,10 @@ def _run(
     wanted: tuple[bool, ...] = (),
 ) -> list[Tensor]:
     """Run the plan of the call, which `make` writes."""
-    device, dtype = weight.device, weight.dtype
+    like = points if image is None else image
+    assert like is not None
+    device, dtype = weight.device, like.dtype
+    weight = weight.to(dtype)
     tensors: list[Tensor | None] = []
     layouts: list[Any] = []
     for t in (image, points, weight):
