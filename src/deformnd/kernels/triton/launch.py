@@ -236,7 +236,8 @@ def _plan_gradients(
         call.weight("units" if hopper.takes_inverse(call) else "")
         counts = _counts(call)
     with call.frame():
-        if call.units.narrow or hopper.takes(call):
+        factors = call.precision == "split" and hopper.takes_narrow(call)  # and so no rows
+        if hopper.takes(call) or (call.units.narrow and not factors):
             call.rows(points)
         if grad_points is not None or any((grad_weight, grad_offset, grad_mask)):
             call.image(image)
