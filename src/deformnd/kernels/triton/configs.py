@@ -7,7 +7,9 @@ and 7 x 7 kernel points; benchmarks/gpu_tune.py tries others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -126,20 +128,23 @@ HOPPER = (
 )
 
 
+AnyRow = TypeVar("AnyRow", Row, HopperRow)
+
 # Tiles of the positions for `outer`: neighbours share pixels in the cache.
 HOPPER_TILES = {1: (64,), 2: (8, 8), 3: (1, 8, 8)}
 
 
-def find_hopper(operator: str, width: int, channels: int) -> HopperRow:
-    for row in HOPPER:
-        if (row.operator, row.width) == (operator, width) and channels <= row.channels:
-            return row
-    raise LookupError(f"no row for {operator}, width {width}")
-
-
 def find(operator: str, width: int, channels: int) -> Row:
-    for row in TABLE:
-        if row.operator == operator and row.width == width and channels <= row.channels:
+    return _first(TABLE, operator, width, channels)
+
+
+def find_hopper(operator: str, width: int, channels: int) -> HopperRow:
+    return _first(HOPPER, operator, width, channels)
+
+
+def _first(rows: Sequence[AnyRow], operator: str, width: int, channels: int) -> AnyRow:
+    for row in rows:
+        if (row.operator, row.width) == (operator, width) and channels <= row.channels:
             return row
     raise LookupError(f"no row for {operator}, width {width}")
 

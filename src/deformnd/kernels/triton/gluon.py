@@ -244,6 +244,22 @@ def _bytes(rows, columns):
 
 
 @gluon.jit
+def _multiply_columns(a, held, stage, acc, SPLIT: gl.constexpr):
+    """acc plus columns, which lie in registers, @ weights[stage], done (Note [pipeline])."""
+    if SPLIT:
+        head = held.index(2 * stage).permute((1, 0))
+        tail = held.index(2 * stage + 1).permute((1, 0))
+        acc = warpgroup_mma(a[1], head, acc, is_async=True)
+        acc = warpgroup_mma(a[0], tail, acc, is_async=True)
+        acc = warpgroup_mma(a[0], head, acc, is_async=True)
+        acc, _, _ = warpgroup_mma_wait(0, deps=[acc, a[0], a[1]])
+    else:
+        acc = warpgroup_mma(a[0], held.index(stage).permute((1, 0)), acc, is_async=True)
+        acc, _ = warpgroup_mma_wait(0, deps=[acc, a[0]])
+    return acc
+
+
+@gluon.jit
 def gather(image, weight, offset, mask, bias, out,
            sizes, channels, outputs, tiles, blocks, splits, count,
            POINTS_LAST: gl.constexpr, SPLIT: gl.constexpr, BLOCK_P: gl.constexpr,
@@ -315,16 +331,7 @@ def gather(image, weight, offset, mask, bias, out,
         )  # fmt: skip
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        if SPLIT:
-            head = held.index(2 * stage).permute((1, 0))
-            tail = held.index(2 * stage + 1).permute((1, 0))
-            acc = warpgroup_mma(a[1], head, acc, is_async=True)
-            acc = warpgroup_mma(a[0], tail, acc, is_async=True)
-            acc = warpgroup_mma(a[0], head, acc, is_async=True)
-            acc, _, _ = warpgroup_mma_wait(0, deps=[acc, a[0], a[1]])
-        else:
-            acc = warpgroup_mma(a[0], held.index(stage).permute((1, 0)), acc, is_async=True)
-            acc, _ = warpgroup_mma_wait(0, deps=[acc, a[0]])
+        acc = _multiply_columns(a, held, stage, acc, SPLIT)
     acc = gl.reshape(acc, [BLOCK_P, BLOCK_O // 32, 4, 4, 2])
     acc = gl.reshape(gl.permute(acc, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_O])
     if bias is not None:

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon import _bring, _bytes, _parts, _unravel, _volume, barrier
+from .gluon import _bring, _bytes, _multiply_columns, _parts, _unravel, _volume, barrier
 
 # A float32 below 2^22 plus this, rounded down, has its floor in the low bits.
 _MAGIC = gl.constexpr(12582912.0)
@@ -274,16 +274,7 @@ def gather_narrow(image, weight, offset, mask, bias, out,
         ahead_tap = gl.where(ahead_tap >= taps, 0, ahead_tap)
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        if SPLIT:
-            head = held.index(2 * stage).permute((1, 0))
-            tail = held.index(2 * stage + 1).permute((1, 0))
-            acc = warpgroup_mma(a[1], head, acc, is_async=True)
-            acc = warpgroup_mma(a[0], tail, acc, is_async=True)
-            acc = warpgroup_mma(a[0], head, acc, is_async=True)
-            acc, _, _ = warpgroup_mma_wait(0, deps=[acc, a[0], a[1]])
-        else:
-            acc = warpgroup_mma(a[0], held.index(stage).permute((1, 0)), acc, is_async=True)
-            acc, _ = warpgroup_mma_wait(0, deps=[acc, a[0]])
+        acc = _multiply_columns(a, held, stage, acc, SPLIT)
     acc = gl.reshape(acc, [BLOCK_P // 16, 2, 8, BLOCK_O // 32, 4, 4, 2])
     acc = gl.reshape(gl.permute(acc, (0, 2, 1, 3, 5, 4, 6)), [BLOCK_P, BLOCK_O])
     if bias is not None:

@@ -14,7 +14,7 @@ import triton
 from ..geometry import Geometry
 from . import configs
 from .compiled import Descriptor, Launch, capability_of
-from .layouts import Call, image_rows, sizes_of, units_of, weights_of
+from .layouts import Call, image_rows, sizes_of, tiles_of, units_of, weights_of
 from .plan import Slot
 
 try:  # as in compiled.py
@@ -25,19 +25,27 @@ except Exception:
     gluon = None  # type: ignore[assignment]
 
 
-def takes(call: Call) -> bool:
-    """Whether gluon.py can take the call: one group, one unit, sizes that fit."""
-    g, device = call.g, call.plan.device
+def _on_hopper(call: Call) -> bool:
+    """What all of the kernels need."""
+    device = call.plan.device
     return (
         gluon is not None
         and device.type == "cuda"
-        and call.precision in ("native", "split")
         and capability_of(device) == (9, 0)
-        and g.groups == 1
-        and units_of(g).number == 1
-        and g.offset_groups == 1
+        and call.precision in ("native", "split")
+        and call.g.groups == 1
+        and call.g.offset_groups > 0
+        and call.g.point_channels % 64 == 0
+    )
+
+
+def takes(call: Call) -> bool:
+    """Whether gluon.py can take the call: one group, one unit, sizes that fit."""
+    g = call.g
+    return (
+        _on_hopper(call)
+        and call.units.number == 1
         and g.image_channels % 32 == 0
-        and g.point_channels % 64 == 0
         and max(image_rows(g), math.prod(g.point_size) * g.point_channels) < 2**31
         and math.prod(g.image_size) * 2 ** len(g.image_size) < 2**31
         and 2 * g.batch * math.prod(g.point_size) < 2**31
@@ -46,19 +54,13 @@ def takes(call: Call) -> bool:
 
 def takes_narrow(call: Call) -> bool:
     """Whether gluon_narrow.py can take the call: one group, units of 4 to 32, sizes that fit."""
-    g, device = call.g, call.plan.device
-    units, taps, positions = units_of(g), math.prod(g.kernel), math.prod(g.point_size)
+    g, units = call.g, call.units
+    taps, positions = math.prod(g.kernel), math.prod(g.point_size)
     return (
-        gluon is not None
-        and device.type == "cuda"
-        and call.precision in ("native", "split")
-        and capability_of(device) == (9, 0)
-        and g.groups == 1
+        _on_hopper(call)
         and units.narrow
         and units.length in (4, 8, 16, 32)
-        and g.offset_groups > 0
         and g.image_channels % 32 == 0
-        and g.point_channels % 64 == 0
         and max(*g.image_size, *_reach(g)) < 2**21  # gluon_narrow.py, _floor
         and max(image_rows(g), positions * g.point_channels) < 2**31
         and g.offset_groups * taps * len(g.kernel) * positions < 2**31
@@ -118,6 +120,20 @@ def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
 
 
+def _gather_layouts(row: configs.HopperRow, block_o: int, columns: Any) -> dict[str, Any]:
+    """The last constants of both gathers: of the columns, and of what is stored."""
+    block_p = 16 * row.warps
+    across = [block_p // 64, row.warps * 64 // block_p]
+    return dict(
+        STAGES=row.stages,
+        MMA=_mma_layout(block_o, row.warps),
+        COLUMNS=columns,
+        ROWS=_columns_layout(block_p, block_o, row.warps),
+        PLANES=gl.BlockedLayout([2, 1], [32, 1], across, [0, 1]),
+        num_warps=row.warps,
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int) -> Launch:
     """With a sum in parts where the grid is small (axis 1)."""
@@ -145,13 +161,7 @@ def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: 
             BLOCK_P=block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
-            STAGES=row.stages,
-            MMA=_mma_layout(block_o, row.warps),
-            COLUMNS=_columns_layout(block_p, block_c, row.warps),
-            ROWS=_columns_layout(block_p, block_o, row.warps),
-            PLANES=gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p],
-                                    [0, 1]),
-            num_warps=row.warps,
+            **_gather_layouts(row, block_o, _columns_layout(block_p, block_c, row.warps)),
         ),
         row.warps,
         1,
@@ -231,13 +241,9 @@ def gather_narrow_launch(
             **fixed,
             VECTOR_P=math.gcd(2, g.point_size[-1]),
             TILE_X=tile_x,
-            STAGES=row.stages,
-            MMA=_mma_layout(block_o, row.warps),
-            COLUMNS=_chunks_layout(block_p, run, block_c // run, row.warps, True),
-            ROWS=_columns_layout(block_p, block_o, row.warps),
-            PLANES=gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p],
-                                    [0, 1]),
-            num_warps=row.warps,
+            **_gather_layouts(
+                row, block_o, _chunks_layout(block_p, run, block_c // run, row.warps, True)
+            ),
         ),
         row.warps,
         1,
@@ -399,16 +405,11 @@ def _splits(programs: int, tiles: int, at_once: int, weights: int) -> int:
 
 def takes_inverse(call: Call) -> bool:
     """Whether `inverse` of gluon.py can take the call: one group, sizes that fit."""
-    g, device = call.g, call.plan.device
+    g = call.g
     return (
-        gluon is not None
-        and device.type == "cuda"
+        _on_hopper(call)
         and call.precision == "native"
-        and capability_of(device) == (9, 0)
-        and g.groups == 1
-        and g.offset_groups > 0
         and g.image_channels % 64 == 0
-        and g.point_channels % 64 == 0
         and units_of(g).number * weights_of(g) <= 2**24
         and math.prod(g.point_size) * g.point_channels < 2**31
     )
@@ -416,10 +417,10 @@ def takes_inverse(call: Call) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def inverse_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int) -> Launch:
-    units, tile = units_of(g), configs.TILES[len(g.kernel)]
+    units = units_of(g)
+    tile, tiles = tiles_of(g)
     block_c = math.gcd(256, g.image_channels)
     row = configs.find_inverse(block_c)
-    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
     pairs, taps = triton.cdiv(tiles, row.tiles), math.prod(g.kernel)
     programs = g.batch * pairs * (g.image_channels // block_c)
     splits = max(1, min(units.number * taps, row.programs * multiprocessors // programs))

@@ -33,6 +33,7 @@ from .layouts import (
     image_rows,
     precision_of,
     sizes_of,
+    tiles_of,
     units_of,
     weights_of,
 )
@@ -255,15 +256,18 @@ def _plan_gradients(
 
 
 def _image_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:
-    g = call.g
-    shape = (g.batch, g.image_channels, *g.image_size)
-    return Operand(call.plan.result(shape, dtype, form), form is not torch.contiguous_format)
+    return _result(call, (call.g.image_channels, *call.g.image_size), dtype, form)
 
 
 def _points_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:
-    g = call.g
-    shape = (g.batch, g.point_channels, *g.point_size)
-    return Operand(call.plan.result(shape, dtype, form), form is not torch.contiguous_format)
+    return _result(call, (call.g.point_channels, *call.g.point_size), dtype, form)
+
+
+def _result(
+    call: Call, shape: tuple[int, ...], dtype: torch.dtype, form: torch.memory_format
+) -> Operand:
+    slot = call.plan.result((call.g.batch, *shape), dtype, form)
+    return Operand(slot, form is not torch.contiguous_format)
 
 
 def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None:
@@ -622,8 +626,7 @@ class _ListPlan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _list_plan(g: Geometry, ordered: bool) -> _ListPlan:
     """The lists of the inverse gather (kernels.py, Note [lists])."""
-    tile = configs.TILES[len(g.kernel)]
-    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
+    tile, tiles = tiles_of(g)
     groups, positions = max(g.offset_groups, 1), math.prod(g.point_size)
     owners = g.batch * groups * math.prod(g.kernel)
     slots, blocks = owners * tiles, triton.cdiv(positions, configs.LISTED)
@@ -646,8 +649,7 @@ def _inverse_launch(
 ) -> Launch:
     units = units_of(g)
     row = configs.find("inverse", width, units.length)
-    tile = configs.TILES[len(g.kernel)]
-    tiles = math.prod(-(-s // t) for s, t in zip(g.image_size, tile, strict=True))
+    tile, tiles = tiles_of(g)
     block_c, taps = fit(units.length, row.block_c), math.prod(g.kernel)
     programs, blocks = g.batch * units.number * tiles, triton.cdiv(units.length, block_c)
     splits = max(1, min(taps, 2 * multiprocessors // (programs * blocks)))
@@ -699,11 +701,6 @@ def _sum_weights(call: Call, parts: Slot, out: Slot) -> None:
     taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
     sizes, strides = (taps, g.point_channels, group_in), (1, group_in * taps, taps)
     call.plan.launch(_reduce_launch(parts.shape[0], sizes, strides), parts, None, out)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 @functools.lru_cache(maxsize=4096)

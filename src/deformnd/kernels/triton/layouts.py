@@ -251,6 +251,12 @@ def channels_of(g: Geometry) -> tuple[int, ...]:
     )
 
 
+def tiles_of(g: Geometry) -> tuple[tuple[int, ...], int]:
+    """The image's tile for the inverse gather, and how many there are."""
+    tile = configs.TILES[len(g.kernel)]
+    return tile, math.prod(triton.cdiv(s, t) for s, t in zip(g.image_size, tile, strict=True))
+
+
 def weights_of(g: Geometry) -> int:
     return math.prod(g.kernel) * g.point_channels * g.image_channels // g.groups
 
