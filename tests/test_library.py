@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deformnd
 from cases import CASES, Case, gradients, relative_error, requires_grad
@@ -93,6 +97,54 @@ def test_each_gradient_alone_equals_it_among_all(case):
             assert alone[i] is None
         else:
             assert torch.equal(alone[i], together[i])
+
+
+class Seen(TorchDispatchMode):
+    """Records the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", SMALL[1::3], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_all_that_listen_to_a_call_are_heard(case, grad):
+    """library.py, Note [the direct way]: modes, subclasses, transforms, views, the profiler."""
+    operator = case.operator()
+    name = operator.name()
+    args = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(case))
+    args[1].requires_grad_(grad)
+    expected = operator(*args)
+    with Seen() as seen:
+        torch.testing.assert_close(operator(*args), expected, rtol=0, atol=0)
+    assert seen.operators.count(operator) == 1
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        output = operator(*args)
+        if grad:
+            torch.autograd.grad(output.sum(), args[1])
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts[name] == 1
+    assert counts.get(name + "_backward", 0) == int(grad)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = operator(mode.from_tensor(args[0]), *args[1:])
+        assert type(fake) is type(operator(*args)) is type(mode.from_tensor(args[0]))
+        assert fake.shape == expected.shape
+    both = operator(TwoTensor(args[0], 2 * args[0]), *args[1:4], None, *args[5:])
+    torch.testing.assert_close(both.b, 2 * both.a)
+    functional = operator(torch._to_functional_tensor(args[0]), *args[1:])
+    assert torch._is_functional_tensor(functional)
+    functional = torch._from_functional_tensor(functional)
+    torch.testing.assert_close(functional, expected, rtol=0, atol=0)
+    negative = torch.complex(torch.zeros_like(args[0]), -args[0]).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(operator(negative, *args[1:]), expected, rtol=0, atol=0)
+    traced = torch.jit.trace(lambda x, w: operator(x, w, *args[2:]), args[:2])
+    assert name in str(traced.graph)
 
 
 def test_meta_tensors_give_shapes():

@@ -221,16 +221,17 @@ def _backward_fake(family: _Family) -> Callable[..., Gradients]:
     return fake
 
 
-def _register_derivative(
+def _register_kernels(
     name: str,
+    kernels: dict[str, Callable[..., Any]],
     saved: int,
     gradient: Callable[..., tuple[Any, ...]],
     tangent: Callable[[Tensors, Sequence[Any], Tensors], Any],
     vmap_rule: Callable[..., tuple[Any, Any]],
 ) -> None:
-    """Register the derivatives of an operator whose first five arguments are tensors.
+    """Register the kernels, by dispatch key, and the derivatives of an operator.
 
-    They need the first `saved` of these.
+    Its first five arguments are tensors; the derivatives need the first `saved` of these.
 
     Not torch.library.register_autograd, since its functions refuse torch.func's transforms
     (torch 2.13) and know no forward mode. See Note [functorch] for how this one comes to them.
@@ -270,18 +271,47 @@ def _register_derivative(
 
     apply: Any = Differentiable.apply
 
-    def kernel(*args: Any) -> Any:
+    # Note [the direct way]
+    # Where nothing but autograd and a device's own kernel listens to a call, that kernel is called
+    # here, which spares the host a second dispatch, and what Function.apply does for torch.func.
+    # The dispatcher says who listens: any mode, subclass, transform or view that it still has to
+    # see to puts a key of its own into the call's set.
+    direct: dict[int, tuple[Any, Callable[..., Any]]] = {}
+    for key, compute in kernels.items():
+        _lib.impl(name, compute, key)
+        if not hasattr(torch._C.DispatchKey, "Autograd" + key):
+            continue  # a device without kernels of its own
+        below = _below_autograd(compute)
+        known: Any = type("Differentiable", (Differentiable,), {"forward": staticmethod(below)})
+        direct[_keys(key, "Autograd" + key)] = super(torch.autograd.Function, known).apply, below
+    otherwise = apply, Differentiable.forward
+
+    def kernel(keys: Any, *args: Any) -> Any:
         if _unsharded and "torch.distributed.tensor" in sys.modules:
             _register_sharding()
-        tensors = args[:5]
+        differentiated, plain = direct.get(keys.raw_repr(), otherwise)
         if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5])
         ):
-            return apply(*args)
-        return Differentiable.forward(*args)
+            return differentiated(*args)
+        return plain(*args)
 
-    _lib.impl(name, kernel, "Autograd")
+    _lib.impl(name, kernel, "Autograd", with_keyset=True)
     _lib.impl(name, apply, "FuncTorchDynamicLayerFrontMode")
+
+
+def _below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*args)
+
+    return below
+
+
+def _keys(*names: str) -> int:
+    """The set of these dispatch keys, as a number."""
+    sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+    return functools.reduce(lambda a, b: a | b, sets).raw_repr()
 
 
 # Families that DTensor does not know yet. It is told once somebody has imported it (0.5 s).
@@ -523,20 +553,18 @@ def _register(family: _Family) -> None:
         "bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         tags=tags,
     )
-    for key, backend in _BACKENDS:
-        _lib.impl(family.name, _forward_kernel(family, backend), key)
-        _lib.impl(family.name + "_backward", _backward_kernel(family, backend), key)
     for device in ("cpu", "cuda", "mps", "xpu"):
         _lib.impl(family.name, _autocast(family, device), "Autocast" + device.upper())
     torch.library.register_fake(forward, _forward_fake(family), lib=_lib)
     torch.library.register_fake(backward, _backward_fake(family), lib=_lib)
-    for name, saved, gradient, tangent, vmap_rule in (
+    for name, saved, gradient, tangent, vmap_rule, kernel in (
         (
             family.name,
             4,
             _forward_gradient(family),
             functools.partial(_tangent, family),
             _forward_vmap(family),
+            _forward_kernel,
         ),
         (
             family.name + "_backward",
@@ -544,9 +572,11 @@ def _register(family: _Family) -> None:
             _backward_gradient(family),
             _backward_tangent(family),
             _backward_vmap(family),
+            _backward_kernel,
         ),
     ):
-        _register_derivative(name, saved, gradient, tangent, vmap_rule)
+        kernels = {key: kernel(family, backend) for key, backend in _BACKENDS}
+        _register_kernels(name, kernels, saved, gradient, tangent, vmap_rule)
     for name, count in (
         (family.name, _forward_flops(family)),
         (family.name + "_backward", _backward_flops(family)),
