@@ -90,7 +90,7 @@ class Call:
             "scatter": backend.scatter(  # type: ignore[attr-defined]
                 self.g, self.points, self.weight, self.offset, self.mask, self.image_bias
             ),
-            **dict(zip(NAMES, grads, strict=True)),
+            **dict(zip(NAMES, grads[:5], strict=True)),
         }
 
 
@@ -200,7 +200,7 @@ def run_case(case: Case, tensors: dict[str, Tensor | None], grad: Tensor) -> dic
     image, points = (grad, input) if case.transposed else (input, grad)
     needs = (not case.transposed, case.transposed, True, True, True)
     grads = cpu.gradients(g, image, points, weight, offset, mask, needs)  # type: ignore[arg-type]
-    found = dict(zip(cases.NAMES[:4], (grads[case.transposed], *grads[2:]), strict=True))
+    found = dict(zip(cases.NAMES[:4], (grads[case.transposed], *grads[2:5]), strict=True))
     return got | {f"grad_{name}": t for name, t in found.items() if t is not None}
 
 
@@ -370,8 +370,8 @@ def test_computes_only_what_is_needed(level: int) -> None:
         full = cpu.gradients(g, *given, ALL)
         for needs in itertools.product((False, True), repeat=5):
             got = cpu.gradients(g, *given, needs)
-            want = [t if need else None for t, need in zip(full, needs, strict=True)]
-            assert_same(dict(zip(NAMES, got, strict=True)), dict(zip(NAMES, want, strict=True)))
+            want = [t if need else None for t, need in zip(full[:5], needs, strict=True)]
+            assert_same(dict(zip(NAMES, got[:5], strict=True)), dict(zip(NAMES, want, strict=True)))
 
 
 def test_any_number_of_threads_gives_the_same_bits(level: int) -> None:

@@ -137,19 +137,16 @@ class Problem:
         function = backend.scatter if self.transposed else backend.gather
         return function(self.g, self.x, self.weight, self.offset, self.mask, self.bias)
 
-    def backward(self, backend: Any, needs: tuple[bool, ...] = (True,) * 4) -> tuple[Any, ...]:
-        """Gradients of input, weight, offset and mask."""
-        by_x, *others = needs
-        if self.transposed:
-            grads = backend.gradients(
-                self.g, self.grad, self.x, self.weight, self.offset, self.mask,
-                (False, by_x, *others),
-            )  # fmt: skip
-            return grads[1:]
+    def backward(self, backend: Any, needs: tuple[bool, ...] = (True,) * 5) -> tuple[Any, ...]:
+        """Gradients of input, weight, offset, mask and bias."""
+        by_x, *others, by_bias = needs
+        image, points = (self.grad, self.x) if self.transposed else (self.x, self.grad)
+        by_both = (False, by_x) if self.transposed else (by_x, False)
         grads = backend.gradients(
-            self.g, self.x, self.grad, self.weight, self.offset, self.mask, (by_x, False, *others)
-        )
-        return (grads[0], *grads[2:])
+            self.g, image, points, self.weight, self.offset, self.mask,
+            (*by_both, *others), self.grad if by_bias else None,
+        )  # fmt: skip
+        return (grads[self.transposed], *grads[2:])
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -171,9 +168,10 @@ def check(problem: Problem, forward: float, backward: float) -> None:
     assert y.dtype == problem.x.dtype and memory_format(y) == memory_format(problem.x)
     assert close(y, exact.forward(reference), forward)
     expected = exact.backward(reference)
-    tensors = (problem.x, problem.weight, problem.offset, problem.mask)
+    bias = problem.grad[0].flatten(1)[:, 0]
+    tensors = (problem.x, problem.weight, problem.offset, problem.mask, bias)
     for name, got, want, t in zip(
-        ("input", "weight", "offset", "mask"), problem.backward(launch), expected, tensors,
+        ("input", "weight", "offset", "mask", "bias"), problem.backward(launch), expected, tensors,
         strict=True,
     ):  # fmt: skip
         if want is None:
@@ -308,11 +306,15 @@ def test_interpreted_sums(interpreted: None) -> None:
 
 
 def sums(device: str) -> None:
-    """Of channels first and last, and of a slice; enough for several parts."""
-    for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5)):
-        t = torch.randn(shape).to(device)
-        for x in (t, t.movedim(1, -1).contiguous().movedim(-1, 1), t[..., 1:]):
-            torch.testing.assert_close(launch.channel_sums(x), reference.channel_sums(x))
+    """Of channels first and last; enough for several parts."""
+    for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5), (8, 1, 40, 20)):
+        x = torch.randn(shape).to(device)
+        for t in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+            plan = Plan(t.device, (t,))
+            source = layouts.Operand(plan.given[0], t is not x)
+            launch._sums(plan, source, plan.result(shape[1:2], t.dtype))
+            (got,) = plan.run((t,))
+            torch.testing.assert_close(got, reference.channel_sums(x), rtol=1e-5, atol=1e-4)
 
 
 def test_interpreted_nonfinite(interpreted: None) -> None:
@@ -438,7 +440,7 @@ def sums_of(g: Geometry, dtype: torch.dtype) -> list[Any]:
     for last in (False, True):
         shape = (g.batch, g.point_channels, *g.point_size)
         plan = Plan(torch.device("cpu"), (torch.empty(shape, dtype=dtype),))
-        launch._plan_sums(plan, shape, last)
+        launch._sums(plan, layouts.Operand(plan.given[0], last), plan.result(shape[1:2], dtype))
         step, slots = plan.steps[0]
         found.append((step, [s and s.dtype for s in slots]))
     return found
@@ -756,8 +758,8 @@ def test_gpu_float64_and_empty() -> None:
 def test_gpu_needs() -> None:
     """Only what is asked for comes back."""
     problem = Case((9, 9), (3, 3)).make(torch.float16, "cuda")
-    for i in range(4):
-        needs = tuple(j == i for j in range(4))
+    for i in range(5):
+        needs = tuple(j == i for j in range(5))
         assert [x is not None for x in problem.backward(launch, needs)] == list(needs)
 
 

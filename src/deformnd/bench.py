@@ -184,9 +184,9 @@ class Problem:
         image, points = (self.grad, self.input) if transposed else (self.input, self.grad)
         needs = (not transposed, transposed, True, True, True)
         grads: tuple[Tensor | None, ...] = backend.gradients(
-            self.geometry, image, points, self.weight, self.offset, self.mask, needs
+            self.geometry, image, points, self.weight, self.offset, self.mask, needs, self.grad
         )
-        return (*grads, self.grad.sum([0, *range(2, self.n + 2)]))
+        return grads
 
     def exact(self, images: int = 1) -> Problem:
         """The first images of it, in float64."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import reference
 from .geometry import DTYPES, Geometry, memory_format
-from .reference import channel_sums as channel_sums
 
 # The names of the levels that the core counts, see best_level in csrc/core.cpp.
 LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16")
@@ -97,10 +96,14 @@ def gradients(
     offset: Tensor | None,
     mask: Tensor | None,
     needs: Sequence[bool],
+    summed: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Derivatives of F by (image, points, weight, offset, mask), None where not needed."""
+    """Derivatives of F by (image, points, weight, offset, mask), None where not needed.
+
+    And the channel sums of `summed`, which is the image or the points: a bias's gradient.
+    """
     if not _fits(g):
-        return reference.gradients(g, image, points, weight, offset, mask, needs)
+        return reference.gradients(g, image, points, weight, offset, mask, needs, summed)
     by_image, by_points, by_weight, by_offset, by_mask = needs
     grad_image = _empty(image.shape, image) if by_image else None
     grad_points = _empty(points.shape, points) if by_points else None
@@ -117,7 +120,8 @@ def gradients(
     grads = (grad_image, grad_weight, grad_offset, grad_mask)
     if grads != (None, None, None, None):
         _call(g, False, image, points, weight, offset, mask, None, grads)
-    return grad_image, grad_points, grad_weight, grad_offset, grad_mask
+    sums = None if summed is None else reference.channel_sums(summed)
+    return grad_image, grad_points, grad_weight, grad_offset, grad_mask, sums
 
 
 def _fits(g: Geometry) -> bool:

@@ -11,8 +11,8 @@ returns dF/dpoints (gather) for image = input; its transpose returns dF/dimage (
 points = input. Every gradient of either is a derivative of F with (image, points) =
 (input, grad_output) or (grad_output, input). So Geometry speaks of the image and the points,
 never of input and output, the weight is [point channels, image channels / groups, *kernel] in
-both families, and a backend needs three functions: gather, scatter and gradients of F; and one for
-the bias, channel_sums.
+both families, and a backend needs three functions: gather, scatter and gradients of F. The
+gradient of a bias is the channel sums of grad_output, which gradients gives along with its own.
 """
 
 from __future__ import annotations

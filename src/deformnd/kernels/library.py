@@ -139,8 +139,8 @@ def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..
         _check_grad_output(family, g, grad_output, input)
         by_input, by_weight, by_offset, by_mask, by_bias = needs
         by_offset, by_mask = by_offset and offset is not None, by_mask and mask is not None
-        grads: Gradients = (None,) * 5
-        if by_input or by_weight or by_offset or by_mask:
+        grads: Gradients = (None,) * 6
+        if by_input or by_weight or by_offset or by_mask or by_bias:
             image, points = (grad_output, input) if family.transposed else (input, grad_output)
             by_image, by_points = (False, by_input) if family.transposed else (by_input, False)
             grads = backend().gradients(
@@ -151,9 +151,9 @@ def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..
                 offset,
                 mask,
                 (by_image, by_points, by_weight, by_offset, by_mask),
+                grad_output if by_bias else None,
             )
-        grad_image, grad_points, grad_weight, grad_offset, grad_mask = grads
-        grad_bias = backend().channel_sums(grad_output) if by_bias else None
+        grad_image, grad_points, grad_weight, grad_offset, grad_mask, grad_bias = grads
         grad_input = grad_points if family.transposed else grad_image
         return grad_input, grad_weight, grad_offset, grad_mask, grad_bias
 

@@ -59,12 +59,16 @@ def gradients(
     offset: Tensor | None,
     mask: Tensor | None,
     needs: Sequence[bool],
+    summed: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Derivatives of F by (image, points, weight, offset, mask), None where not needed."""
+    """Derivatives of F by (image, points, weight, offset, mask), None where not needed.
+
+    And the channel sums of `summed`, which is the image or the points: a bias's gradient.
+    """
     by_image, by_points, by_weight, by_offset, by_mask = needs
     dtype = _compute_dtype(image, offset, mask)
     cells = _cells(g, offset, image, dtype)
-    out: list[Tensor | None] = [None] * 5
+    out: list[Tensor | None] = [*[None] * 5, None if summed is None else channel_sums(summed)]
     if by_image or by_offset or by_mask:
         expanded = _expand(g, points.to(dtype), weight.to(dtype))
         if by_image:

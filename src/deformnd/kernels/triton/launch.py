@@ -76,28 +76,23 @@ def gradients(
     offset: Tensor | None,
     mask: Tensor | None,
     needs: Sequence[bool],
+    summed: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Derivatives of F by (image, points, weight, offset, mask), None where not needed."""
-    if _for_reference(g, image, offset, mask):
-        return reference.gradients(g, image, points, weight, offset, mask, needs)
+    """Derivatives of F by (image, points, weight, offset, mask), None where not needed.
+
+    And the channel sums of `summed`, which is the image or the points: a bias's gradient.
+    """
+    if _for_reference(g, image, offset, mask) or not any(needs):
+        return reference.gradients(g, image, points, weight, offset, mask, needs, summed)
     by_image, by_points, by_weight, by_offset, by_mask = needs
     wanted = (
         *(by_image, by_points, by_weight),
         *(by_offset and offset is not None, by_mask and mask is not None),
+        *(summed is image, summed is points),
     )
     found = iter(_run(_plan_gradients, g, image, points, weight, offset, mask, None, wanted))
-    return tuple(next(found) if want else None for want in wanted)
-
-
-def channel_sums(t: Tensor) -> Tensor:
-    """Sums [channels] over everything else: the gradient of a bias."""
-    last = not t.is_contiguous()
-    copied = last and not t.movedim(1, -1).is_contiguous()  # which would cost more than the sums
-    if copied or t.dtype == torch.float64 or t.numel() == 0:
-        return reference.channel_sums(t)
-    t = _aligned(t)
-    key = (channel_sums, t.shape, t.dtype, last, t.device.index)
-    return _planned(key, t.device, (t,), lambda plan: _plan_sums(plan, t.shape, last))[0]
+    grads = [next(found) if want else None for want in wanted[:5]]
+    return (*grads, next(found, None))
 
 
 def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
@@ -217,7 +212,7 @@ def _plan_gradients(
     forms: Forms,
     wanted: tuple[bool, ...],
 ) -> None:
-    by_image, by_points, by_weight, by_offset, by_mask = wanted
+    by_image, by_points, by_weight, by_offset, by_mask, sums_image, sums_points = wanted
     plan, dtype = call.plan, image.slot.dtype
     # The results in their order, whatever is computed first.
     grad_image = _image_result(call, dtype, forms[0]) if by_image else None
@@ -230,6 +225,9 @@ def _plan_gradients(
             (by_mask, call.mask),
         )
     )
+    if sums_image or sums_points:
+        summed = image if sums_image else points
+        _sums(plan, summed, plan.result((summed.slot.shape[1],), dtype))
     by_inverse = grad_image is not None and _by_inverse(call)
     if by_inverse:
         # Before the frame, so that all kernels use the rows, and all is done at once.
@@ -376,20 +374,23 @@ def _reduce_launch(
     )
 
 
-def _plan_sums(plan: Plan, shape: Sequence[int], last: bool) -> None:
-    batch, channels, positions = shape[0], shape[1], math.prod(shape[2:])
-    block_p, block_o = (64, fit(channels, 64)) if last else (fit(positions, 8192), 1)
+def _sums(plan: Plan, source: Operand, out: Slot) -> None:
+    """Sums over everything but the channels."""
+    batch, channels, *size = source.slot.shape
+    positions = math.prod(size)
+    block_p, block_o = (64, fit(channels, 64)) if source.last else (fit(positions, 8192), 1)
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(channels, block_o)
     at_once = 2 * multiprocessors_of(plan.device)
-    splits = max(1, min(batch * tiles, at_once // blocks))
-    vector_p = 1 if last else next(v for v in (16, 4, 1) if positions % v == 0)
+    # A short sum is not worth a second kernel.
+    splits = max(1, min(batch * tiles // 4, at_once // blocks))
+    vector_p = 1 if source.last else next(v for v in (16, 4, 1) if positions % v == 0)
     launch = Launch(
         "channel_sums",
         (blocks, splits, 1),
         (batch, positions // vector_p, channels, tiles, splits),
         dict(
-            LAST=last,
-            VECTOR_O=math.gcd(16, channels) if last else 1,
+            LAST=source.last,
+            VECTOR_O=math.gcd(16, channels) if source.last else 1,
             VECTOR_P=vector_p,
             BLOCK_P=block_p,
             BLOCK_O=block_o,
@@ -397,14 +398,13 @@ def _plan_sums(plan: Plan, shape: Sequence[int], last: bool) -> None:
         8,
         1,
     )
-    assert plan.given[0] is not None
-    source, out = plan.given[0], plan.result((channels,), plan.given[0].dtype)
-    if splits == 1:
-        plan.launch(launch, source, out)
-    else:
-        parts = plan.scratch(splits, channels, dtype=torch.float32)
-        plan.launch(launch, source, parts)
-        plan.launch(_reduce_launch(splits, (1, 1, channels), (0, 0, 1)), parts, None, out)
+    with plan.frame():
+        if splits == 1:
+            plan.launch(launch, source.slot, out)
+        else:
+            parts = plan.scratch(splits, channels, dtype=torch.float32)
+            plan.launch(launch, source.slot, parts)
+            plan.launch(_reduce_launch(splits, (1, 1, channels), (0, 0, 1)), parts, None, out)
 
 
 def _spread(
