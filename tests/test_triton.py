@@ -13,10 +13,11 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from deformnd.kernels.geometry import (
 
 triton = pytest.importorskip("triton")
 
-from deformnd.kernels.triton import configs, hopper, launch, layouts  # noqa: E402
+from deformnd.kernels.triton import compiled, configs, hopper, launch, layouts  # noqa: E402
 from deformnd.kernels.triton.compiled import _parameters  # noqa: E402
 from deformnd.kernels.triton.plan import Plan  # noqa: E402
 
@@ -600,6 +601,78 @@ def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
     forget()
     assert unset_registers(compiled.asm["cubin"], tmp_path)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="does not compile")
+def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that can be built are, though others cannot; and they come from disk another time,
+    unless what that keeps of them is laid out otherwise."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no device")
+    monkeypatch.setattr(compiled, "Function", lambda *about: about)
+    single, half = torch.float32, torch.float16
+    g = Geometry(1, 4, 4, 1, 1, 1, (9, 9), (9, 9), (1, 1), (1, 1), (0, 0), (1, 1))
+    good = [
+        (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, half)),
+        (launch._list_plan(g, False).launches[1], (torch.int32,)),
+    ]
+    bad = compiled.Launch("reduce", (1, 1, 1), good[0][0].integers, dict(INDEX=0, BLOCK=3), 4, 1)
+
+    def load() -> None:
+        monkeypatch.setattr(compiled, "_LOADED", {})
+        failures = compiled.load([*good, (bad, (single, None, half))])
+        assert list(failures) == [bad] and "'reduce' for no device" in str(failures[bad])
+        functions = [made.load(dtypes)[0] for made, dtypes in good]
+        assert [name for _, name, *_ in functions] == ["reduce", "starts"]
+        assert [sizes[:2] for _, _, sizes, *_ in functions] == [[8, 8], [8, 4]]
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("compiles again")
+
+    load()
+    monkeypatch.setattr(triton, "compile", refuse)
+    load()
+    fields = [*compiled._About.__annotations__.items(), ("more", int)]
+    monkeypatch.setattr(compiled, "_About", NamedTuple("_About", fields))
+    monkeypatch.setattr(compiled, "_LOADED", {})
+    with pytest.raises(RuntimeError, match="compiles again"):
+        good[1][0].load(good[1][1])
+
+
+@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon")
+def test_a_plan_without_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is said once, and the general kernel is in its place; of others it is an error."""
+    problem = Case((33, 30), (3, 3), image=64, points=64).make(torch.float16, "cpu")
+    broken = {"outer"}
+    monkeypatch.setattr(hopper, "_on_hopper", lambda call: True)
+    monkeypatch.setattr(hopper, "BROKEN", set())
+    monkeypatch.setattr(
+        Plan,
+        "load",
+        lambda plan: {s: RuntimeError(s.kernel) for s, _ in plan.steps if s.kernel in broken},
+    )
+    monkeypatch.setattr(Plan, "run", lambda plan, _: [s.kernel for s, _ in plan.steps])
+    forget()
+
+    def kernels() -> set[str]:
+        launch._PLANS.clear()
+        given = (problem.x, problem.grad, problem.weight, problem.offset, problem.mask)
+        wanted = (True, False, True, True, True, False, True)
+        return set(launch._run(launch._plan_gradients, problem.g, *given, None, wanted))
+
+    with pytest.warns(UserWarning, match="outer; a slower one"):
+        found = kernels()
+    assert {"weight_gradient", "along", "inverse", "channel_sums"} <= found
+    assert "outer" not in found and "spread" not in found
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels() == found
+    broken.add("starts")
+    with pytest.raises(RuntimeError, match="starts"):
+        kernels()
+    forget()
 
 
 # On a GPU

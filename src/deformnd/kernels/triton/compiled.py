@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,48 +77,37 @@ class Launch:
         """For tensors of these dtypes, None where there is none."""
         return triton.compile(self._source(dtypes), target=target, options=dict(self.options))
 
-    def load(self, dtypes: Sequence[torch.dtype | None]) -> tuple[Function, Any]:
-        """The function on the current CUDA device, and what its descriptor is like."""
+    def load(self, dtypes: Sequence[torch.dtype | None]) -> Loaded:
+        """The function on the current CUDA device."""
+        for failure in load([(self, dtypes)]).values():
+            raise failure
+        return _LOADED[self._key(dtypes)]
+
+    def _key(self, dtypes: Sequence[torch.dtype | None]) -> Any:
         device = torch.cuda.current_device()
         parts = (self.kernel, *dtypes, _types(self.integers), *self.constants.items(), device)
-        key = (*parts, *self.options.values(), self.descriptor)
-        if key not in _LOADED:
-            capability = torch.cuda.get_device_capability()
-            target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-            try:
-                _LOADED[key] = self._load(dtypes, target)
-            except Exception as failure:
-                raise RuntimeError(
-                    f"deformnd: Triton {triton.__version__} cannot build its kernel "
-                    f"{self.kernel!r} for {torch.cuda.get_device_name()}: {failure}"
-                ) from failure
-        return _LOADED[key]
+        return (*parts, *self.options.values(), self.descriptor)
 
-    def _load(self, dtypes: Sequence[torch.dtype | None], target: Any) -> tuple[Function, Any]:
+    def _binary(self, source: Any, target: Any) -> tuple[bytes, _About]:
         # Triton's own cache takes 0.3 s to look at, since it hashes Triton itself.
-        identity = (triton.__version__, self._source(dtypes).hash(), target, self.options)
+        identity = (triton.__version__, source.hash(), target, self.options, _About._fields)
         cache = get_cache_manager(hashlib.sha256(str(identity).encode()).hexdigest())
         binary, described = cache.get_file("kernel.cubin"), cache.get_file("kernel.json")
         if binary is None or described is None:
-            compiled = self.compile(dtypes, target)
+            compiled = triton.compile(source, target=target, options=dict(self.options))
             known = compiled.metadata
-            about = {
-                "name": known.name,
-                "shared": known.shared,
-                "warps": known.num_warps,
-                "parameters": _parameters(compiled.asm["ptx"]),
-                "descriptors": list(getattr(known, "tensordesc_meta", None) or ()),
-            }
             if known.global_scratch_size or known.num_ctas != 1:
                 raise RuntimeError("it needs scratch memory or clusters")
+            about = _About(
+                known.name,
+                _parameters(compiled.asm["ptx"]),
+                known.shared,
+                known.num_warps,
+                list(getattr(known, "tensordesc_meta", None) or ()),
+            )
             binary = cache.put(compiled.asm["cubin"], "kernel.cubin")
-            described = cache.put(json.dumps(about), "kernel.json", binary=False)
-        about = json.loads(Path(described).read_text())
-        function = Function(
-            Path(binary).read_bytes(),
-            *(about[key] for key in ("name", "parameters", "shared", "warps")),
-        )
-        return function, next(iter(about["descriptors"]), None)
+            described = cache.put(json.dumps(about._asdict()), "kernel.json", binary=False)
+        return Path(binary).read_bytes(), _About(**json.loads(Path(described).read_text()))
 
     def _source(self, dtypes: Sequence[torch.dtype | None]) -> Any:
         of_gluon = self.descriptor is not None
@@ -163,7 +154,55 @@ def _parameters(ptx: str) -> list[int]:
     return [int(bits) // 8 * int(count or 1) for bits, count in found]
 
 
-_LOADED: dict[Any, tuple[Function, Any]] = {}
+def load(
+    launches: Sequence[tuple[Launch, Sequence[torch.dtype | None]]],
+) -> dict[Launch, Exception]:
+    """Load what is not loaded yet onto the current CUDA device; what cannot be, and why.
+
+    Threads compile side by side: Triton lets go of the interpreter for most of it.
+    """
+    missing = {
+        launch._key(dtypes): (launch, dtypes)
+        for launch, dtypes in sorted(launches, key=lambda pair: pair[0].descriptor is None)
+    }  # those of gluon.py, which take longest, first
+    missing = {key: pair for key, pair in missing.items() if key not in _LOADED}
+    if not missing:
+        return {}
+    capability = torch.cuda.get_device_capability()
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    failures: dict[Launch, Exception] = {}
+    with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
+        binaries = {
+            key: (launch, threads.submit(launch._binary, launch._source(dtypes), target))
+            for key, (launch, dtypes) in missing.items()
+        }
+        for key, (launch, binary) in binaries.items():
+            try:
+                code, about = binary.result()
+                function = Function(code, about.name, about.parameters, about.shared, about.warps)
+                _LOADED[key] = function, next(iter(about.descriptors), None)
+            except Exception as failure:
+                failures[launch] = RuntimeError(
+                    f"deformnd: Triton {triton.__version__} cannot build its kernel "
+                    f"{launch.kernel!r} for {torch.cuda.get_device_name()}: {failure}"
+                )
+                failures[launch].__cause__ = failure
+    return failures
+
+
+class _About(NamedTuple):
+    """What the disk keeps of a kernel beside its code."""
+
+    name: str
+    parameters: list[int]  # their sizes in bytes
+    shared: int
+    warps: int
+    descriptors: list[Any]
+
+
+Loaded = tuple[Function, Any]  # and what its descriptor is like
+
+_LOADED: dict[Any, Loaded] = {}
 
 _POINTERS = {
     torch.float16: "*fp16",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ..geometry import Geometry
 from . import configs
 from .compiled import Descriptor, Launch, capability_of
 from .layouts import Call, image_rows, sizes_of, tiles_of, units_of, weights_of
-from .plan import Slot
 
 try:  # as in compiled.py
     from triton.experimental.gluon import language as gl
@@ -79,18 +77,23 @@ def _reach(g: Geometry) -> list[int]:
     ]
 
 
-def builds(launch: Launch, slots: Sequence[Slot | None]) -> bool:
-    """Whether the kernel can be compiled. If not, that is said once, and another must do."""
-    key = (launch.kernel, launch.constants.get("SPLIT", True))
-    if key in BROKEN:
-        return False
-    try:
-        launch.load([None if s is None else s.dtype for s in slots])
-    except Exception as failure:
-        BROKEN.add(key)
-        warnings.warn(f"deformnd: {launch.kernel} of gluon.py: {failure}", stacklevel=2)
-        return False
-    return True
+def builds(launch: Launch) -> bool:
+    """Whether the kernel can be built, as far as is known. If not, another must do."""
+    return _kind(launch) not in BROKEN
+
+
+def give_up(failures: dict[Launch, Exception]) -> None:
+    """Of kernels that cannot be built: say so once if they are of gluon.py, else raise."""
+    for launch, failure in failures.items():
+        if launch.descriptor is None:
+            raise failure
+        if builds(launch):
+            BROKEN.add(_kind(launch))
+            warnings.warn(f"{failure}; a slower one does its work", stacklevel=2)
+
+
+def _kind(launch: Launch) -> tuple[str, bool]:
+    return launch.kernel, launch.constants.get("SPLIT", True)
 
 
 # Bytes of shared memory that a multiprocessor has; each program takes 1024 beside its own.

@@ -165,13 +165,26 @@ def _planned(
             return _planned(key, device, tensors, write)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = Plan(device, tensors)
-        write(plan)
-        plan.flush()
+        plan = _written(device, tensors, write)
         if len(_PLANS) >= 4096:
             _PLANS.clear()
         _PLANS[key] = plan
     return plan.run(tensors)
+
+
+def _written(
+    device: torch.device, tensors: Sequence[Tensor | None], write: Callable[[Plan], None]
+) -> Plan:
+    """The plan that `write` writes, with its kernels loaded. It is written anew where some of
+    gluon.py cannot be built, and so without them."""
+    while True:
+        plan = Plan(device, tensors)
+        write(plan)
+        plan.flush()
+        failures = plan.load()
+        if not failures:
+            return plan
+        hopper.give_up(failures)
 
 
 def _usable(t: Tensor) -> tuple[Tensor, bool]:
@@ -287,7 +300,7 @@ def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None
             launch = hopper.gather_narrow_launch(g, dtype, out.last, call.multiprocessors)
         if launch is not None:
             taken = slots(launch, "gather")
-        if launch is None or not hopper.builds(launch, taken):
+        if launch is None or not hopper.builds(launch):
             key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
             launch = _gather_launch(g, *key)
             taken = slots(launch, "")
@@ -434,7 +447,7 @@ def _spread(
             launch = hopper.along_launch(g, points.slot.dtype, call.multiprocessors)
             if launch is not None:
                 slots = (laid, call.rows(points), call.weight("along"), *rest)
-                if not hopper.builds(launch, slots):
+                if not hopper.builds(launch):
                     launch = None
         if launch is None:
             placed = call.points(points)
@@ -483,7 +496,7 @@ def _narrow_gradients(
         weight = call.weight("along", launch.constants["RUN"])
         given = (call.image(image), rows, weight, call.offset, call.mask)
         slots = (*given, grad_offset, grad_mask, grad_image, parts)
-        if not hopper.builds(launch, slots):
+        if not hopper.builds(launch):
             return False
         if grad_image is not None:
             plan.zero(grad_image)
@@ -591,7 +604,7 @@ def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand, count
         if hopper.takes_inverse(call):
             launch = hopper.inverse_launch(g, dtype, out.last, call.multiprocessors)
             taken = slots(launch, "units")
-        if taken is None or not hopper.builds(launch, taken):
+        if taken is None or not hopper.builds(launch):
             key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
             launch = _inverse_launch(g, *key)
             taken = slots(launch, "")
@@ -683,7 +696,7 @@ def _weight_gradient(call: Call, image: Operand, points: Operand, out: Slot) -> 
             rows = call.factors(points) if call.precision == "split" else call.rows(points)
             parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
             given = (call.image(image), rows._replace(shape=shape), call.offset, call.mask)
-            if not hopper.builds(launch, (*given, parts)):
+            if not hopper.builds(launch):
                 found = None
         if found is None:
             placed = call.points(points)

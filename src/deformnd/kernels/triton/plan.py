@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .compiled import INTERPRETED, Launch
+from .compiled import INTERPRETED, Launch, load
 from .driver import TENSOR_MAP, Invocation, TensorMap
 
 _ALIGNMENT = 256  # bytes, of a piece of scratch memory
@@ -150,6 +150,12 @@ class Plan:
             self.steps.append(self._first.launch())
             self._first = _First()
 
+    def load(self) -> dict[Launch, Exception]:
+        """Load the kernels, all at once; those that cannot be, and why."""
+        if INTERPRETED or torch.version.hip:
+            return {}
+        return load([(launch, _dtypes(slots)) for launch, slots in self.steps])
+
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         given = [t for t in tensors if t is not None]
         results = [
@@ -218,7 +224,7 @@ class _Instance:
             call(stream)
 
     def _bind(self, launch: Launch, slots: Sequence[Slot | None]) -> Callable[[int], None]:
-        dtypes = [None if s is None else s.dtype for s in slots]
+        dtypes = _dtypes(slots)
         if torch.version.hip:
             return self._bind_by_triton(launch, dtypes, slots)
         function, described = launch.load(dtypes)
@@ -261,6 +267,10 @@ class _Instance:
             run(*launch.grid, stream, *head, *pointers, *tail)
 
         return call
+
+
+def _dtypes(slots: Sequence[Slot | None]) -> list[torch.dtype | None]:
+    return [None if s is None else s.dtype for s in slots]
 
 
 def _flat(value: Any) -> list[int]:
