@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,9 +88,9 @@ class Launch:
         parts = (self.kernel, *dtypes, _types(self.integers), *self.constants.items(), device)
         return (*parts, *self.options.values(), self.descriptor)
 
-    def _binary(self, source: Any, target: Any) -> tuple[bytes, _About]:
+    def _binary(self, source: Any, hashed: str, target: Any) -> tuple[bytes, _About]:
         # Triton's own cache takes 0.3 s to look at, since it hashes Triton itself.
-        identity = (triton.__version__, source.hash(), target, self.options, _About._fields)
+        identity = (triton.__version__, hashed, target, self.options, _About._fields)
         cache = get_cache_manager(hashlib.sha256(str(identity).encode()).hexdigest())
         binary, described = cache.get_file("kernel.cubin"), cache.get_file("kernel.json")
         if binary is None or described is None:
@@ -171,22 +171,28 @@ def load(
     capability = torch.cuda.get_device_capability()
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     failures: dict[Launch, Exception] = {}
+    binaries: dict[Any, Future[tuple[bytes, _About]]] = {}
     with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
-        binaries = {
-            key: (launch, threads.submit(launch._binary, launch._source(dtypes), target))
-            for key, (launch, dtypes) in missing.items()
-        }
-        for key, (launch, binary) in binaries.items():
+        for key, (launch, dtypes) in missing.items():
+            try:
+                source = launch._source(dtypes)
+                # Hashed here, since not every Triton can do that in two threads.
+                binaries[key] = threads.submit(launch._binary, source, source.hash(), target)
+            except Exception as failure:
+                failures[launch] = failure
+        for key, binary in binaries.items():
             try:
                 code, about = binary.result()
                 function = Function(code, about.name, about.parameters, about.shared, about.warps)
                 _LOADED[key] = function, next(iter(about.descriptors), None)
             except Exception as failure:
-                failures[launch] = RuntimeError(
-                    f"deformnd: Triton {triton.__version__} cannot build its kernel "
-                    f"{launch.kernel!r} for {torch.cuda.get_device_name()}: {failure}"
-                )
-                failures[launch].__cause__ = failure
+                failures[missing[key][0]] = failure
+    for launch, reason in failures.items():
+        failures[launch] = RuntimeError(
+            f"deformnd: Triton {triton.__version__} cannot build its kernel "
+            f"{launch.kernel!r} for {torch.cuda.get_device_name()}: {reason}"
+        )
+        failures[launch].__cause__ = reason
     return failures
 
 
