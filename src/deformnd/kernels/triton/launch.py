@@ -117,7 +117,8 @@ def _run(
     like = points if image is None else image
     assert like is not None
     device, dtype = weight.device, like.dtype
-    weight = weight.to(dtype)
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
     tensors: list[Tensor | None] = []
     layouts: list[Any] = []
     for t in (image, points, weight):

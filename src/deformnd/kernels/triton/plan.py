@@ -37,7 +37,7 @@ GIVEN, RETURNED, SCRATCH = range(3)
 class _Result(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
-    form: torch.memory_format
+    strides: tuple[int, ...]  # the memory format, in the words of the cheapest call that makes it
 
 
 class Job(NamedTuple):
@@ -114,7 +114,8 @@ class Plan:
         dtype: torch.dtype,
         form: torch.memory_format = torch.contiguous_format,
     ) -> Slot:
-        self.results.append(_Result(tuple(shape), dtype, form))
+        strides = torch.empty(shape, memory_format=form, device="meta").stride()
+        self.results.append(_Result(tuple(shape), dtype, strides))
         return Slot(RETURNED, len(self.results) - 1, dtype, tuple(shape))
 
     def scratch(self, *shape: int, dtype: torch.dtype) -> Slot:
@@ -159,10 +160,8 @@ class Plan:
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         given = [t for t in tensors if t is not None]
         results = [
-            given[0].new_empty(shape, dtype=dtype)
-            if form is torch.contiguous_format
-            else torch.empty(shape, dtype=dtype, device=self.device, memory_format=form)
-            for shape, dtype, form in self.results
+            torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+            for shape, dtype, strides in self.results
         ]
         if INTERPRETED:
             self._interpret(given, results)
