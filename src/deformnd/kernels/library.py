@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, directional, reference, sharding
@@ -271,19 +272,10 @@ def _register_kernels(
 
     apply: Any = Differentiable.apply
 
-    # Note [the direct way]
-    # Where nothing but autograd and a device's own kernel listens to a call, that kernel is called
-    # here, which spares the host a second dispatch, and what Function.apply does for torch.func.
-    # The dispatcher says who listens: any mode, subclass, transform or view that it still has to
-    # see to puts a key of its own into the call's set.
     direct: dict[int, tuple[Any, Callable[..., Any]]] = {}
-    for key, compute in kernels.items():
-        _lib.impl(name, compute, key)
-        if not hasattr(torch._C.DispatchKey, "Autograd" + key):
-            continue  # a device without kernels of its own
-        below = _below_autograd(compute)
+    for keys, below in _direct(kernels).items():
         known: Any = type("Differentiable", (Differentiable,), {"forward": staticmethod(below)})
-        direct[_keys(key, "Autograd" + key)] = super(torch.autograd.Function, known).apply, below
+        direct[keys] = super(torch.autograd.Function, known).apply, below
     otherwise = apply, Differentiable.forward
 
     def kernel(keys: Any, *args: Any) -> Any:
@@ -296,8 +288,35 @@ def _register_kernels(
             return differentiated(*args)
         return plain(*args)
 
+    for key, compute in kernels.items():
+        _lib.impl(name, compute, key)
     _lib.impl(name, kernel, "Autograd", with_keyset=True)
     _lib.impl(name, apply, "FuncTorchDynamicLayerFrontMode")
+
+
+# Note [the direct way]
+# Where nothing but autograd and a device's own kernel listens to a call, that kernel is called
+# without the dispatcher between them, nor Function.apply and what that does for torch.func: both
+# cost the host more than all else. Who listens is in the call's set of dispatch keys: any mode,
+# subclass, transform or view that torch still has to see to has a key of its own there.
+
+
+def _direct(kernels: dict[str, Callable[..., Any]]) -> dict[int, Callable[..., Any]]:
+    """The kernels of devices, by the keys of a call to which nobody else listens."""
+    return {
+        _keys(key, "Autograd" + key).raw_repr(): _below_autograd(kernel)
+        for key, kernel in kernels.items()
+        if hasattr(torch._C.DispatchKey, "Autograd" + key)
+    }
+
+
+def _listening(tensors: Sequence[Tensor | None]) -> int:
+    """The keys of a call with these tensors."""
+    keys = torch._C._dispatch_tls_local_include_set()
+    for t in tensors:
+        if t is not None:
+            keys = keys | torch._C._dispatch_keys(t)
+    return int((keys - _DEAF).raw_repr())
 
 
 def _below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -308,10 +327,14 @@ def _below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return below
 
 
-def _keys(*names: str) -> int:
-    """The set of these dispatch keys, as a number."""
+def _keys(*names: str) -> Any:
+    """The set of these dispatch keys."""
     sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
-    return functools.reduce(lambda a, b: a | b, sets).raw_repr()
+    return functools.reduce(lambda a, b: a | b, sets)
+
+
+# Keys that every call has, and that mean nothing to a backward.
+_DEAF = _keys("BackendSelect", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
 
 
 # Families that DTensor does not know yet. It is told once somebody has imported it (0.5 s).
@@ -352,18 +375,28 @@ def _tangent(
     return total.to(input.dtype)
 
 
-def _forward_gradient(family: _Family) -> Callable[..., tuple[Any, ...]]:
+def _forward_gradient(
+    family: _Family, kernels: dict[str, Callable[..., Any]]
+) -> Callable[..., tuple[Any, ...]]:
+    """`kernels` are the backward's own."""
+    direct = _direct(kernels)
+
     def gradient(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
         if grad_output is None:
             return (None,) * (5 + len(ctx.parameters))
-        backward = getattr(torch.ops.deformnd, family.name + "_backward")
         needs = list(ctx.needs_input_grad[:5])
         args = (grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            grads = backward(*args)
-        else:  # nobody differentiates this, so spare the host what would see to it
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = backward(*args)
+        backward = None
+        if not (
+            torch.is_grad_enabled()
+            or forward_ad._current_level >= 0
+            or torch._C._autograd._profiler_enabled()  # which learns of operators by dispatch
+            or has_torch_function(args[:5])
+        ):
+            backward = direct.get(_listening(args[:5]))
+        if backward is None:
+            backward = getattr(torch.ops.deformnd, family.name + "_backward")
+        grads = backward(*args)
         return (*grads, *(None for _ in ctx.parameters))
 
     return gradient
@@ -557,26 +590,27 @@ def _register(family: _Family) -> None:
         _lib.impl(family.name, _autocast(family, device), "Autocast" + device.upper())
     torch.library.register_fake(forward, _forward_fake(family), lib=_lib)
     torch.library.register_fake(backward, _backward_fake(family), lib=_lib)
-    for name, saved, gradient, tangent, vmap_rule, kernel in (
+    kernels = {key: _forward_kernel(family, backend) for key, backend in _BACKENDS}
+    backward_kernels = {key: _backward_kernel(family, backend) for key, backend in _BACKENDS}
+    for name, own, saved, gradient, tangent, vmap_rule in (
         (
             family.name,
+            kernels,
             4,
-            _forward_gradient(family),
+            _forward_gradient(family, backward_kernels),
             functools.partial(_tangent, family),
             _forward_vmap(family),
-            _forward_kernel,
         ),
         (
             family.name + "_backward",
+            backward_kernels,
             5,
             _backward_gradient(family),
             _backward_tangent(family),
             _backward_vmap(family),
-            _backward_kernel,
         ),
     ):
-        kernels = {key: kernel(family, backend) for key, backend in _BACKENDS}
-        _register_kernels(name, kernels, saved, gradient, tangent, vmap_rule)
+        _register_kernels(name, own, saved, gradient, tangent, vmap_rule)
     for name, count in (
         (family.name, _forward_flops(family)),
         (family.name + "_backward", _backward_flops(family)),
