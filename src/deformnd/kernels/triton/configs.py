@@ -71,6 +71,15 @@ NARROW = 32
 # out, and plain float32 products are no bottleneck.
 FEW = 1024
 
+# A batch is taken in pieces where a call would need more scratch memory at once (in elements of the
+# image), as long as a piece has so many positions: four waves of programs of 64, two of which each
+# of an H200's 132 multiprocessors holds.
+SCRATCH = 18 << 20
+PIECE = 65536
+
+# Bytes of an image from which a launch more is worth less memory.
+LARGE = 16 << 20
+
 # Positions that are listed at once for the inverse gather.
 LISTED = 512
 

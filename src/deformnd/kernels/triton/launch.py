@@ -152,8 +152,17 @@ def _run(
             last, form = layout or (False, torch.contiguous_format)
             operands.append(None if slot is None else Operand(slot, last))
             forms.append(form)
-        call = Call(g, plan, precision_of(g, dtype), operands[2], *plan.given[3:5])
-        make(call, *operands[:2], plan.given[5], forms, wanted)
+        most = max(1, min(g.batch, g.batch * math.prod(g.point_size) // configs.PIECE))
+        limit, pieces = configs.SCRATCH * dtype.itemsize, 1
+        while True:
+            given = (operands[2], plan.given[3], plan.given[4])
+            call = Call(g, plan, precision_of(g, dtype), *given, pieces)
+            make(call, *operands[:2], plan.given[5], forms, wanted)
+            plan.flush()
+            if plan.size <= limit or pieces == most:
+                break
+            pieces = min(most, triton.cdiv(pieces * plan.size, limit))
+            plan.clear()
 
     return _planned(key, device, tensors, write)
 
@@ -196,17 +205,20 @@ Forms = Sequence[torch.memory_format]  # of image and points, which results take
 def _plan_gather(
     call: Call, image: Operand, points: None, bias: Slot | None, forms: Forms, wanted: Any
 ) -> None:
-    _gather(call, image, bias, _points_result(call, image.slot.dtype, forms[0]))
+    result = _points_result(call, image.slot.dtype, forms[0])
+    for piece, (source, out) in call.pieces(image, result):
+        _gather(piece, source, bias, out)
 
 
 def _plan_scatter(
     call: Call, image: None, points: Operand, bias: Slot | None, forms: Forms, wanted: Any
 ) -> None:
-    out = _image_result(call, points.slot.dtype, forms[1])
-    if _by_inverse(call):
-        _inverse(call, points, bias, out, _counts(call))
-    else:
-        _spread(call, None, points, bias, out, None, None)
+    result = _image_result(call, points.slot.dtype, forms[1])
+    for piece, (source, out) in call.pieces(points, result):
+        if _by_inverse(piece):
+            _inverse(piece, source, bias, out, _counts(piece))
+        else:
+            _spread(piece, None, source, bias, out, None, None)
 
 
 def _plan_gradients(
@@ -218,41 +230,89 @@ def _plan_gradients(
     wanted: tuple[bool, ...],
 ) -> None:
     by_image, by_points, by_weight, by_offset, by_mask = wanted
-    plan, dtype = call.plan, image.slot.dtype
+    plan, dtype, weight = call.plan, image.slot.dtype, call.given_weight.slot
     # The results in their order, whatever is computed first.
     grad_image = _image_result(call, dtype, forms[0]) if by_image else None
     grad_points = _points_result(call, dtype, forms[1]) if by_points else None
     grad_weight, grad_offset, grad_mask = (
         plan.result(t.shape, t.dtype) if want and t is not None else None
-        for want, t in (
-            (by_weight, call.given_weight.slot),
-            (by_offset, call.offset),
-            (by_mask, call.mask),
-        )
+        for want, t in ((by_weight, weight), (by_offset, call.offset), (by_mask, call.mask))
     )
+    tensors = (image, points, grad_image, grad_points, grad_offset, grad_mask)
+    if grad_weight is None or call.number_of_pieces == 1:
+        for piece, parts in call.pieces(*tensors):
+            _gradients(piece, grad_weight, *parts)
+        return
+    # Sums of every piece, in float32; each begins at a multiple of 256 bytes.
+    size = math.prod(weight.shape)
+    sums = plan.scratch(call.number_of_pieces, -(-size // 64) * 64, dtype=torch.float32)
+    number = 0
+    for piece, parts in call.pieces(*tensors):
+        _gradients(piece, sums.part(number, 1), *parts)
+        number += 1
+    plan.launch(
+        _reduce_launch(number, (1, 1, size), (0, 0, 1), sums.shape[1]), sums, None, grad_weight
+    )
+
+
+def _gradients(
+    call: Call,
+    grad_weight: Slot | None,
+    image: Operand,
+    points: Operand,
+    grad_image: Operand | None,
+    grad_points: Operand | None,
+    grad_offset: Slot | None,
+    grad_mask: Slot | None,
+) -> None:
     by_inverse = grad_image is not None and _by_inverse(call)
+    factors = _by_factors(call, image.slot.dtype)
+    # The derivative by the image, or by the points, is written last, so its result has room for a
+    # copy until then. Of a large image memory counts more than a launch: the weight's gradient goes
+    # first, which lets atomic additions be copied last, and factors never lie beside rows.
+    early = False
+    if grad_image is not None and grad_points is None:
+        early = image.slot.size >= configs.LARGE and (factors or not by_inverse)
+        if early or by_inverse:
+            call.lend(image, grad_image)
+    elif grad_points is not None and grad_image is None:
+        call.lend(points, grad_points)
     if by_inverse:
         # Before the frame, so that all kernels use the rows, and all is done at once.
-        call.rows(points)
+        if not early:
+            call.rows(points)
         call.weight("units" if hopper.takes_inverse(call) else "")
         counts = _counts(call)
     with call.frame():
-        factors = call.precision == "split" and hopper.takes_narrow(call)  # and so no rows
-        if hopper.takes(call) or (call.units.narrow and not factors):
-            call.rows(points)
-        if grad_points is not None or any((grad_weight, grad_offset, grad_mask)):
+        by_position = grad_offset is not None or grad_mask is not None
+        if not factors and (call.units.narrow or hopper.takes(call)):
+            if by_position or grad_weight is not None:
+                call.rows(points)
+        if by_position or grad_weight is not None or grad_points is not None:
             call.image(image)
-        if grad_points is not None:
-            _gather(call, image, None, grad_points)
         by_atomics = None if by_inverse else grad_image
         if _narrow_gradients(call, image, points, by_atomics, grad_weight, grad_offset, grad_mask):
             by_atomics = grad_weight = grad_offset = grad_mask = None
+        if early and grad_weight is not None:
+            _weight_gradient(call, image, points, grad_weight)
+            grad_weight = None
         if by_atomics is not None or grad_offset is not None or grad_mask is not None:
             _spread(call, image, points, None, by_atomics, grad_offset, grad_mask)
         if grad_weight is not None:
             _weight_gradient(call, image, points, grad_weight)
+        if grad_points is not None:
+            _gather(call, image, None, grad_points)
     if by_inverse and grad_image is not None:
         _inverse(call, points, None, grad_image, counts)
+
+
+def _by_factors(call: Call, dtype: torch.dtype) -> bool:
+    """Whether the weight's gradient takes factors of the points, not rows."""
+    if call.precision != "split":
+        return False
+    if call.units.narrow:
+        return hopper.takes_narrow(call)
+    return hopper.outer_launch(call.g, dtype, call.multiprocessors) is not None
 
 
 def _image_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:
@@ -423,8 +483,12 @@ def _spread(
         grad_mask = _by_unit(call, by_mask, g.mask_groups)
         grad_image = None
         if by_image is not None:
-            shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
-            grad_image = plan.scratch(*shape, dtype=torch.float32)
+            rows = by_image.last and not units.narrow and bias is None
+            if rows and by_image.slot.dtype == torch.float32:
+                grad_image = by_image.slot
+            else:
+                shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
+                grad_image = plan.scratch(*shape, dtype=torch.float32)
             plan.zero(grad_image)
         by_position = grad_offset is not None or grad_mask is not None
         laid = call.image(image) if by_position and image is not None else None
@@ -443,7 +507,7 @@ def _spread(
             launch = _spread_launch(g, *key, *needs, call.multiprocessors)
             slots = (laid, placed.slot, call.weight(), *rest)
         plan.launch(launch, *slots)
-        if grad_image is not None and by_image is not None:
+        if grad_image is not None and by_image is not None and grad_image != by_image.slot:
             layout = "planes" if units.narrow else "rows"
             _image_like(call, grad_image, bias, layout, by_image)
         _sum_units(call, grad_offset, by_offset, g.offset_groups)
