@@ -316,21 +316,24 @@ PIECES = [
 ]  # fmt: skip
 
 
-def split(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    """Have small batches be taken in pieces of at least two items."""
+def split(monkeypatch: pytest.MonkeyPatch, case: Case, items: int = 2) -> None:
+    """Have small batches be taken in pieces of about so many items."""
     g = case.make(torch.float32, "cpu").g
-    monkeypatch.setattr(configs, "PIECE", 2 * math.prod(g.point_size))
+    monkeypatch.setattr(configs, "PIECE", items * math.prod(g.point_size))
     monkeypatch.setattr(configs, "SCRATCH", 1)
     monkeypatch.setattr(configs, "LARGE", 0)
     launch._PLANS.clear()
 
 
+def sources(plan: Plan) -> set[int]:
+    """Where the parts of the plan's first tensor start."""
+    slots = [s for _, slots in plan.steps for s in slots if s is not None]
+    return {s.start for s in slots if (s.kind, s.number) == (GIVEN, 0)}
+
+
 def in_pieces() -> bool:
     """Whether every plan is in pieces."""
-    return all(
-        any(s is not None and s.start for _, slots in plan.steps for s in slots)
-        for plan in launch._PLANS.values()
-    )
+    return all(len(sources(plan)) > 1 for plan in launch._PLANS.values())
 
 
 @pytest.mark.parametrize("case", PIECES, ids=str)
@@ -338,6 +341,15 @@ def test_interpreted_pieces(case: Case, interpreted: None, monkeypatch: pytest.M
     split(monkeypatch, case)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
     assert in_pieces() and len(launch._PLANS) == 2
+
+
+def test_interpreted_many_pieces(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pieces than gradients of the weight that are kept."""
+    monkeypatch.setattr(configs, "SUMS", 2)
+    case = Case((4, 4), (1, 1), padding=(0, 0), batch=5)
+    split(monkeypatch, case, 1)
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+    assert all(len(sources(plan)) == 5 for plan in launch._PLANS.values())
 
 
 def test_interpreted_pieces_inverse(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,18 +443,19 @@ def test_pieces_bound_memory(
     launch.gradients(g, image, points, weight, offset, mask, (True, False, True, True, True))
     launch.gradients(g, image, points, weight, offset, mask, (False, True, True, True, True))
     for plan in plans:
-        slots = [s for _, slots in plan.steps for s in slots if s is not None]
-        assert len({s.start for s in slots if s.kind == GIVEN and s.number == 0}) == 2
+        assert len(sources(plan)) == 2
         assert 16 * 2**20 < plan.size <= torchvision / 10
-    # Neither few positions nor a single item are split, nor what takes little memory.
-    small = g._replace(batch=3)
-    launch.gather(small, image[:3], weight, offset[:3], mask[:3], None)
-    huge = g._replace(batch=1, image_size=(640, 640), point_size=(640, 640))
-    image, points = (torch.empty(1, 256, 640, 640, dtype=dtype, device="meta") for _ in range(2))
-    offset, mask = (torch.empty(1, n, 640, 640, dtype=dtype, device="meta") for n in (18, 9))
-    launch.gather(huge, image, weight, offset, mask, None)
-    for plan in plans[-2:]:
-        assert not any(s is not None and s.start for _, slots in plan.steps for s in slots)
+
+    # It does not grow with the batch. Neither few positions nor a single item are split.
+    def given(batch: int, *size: int) -> list[Tensor]:
+        return [torch.empty(batch, n, *size, dtype=dtype, device="meta") for n in (256, 256, 18, 9)]
+
+    for batch, size, pieces in ((128, (128, 128), 32), (5, (128, 128), 1), (1, (640, 640), 1)):
+        image, points, *others = given(batch, *size)
+        g = g._replace(batch=batch, image_size=size, point_size=size)
+        launch.gradients(g, image, points, weight, *others, (True, False, True, True, True))
+        assert len(sources(plans[-1])) == pieces
+        assert pieces == 1 or plans[-1].size <= torchvision / 10 + 8 * 4 * weight.numel()
 
 
 def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:

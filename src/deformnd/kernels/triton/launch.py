@@ -152,7 +152,7 @@ def _run(
             last, form = layout or (False, torch.contiguous_format)
             operands.append(None if slot is None else Operand(slot, last))
             forms.append(form)
-        most = max(1, min(g.batch, g.batch * math.prod(g.point_size) // configs.PIECE))
+        most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / configs.PIECE)))
         limit, pieces = configs.SCRATCH * dtype.itemsize, 1
         while True:
             given = (operands[2], plan.given[3], plan.given[4])
@@ -243,16 +243,22 @@ def _plan_gradients(
         for piece, parts in call.pieces(*tensors):
             _gradients(piece, grad_weight, *parts)
         return
-    # Sums of every piece, in float32; each begins at a multiple of 256 bytes.
+    # Sums of some pieces, in float32, and then of all; each begins at a multiple of 256 bytes.
     size = math.prod(weight.shape)
-    sums = plan.scratch(call.number_of_pieces, -(-size // 64) * 64, dtype=torch.float32)
-    number = 0
+    length, room = -(-size // 64) * 64, min(call.number_of_pieces, configs.SUMS)
+    sums = plan.scratch(room, length, dtype=torch.float32)
+    taken = 0
+
+    def add(out: Slot) -> None:
+        plan.launch(_reduce_launch(taken, (1, 1, size), (0, 0, 1), length), sums, None, out)
+
     for piece, parts in call.pieces(*tensors):
-        _gradients(piece, sums.part(number, 1), *parts)
-        number += 1
-    plan.launch(
-        _reduce_launch(number, (1, 1, size), (0, 0, 1), sums.shape[1]), sums, None, grad_weight
-    )
+        if taken == room:
+            add(sums)
+            taken = 1
+        _gradients(piece, sums.part(taken, 1), *parts)
+        taken += 1
+    add(grad_weight)
 
 
 def _gradients(
@@ -268,11 +274,12 @@ def _gradients(
     by_inverse = grad_image is not None and _by_inverse(call)
     factors = _by_factors(call, image.slot.dtype)
     # The derivative by the image, or by the points, is written last, so its result has room for a
-    # copy until then. Of a large image memory counts more than a launch: the weight's gradient goes
-    # first, which lets atomic additions be copied last, and factors never lie beside rows.
+    # copy until then. For that, and to have no factors beside rows, the weight's gradient is early.
+    # That may take one launch more, not with gluon_narrow.py, which a large image is worth.
     early = False
     if grad_image is not None and grad_points is None:
-        early = image.slot.size >= configs.LARGE and (factors or not by_inverse)
+        large = image.slot.size >= configs.LARGE
+        early = large and factors if by_inverse else large or hopper.takes_narrow(call)
         if early or by_inverse:
             call.lend(image, grad_image)
     elif grad_points is not None and grad_image is None:
