@@ -835,8 +835,8 @@ def test_gpu_narrow(
 @pytest.mark.parametrize(
     "case",
     [
-        Case((33, 30), (3, 3), image=64, points=64, batch=5),
-        Case((33, 30), (3, 3), image=64, points=64, batch=4, last=True, bias=False),
+        Case((32, 30), (3, 3), image=64, points=64, batch=5),
+        Case((32, 30), (3, 3), image=64, points=64, batch=4, last=True, bias=False),
         Case((20, 23), (3, 3), image=128, points=128, batch=6, transposed=True),
         Case((20, 23), (3, 3), image=64, points=64, batch=5, offset_groups=16, mask_groups=16),
         *PIECES,
@@ -850,6 +850,8 @@ def test_gpu_pieces(
     exact_float32: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if case.offset_groups == 16:  # so that few programs do not keep a gather from Hopper's kernel
+        monkeypatch.setattr(layouts, "multiprocessors_of", lambda device: 4)
     split(monkeypatch, case)
     torch.use_deterministic_algorithms(deterministic)
     try:

@@ -158,7 +158,6 @@ def _run(
             given = (operands[2], plan.given[3], plan.given[4])
             call = Call(g, plan, precision_of(g, dtype), *given, pieces)
             make(call, *operands[:2], plan.given[5], forms, wanted)
-            plan.flush()
             if plan.size <= limit or pieces == most:
                 break
             pieces = min(most, triton.cdiv(pieces * plan.size, limit))
