@@ -6,6 +6,7 @@ a process of their own with TRITON_INTERPRET=1, which test_in_interpreter starts
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import os
@@ -34,8 +35,9 @@ from deformnd.kernels.geometry import (
 triton = pytest.importorskip("triton")
 
 from deformnd.kernels.triton import compiled, configs, hopper, launch, layouts  # noqa: E402
+from deformnd.kernels.triton import plan as planning  # noqa: E402
 from deformnd.kernels.triton.compiled import _parameters  # noqa: E402
-from deformnd.kernels.triton.plan import Plan  # noqa: E402
+from deformnd.kernels.triton.plan import GIVEN, Plan  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")
@@ -302,6 +304,83 @@ def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.Monkey
         check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
+PIECES = [
+    Case((4, 5), (3, 2), batch=5),
+    Case((4, 5), (2, 3), batch=4, last=True, bias=False),
+    Case((4, 3), (2, 2), batch=5, image=8, points=8, groups=2, offset_groups=2, last=True),
+    Case((4, 3), (2, 2), batch=5, stride=(2, 2), transposed=True),
+    Case((4, 5), (1, 3), batch=5, image=12, offset_groups=4, mask_groups=2),
+    Case((9,), (3,), batch=5, image=8, offset_groups=8, mask_groups=0, transposed=True),
+    Case((2, 3, 4), (1, 3, 2), batch=4, padding=(0, 1, 1), last=True, transposed=True, bias=False),
+]  # fmt: skip
+
+
+def split(monkeypatch: pytest.MonkeyPatch, case: Case, items: int = 2) -> None:
+    """Have small batches be taken in pieces of about so many items."""
+    g = case.make(torch.float32, "cpu").g
+    monkeypatch.setattr(configs, "PIECE", items * math.prod(g.point_size))
+    monkeypatch.setattr(configs, "SCRATCH", 1)
+    monkeypatch.setattr(configs, "LARGE", 0)
+    launch._PLANS.clear()
+
+
+def sources(plan: Plan) -> set[int]:
+    """Where the parts of the plan's first tensor start."""
+    slots = [s for _, slots in plan.steps for s in slots if s is not None]
+    return {s.start for s in slots if (s.kind, s.number) == (GIVEN, 0)}
+
+
+def in_pieces() -> bool:
+    """Whether every plan is in pieces."""
+    return all(len(sources(plan)) > 1 for plan in launch._PLANS.values())
+
+
+@pytest.mark.parametrize("case", PIECES, ids=str)
+def test_interpreted_pieces(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, case)
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+    assert in_pieces() and len(launch._PLANS) == 2
+
+
+def test_interpreted_many_pieces(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pieces than gradients of the weight that are kept."""
+    monkeypatch.setattr(configs, "KEPT", 2)
+    case = Case((4, 4), (1, 1), padding=(0, 0), batch=5)
+    split(monkeypatch, case, 1)
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+    assert all(len(sources(plan)) == 5 for plan in launch._PLANS.values())
+
+
+def test_interpreted_pieces_inverse(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With lists, for half numbers and where results are to be repeatable."""
+    monkeypatch.setattr(configs, "NARROW", 4)
+    for name in ("LISTED", "LONG", "SHORT"):
+        monkeypatch.setattr(configs, name, 16)
+    case = Case((3, 4), (2, 2), image=8, batch=5)
+    for half in (case, PIECES[4]):
+        split(monkeypatch, half)
+        check(half.make(torch.float16, "cpu", float_offset=True), 1e-2, 2e-2)
+        assert in_pieces()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for ordered in (case, PIECES[3], Case((3, 4), (1, 2), batch=4, offset_groups=2)):
+        split(monkeypatch, ordered)
+        check(ordered.make(torch.float32, "cpu"), 1e-5, 1e-5)
+        assert in_pieces()
+
+
+def test_interpreted_single_pixels(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels first and last at once, and not aligned: a copy lies in the input's gradient."""
+    monkeypatch.setattr(configs, "LARGE", 0)
+    launch._PLANS.clear()
+    problem = Case((1, 1), (1, 1), padding=(0, 0), image=8).make(torch.float32, "cpu")
+    assert problem.offset is not None
+    problem.offset.fmod_(1)
+    problem.x = torch.randn(17)[1:].as_strided((2, 8, 1, 1), (8, 1, 8, 8))
+    expected = problem.double().backward(reference)
+    for got, want in zip(problem.backward(launch), expected, strict=True):
+        assert want.count_nonzero() and close(got, want, 1e-5)
+
+
 def test_interpreted_sums(interpreted: None) -> None:
     sums("cpu")
 
@@ -343,6 +422,115 @@ def exact_positions(device: str) -> None:
     assert problem.offset is not None
     problem.offset.zero_()
     check(problem, 1e-5, 1e-5)
+
+
+# Planned without a device
+
+
+@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to plan with")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_pieces_bound_memory(
+    dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H200 a plan's scratch memory is at most a tenth of what torchvision takes there."""
+    torchvision = 352 * dtype.itemsize << 20
+    plans: list[Plan] = []
+
+    def run(plan: Plan, tensors: Any) -> list[None]:
+        plans.append(plan)
+        return [None] * 6
+
+    for module in (layouts, launch):
+        monkeypatch.setattr(module, "multiprocessors_of", lambda device: 132)
+    monkeypatch.setattr(layouts, "allows_tf32", lambda: False)
+    monkeypatch.setattr(launch, "allows_tf32", lambda: False)
+    monkeypatch.setattr(hopper, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "Plan", lambda device, given: Plan(torch.device("cuda"), given))
+    monkeypatch.setattr(Plan, "load", lambda plan: {})
+    monkeypatch.setattr(Plan, "run", run)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    size, ones = (128, 128), (1, 1)
+    g = Geometry(8, 256, 256, 1, 1, 1, size, size, (3, 3), ones, ones, ones)
+    image, points = (torch.empty(8, 256, *size, dtype=dtype, device="meta") for _ in range(2))
+    weight = torch.empty(256, 256, 3, 3, dtype=dtype, device="meta")
+    offset, mask = (torch.empty(8, n, *size, dtype=dtype, device="meta") for n in (18, 9))
+    launch.gather(g, image, weight, offset, mask, None)
+    launch.scatter(g, points, weight, offset, mask, None)
+    given = (image, points, weight, offset, mask)
+    launch.gradients(g, *given, (True, False, True, True, True), points)
+    launch.gradients(g, *given, (False, True, True, True, True), image)
+    for plan in plans:
+        assert len(sources(plan)) == 2
+        assert 16 * 2**20 < plan.size <= torchvision / 10
+
+    # It does not grow with the batch. Neither few positions nor a single item are split.
+    for batch, size, pieces in ((128, (128, 128), 32), (5, (128, 128), 1), (1, (640, 640), 1)):
+        image, points, *others = (
+            torch.empty(batch, n, *size, dtype=dtype, device="meta") for n in (256, 256, 18, 9)
+        )
+        g = g._replace(batch=batch, image_size=size, point_size=size)
+        launch.gradients(g, image, points, weight, *others, (True, False, True, True, True))
+        assert len(sources(plans[-1])) == pieces
+        assert pieces == 1 or plans[-1].size <= torchvision / 10 + 8 * 4 * weight.numel()
+
+
+def test_plans_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a Triton for other devices may lack."""
+    plans: list[Plan] = []
+    monkeypatch.setattr(hopper, "gl", None, raising=False)
+    monkeypatch.setattr(layouts, "allows_tf32", lambda: False)
+    monkeypatch.setattr(Plan, "load", lambda plan: {})
+    monkeypatch.setattr(Plan, "run", lambda plan, _: plans.append(plan) or [None] * 6)
+    forget()
+    problem = Case((9, 9), (3, 3), image=64, points=64).make(torch.float32, "cpu")
+    problem.backward(launch)
+    kernels = [step.kernel for step, _ in plans[0].steps]
+    assert kernels[-3:] == ["prepare", "weight_gradient", "reduce_weight"]
+    forget()
+
+
+def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches get the addresses of parts, tensor maps too."""
+    seen: list[list[int]] = []
+
+    def word(address: int) -> Any:
+        return ctypes.c_uint64.from_address(address)
+
+    def invocation(function: Any, grid: Any, arguments: Any) -> Any:
+        return lambda stream: seen.append(
+            [word(value).value for is_one, value in arguments if is_one]
+        )
+
+    class TensorMap:
+        of = staticmethod(lambda described, shape: TensorMap())
+
+        def encode(self, place: int, address: int) -> None:
+            word(place).value = address
+
+    monkeypatch.setattr(planning, "Invocation", invocation)
+    monkeypatch.setattr(planning, "TensorMap", TensorMap)
+    monkeypatch.setattr(planning, "_stream_of", lambda device: lambda: 0)
+    step: Any = SimpleNamespace(
+        grid=(1, 1, 1), integers=(), descriptor=SimpleNamespace(argument=2),
+        load=lambda dtypes: (None, None),
+    )  # fmt: skip
+    plan = Plan(torch.device("cpu"), [torch.empty(4, 8), None, torch.empty(2, 3)])
+    given, result = plan.given[0], plan.result((4, 16), torch.float16)
+    assert given is not None
+    plan.scratch(3, dtype=torch.float32)
+    scratch = plan.scratch(4, 64, dtype=torch.float32)
+    for first in (0, 1, 3):
+        plan.launch(
+            step, given.part(first, 1), None, *(t.part(first, 1) for t in (result, scratch))
+        )
+    plan.launch(step, None, given, given.part(1, 2), None)
+    instance = planning._Instance(plan)
+    for x, y, z in ((1000, 5000, 9000), (11000, 15000, 19000)):
+        seen.clear()
+        instance.run([x, 0], [y], z)
+        want = [[x + 32 * i, y + 32 * i, z + 256 + 256 * i] for i in (0, 1, 3)]
+        assert seen == [*want, [x, x + 32]]
 
 
 # Compiled without a device
@@ -643,18 +831,23 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon")
 def test_a_plan_without_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is said once, and the general kernel is in its place; of others it is an error."""
-    problem = Case((33, 30), (3, 3), image=64, points=64).make(torch.float16, "cpu")
+    """That is said once, and the general kernel is in its place; of others it is an error. Nothing
+    is loaded of a plan that takes too much memory, and so is written again in pieces."""
+    case = Case((32, 30), (3, 3), image=64, points=64, batch=4)
+    problem = case.make(torch.float16, "cpu")
     broken = {"outer"}
+    loaded: list[bool] = []
+
+    def load(plan: Plan) -> dict[Any, Exception]:
+        loaded.append(len(sources(plan)) > 1)
+        return {s: RuntimeError(s.kernel) for s, _ in plan.steps if s.kernel in broken}
+
     monkeypatch.setattr(hopper, "_on_hopper", lambda call: True)
     monkeypatch.setattr(hopper, "BROKEN", set())
-    monkeypatch.setattr(
-        Plan,
-        "load",
-        lambda plan: {s: RuntimeError(s.kernel) for s, _ in plan.steps if s.kernel in broken},
-    )
+    monkeypatch.setattr(Plan, "load", load)
     monkeypatch.setattr(Plan, "run", lambda plan, _: [s.kernel for s, _ in plan.steps])
     forget()
+    split(monkeypatch, case)
 
     def kernels() -> set[str]:
         launch._PLANS.clear()
@@ -666,6 +859,7 @@ def test_a_plan_without_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) ->
         found = kernels()
     assert {"weight_gradient", "along", "inverse", "channel_sums"} <= found
     assert "outer" not in found and "spread" not in found
+    assert loaded == [True, True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernels() == found
@@ -742,6 +936,41 @@ def test_gpu_narrow(
             check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
         finally:
             torch.use_deterministic_algorithms(False)
+    assert not hopper.BROKEN
+
+
+@gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((32, 30), (3, 3), image=64, points=64, batch=5),
+        Case((32, 30), (3, 3), image=64, points=64, batch=4, last=True, bias=False),
+        Case((20, 23), (3, 3), image=128, points=128, batch=6, transposed=True),
+        Case((20, 23), (3, 3), image=64, points=64, batch=5, offset_groups=16, mask_groups=16),
+        *PIECES,
+    ],
+    ids=str,
+)
+def test_gpu_pieces(
+    case: Case,
+    dtype: torch.dtype,
+    deterministic: bool,
+    exact_float32: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if case.offset_groups == 16:  # so that few programs do not keep a gather from Hopper's kernel
+        monkeypatch.setattr(layouts, "multiprocessors_of", lambda device: 4)
+    split(monkeypatch, case)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+        if case.batch > 3 and case.image % 16 == 0:
+            assert in_pieces()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        launch._PLANS.clear()
     assert not hopper.BROKEN
 
 

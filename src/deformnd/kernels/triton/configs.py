@@ -71,6 +71,18 @@ NARROW = 32
 # out, and plain float32 products are no bottleneck.
 FEW = 1024
 
+# A batch is taken in pieces where a call would need more scratch memory at once (in elements of the
+# image), as long as a piece has about so many positions: four waves of programs of 64 on an H200,
+# whose 132 multiprocessors hold two each.
+SCRATCH = 18 << 20
+PIECE = 65536
+
+# So many pieces' gradients of the weight are kept before they are added.
+KEPT = 8
+
+# Bytes of an image from which a launch more is worth less memory.
+LARGE = 16 << 20
+
 # Positions that are listed at once for the inverse gather.
 LISTED = 512
 

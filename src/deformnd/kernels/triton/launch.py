@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +114,13 @@ def _run(
     wanted: tuple[bool, ...] = (),
 ) -> list[Tensor]:
     """Run the plan of the call, which `make` writes."""
+    device = weight.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(make, g, image, points, weight, offset, mask, bias, wanted)
     like = points if image is None else image
     assert like is not None
-    device, dtype = weight.device, like.dtype
+    dtype = like.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
     tensors: list[Tensor | None] = []
@@ -128,7 +132,8 @@ def _run(
         else:
             usable, last = _usable(t)
             tensors.append(usable)
-            layouts.append((last, memory_format(t)))
+            # Not of a tensor of single pixels, which is contiguous as well.
+            layouts.append((last, memory_format(t) if last else torch.contiguous_format))
     for t in (offset, mask, bias):
         if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
             tensors.append(t)
@@ -140,52 +145,49 @@ def _run(
         torch.are_deterministic_algorithms_enabled(),
         dtype == torch.float32 and allows_tf32(),
     )
-
-    def write(plan: Plan) -> None:
-        operands: list[Any] = []
-        forms = []
-        for slot, layout in zip(plan.given, layouts, strict=False):
-            last, form = layout or (False, torch.contiguous_format)
-            operands.append(None if slot is None else Operand(slot, last))
-            forms.append(form)
-        call = Call(g, plan, precision_of(g, dtype), operands[2], *plan.given[3:5])
-        make(call, *operands[:2], plan.given[5], forms, wanted)
-
-    return _planned(key, device, tensors, write)
-
-
-_PLANS: dict[Any, Plan] = {}
-
-
-def _planned(
-    key: Any, device: torch.device, tensors: Sequence[Tensor | None], write: Callable[[Plan], None]
-) -> list[Tensor]:
-    """Run the plan with that key; `write` writes it if there is none yet."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _planned(key, device, tensors, write)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = _written(device, tensors, write)
+        plan = Plan(device, tensors)
+        _write(plan, make, g, layouts, wanted)
         if len(_PLANS) >= 4096:
             _PLANS.clear()
         _PLANS[key] = plan
     return plan.run(tensors)
 
 
-def _written(
-    device: torch.device, tensors: Sequence[Tensor | None], write: Callable[[Plan], None]
-) -> Plan:
-    """The plan that `write` writes, with its kernels loaded. It is written anew where some of
-    gluon.py cannot be built, and so without them."""
+_PLANS: dict[Any, Plan] = {}
+
+
+def _write(
+    plan: Plan, make: Any, g: Geometry, layouts: Sequence[Any], wanted: tuple[bool, ...]
+) -> None:
+    """Write the plan and load its kernels.
+
+    It is written anew, in more pieces, while it needs too much scratch memory; and where kernels
+    of gluon.py cannot be built, without them.
+    """
+    operands: list[Any] = []
+    forms = []
+    for slot, layout in zip(plan.given, layouts, strict=False):
+        last, form = layout or (False, torch.contiguous_format)
+        operands.append(None if slot is None else Operand(slot, last))
+        forms.append(form)
+    image, points, weight = operands
+    offset, mask, bias = plan.given[3:]
+    dtype = weight.slot.dtype
+    most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / configs.PIECE)))
+    limit, pieces = configs.SCRATCH * dtype.itemsize, 1
     while True:
-        plan = Plan(device, tensors)
-        write(plan)
+        call = Call(g, plan, precision_of(g, dtype), weight, offset, mask, pieces)
+        make(call, image, points, bias, forms, wanted)
         plan.flush()
-        failures = plan.load()
-        if not failures:
-            return plan
-        hopper.give_up(failures)
+        if plan.size > limit and pieces < most:
+            pieces = min(most, triton.cdiv(pieces * plan.size, limit))
+        elif failures := plan.load():
+            hopper.give_up(failures)
+        else:
+            return
+        plan.clear()
 
 
 def _usable(t: Tensor) -> tuple[Tensor, bool]:
@@ -205,17 +207,20 @@ Forms = Sequence[torch.memory_format]  # of image and points, which results take
 def _plan_gather(
     call: Call, image: Operand, points: None, bias: Slot | None, forms: Forms, wanted: Any
 ) -> None:
-    _gather(call, image, bias, _points_result(call, image.slot.dtype, forms[0]))
+    result = _points_result(call, image.slot.dtype, forms[0])
+    for piece, (source, out) in call.pieces(image, result):
+        _gather(piece, source, bias, out)
 
 
 def _plan_scatter(
     call: Call, image: None, points: Operand, bias: Slot | None, forms: Forms, wanted: Any
 ) -> None:
-    out = _image_result(call, points.slot.dtype, forms[1])
-    if _by_inverse(call):
-        _inverse(call, points, bias, out, _counts(call))
-    else:
-        _spread(call, None, points, bias, out, None, None)
+    result = _image_result(call, points.slot.dtype, forms[1])
+    for piece, (source, out) in call.pieces(points, result):
+        if _by_inverse(piece):
+            _inverse(piece, source, bias, out, _counts(piece))
+        else:
+            _spread(piece, None, source, bias, out, None, None)
 
 
 def _plan_gradients(
@@ -227,42 +232,92 @@ def _plan_gradients(
     wanted: tuple[bool, ...],
 ) -> None:
     by_image, by_points, by_weight, by_offset, by_mask, sums_image, sums_points = wanted
-    plan, dtype = call.plan, image.slot.dtype
+    plan, dtype, weight = call.plan, image.slot.dtype, call.given_weight.slot
     # The results in their order, whatever is computed first.
     grad_image = _image_result(call, dtype, forms[0]) if by_image else None
     grad_points = _points_result(call, dtype, forms[1]) if by_points else None
     grad_weight, grad_offset, grad_mask = (
         plan.result(t.shape, t.dtype) if want and t is not None else None
-        for want, t in (
-            (by_weight, call.given_weight.slot),
-            (by_offset, call.offset),
-            (by_mask, call.mask),
-        )
+        for want, t in ((by_weight, weight), (by_offset, call.offset), (by_mask, call.mask))
     )
     if sums_image or sums_points:
         summed = image if sums_image else points
         _sums(plan, summed, plan.result((summed.slot.shape[1],), dtype))
+    tensors = (image, points, grad_image, grad_points, grad_offset, grad_mask)
+    if grad_weight is None or call.number_of_pieces == 1:
+        for piece, parts in call.pieces(*tensors):
+            _gradients(piece, grad_weight, *parts)
+        return
+    # Sums of some pieces, in float32, and then of all; each begins at a multiple of 256 bytes.
+    size = math.prod(weight.shape)
+    length, room = -(-size // 64) * 64, min(call.number_of_pieces, configs.KEPT)
+    kept = plan.scratch(room, length, dtype=torch.float32)
+    count = 0
+
+    def add(out: Slot) -> None:
+        plan.launch(_reduce_launch(count, (1, 1, size), (0, 0, 1), length), kept, None, out)
+
+    for piece, parts in call.pieces(*tensors):
+        if count == room:
+            add(kept)
+            count = 1
+        _gradients(piece, kept.part(count, 1), *parts)
+        count += 1
+    add(grad_weight)
+
+
+def _gradients(
+    call: Call,
+    grad_weight: Slot | None,
+    image: Operand,
+    points: Operand,
+    grad_image: Operand | None,
+    grad_points: Operand | None,
+    grad_offset: Slot | None,
+    grad_mask: Slot | None,
+) -> None:
     by_inverse = grad_image is not None and _by_inverse(call)
+    # Whether the weight's gradient takes factors of the points, not rows.
+    factors = call.precision == "split" and (
+        hopper.takes_narrow(call) or _outer_launch(call, image.slot.dtype) is not None
+    )
+    # The derivative by the image, or by the points, is written last: until then a copy of that
+    # tensor lies in its place. So atomic additions come after the weight's gradient, which then is
+    # early; and it is where its factors of the points would lie beside rows of them. That may take
+    # a launch more, which a large image is worth, but not with gluon_narrow.py.
+    early = False
+    if grad_image is not None and grad_points is None:
+        large = image.slot.size >= configs.LARGE
+        early = (large and factors) if by_inverse else (large or hopper.takes_narrow(call))
+        if early or by_inverse:
+            call.lend(image, grad_image)
+    elif grad_points is not None and grad_image is None:
+        call.lend(points, grad_points)
     if by_inverse:
         # Before the frame, so that all kernels use the rows, and all is done at once.
-        call.rows(points)
+        if not early:
+            call.rows(points)
         call.weight("units" if hopper.takes_inverse(call) else "")
         counts = _counts(call)
     with call.frame():
-        factors = call.precision == "split" and hopper.takes_narrow(call)  # and so no rows
-        if hopper.takes(call) or (call.units.narrow and not factors):
-            call.rows(points)
-        if grad_points is not None or any((grad_weight, grad_offset, grad_mask)):
+        by_position = grad_offset is not None or grad_mask is not None
+        if not factors and (call.units.narrow or hopper.takes(call)):
+            if by_position or grad_weight is not None:
+                call.rows(points)
+        if by_position or grad_weight is not None or grad_points is not None:
             call.image(image)
-        if grad_points is not None:
-            _gather(call, image, None, grad_points)
         by_atomics = None if by_inverse else grad_image
         if _narrow_gradients(call, image, points, by_atomics, grad_weight, grad_offset, grad_mask):
             by_atomics = grad_weight = grad_offset = grad_mask = None
+        if early and grad_weight is not None:
+            _weight_gradient(call, image, points, grad_weight)
+            grad_weight = None
         if by_atomics is not None or grad_offset is not None or grad_mask is not None:
             _spread(call, image, points, None, by_atomics, grad_offset, grad_mask)
         if grad_weight is not None:
             _weight_gradient(call, image, points, grad_weight)
+        if grad_points is not None:
+            _gather(call, image, None, grad_points)
     if by_inverse and grad_image is not None:
         _inverse(call, points, None, grad_image, counts)
 
@@ -299,9 +354,9 @@ def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None
             launch = hopper.gather_launch(g, dtype, out.last, call.multiprocessors)
         elif hopper.takes_narrow(call):
             launch = hopper.gather_narrow_launch(g, dtype, out.last, call.multiprocessors)
-        if launch is not None:
+        if launch is not None and hopper.builds(launch):
             taken = slots(launch, "gather")
-        if launch is None or not hopper.builds(launch):
+        else:
             key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
             launch = _gather_launch(g, *key)
             taken = slots(launch, "")
@@ -437,8 +492,12 @@ def _spread(
         grad_mask = _by_unit(call, by_mask, g.mask_groups)
         grad_image = None
         if by_image is not None:
-            shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
-            grad_image = plan.scratch(*shape, dtype=torch.float32)
+            rows = by_image.last and not units.narrow and bias is None
+            if rows and by_image.slot.dtype == torch.float32:
+                grad_image = by_image.slot
+            else:
+                shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
+                grad_image = plan.scratch(*shape, dtype=torch.float32)
             plan.zero(grad_image)
         by_position = grad_offset is not None or grad_mask is not None
         laid = call.image(image) if by_position and image is not None else None
@@ -446,18 +505,16 @@ def _spread(
         launch = None
         if hopper.takes(call):
             launch = hopper.along_launch(g, points.slot.dtype, call.multiprocessors)
-            if launch is not None:
-                slots = (laid, call.rows(points), call.weight("along"), *rest)
-                if not hopper.builds(launch):
-                    launch = None
-        if launch is None:
+        if launch is not None and hopper.builds(launch):
+            slots = (laid, call.rows(points), call.weight("along"), *rest)
+        else:
             placed = call.points(points)
             key = (points.slot.dtype.itemsize, call.precision, placed.last)
             needs = (grad_image is not None, by_position)
             launch = _spread_launch(g, *key, *needs, call.multiprocessors)
             slots = (laid, placed.slot, call.weight(), *rest)
         plan.launch(launch, *slots)
-        if grad_image is not None and by_image is not None:
+        if grad_image is not None and by_image is not None and grad_image != by_image.slot:
             layout = "planes" if units.narrow else "rows"
             _image_like(call, grad_image, bias, layout, by_image)
         _sum_units(call, grad_offset, by_offset, g.offset_groups)
@@ -479,7 +536,7 @@ def _narrow_gradients(
     if by_offset is by_mask is None or not hopper.takes_narrow(call):
         return False
     launch = hopper.gradients_narrow_launch(g, dtype, call.multiprocessors)
-    if launch is None:
+    if launch is None or not hopper.builds(launch):
         return False
     with call.frame():
         grad_offset = _by_unit(call, by_offset, g.offset_groups)
@@ -497,8 +554,6 @@ def _narrow_gradients(
         weight = call.weight("along", launch.constants["RUN"])
         given = (call.image(image), rows, weight, call.offset, call.mask)
         slots = (*given, grad_offset, grad_mask, grad_image, parts)
-        if not hopper.builds(launch):
-            return False
         if grad_image is not None:
             plan.zero(grad_image)
         plan.launch(launch, *slots)
@@ -601,11 +656,12 @@ def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand, count
 
     with call.frame():
         entries = plan.scratch(lists.entries, dtype=torch.int32)
-        taken = None
+        launch = None
         if hopper.takes_inverse(call):
             launch = hopper.inverse_launch(g, dtype, out.last, call.multiprocessors)
+        if launch is not None and hopper.builds(launch):
             taken = slots(launch, "units")
-        if taken is None or not hopper.builds(launch):
+        else:
             key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
             launch = _inverse_launch(g, *key)
             taken = slots(launch, "")
@@ -689,17 +745,13 @@ def _inverse_launch(
 def _weight_gradient(call: Call, image: Operand, points: Operand, out: Slot) -> None:
     g, plan, dtype = call.g, call.plan, image.slot.dtype
     with call.frame():
-        found = None
-        if hopper.takes(call):
-            found = hopper.outer_launch(g, dtype, call.multiprocessors)
+        found = _outer_launch(call, dtype)
         if found is not None:
             launch, splits, shape = found
             rows = call.factors(points) if call.precision == "split" else call.rows(points)
             parts = plan.scratch(splits, weights_of(g), dtype=torch.float32)
             given = (call.image(image), rows._replace(shape=shape), call.offset, call.mask)
-            if not hopper.builds(launch):
-                found = None
-        if found is None:
+        else:
             placed = call.points(points)
             key = (dtype.itemsize, call.precision, placed.last, call.multiprocessors)
             launch, splits = _weight_launch(g, *key)
@@ -707,6 +759,14 @@ def _weight_gradient(call: Call, image: Operand, points: Operand, out: Slot) -> 
             given = (call.image(image), placed.slot, call.offset, call.mask)
         plan.launch(launch, *given, parts)
         plan.launch(_reduce_weight_launch(g, splits), parts, out)
+
+
+def _outer_launch(call: Call, dtype: torch.dtype) -> tuple[Launch, int, tuple[int, ...]] | None:
+    """That of gluon.py, if it takes the call."""
+    if not hopper.takes(call):
+        return None
+    found = hopper.outer_launch(call.g, dtype, call.multiprocessors)
+    return found if found is not None and hopper.builds(found[0]) else None
 
 
 def _sum_weights(call: Call, parts: Slot, out: Slot) -> None:

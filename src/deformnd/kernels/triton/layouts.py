@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import triton.language as tl
 from ..geometry import Geometry
 from . import configs
 from .compiled import multiprocessors_of
-from .plan import SCRATCH, Job, Plan, Slot
+from .plan import RETURNED, SCRATCH, Job, Plan, Slot
 
 
 class Units(NamedTuple):
@@ -62,6 +63,9 @@ class Operand(NamedTuple):
     slot: Slot
     last: bool  # whether the channels (of a weight, those of its second axis) are last
 
+    def part(self, first: int, count: int) -> Operand:
+        return self._replace(slot=self.slot.part(first, count))
+
 
 class Call:
     """What the operators of one plan share: the tensors, and layouts of them made at most once."""
@@ -74,13 +78,36 @@ class Call:
         weight: Operand,
         offset: Slot | None,
         mask: Slot | None,
+        pieces: int = 1,
     ) -> None:
         self.g, self.plan, self.precision = g, plan, precision
         self.offset, self.mask = offset, mask
         self.units = units_of(g)
         self.multiprocessors = multiprocessors_of(plan.device)
         self.given_weight = weight
+        self.number_of_pieces = pieces
         self._made: dict[Any, Slot] = {}
+        self._lent: dict[Operand, Slot] = {}
+
+    def pieces(self, *tensors: Operand | Slot | None) -> Iterator[tuple[Call, list[Any]]]:
+        """The call for one piece of the batch after another, and what of the tensors belongs to
+        it. Scratch memory of a piece is that of the next."""
+        if self.number_of_pieces == 1:
+            yield self, list(tensors)
+            return
+        every = (*tensors, self.offset, self.mask)
+        slots = [t.slot if isinstance(t, Operand) else t for t in every if t is not None]
+        # So many items together begin at a multiple of 16 bytes.
+        step = max(16 // math.gcd(16, s.part(1, 1).start) for s in slots)
+        steps = triton.cdiv(self.g.batch, step)
+        number = min(self.number_of_pieces, steps)
+        bounds = [min(step * (i * steps // number), self.g.batch) for i in range(number + 1)]
+        for first, last in itertools.pairwise(bounds):
+            parts: list[Any] = [t and t.part(first, last - first) for t in every]
+            g = self.g._replace(batch=last - first)
+            call = Call(g, self.plan, self.precision, self.given_weight, *parts[-2:])
+            with self.plan.frame():
+                yield call, parts[:-2]
 
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
@@ -109,7 +136,7 @@ class Call:
                 return slot
             pixels = math.prod(slot.shape[2:])
             shape = (slot.shape[0], units.number, pixels, units.padded)
-            self._made[key] = self.plan.scratch(*shape, dtype=slot.dtype)
+            self._made[key] = self._room(image, slot.dtype, *shape)
             layout = "rows" if image.last else "channels"
             copy(self.plan, slot, self._made[key], None, units, layout, "planes")
         return self._made[key]
@@ -123,10 +150,24 @@ class Call:
             slot = t.slot
             batch, channels, *size = slot.shape
             shape = (batch, math.prod(size), channels)
-            self._made[key] = self.plan.scratch(*shape, dtype=slot.dtype)
+            self._made[key] = self._room(t, slot.dtype, *shape)
             whole = Units(channels, 1, False, channels)
             copy(self.plan, slot, self._made[key], None, whole, "channels", "rows")
         return self._made[key]
+
+    def lend(self, t: Operand, result: Operand) -> None:
+        """Let a copy of t lie in a result that is written when the copy has served."""
+        self._lent[t] = result.slot
+
+    def _room(self, t: Operand, dtype: torch.dtype, *shape: int) -> Slot:
+        """For a copy of t."""
+        lent = self._lent.get(t)
+        taken = any(slot.kind == RETURNED for slot in self._made.values())
+        if lent is not None and not taken:
+            room = lent._replace(dtype=dtype, shape=shape)
+            if room.size == lent.size:
+                return room
+        return self.plan.scratch(*shape, dtype=dtype)
 
     def factors(self, points: Operand) -> Slot:
         """Points as bfloat16 heads and tails of rows [2 x B x P, O] (kernels.py, precision)."""
@@ -135,7 +176,7 @@ class Call:
             slot = points.slot
             batch, channels, *size = slot.shape
             rows = 2 * batch * math.prod(size)
-            self._made[key] = self.plan.scratch(rows, channels, dtype=torch.bfloat16)
+            self._made[key] = self._room(points, torch.bfloat16, rows, channels)
             whole = Units(channels, 1, False, channels)
             layout = "rows" if points.last else "channels"
             copy(self.plan, slot, self._made[key], None, whole, layout, "rows", split=True)

@@ -29,9 +29,21 @@ class Slot(NamedTuple):
     number: int  # among those
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = 0  # bytes before it, if it is a part
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, first: int, count: int) -> Slot:
+        """Items of the first axis, which no layout moves."""
+        item = math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape = (count, *self.shape[1:])
+        return self._replace(shape=shape, start=self.start + first * item)
 
 
-GIVEN, RETURNED, SCRATCH = range(3)
+GIVEN, RETURNED, SCRATCH, PART = range(4)
 
 
 class _Result(NamedTuple):
@@ -100,6 +112,10 @@ class Plan:
         for t in given:
             number = sum(s is not None for s in self.given)
             self.given.append(None if t is None else Slot(GIVEN, number, t.dtype, tuple(t.shape)))
+        self.clear()
+
+    def clear(self) -> None:
+        """Start anew."""
         self.results: list[_Result] = []
         self.offsets: list[int] = []  # of the scratch slots, in bytes
         self.size = 0  # of all scratch memory
@@ -180,15 +196,18 @@ class Plan:
 
     def _interpret(self, given: list[Tensor], results: list[Tensor]) -> None:
         memory = torch.full((self.size,), 255, dtype=torch.uint8)
+        for t in results:
+            t.fill_(math.nan)
 
         def tensor(slot: Slot | None) -> Tensor | None:
             if slot is None:
                 return None
             if slot.kind != SCRATCH:
-                return (given, results)[slot.kind][slot.number]
-            start = self.offsets[slot.number]
-            size = math.prod(slot.shape) * slot.dtype.itemsize
-            return memory[start : start + size].view(slot.dtype).view(slot.shape)
+                whole = (given, results)[slot.kind][slot.number]
+                items = math.prod(slot.shape[1:]) * slot.dtype.itemsize
+                return whole[slot.start // items :] if slot.start else whole
+            start = self.offsets[slot.number] + slot.start
+            return memory[start : start + slot.size].view(slot.dtype).view(slot.shape)
 
         for launch, slots in self.steps:
             launch.interpret([tensor(s) for s in slots])
@@ -199,10 +218,12 @@ class _Instance:
 
     def __init__(self, plan: Plan) -> None:
         given = sum(s is not None for s in plan.given)
-        counts = (given, len(plan.results), len(plan.offsets))
+        slots = [s for _, slots in plan.steps for s in slots if s is not None and s.start]
+        self.parts = list(dict.fromkeys((s.kind, s.number, s.start) for s in slots))
+        counts = (given, len(plan.results), len(plan.offsets), len(self.parts))
         self.words: list[Any] = [(ctypes.c_uint64 * n)() for n in counts]
         self.offsets = plan.offsets
-        self.maps: list[tuple[TensorMap, int, Slot]] = []
+        self.maps: list[tuple[TensorMap, int, int, int]] = []
         self.mapped: list[int] = []  # the addresses that they were last made for
         self.room: list[Any] = []
         self.calls = [self._bind(*step) for step in plan.steps]
@@ -213,8 +234,10 @@ class _Instance:
         words[GIVEN][:] = given
         words[RETURNED][:] = results
         words[SCRATCH][:] = [memory + offset for offset in self.offsets]
-        for i, (tensor_map, place, slot) in enumerate(self.maps):
-            address = words[slot.kind][slot.number]
+        if self.parts:
+            words[PART][:] = [words[kind][number] + start for kind, number, start in self.parts]
+        for i, (tensor_map, place, kind, number) in enumerate(self.maps):
+            address = words[kind][number]
             if address != self.mapped[i]:
                 tensor_map.encode(place, address)
                 self.mapped[i] = address
@@ -241,14 +264,21 @@ class _Instance:
         arguments += [(False, n) for n in _flat(launch.integers)]
         return Invocation(function, launch.grid, arguments)
 
+    def _word_of(self, slot: Slot) -> tuple[int, int]:
+        """Which word, of which kind, holds its address."""
+        if not slot.start:
+            return slot.kind, slot.number
+        return PART, self.parts.index((slot.kind, slot.number, slot.start))
+
     def _address_of(self, slot: Slot) -> int:
-        return ctypes.addressof(self.words[slot.kind]) + 8 * slot.number
+        kind, number = self._word_of(slot)
+        return ctypes.addressof(self.words[kind]) + 8 * number
 
     def _room_for(self, tensor_map: TensorMap, slot: Slot) -> int:
         room = ctypes.create_string_buffer(2 * TENSOR_MAP)
         place = -(-ctypes.addressof(room) // TENSOR_MAP) * TENSOR_MAP
         self.room.append(room)
-        self.maps.append((tensor_map, place, slot))
+        self.maps.append((tensor_map, place, *self._word_of(slot)))
         self.mapped.append(0)
         return place
 
@@ -261,8 +291,10 @@ class _Instance:
         head = (compiled.function, compiled.packed_metadata, None, None, None)
         tail = (*launch.integers, *launch.constants.values())
 
+        words = [None if s is None else self._word_of(s) for s in slots]
+
         def call(stream: int) -> None:
-            pointers = [None if s is None else self.words[s.kind][s.number] for s in slots]
+            pointers = [None if w is None else self.words[w[0]][w[1]] for w in words]
             run(*launch.grid, stream, *head, *pointers, *tail)
 
         return call
