@@ -59,6 +59,7 @@ class Launch:
         warps: int,
         stages: int,
         descriptor: Descriptor | None = None,  # only kernels of gluon.py have one
+        programs: int = 0,  # on a multiprocessor at most; 0: as many as fit
     ) -> None:
         self.kernel = kernel
         self.grid = grid
@@ -66,6 +67,7 @@ class Launch:
         self.constants = constants
         self.options = {"num_warps": warps, "num_stages": stages}
         self.descriptor = descriptor
+        self.programs = programs
 
     def interpret(self, tensors: Sequence[Tensor | None]) -> None:
         kernel = getattr(kernels, self.kernel)
@@ -79,7 +81,7 @@ class Launch:
         """The function on the current CUDA device, and what its descriptor is like."""
         device = torch.cuda.current_device()
         parts = (self.kernel, *dtypes, _types(self.integers), *self.constants.items(), device)
-        key = (*parts, *self.options.values(), self.descriptor)
+        key = (*parts, *self.options.values(), self.descriptor, self.programs)
         if key not in _LOADED:
             capability = torch.cuda.get_device_capability()
             target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
@@ -115,6 +117,7 @@ class Launch:
         function = Function(
             Path(binary).read_bytes(),
             *(about[key] for key in ("name", "parameters", "shared", "warps")),
+            self.programs,
         )
         return function, next(iter(about["descriptors"]), None)
 
