@@ -896,6 +896,8 @@ GPU_CASES = [
     Case((301,), (5,), image=96, points=192, mask_groups=0),
     Case((30, 31), (3, 3), image=256, points=256, last=True, bias=False),
     Case((12, 13), (3, 3), image=256, points=1024, last=True),
+    Case((13, 14), (5, 5), image=64, points=64),
+    Case((21, 23), (5, 7), image=192, points=192, batch=1, last=True),
 ]
 
 

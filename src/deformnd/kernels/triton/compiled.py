@@ -61,6 +61,7 @@ class Launch:
         warps: int,
         stages: int,
         descriptor: Descriptor | None = None,  # only kernels of gluon.py have one
+        programs: int = 0,  # on a multiprocessor at most; 0: as many as fit
     ) -> None:
         self.kernel = kernel
         self.grid = grid
@@ -68,6 +69,7 @@ class Launch:
         self.constants = constants
         self.options = {"num_warps": warps, "num_stages": stages}
         self.descriptor = descriptor
+        self.programs = programs
 
     def interpret(self, tensors: Sequence[Tensor | None]) -> None:
         kernel = getattr(kernels, self.kernel)
@@ -86,7 +88,7 @@ class Launch:
     def _key(self, dtypes: Sequence[torch.dtype | None]) -> Any:
         device = torch.cuda.current_device()
         parts = (self.kernel, *dtypes, _types(self.integers), *self.constants.items(), device)
-        return (*parts, *self.options.values(), self.descriptor)
+        return (*parts, *self.options.values(), self.descriptor, self.programs)
 
     def _binary(self, source: Any, hashed: str, target: Any) -> tuple[bytes, _About]:
         # Triton's own cache takes 0.3 s to look at, since it hashes Triton itself.
@@ -183,7 +185,10 @@ def load(
         for key, binary in binaries.items():
             try:
                 code, about = binary.result()
-                function = Function(code, about.name, about.parameters, about.shared, about.warps)
+                function = Function(
+                    *(code, about.name, about.parameters, about.shared, about.warps),
+                    missing[key][0].programs,
+                )
                 _LOADED[key] = function, next(iter(about.descriptors), None)
             except Exception as failure:
                 failures[missing[key][0]] = failure

@@ -102,7 +102,13 @@ class Function:
     """A kernel on the current device."""
 
     def __init__(
-        self, cubin: bytes, name: str, parameters: list[int], shared: int, warps: int
+        self,
+        cubin: bytes,
+        name: str,
+        parameters: list[int],
+        shared: int,
+        warps: int,
+        programs: int,  # on a multiprocessor at most; 0: as many as fit
     ) -> None:
         driver = _driver()
         self.module, self.handle = c_void_p(), c_void_p()
@@ -119,18 +125,20 @@ class Function:
                 driver.cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, shared),
                 f"{name} needs {shared} bytes of shared memory",
             )
-            self._keep_cache()
+        if shared > _STATIC_SHARED or programs:
+            self._keep_cache(programs)
 
-    def _keep_cache(self) -> None:
-        """Have no more shared memory set aside than the programs need that fit a multiprocessor:
-        the rest is the cache, without which kernels that gather lose a third of their speed."""
+    def _keep_cache(self, most: int) -> None:
+        """Have no more shared memory set aside than the programs need that fit a multiprocessor,
+        or `most` of them: the rest is the cache, without which kernels that gather lose a third of
+        their speed."""
         registers, driver = c_int(), _driver()
         _check(driver.cuFuncGetAttribute(byref(registers), _REGISTERS, self.handle), self.name)
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         whole = properties.shared_memory_per_multiprocessor
         needed = self.shared + 1024  # of which the driver has some
         by_registers = _ALL_REGISTERS // (registers.value * self.threads)
-        programs = max(1, min(whole // needed, by_registers))
+        programs = max(1, min(whole // needed, by_registers, most or by_registers))
         percent = min(100, -(-100 * programs * needed // whole))
         _check(driver.cuFuncSetAttribute(self.handle, _CARVEOUT, percent), self.name)
 

@@ -1,21 +1,21 @@
 """Gluon kernels for Hopper: gather, the gradients by offset, mask and image, and by the weight.
 
-They compute what `gather`, `spread` and `weight_gradient` of kernels.py do, for one group and one
-unit. The first two keep the sampled columns in registers: a lane samples eight consecutive channels
-at once, and the weights' channels are permuted so that these are just the lane's share of a wgmma
-operand or accumulator (_pack in kernels.py). So nothing goes through shared memory but the
-weights, which the copy engine brings, STAGES blocks deep.
+They compute what `gather`, `spread`, `weight_gradient` and `inverse` of kernels.py do, for one
+group and, but for `inverse`, one unit. The copy engine brings weights, STAGES blocks deep, and
+wgmma multiplies a block of columns while the corners of the next one are loaded.
+
+`gather` and `outer` store their columns in shared memory, where eight lanes load 128 consecutive
+bytes of a corner, which is what the cache gives at once. `along` has a product's numbers and the
+corners they are multiplied with in registers: a lane has eight consecutive channels, and the
+weights' channels are permuted so that these are just its share of a wgmma accumulator (_pack in
+kernels.py).
 
 SPLIT: the tensors are float32, and the products those of Note [precision] in kernels.py; weights
 (and points in `outer`) come as heads, then tails.
-
-Note [pipeline]
-Corners of block i + 1 are loaded while wgmma multiplies block i. A register operand must not be
-overwritten before its wgmma is done, so the wait names it.
 """
 
 # Tuples of Triton grow by +.
-# ruff: noqa: B007, RUF005, RUF059
+# ruff: noqa: RUF005, RUF059
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -67,14 +67,6 @@ def _pack(low, high):
     a = low.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
     b = high.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) << 16
     return a | b
-
-
-@gluon.jit
-def _half(packed, high: gl.constexpr):
-    if high:
-        return (packed >> 16).to(gl.int16).to(gl.float16, bitcast=True)
-    else:
-        return packed.to(gl.int16).to(gl.float16, bitcast=True)
 
 
 @gluon.jit
@@ -189,20 +181,172 @@ def _fetch(image, code, c0, channels, image_size):
     return values
 
 
+# Samples in tables, in shared memory: what one lane has found for a sample many read. A table has
+# codes (_code) and the corners' weights (_weights).
+
+
+@gluon.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@gluon.constexpr_function
+def _twos(count, n):
+    return [count] + [2] * _log2(n)
+
+
 @gluon.jit
-def _blend(values, weights, SPLIT: gl.constexpr):
-    columns = None
-    for q in gl.static_range(len(values)):
-        if SPLIT:
-            weight = weights[q]
+def _together(words):
+    """Tensors [P], a power of two of them, as one [P, how many]."""
+    count: gl.constexpr = len(words)
+    for _ in gl.static_range(_log2(count)):
+        new = ()
+        for i in gl.static_range(len(words) // 2):
+            new = new + (gl.join(words[i], words[i + len(words) // 2]),)
+        words = new
+    return gl.reshape(words[0], [words[0].shape[0], count])
+
+
+@gluon.jit
+def _apart(x):
+    """The reverse of _together."""
+    words = (gl.reshape(x, _twos(x.shape[0], x.shape[1])),)
+    for _ in gl.static_range(_log2(x.shape[1])):
+        low = ()
+        high = ()
+        for i in gl.static_range(len(words)):
+            y, z = gl.split(words[i])
+            low = low + (y,)
+            high = high + (z,)
+        words = low + high
+    return words
+
+
+@gluon.jit
+def _allocate_tables(rows: gl.constexpr, count: gl.constexpr, rank: gl.constexpr,
+                     SPLIT: gl.constexpr):  # fmt: skip
+    words: gl.constexpr = 2**rank if SPLIT else 2 ** (rank - 1)
+    codes = gl.allocate_shared_memory(
+        gl.int32, [rows, count], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    weights = gl.allocate_shared_memory(
+        gl.int32, [rows, count, words], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    return codes, weights
+
+
+@gluon.jit
+def _tabulate(tables, row, given, inside, before, image_size, SPLIT: gl.constexpr):
+    """Store samples (_given) as a row of the tables; `before` comes before their images' pixels."""
+    axes, amplitude, valid = _cell(given, inside, image_size)
+    tables[0].index(row).store(before * 2 ** len(image_size) + _code(axes, image_size))
+    weights = _together(_weights(axes, amplitude, SPLIT))
+    tables[1].index(row).store(weights.to(gl.int32, bitcast=True))
+
+
+@gluon.constexpr_function
+def _rows_of(shape, count):
+    return [shape[0] * shape[1] // count, count, *shape[2:]]
+
+
+@gluon.constexpr_function
+def _together_layout(layout, n):
+    """Of n words for every row of a tensor with a BlockedLayout."""
+    each, threads, warps = layout.size_per_thread, layout.threads_per_warp, layout.warps_per_cta
+    return gl.SliceLayout(
+        2,
+        gl.BlockedLayout(
+            [each[0], n, each[1]], [threads[0], 1, threads[1]], [warps[0], 1, warps[1]], [2, 1, 0]
+        ),
+    )
+
+
+@gluon.jit
+def _codes(tables, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr):
+    """Of the i-th COUNT samples, for the rows of COLUMNS."""
+    shape: gl.constexpr = _rows_of(tables[0].shape, COUNT)
+    layout: gl.constexpr = tables[0].layout
+    codes = _reinterpret(tables[0], gl.int32, shape, layout)
+    return codes.index(i).load(gl.SliceLayout(1, COLUMNS))
+
+
+@gluon.jit
+def _mix(values, tables, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr):
+    """The sum of the corners' values times their weights of the i-th COUNT samples, in float32 or
+    in words of two half numbers. Those of float16 are multiplied as they are (kernels.py, _blend).
+    """
+    count: gl.constexpr = len(values)
+    shape: gl.constexpr = _rows_of(tables[1].shape, COUNT)
+    layout: gl.constexpr = tables[1].layout
+    words = _reinterpret(tables[1], gl.int32, shape, layout).index(i)
+    words = _apart(words.load(_together_layout(COLUMNS, shape[2])))
+    args = values
+    for w in gl.static_range(len(words)):
+        args = args + (gl.convert_layout(words[w], gl.SliceLayout(1, COLUMNS))[:, None],)
+    if dtype == gl.float32:
+        total = values[0].to(gl.float32, bitcast=True) * args[count].to(gl.float32, bitcast=True)
+        for q in gl.static_range(1, count):
+            weight = args[count + q].to(gl.float32, bitcast=True)
+            total += values[q].to(gl.float32, bitcast=True) * weight
+        return total
+    else:
+        return gl.inline_asm_elementwise(
+            _sum_of_products(count, dtype.name), _registers(count + count // 2), args, gl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _registers(count):
+    """Constraints of assembly from so many registers to one."""
+    return ",".join(["=r"] + ["r"] * count)
+
+
+@gluon.constexpr_function
+def _sum_of_products(count, dtype):
+    """Assembly for `count` pairs of numbers times weights, which are float16, two to a word."""
+    lines = [".reg .b16 l, h; .reg .b32 v, s; .reg .f32 x, y, w, a, b;"]
+    for q in range(count):
+        weight = "lh"[q % 2]
+        lines.append(f"mov.b32 {{l, h}}, ${1 + count + q // 2};")
+        if dtype == "fp16":
+            lines.append(f"mov.b32 v, {{{weight}, {weight}}};")
+            operation = "mul.rn.f16x2 s, {x}, v;" if q == 0 else "fma.rn.f16x2 s, {x}, v, s;"
+            lines.append(operation.format(x=f"${1 + q}"))
         else:
-            weight = _half(weights[q // 2], q % 2).to(gl.float32)
-        term = values[q].to(gl.float32) * weight[:, None]
-        if q == 0:
-            columns = term
-        else:
-            columns += term
+            lines.append(f"cvt.f32.f16 w, {weight};")
+            lines.append(f"shl.b32 x, ${1 + q}, 16; and.b32 y, ${1 + q}, 0xFFFF0000;")
+            if q == 0:
+                lines.append("mul.f32 a, x, w; mul.f32 b, y, w;")
+            else:
+                lines.append("fma.rn.f32 a, x, w, a; fma.rn.f32 b, y, w, b;")
+    lines.append("mov.b32 $0, s;" if dtype == "fp16" else "cvt.rn.bf16x2.f32 $0, b, a;")
+    return "{ " + " ".join(lines) + " }"
+
+
+@gluon.jit
+def _allocate_columns(dtype: gl.constexpr, count: gl.constexpr, channels: gl.constexpr,
+                      SPLIT: gl.constexpr):  # fmt: skip
+    """Room for columns twice, SPLIT: for heads and for tails."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([count, channels], dtype)
+    columns = (gl.allocate_shared_memory(dtype, [2, count, channels], layout),)
+    if SPLIT:
+        columns = columns + (gl.allocate_shared_memory(dtype, [2, count, channels], layout),)
     return columns
+
+
+@gluon.jit
+def _store_columns(columns, i, x, SPLIT: gl.constexpr):
+    """Store columns, as _mix made them, as a factor: SPLIT, as heads and tails."""
+    if SPLIT:
+        x = _parts(x, columns[0].dtype, SPLIT)
+        columns[0].index(i).store(x[0])
+        columns[1].index(i).store(x[1])
+    else:
+        shape: gl.constexpr = [columns[0].shape[0], x.shape[0], x.shape[1]]
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape[1:], gl.int32)
+        _reinterpret(columns[0], gl.int32, shape, layout).index(i).store(x)
+    fence_async_shared()
 
 
 @gluon.jit
@@ -244,109 +388,179 @@ def _bytes(rows, columns):
 
 
 @gluon.jit
-def _multiply_columns(a, held, stage, acc, SPLIT: gl.constexpr):
-    """acc plus columns, which lie in registers, @ weights[stage], done (Note [pipeline])."""
-    if SPLIT:
-        head = held.index(2 * stage).permute((1, 0))
-        tail = held.index(2 * stage + 1).permute((1, 0))
-        acc = warpgroup_mma(a[1], head, acc, is_async=True)
-        acc = warpgroup_mma(a[0], tail, acc, is_async=True)
-        acc = warpgroup_mma(a[0], head, acc, is_async=True)
-        acc, _, _ = warpgroup_mma_wait(0, deps=[acc, a[0], a[1]])
+def _fill(held, num_warps: gl.constexpr):
+    """Zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    rows: gl.constexpr = held.shape[0]
+    columns: gl.constexpr = held.shape[1]
+    held.store(gl.zeros([rows, columns], held.dtype, layout=layout))
+
+
+@gluon.jit
+def _product_of_zeros(x, y, MMA: gl.constexpr):
+    """A first product: ptxas makes all products wait for one another if, for what it sees at a
+    loop's head, a sum may come from elsewhere than a product."""
+    fence_async_shared()
+    barrier()
+    rows: gl.constexpr = x.shape[0]
+    columns: gl.constexpr = y.shape[1]
+    acc = gl.zeros([rows, columns], gl.float32, layout=MMA)
+    return warpgroup_mma(x, y, acc, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _position(q, size):
+    """The q-th position: in strips of 4 rows of the last two axes, by columns in pairs, so that
+    those of a program lie near each other and share corners in L1."""
+    if len(size) == 1:
+        return (q,)
     else:
-        acc = warpgroup_mma(a[0], held.index(stage).permute((1, 0)), acc, is_async=True)
-        acc, _ = warpgroup_mma_wait(0, deps=[acc, a[0]])
-    return acc
+        rows = size[len(size) - 2]
+        width = size[len(size) - 1]
+        lead = q // (rows * width)
+        q = q % (rows * width)
+        strip = q // (4 * width) * 4
+        q = q % (4 * width)
+        height = gl.maximum(gl.minimum(rows - strip, 4), 1)
+        column = q // (2 * height) * 2
+        q = q % (2 * height)
+        pair = gl.minimum(width - column, 2)
+        here = (strip + q // pair, column + q % pair)
+        if len(size) == 3:
+            here = (lead,) + here
+        return here
+
+
+@gluon.jit
+def _ravel(point, size):
+    index = point[0]
+    for a in gl.static_range(1, len(size)):
+        index = index * size[a] + point[a]
+    return index
+
+
+@gluon.jit
+def _next(tap, c0, taps, BLOCK: gl.constexpr):
+    """The next kernel point, or the first one and the next channels."""
+    end = tap + 1 == taps
+    return gl.where(end, 0, tap + 1), gl.where(end, c0 + BLOCK, c0)
 
 
 @gluon.jit
 def gather(image, weight, offset, mask, bias, out,
            sizes, channels, outputs, tiles, blocks, splits, count,
-           POINTS_LAST: gl.constexpr, SPLIT: gl.constexpr, BLOCK_P: gl.constexpr,
-           BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
-           COLUMNS: gl.constexpr, ROWS: gl.constexpr, PLANES: gl.constexpr,
+           POINTS_LAST: gl.constexpr, SPLIT: gl.constexpr, BLOCK_O: gl.constexpr,
+           BLOCK_C: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr, MMA: gl.constexpr,
+           COLUMNS: gl.constexpr, STORED: gl.constexpr, VECTOR_P: gl.constexpr,
            num_warps: gl.constexpr):  # fmt: skip
     """dF/dpoints, or where the sum is split float32 parts [splits, count] of it.
 
-    Grid: (B x tiles x blocks of O, splits of the kernel points' blocks of C).
+    A program takes 64 positions that lie near each other, and up to 2 PAIRS kernel points at once,
+    whose samples it tabulates. Then it samples BLOCK_C channels of one kernel point after the
+    other, channels outside, so that most corners are found in the cache; stores the columns; and
+    multiplies columns @ weights while it loads the corners of the next ones.
+    Grid: (B x tiles x blocks of O, splits of the kernel points).
     """
-    dtype: gl.constexpr = gl.bfloat16 if SPLIT else image.dtype.element_ty
+    dtype: gl.constexpr = image.dtype.element_ty
+    factor: gl.constexpr = gl.bfloat16 if SPLIT else dtype
     parts: gl.constexpr = 2 if SPLIT else 1
+    words: gl.constexpr = BLOCK_C if SPLIT else BLOCK_C // 2
     size: gl.constexpr = _bytes(BLOCK_C, BLOCK_O)
-    at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
-    operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     image_size = sizes[0]
     positions = _volume(sizes[1])
     tile = gl.program_id(0) // blocks
     o0 = (gl.program_id(0) % blocks) * BLOCK_O
     b = tile // tiles
-    p0 = (tile % tiles) * BLOCK_P
-    held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
+    p0 = (tile % tiles) * 64
+    columns = _allocate_columns(factor, 64, BLOCK_C, SPLIT)
+    held = gl.allocate_shared_memory(factor, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
+    tables = _allocate_tables(PAIRS, 128, len(image_size), SPLIT)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
-    fence_async_shared()
-    barrier()
+    idle = held.index((STAGES - 1) * parts)
+    _fill(columns[0].index(1), num_warps)
+    _fill(idle, num_warps)
+    acc = _product_of_zeros(columns[0].index(1), idle.permute((1, 0)), MMA)
+
     taps = _volume(sizes[2])
     rows = taps * outputs
-    per_tap = channels // BLOCK_C
-    first = gl.program_id(1) * (taps * per_tap) // splits
-    last = (gl.program_id(1) + 1) * (taps * per_tap) // splits
-    for s in gl.static_range(STAGES):
-        i = first + s
-        _bring(
-            weight, i // per_tap * outputs + o0, i % per_tap * BLOCK_C, rows, held, bars, s,
-            i < last, size, SPLIT,
-        )  # fmt: skip
-    p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
-    inside = p < positions
-    point = _unravel(p, sizes[1])
-    image += b.to(gl.int64) * _volume(image_size) * channels
-    here = image + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS))[None, :]
-    acc = gl.zeros([BLOCK_P, BLOCK_O], gl.float32, layout=MMA)
-    tap = first // per_tap
-    c0 = first % per_tap * BLOCK_C
-    axes, amplitude, valid = _locate(offset, mask, b, tap, p, point, inside, sizes)
-    code = _code(axes, image_size)
-    weights = _weights(axes, amplitude, SPLIT)
-    values = _fetch(here, code, c0, channels, image_size)
-    for i in range(last - first):
-        a = _blend(values, weights, SPLIT)
-        a = gl.reshape(a, [BLOCK_P, BLOCK_C // 32, 4, 2, 2, 2])
-        a = gl.reshape(gl.permute(a, (0, 1, 3, 4, 2, 5)), [BLOCK_P, BLOCK_C])
-        a = _parts(gl.convert_layout(a, operand), dtype, SPLIT)
-        c0 += BLOCK_C
-        if c0 >= channels:
-            c0 = 0 * channels
-            tap = gl.minimum(tap + 1, taps - 1)
-            axes, amplitude, valid = _locate(offset, mask, b, tap, p, point, inside, sizes)
-            code = _code(axes, image_size)
-            weights = _weights(axes, amplitude, SPLIT)
-        values = _fetch(here, code, c0, channels, image_size)
+    first = gl.program_id(1) * taps // splits
+    last = (gl.program_id(1) + 1) * taps // splits
+    lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+    q = p0 + lane % 64
+    point = _position(q, sizes[1])
+    p = _ravel(point, sizes[1])
+    inside = q < positions
+    pitch = channels // BLOCK_C * words
+    here = image.to(gl.pointer_type(gl.int32), bitcast=True)
+    here += b.to(gl.int64) * _volume(image_size) * pitch
+    here = here + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))[None, :]
+    chunks = (last - first + 2 * PAIRS - 1) // (2 * PAIRS)
+    unit = 0  # blocks of weights so far
+    for chunk in range(chunks):
+        start = first + chunk * (last - first) // chunks
+        found = first + (chunk + 1) * (last - first) // chunks - start
+        steps = found * (channels // BLOCK_C)
+        new_tap = 0  # of the next block of weights to bring
+        new_c0 = 0
+        for s in gl.static_range(STAGES - 1):
+            _bring(
+                weight, (start + new_tap) * outputs + o0, new_c0, rows, held, bars,
+                (unit + s) % STAGES, s < steps, size, SPLIT,
+            )  # fmt: skip
+            new_tap, new_c0 = _next(new_tap, new_c0, found, BLOCK_C)
+        given = ()
+        for j in gl.static_range(PAIRS):
+            tap = start + gl.minimum(2 * j + lane // 64, found - 1)
+            given = given + (_given(offset, mask, b, tap, p, point, inside, sizes),)
+        for j in gl.static_range(PAIRS):
+            _tabulate(tables, j, given[j], inside, 0, image_size, SPLIT)
         barrier()
-        ahead = first + i + STAGES - 1
-        _bring(
-            weight, ahead // per_tap * outputs + o0, ahead % per_tap * BLOCK_C, rows, held, bars,
-            (i + STAGES - 1) % STAGES, (ahead < last) & (i > 0), size, SPLIT,
-        )  # fmt: skip
-        stage = i % STAGES
-        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        acc = _multiply_columns(a, held, stage, acc, SPLIT)
-    acc = gl.reshape(acc, [BLOCK_P, BLOCK_O // 32, 4, 4, 2])
-    acc = gl.reshape(gl.permute(acc, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_O])
+        values = _fetch(here, _codes(tables, 0, 64, COLUMNS), 0, pitch, image_size)
+        tap = 0
+        c0 = 0
+        for i in range(steps):
+            now = (unit + i) % 2
+            _store_columns(columns, now, _mix(values, tables, tap, 64, COLUMNS, dtype), SPLIT)
+            tap, c0 = _next(tap, c0, found, words)
+            # The last turn loads a block in vain instead of branching.
+            code = _codes(tables, tap, 64, COLUMNS)
+            values = _fetch(here, code, gl.minimum(c0, pitch - words), pitch, image_size)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            barrier()
+            ahead = i + STAGES - 1
+            _bring(
+                weight, (start + new_tap) * outputs + o0, new_c0, rows, held, bars,
+                (unit + ahead) % STAGES, ahead < steps, size, SPLIT,
+            )  # fmt: skip
+            new_tap, new_c0 = _next(new_tap, new_c0, found, BLOCK_C)
+            stage = (unit + i) % STAGES
+            mbarrier.wait(bars.index(stage), ((unit + i) // STAGES) & 1)
+            head = held.index(stage * parts).permute((1, 0))
+            if SPLIT:
+                tail = held.index(stage * parts + 1).permute((1, 0))
+                acc = warpgroup_mma(columns[1].index(now), head, acc, is_async=True)
+                acc = warpgroup_mma(columns[0].index(now), tail, acc, is_async=True)
+            acc = warpgroup_mma(columns[0].index(now), head, acc, is_async=True)
+        unit += steps
+    acc = warpgroup_mma_wait(0, deps=[acc])
     if bias is not None:
-        o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, acc.type.layout))
+        o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
         acc += gl.load(bias + o).to(gl.float32)[None, :]
-    out += gl.program_id(1).to(gl.int64) * count + b.to(gl.int64) * positions * outputs
-    target: gl.constexpr = ROWS if POINTS_LAST else PLANES
-    acc = gl.convert_layout(acc.to(out.dtype.element_ty), target)
-    p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, target))
-    o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, target))
+    acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
+    base = gl.program_id(1).to(gl.int64) * count + b.to(gl.int64) * positions * outputs
+    out += gl.multiple_of(base, VECTOR_P)
+    q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    p = _ravel(_position(q, sizes[1]), sizes[1])
+    o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, STORED))
     if POINTS_LAST:
         place = (p * outputs)[:, None] + o[None, :]
     else:
         place = (o * positions)[None, :] + p[:, None]
-    gl.store(out + place, acc, mask=(p < positions)[:, None] & (o < outputs)[None, :])
+        place = gl.max_contiguous(gl.multiple_of(place, (VECTOR_P, 1)), (VECTOR_P, 1))
+    keep = (q < positions)[:, None] & (o < outputs)[None, :]
+    gl.store(out + place, acc, mask=gl.max_constancy(keep, (VECTOR_P, 1)))
 
 
 @gluon.jit
@@ -571,74 +785,6 @@ def _read(offset, mask, tile, last, tap, lane, sizes, tiles, TILE: gl.constexpr)
 
 
 @gluon.jit
-def _list(samples, chunk, read, image_size, HALF: gl.constexpr):
-    """Store what _read has found: the low corner's pixel and steps (_code), then the corners'
-    weights, each in a buffer of its own, which the compiler then knows not to overlap. HALF: a
-    weight twice as a half number."""
-    b, given, inside = read
-    axes, amplitude, valid = _cell(given, inside, image_size)
-    before = b * (_volume(image_size) * 2 ** len(image_size))
-    samples[0].index(chunk).store(before + _code(axes, image_size))
-    for q in gl.static_range(2 ** len(image_size)):
-        weight = _corner_weight(axes, q) * amplitude
-        if HALF:
-            samples[1 + q].index(chunk).store(_pack(weight, weight))
-        else:
-            samples[1 + q].index(chunk).store(weight.to(gl.int32, bitcast=True))
-
-
-@gluon.jit
-def _listed(samples, w: gl.constexpr, i, shape: gl.constexpr, layout: gl.constexpr):
-    """Word w of the samples of tile i."""
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    rows = _reinterpret(samples[w], gl.int32, shape, plain)
-    return rows.index(i % shape[0]).load(layout)
-
-
-@gluon.jit
-def _sample(image, samples, i, pitch, image_size, shape: gl.constexpr, COLUMNS: gl.constexpr):
-    """The corners' values of tile i; the image and its pitch in words."""
-    code = _listed(samples, 0, i, shape, gl.SliceLayout(1, COLUMNS))
-    return _fetch(image, code, 0, pitch, image_size)
-
-
-@gluon.jit
-def _mix(values, samples, i, shape: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr):
-    """The sum of the corners' values times their weights, in float32 or in words of two half
-    numbers. Those of float16 are multiplied as they are (kernels.py, _blend)."""
-    total = None
-    high = None
-    for q in gl.static_range(len(values)):
-        weight = _listed(samples, 1 + q, i, shape, gl.SliceLayout(1, COLUMNS))[:, None]
-        if dtype == gl.float16:
-            if q == 0:
-                total = gl.inline_asm_elementwise(
-                    "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [values[q], weight], gl.int32,
-                    is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                total = gl.inline_asm_elementwise(
-                    "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [values[q], weight, total],
-                    gl.int32, is_pure=True, pack=1,
-                )  # fmt: skip
-        else:
-            weight = weight.to(gl.float32, bitcast=True)
-            if dtype == gl.float32:
-                x = values[q].to(gl.float32, bitcast=True) * weight
-                total = x if q == 0 else total + x
-            else:
-                x = (values[q] << 16).to(gl.float32, bitcast=True) * weight
-                y = (values[q] & -65536).to(gl.float32, bitcast=True) * weight
-                total = x if q == 0 else total + x
-                high = y if q == 0 else high + y
-    if dtype == gl.bfloat16:
-        total = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, total], gl.int32, is_pure=True, pack=1
-        )
-    return total
-
-
-@gluon.jit
 def outer(image, points, offset, mask, out,
           sizes, batch, channels, outputs, tiles, splits,
           SPLIT: gl.constexpr, TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
@@ -648,9 +794,9 @@ def outer(image, points, offset, mask, out,
     of tails, [2 x B, ..., O]).
 
     A program samples a tile of positions for BLOCK_C channels of one kernel point, stores the
-    columns, and multiplies columns^T @ points while it loads the corners of its next tile. Cells
-    and weights are found by one lane for each sample and listed in shared memory, for LISTED tiles
-    at once. Two half numbers are a word throughout, or each would take a register.
+    columns, and multiplies columns^T @ points while it loads the corners of its next tile. Samples
+    are tabulated for LISTED tiles at once. Two half numbers are a word throughout, or each would
+    take a register.
 
     TILE has as many axes as the positions, or one along all of them.
     SPLIT: tensor cores, which round toward zero, add up no more than a tile.
@@ -662,7 +808,7 @@ def outer(image, points, offset, mask, out,
     words: gl.constexpr = BLOCK_C if SPLIT else BLOCK_C // 2
     block_p: gl.constexpr = _product(TILE)
     size: gl.constexpr = parts * _bytes(block_p, BLOCK_O)
-    listed: gl.constexpr = [2 * LISTED, block_p]
+    pixels = _volume(sizes[0])
     taps = _volume(sizes[2])
     blocks = outputs // BLOCK_O
     o0 = gl.program_id(0) % blocks * BLOCK_O
@@ -673,20 +819,10 @@ def outer(image, points, offset, mask, out,
     first = split * (total // splits) + gl.minimum(split, total % splits)
     last = first + total // splits + gl.where(split < total % splits, 1, 0)
 
-    columns = ()
-    for part in gl.static_range(parts):
-        columns = columns + (
-            gl.allocate_shared_memory(
-                factor, [2, block_p, BLOCK_C],
-                gl.NVMMASharedLayout.get_default_for([block_p, BLOCK_C], factor),
-            ),
-        )  # fmt: skip
+    columns = _allocate_columns(factor, block_p, BLOCK_C, SPLIT)
     held = gl.allocate_shared_memory(factor, [STAGES * parts] + points.block_shape, points.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    samples = ()
-    for w in gl.static_range(1 + 2 ** len(sizes[0])):
-        samples = samples + (gl.allocate_shared_memory(gl.int32, [2, LISTED * block_p], plain),)
+    tables = _allocate_tables(2, LISTED * block_p, len(sizes[0]), SPLIT)
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
@@ -700,43 +836,27 @@ def outer(image, points, offset, mask, out,
     lane = gl.arange(0, LISTED * block_p, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     ahead = lane // block_p
     lane = lane % block_p
-    read = _read(offset, mask, first + ahead, last, tap, lane, sizes, tiles, TILE)
-    _list(samples, 0, read, sizes[0], dtype == gl.float16)
-
-    # A product of zeros first: ptxas makes all products wait for one another if, for what it sees
-    # at the loop's head, a sum may come from elsewhere than a product.
+    item, given, inside = _read(offset, mask, first + ahead, last, tap, lane, sizes, tiles, TILE)
+    _tabulate(tables, 0, given, inside, item * pixels, sizes[0], SPLIT)
     y = held.index((STAGES - 1) * parts).reshape([block_p, BLOCK_O])
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    columns[0].index(1).store(gl.zeros([block_p, BLOCK_C], factor, layout=flat))
-    y.store(gl.zeros([block_p, BLOCK_O], factor, layout=flat))
-    fence_async_shared()
-    barrier()
+    _fill(columns[0].index(1), num_warps)
+    _fill(y, num_warps)
+    product = _product_of_zeros(columns[0].index(1).permute((1, 0)), y, MMA)
     acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
-    product = warpgroup_mma(
-        columns[0].index(1).permute((1, 0)), y, acc, use_acc=False, is_async=True
-    )
-
     c = c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
     here = image.to(gl.pointer_type(gl.int32), bitcast=True) + c[None, :]
     pitch = channels // BLOCK_C * words
-    pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    values = _sample(here, samples, 0, pitch, sizes[0], listed, COLUMNS)
+    values = _fetch(here, _codes(tables, 0, block_p, COLUMNS), 0, pitch, sizes[0])
     for i in range(last - first):
         refill = i % LISTED == 0
         if refill:
             tile = first + i + LISTED + ahead
-            read = _read(offset, mask, tile, last, tap, lane, sizes, tiles, TILE)
-        x = _mix(values, samples, i, listed, COLUMNS, dtype)
-        if SPLIT:
-            x = _parts(x, factor, SPLIT)
-            columns[0].index(i % 2).store(x[0])
-            columns[1].index(i % 2).store(x[1])
-        else:
-            as_words = _reinterpret(columns[0], gl.int32, [2, block_p, words], pairs)
-            as_words.index(i % 2).store(x)
-        fence_async_shared()
-        # Listed are the tiles up to a chunk's end; past the last one they are unused.
-        values = _sample(here, samples, i + 1, pitch, sizes[0], listed, COLUMNS)
+            item, given, inside = _read(offset, mask, tile, last, tap, lane, sizes, tiles, TILE)
+        row = i % (2 * LISTED)
+        _store_columns(columns, i % 2, _mix(values, tables, row, block_p, COLUMNS, dtype), SPLIT)
+        # Tabulated are the tiles up to a chunk's end; past the last one they are unused.
+        row = (i + 1) % (2 * LISTED)
+        values = _fetch(here, _codes(tables, row, block_p, COLUMNS), 0, pitch, sizes[0])
         stage = (i + STAGES - 1) % STAGES
         more = first + i + STAGES - 1 < last
         mbarrier.expect(bars.index(stage), size, pred=more)
@@ -761,7 +881,8 @@ def outer(image, points, offset, mask, out,
         else:
             product = warpgroup_mma(x_head, y_head, product, is_async=True)
         if refill:
-            _list(samples, (i // LISTED + 1) % 2, read, sizes[0], dtype == gl.float16)
+            row = (i // LISTED + 1) % 2
+            _tabulate(tables, row, given, inside, item * pixels, sizes[0], SPLIT)
     acc += warpgroup_mma_wait(0, deps=[product])
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))

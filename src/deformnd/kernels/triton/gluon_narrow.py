@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon import _bring, _bytes, _multiply_columns, _parts, _unravel, _volume, barrier
+from .gluon import _bring, _bytes, _parts, _unravel, _volume, barrier
 
 # A float32 below 2^22 plus this, rounded down, has its floor in the low bits.
 _MAGIC = gl.constexpr(12582912.0)
@@ -174,6 +174,23 @@ def _advance(tap, shift, c0, channels, kernel_size, BLOCK_C: gl.constexpr):
     tap = gl.where(carry, 0, tap + 1)
     c0 += gl.where(carry, BLOCK_C, 0)
     return tap, next, gl.where(c0 >= channels, 0, c0)
+
+
+@gluon.jit
+def _multiply_columns(a, held, stage, acc, SPLIT: gl.constexpr):
+    """acc plus columns, which lie in registers, @ weights[stage], done: a register operand must not
+    be overwritten before its wgmma is, so the wait names it."""
+    if SPLIT:
+        head = held.index(2 * stage).permute((1, 0))
+        tail = held.index(2 * stage + 1).permute((1, 0))
+        acc = warpgroup_mma(a[1], head, acc, is_async=True)
+        acc = warpgroup_mma(a[0], tail, acc, is_async=True)
+        acc = warpgroup_mma(a[0], head, acc, is_async=True)
+        acc, _, _ = warpgroup_mma_wait(0, deps=[acc, a[0], a[1]])
+    else:
+        acc = warpgroup_mma(a[0], held.index(stage).permute((1, 0)), acc, is_async=True)
+        acc, _ = warpgroup_mma_wait(0, deps=[acc, a[0]])
+    return acc
 
 
 @gluon.jit

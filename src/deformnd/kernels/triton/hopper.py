@@ -123,36 +123,40 @@ def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
 
 
-def _gather_layouts(row: configs.HopperRow, block_o: int, columns: Any) -> dict[str, Any]:
-    """The last constants of both gathers: of the columns, and of what is stored."""
-    block_p = 16 * row.warps
-    across = [block_p // 64, row.warps * 64 // block_p]
-    return dict(
-        STAGES=row.stages,
-        MMA=_mma_layout(block_o, row.warps),
-        COLUMNS=columns,
-        ROWS=_columns_layout(block_p, block_o, row.warps),
-        PLANES=gl.BlockedLayout([2, 1], [32, 1], across, [0, 1]),
-        num_warps=row.warps,
+def _stored_layout(block_o: int, rank: int, last: bool) -> Any:
+    """Of the result of gluon.py's `gather`: neighbouring lanes have channels, or positions along
+    the image's last axis (gluon.py, `_position`)."""
+    channels = [[0, 1 << i] for i in range(block_o.bit_length() - 1)]
+    if last:
+        along, rest = channels, [[1 << i, 0] for i in range(6)]
+        registers = 3
+    else:
+        along = [[b, 0] for b in ((1, 2, 4, 8, 16, 32) if rank == 1 else (1, 8, 16, 32))]
+        rest = [*channels, *([] if rank == 1 else [[2, 0], [4, 0]])]
+        registers = 1
+    order = [*along[registers:], *rest]
+    return gl.DistributedLinearLayout(
+        [*along[:registers], *order[7:]], order[:5], order[5:7], [], [64, block_o]
     )
 
 
 @functools.lru_cache(maxsize=4096)
 def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: int) -> Launch:
     """With a sum in parts where the grid is small (axis 1)."""
-    row = configs.find_hopper("gather", dtype.itemsize, g.point_channels)
-    block_p = 16 * row.warps
+    rank = len(g.kernel)
+    operator = "gather 3d" if rank == 3 else "gather"
+    row = configs.find_hopper(operator, dtype.itemsize, g.point_channels)
     block_o = math.gcd(row.block_o, g.point_channels)
-    # Eight corners of 32 channels take the registers of four of 64; bfloat16 spills with these.
-    few = len(g.kernel) == 3 or dtype == torch.bfloat16
-    block_c = math.gcd(32 if few else row.block_c, g.image_channels)
-    tiles = triton.cdiv(math.prod(g.point_size), block_p)
+    block_c = math.gcd(row.block_c, g.image_channels)
+    words = block_c * dtype.itemsize // 4
+    tiles = triton.cdiv(math.prod(g.point_size), 64)
     blocks = g.point_channels // block_o
-    programs, steps = g.batch * tiles * blocks, math.prod(g.kernel) * g.image_channels // block_c
+    programs, taps = g.batch * tiles * blocks, math.prod(g.kernel)
+    steps = taps * g.image_channels // block_c
     splits = 1
     if programs < multiprocessors:
         # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
-        splits = max(1, min(2 * multiprocessors // programs, steps // 8))
+        splits = max(1, min(taps, 2 * multiprocessors // programs, steps // 8))
     count = g.batch * math.prod(g.point_size) * g.point_channels
     return Launch(
         "gather",
@@ -161,15 +165,21 @@ def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: 
         dict(
             POINTS_LAST=last,
             SPLIT=dtype == torch.float32,
-            BLOCK_P=block_p,
             BLOCK_O=block_o,
             BLOCK_C=block_c,
-            **_gather_layouts(row, block_o, _columns_layout(block_p, block_c, row.warps)),
+            STAGES=row.stages,
+            PAIRS=5,
+            MMA=_mma_layout(block_o, 4),
+            COLUMNS=gl.BlockedLayout([1, 4], [128 // words, words // 4], [4, 1], [1, 0]),
+            STORED=_stored_layout(block_o, rank, last),
+            VECTOR_P=math.gcd(2, g.point_size[-1]),
+            num_warps=4,
         ),
-        row.warps,
+        4,
         1,
         Descriptor(1, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
-    )  # fmt: skip
+        row.programs,
+    )
 
 
 def _chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: bool) -> Any:
@@ -244,9 +254,14 @@ def gather_narrow_launch(
             **fixed,
             VECTOR_P=math.gcd(2, g.point_size[-1]),
             TILE_X=tile_x,
-            **_gather_layouts(
-                row, block_o, _chunks_layout(block_p, run, block_c // run, row.warps, True)
+            STAGES=row.stages,
+            MMA=_mma_layout(block_o, row.warps),
+            COLUMNS=_chunks_layout(block_p, run, block_c // run, row.warps, True),
+            ROWS=_columns_layout(block_p, block_o, row.warps),
+            PLANES=gl.BlockedLayout(
+                [2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p], [0, 1]
             ),
+            num_warps=row.warps,
         ),
         row.warps,
         1,

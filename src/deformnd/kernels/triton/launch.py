@@ -349,13 +349,14 @@ def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None
         return (*given, None, parts)
 
     with call.frame():
-        launch = None
+        launch, order = None, ""
         if hopper.takes(call):
             launch = hopper.gather_launch(g, dtype, out.last, call.multiprocessors)
         elif hopper.takes_narrow(call):
             launch = hopper.gather_narrow_launch(g, dtype, out.last, call.multiprocessors)
+            order = "gather"
         if launch is not None and hopper.builds(launch):
-            taken = slots(launch, "gather")
+            taken = slots(launch, order)
         else:
             key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
             launch = _gather_launch(g, *key)
