@@ -550,17 +550,18 @@ def gather(image, weight, offset, mask, bias, out,
         acc += gl.load(bias + o).to(gl.float32)[None, :]
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
     base = gl.program_id(1).to(gl.int64) * count + b.to(gl.int64) * positions * outputs
-    out += gl.multiple_of(base, VECTOR_P)
+    out += gl.multiple_of(base, 64)  # as point channels are
     q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
     p = _ravel(_position(q, sizes[1]), sizes[1])
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, STORED))
+    keep = (q < positions)[:, None] & (o >= 0)[None, :]
     if POINTS_LAST:
         place = (p * outputs)[:, None] + o[None, :]
     else:
         place = (o * positions)[None, :] + p[:, None]
         place = gl.max_contiguous(gl.multiple_of(place, (VECTOR_P, 1)), (VECTOR_P, 1))
-    keep = (q < positions)[:, None] & (o < outputs)[None, :]
-    gl.store(out + place, acc, mask=gl.max_constancy(keep, (VECTOR_P, 1)))
+        keep = gl.max_constancy(keep, (VECTOR_P, 1))
+    gl.store(out + place, acc, mask=keep)
 
 
 @gluon.jit
