@@ -191,7 +191,7 @@ class Call:
         g, weight, split = self.g, self.given_weight, self.precision == "split"
         taps, group_in = math.prod(g.kernel), g.image_channels // g.groups
         if taps == 1 and not split and not order:
-            return weight.slot
+            return weight.slot._replace(shape=(g.point_channels, group_in))
         units = self.units.number if order == "units" else 1
         shape = ((units + split) * taps * g.point_channels, group_in)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if split else weight.slot.dtype)
