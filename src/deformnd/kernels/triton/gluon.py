@@ -181,8 +181,12 @@ def _fetch(image, code, c0, channels, image_size):
     return values
 
 
-# Samples in tables, in shared memory: what one lane has found for a sample many read. A table has
-# codes (_code) and the corners' weights (_weights).
+# Samples in tables, in shared memory: what one lane has found for a sample many read. Tables have
+# cells (_tabulate), the corners' weights (_weights) and, for float16, what the last one lacks.
+#
+# Sums of float16 numbers would err by more than their rounding in the end does if large terms came
+# first. So corners go from the smallest weight to the largest, or nearly: along each axis the one
+# that weighs less comes first; and what the last one's weight has lost in float16 is added, too.
 
 
 @gluon.constexpr_function
@@ -224,24 +228,64 @@ def _apart(x):
 
 @gluon.jit
 def _allocate_tables(rows: gl.constexpr, count: gl.constexpr, rank: gl.constexpr,
-                     SPLIT: gl.constexpr):  # fmt: skip
-    words: gl.constexpr = 2**rank if SPLIT else 2 ** (rank - 1)
-    codes = gl.allocate_shared_memory(
-        gl.int32, [rows, count], gl.SwizzledSharedLayout(1, 1, 1, [0])
+                     dtype: gl.constexpr):  # fmt: skip
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    words: gl.constexpr = 2**rank if dtype == gl.float32 else 2 ** (rank - 1)
+    tables = (
+        gl.allocate_shared_memory(gl.int32, [rows, count], plain),
+        gl.allocate_shared_memory(
+            gl.int32, [rows, count, words], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        ),
     )
-    weights = gl.allocate_shared_memory(
-        gl.int32, [rows, count, words], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    )
-    return codes, weights
+    if dtype == gl.float16:
+        tables = tables + (gl.allocate_shared_memory(gl.int32, [rows, count], plain),)
+    return tables
 
 
 @gluon.jit
 def _tabulate(tables, row, given, inside, before, image_size, SPLIT: gl.constexpr):
-    """Store samples (_given) as a row of the tables; `before` comes before their images' pixels."""
+    """Store samples (_given) as a row of the tables; `before` comes before their images' pixels.
+
+    A cell is the first corner's pixel, and for each axis two bits: the step to the other, -1 to 1.
+    """
+    rank: gl.constexpr = len(image_size)
     axes, amplitude, valid = _cell(given, inside, image_size)
-    tables[0].index(row).store(before * 2 ** len(image_size) + _code(axes, image_size))
-    weights = _together(_weights(axes, amplitude, SPLIT))
-    tables[1].index(row).store(weights.to(gl.int32, bitcast=True))
+    ordered = ()
+    pixel = 0
+    steps = 0
+    for a in gl.static_range(rank):
+        low, step, weights = axes[a][0], axes[a][1], axes[a][2]
+        high_first = weights[0] > weights[1]
+        first = gl.where(high_first, low + step, low)
+        pixel = pixel * image_size[a] + first
+        steps = steps * 4 + (gl.where(high_first, -step, step) & 3)
+        less = gl.minimum(weights[0], weights[1])
+        more = gl.maximum(weights[0], weights[1])
+        ordered = ordered + ((first, step, (less, more)),)
+    tables[0].index(row).store((before + pixel) * 4**rank + steps)
+    words = _together(_weights(ordered, amplitude, SPLIT))
+    tables[1].index(row).store(words.to(gl.int32, bitcast=True))
+    if len(tables) > 2:
+        most = _corner_weight(ordered, 2**rank - 1) * amplitude
+        lost = most - most.to(gl.float16).to(gl.float32)
+        lost = gl.where(gl.abs(most) < 60000.0, lost, 0.0)
+        tables[2].index(row).store(_pack(lost, lost))
+
+
+@gluon.jit
+def _fetch_cell(image, cell, c0, channels, image_size):
+    """As _fetch, of a cell that is tabulated."""
+    rank: gl.constexpr = len(image_size)
+    values = ()
+    for q in gl.static_range(2**rank):
+        place = (cell >> (2 * rank)) * channels + c0
+        stride = channels
+        for i in gl.static_range(rank):
+            if (q >> i) & 1:
+                place += ((cell << (30 - 2 * i)) >> 30) * stride
+            stride = stride * image_size[rank - 1 - i]
+        values = values + (gl.load(image + place[:, None]),)
+    return values
 
 
 @gluon.constexpr_function
@@ -262,19 +306,18 @@ def _together_layout(layout, n):
 
 
 @gluon.jit
-def _codes(tables, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr):
+def _words(table, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr):
     """Of the i-th COUNT samples, for the rows of COLUMNS."""
-    shape: gl.constexpr = _rows_of(tables[0].shape, COUNT)
-    layout: gl.constexpr = tables[0].layout
-    codes = _reinterpret(tables[0], gl.int32, shape, layout)
-    return codes.index(i).load(gl.SliceLayout(1, COLUMNS))
+    shape: gl.constexpr = _rows_of(table.shape, COUNT)
+    layout: gl.constexpr = table.layout
+    words = _reinterpret(table, gl.int32, shape, layout)
+    return words.index(i).load(gl.SliceLayout(1, COLUMNS))
 
 
 @gluon.jit
 def _mix(values, tables, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr):
     """The sum of the corners' values times their weights of the i-th COUNT samples, in float32 or
-    in words of two half numbers. Those of float16 are multiplied as they are (kernels.py, _blend).
-    """
+    in words of two half numbers. Those of float16 are multiplied as they are."""
     count: gl.constexpr = len(values)
     shape: gl.constexpr = _rows_of(tables[1].shape, COUNT)
     layout: gl.constexpr = tables[1].layout
@@ -283,6 +326,8 @@ def _mix(values, tables, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr, dtype: g
     args = values
     for w in gl.static_range(len(words)):
         args = args + (gl.convert_layout(words[w], gl.SliceLayout(1, COLUMNS))[:, None],)
+    if dtype == gl.float16:
+        args = args + (_words(tables[2], i, COUNT, COLUMNS)[:, None],)
     if dtype == gl.float32:
         total = values[0].to(gl.float32, bitcast=True) * args[count].to(gl.float32, bitcast=True)
         for q in gl.static_range(1, count):
@@ -291,7 +336,7 @@ def _mix(values, tables, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr, dtype: g
         return total
     else:
         return gl.inline_asm_elementwise(
-            _sum_of_products(count, dtype.name), _registers(count + count // 2), args, gl.int32,
+            _sum_of_products(count, dtype.name), _registers(len(args)), args, gl.int32,
             is_pure=True, pack=1,
         )  # fmt: skip
 
@@ -304,15 +349,16 @@ def _registers(count):
 
 @gluon.constexpr_function
 def _sum_of_products(count, dtype):
-    """Assembly for `count` pairs of numbers times weights, which are float16, two to a word."""
+    """Assembly for `count` pairs of numbers times weights, which are float16, two to a word;
+    float16 ones begin with the last pair times what its weight has lost."""
     lines = [".reg .b16 l, h; .reg .b32 v, s; .reg .f32 x, y, w, a, b;"]
+    if dtype == "fp16":
+        lines.append(f"mul.rn.f16x2 s, ${count}, ${1 + count + count // 2};")
     for q in range(count):
         weight = "lh"[q % 2]
         lines.append(f"mov.b32 {{l, h}}, ${1 + count + q // 2};")
         if dtype == "fp16":
-            lines.append(f"mov.b32 v, {{{weight}, {weight}}};")
-            operation = "mul.rn.f16x2 s, {x}, v;" if q == 0 else "fma.rn.f16x2 s, {x}, v, s;"
-            lines.append(operation.format(x=f"${1 + q}"))
+            lines.append(f"mov.b32 v, {{{weight}, {weight}}}; fma.rn.f16x2 s, ${1 + q}, v, s;")
         else:
             lines.append(f"cvt.f32.f16 w, {weight};")
             lines.append(f"shl.b32 x, ${1 + q}, 16; and.b32 y, ${1 + q}, 0xFFFF0000;")
@@ -474,7 +520,7 @@ def gather(image, weight, offset, mask, bias, out,
     p0 = (tile % tiles) * 64
     columns = _allocate_columns(factor, 64, BLOCK_C, SPLIT)
     held = gl.allocate_shared_memory(factor, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
-    tables = _allocate_tables(PAIRS, 128, len(image_size), SPLIT)
+    tables = _allocate_tables(PAIRS, 128, len(image_size), dtype)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
@@ -517,7 +563,8 @@ def gather(image, weight, offset, mask, bias, out,
         for j in gl.static_range(PAIRS):
             _tabulate(tables, j, given[j], inside, 0, image_size, SPLIT)
         barrier()
-        values = _fetch(here, _codes(tables, 0, 64, COLUMNS), 0, pitch, image_size)
+        cell = _words(tables[0], 0, 64, COLUMNS)
+        values = _fetch_cell(here, cell, 0, pitch, image_size)
         tap = 0
         c0 = 0
         for i in range(steps):
@@ -525,8 +572,8 @@ def gather(image, weight, offset, mask, bias, out,
             _store_columns(columns, now, _mix(values, tables, tap, 64, COLUMNS, dtype), SPLIT)
             tap, c0 = _next(tap, c0, found, words)
             # The last turn loads a block in vain instead of branching.
-            code = _codes(tables, tap, 64, COLUMNS)
-            values = _fetch(here, code, gl.minimum(c0, pitch - words), pitch, image_size)
+            cell = _words(tables[0], tap, 64, COLUMNS)
+            values = _fetch_cell(here, cell, gl.minimum(c0, pitch - words), pitch, image_size)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
             ahead = i + STAGES - 1
@@ -823,7 +870,7 @@ def outer(image, points, offset, mask, out,
     columns = _allocate_columns(factor, block_p, BLOCK_C, SPLIT)
     held = gl.allocate_shared_memory(factor, [STAGES * parts] + points.block_shape, points.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    tables = _allocate_tables(2, LISTED * block_p, len(sizes[0]), SPLIT)
+    tables = _allocate_tables(2, LISTED * block_p, len(sizes[0]), dtype)
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     fence_async_shared()
@@ -847,7 +894,8 @@ def outer(image, points, offset, mask, out,
     c = c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
     here = image.to(gl.pointer_type(gl.int32), bitcast=True) + c[None, :]
     pitch = channels // BLOCK_C * words
-    values = _fetch(here, _codes(tables, 0, block_p, COLUMNS), 0, pitch, sizes[0])
+    cell = _words(tables[0], 0, block_p, COLUMNS)
+    values = _fetch_cell(here, cell, 0, pitch, sizes[0])
     for i in range(last - first):
         refill = i % LISTED == 0
         if refill:
@@ -857,7 +905,8 @@ def outer(image, points, offset, mask, out,
         _store_columns(columns, i % 2, _mix(values, tables, row, block_p, COLUMNS, dtype), SPLIT)
         # Tabulated are the tiles up to a chunk's end; past the last one they are unused.
         row = (i + 1) % (2 * LISTED)
-        values = _fetch(here, _codes(tables, row, block_p, COLUMNS), 0, pitch, sizes[0])
+        cell = _words(tables[0], row, block_p, COLUMNS)
+        values = _fetch_cell(here, cell, 0, pitch, sizes[0])
         stage = (i + STAGES - 1) % STAGES
         more = first + i + STAGES - 1 < last
         mbarrier.expect(bars.index(stage), size, pred=more)

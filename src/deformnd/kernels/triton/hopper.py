@@ -45,7 +45,7 @@ def takes(call: Call) -> bool:
         and call.units.number == 1
         and g.image_channels % 32 == 0
         and max(image_rows(g), math.prod(g.point_size) * g.point_channels) < 2**31
-        and math.prod(g.image_size) * 2 ** len(g.image_size) < 2**31
+        and math.prod(g.image_size) * 4 ** len(g.image_size) < 2**31
         and 2 * g.batch * math.prod(g.point_size) < 2**31
     )
 
@@ -355,7 +355,7 @@ def outer_launch(
 ) -> tuple[Launch, int, tuple[int, ...]] | None:
     """The launch, into how many partial sums, and the shape in which it takes the points."""
     pixels = g.batch * math.prod(g.image_size)
-    if g.image_channels % 64 or pixels * max(g.image_channels, 2 ** len(g.kernel)) >= 2**31:
+    if g.image_channels % 64 or pixels * max(g.image_channels, 4 ** len(g.kernel)) >= 2**31:
         return None
     block_o = math.gcd(256, g.point_channels)
     operator = "outer 3d" if len(g.kernel) == 3 else "outer"
