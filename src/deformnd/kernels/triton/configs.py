@@ -105,14 +105,14 @@ class HopperRow:
     warps: int
     stages: int
     programs: int = 0  # a multiprocessor holds: outer, gradients; gather: at most, 0 as many as fit
-    registers: int = 0  # gather narrow: of a thread at most, for units of 4 channels
+    registers: int = 0  # gathers: of a thread at most (narrow: for units of 4 channels)
 
 
 HOPPER = (
-    HopperRow("gather", 2, 64, 64, 64, 4, 2),
+    HopperRow("gather", 2, 64, 64, 64, 4, 2, registers=128),
     HopperRow("gather", 2, 128, 128, 64, 4, 2, 2),
     HopperRow("gather", 2, ANY, 256, 64, 4, 2),
-    HopperRow("gather", 4, 64, 64, 32, 4, 2),
+    HopperRow("gather", 4, 64, 64, 32, 4, 2, registers=128),
     HopperRow("gather", 4, 128, 128, 32, 4, 2, 2),
     HopperRow("gather", 4, ANY, 256, 32, 4, 2),
     HopperRow("gather 3d", 2, 64, 64, 64, 4, 2),

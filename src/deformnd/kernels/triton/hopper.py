@@ -158,7 +158,7 @@ def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: 
         # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
         splits = max(1, min(taps, 2 * multiprocessors // programs, steps // 8))
     count = g.batch * math.prod(g.point_size) * g.point_channels
-    return Launch(
+    launch = Launch(
         "gather",
         (programs, splits, 1),
         (sizes_of(g), g.image_channels, g.point_channels, tiles, blocks, splits, count),
@@ -180,6 +180,9 @@ def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: 
         Descriptor(1, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
         row.programs,
     )
+    if row.registers:
+        launch.options["maxnreg"] = row.registers
+    return launch
 
 
 def _chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: bool) -> Any:
