@@ -74,7 +74,7 @@ FEW = 1024
 # A batch is taken in pieces where a call would need more scratch memory at once (in elements of the
 # image), as long as a piece has about so many positions: four waves of programs of 64 on an H200,
 # whose 132 multiprocessors hold two each.
-SCRATCH = 36 << 20
+SCRATCH = 35 << 20
 PIECE = 65536
 
 # So many pieces' gradients of the weight are kept before they are added.
