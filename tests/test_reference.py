@@ -123,7 +123,7 @@ def test_extreme_positions_sample_zero_and_get_no_gradient(bad, dtype, transpose
     tensors = requires_grad(case.tensors(dtype))
     outside = torch.tensor(bad, dtype=dtype).item() != 0 and abs(bad) != 1e-40
     with torch.no_grad():
-        tensors["offset"][0, 4, 1, 2] = bad  # the y of one point
+        tensors["offset"][0, 4, 1, 2] = torch.tensor(bad, dtype=torch.float64)  # the y of one point
     output = case.call(tensors)
     grads = gradients(output, tensors, torch.ones_like(output))
     assert output.isfinite().all()
