@@ -95,7 +95,8 @@ TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
 @dataclass(frozen=True)
 class HopperRow:
-    """For a kernel of gluon.py; a program of all but `outer` takes 16 positions a warp."""
+    """For a kernel of gluon.py; a program of all but `outer` takes 16 positions a warp, and one of
+    `gather` has four warps."""
 
     operator: str
     width: int

@@ -306,12 +306,11 @@ def _together_layout(layout, n):
 
 
 @gluon.jit
-def _words(table, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr):
-    """Of the i-th COUNT samples, for the rows of COLUMNS."""
+def _words(table, i, COUNT: gl.constexpr, layout: gl.constexpr):
+    """Of the i-th COUNT samples."""
     shape: gl.constexpr = _rows_of(table.shape, COUNT)
-    layout: gl.constexpr = table.layout
-    words = _reinterpret(table, gl.int32, shape, layout)
-    return words.index(i).load(gl.SliceLayout(1, COLUMNS))
+    stored: gl.constexpr = table.layout
+    return _reinterpret(table, gl.int32, shape, stored).index(i).load(layout)
 
 
 @gluon.jit
@@ -319,15 +318,14 @@ def _mix(values, tables, i, COUNT: gl.constexpr, COLUMNS: gl.constexpr, dtype: g
     """The sum of the corners' values times their weights of the i-th COUNT samples, in float32 or
     in words of two half numbers. Those of float16 are multiplied as they are."""
     count: gl.constexpr = len(values)
-    shape: gl.constexpr = _rows_of(tables[1].shape, COUNT)
-    layout: gl.constexpr = tables[1].layout
-    words = _reinterpret(tables[1], gl.int32, shape, layout).index(i)
-    words = _apart(words.load(_together_layout(COLUMNS, shape[2])))
+    at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
+    together: gl.constexpr = _together_layout(COLUMNS, tables[1].shape[2])
+    words = _apart(_words(tables[1], i, COUNT, together))
     args = values
     for w in gl.static_range(len(words)):
-        args = args + (gl.convert_layout(words[w], gl.SliceLayout(1, COLUMNS))[:, None],)
+        args = args + (gl.convert_layout(words[w], at_row)[:, None],)
     if dtype == gl.float16:
-        args = args + (_words(tables[2], i, COUNT, COLUMNS)[:, None],)
+        args = args + (_words(tables[2], i, COUNT, at_row)[:, None],)
     if dtype == gl.float32:
         total = values[0].to(gl.float32, bitcast=True) * args[count].to(gl.float32, bitcast=True)
         for q in gl.static_range(1, count):
@@ -563,7 +561,7 @@ def gather(image, weight, offset, mask, bias, out,
         for j in gl.static_range(PAIRS):
             _tabulate(tables, j, given[j], inside, 0, image_size, SPLIT)
         barrier()
-        cell = _words(tables[0], 0, 64, COLUMNS)
+        cell = _words(tables[0], 0, 64, gl.SliceLayout(1, COLUMNS))
         values = _fetch_cell(here, cell, 0, pitch, image_size)
         tap = 0
         c0 = 0
@@ -572,7 +570,7 @@ def gather(image, weight, offset, mask, bias, out,
             _store_columns(columns, now, _mix(values, tables, tap, 64, COLUMNS, dtype), SPLIT)
             tap, c0 = _next(tap, c0, found, words)
             # The last turn loads a block in vain instead of branching.
-            cell = _words(tables[0], tap, 64, COLUMNS)
+            cell = _words(tables[0], tap, 64, gl.SliceLayout(1, COLUMNS))
             values = _fetch_cell(here, cell, gl.minimum(c0, pitch - words), pitch, image_size)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
@@ -894,7 +892,7 @@ def outer(image, points, offset, mask, out,
     c = c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
     here = image.to(gl.pointer_type(gl.int32), bitcast=True) + c[None, :]
     pitch = channels // BLOCK_C * words
-    cell = _words(tables[0], 0, block_p, COLUMNS)
+    cell = _words(tables[0], 0, block_p, gl.SliceLayout(1, COLUMNS))
     values = _fetch_cell(here, cell, 0, pitch, sizes[0])
     for i in range(last - first):
         refill = i % LISTED == 0
@@ -905,7 +903,7 @@ def outer(image, points, offset, mask, out,
         _store_columns(columns, i % 2, _mix(values, tables, row, block_p, COLUMNS, dtype), SPLIT)
         # Tabulated are the tiles up to a chunk's end; past the last one they are unused.
         row = (i + 1) % (2 * LISTED)
-        cell = _words(tables[0], row, block_p, COLUMNS)
+        cell = _words(tables[0], row, block_p, gl.SliceLayout(1, COLUMNS))
         values = _fetch_cell(here, cell, 0, pitch, sizes[0])
         stage = (i + STAGES - 1) % STAGES
         more = first + i + STAGES - 1 < last

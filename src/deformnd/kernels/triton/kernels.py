@@ -935,10 +935,10 @@ def _pack(program, weight, out, sizes, LAST: tl.constexpr, SPLIT: tl.constexpr,
           BLOCK_K: tl.constexpr):  # fmt: skip
     """Weight [O, C / groups, K] (LAST: [O, K, C / groups]) to [K, O, C / groups] (Note [units]).
 
-    For gluon.py, ORDER puts channels in the order in which registers hold them: those of an
-    operand and the point channels for its gather (1), the image channels of a product for its
-    along (2), RUN to a lane; for its inverse (3) it gives such an array for each unit, 0 in the
-    channels of others.
+    For the kernels in Gluon, ORDER puts channels in the order in which registers hold them: those
+    of an operand and the point channels for gather_narrow (1), the image channels of a product for
+    along and gradients_narrow (2), RUN to a lane; for inverse (3) it gives such an array for each
+    unit, 0 in the channels of others.
     """
     programs, taps, outputs, group_in, unit, weights, blocks = sizes
     tap = (program % ((taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
