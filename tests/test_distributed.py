@@ -3,6 +3,7 @@
 A test starts one pair of processes, which make all of its checks.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -185,6 +186,9 @@ def work(rank, group, folder):
         except Exception:
             failures.append(f"{name}, process {rank}:\n{traceback.format_exc()}")
     Path(folder, f"{rank}.txt").write_text("\n".join(failures))
+    dist.barrier()
+    del check  # with what it holds of the group, whose threads must have ended before Python does
+    gc.collect()
     dist.destroy_process_group()
 
 
