@@ -1,4 +1,4 @@
-"""deformnd beside torchvision and the dense convolution on a GPU: time, memory, error.
+"""deformnd beside its peers and the dense convolution on a GPU: time, memory, error.
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu_h200.json] [--dtypes float16 ...]
 
@@ -6,16 +6,18 @@ Times are medians of triton.testing.do_bench, through the public functions, with
 unless said. `dense` is torch's own convolution of the same sizes (cuDNN, channels last,
 benchmark mode), the practical limit. Errors are relative L2 against the float64 reference on one
 image of the batch. Peak memory counts what a forward and backward allocate beyond the tensors
-that they are given and return.
+that they are given and return. Peers that are not installed, or lack a shape or dtype, have no
+figures. deformops tunes each shape at its first call, for minutes: name it to have it measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,8 +92,13 @@ def errors(problem: Problem) -> dict[str, float]:
 
 
 def measure(
-    name: str, shape: Shape, dtype: str, channels_last: bool = False, light: bool = False
+    name: str,
+    shape: Shape,
+    dtype: str,
+    channels_last: bool = False,
+    peers: Sequence[str] | None = None,
 ) -> dict[str, Any]:
+    """A row of figures; where `peers` is None, only the times of deformnd."""
     torch.cuda.empty_cache()
     problem = Problem(shape, DTYPES[dtype], "cuda", channels_last)
     row: dict[str, Any] = {
@@ -102,7 +109,7 @@ def measure(
     }
     ours = problem.tensors()
     row["forward"], row["backward"] = timed(problem.deform, ours, problem.grad)
-    if not light:
+    if peers is not None:
         torch.use_deterministic_algorithms(True)
         row["deterministic backward"] = timed(problem.deform, ours, problem.grad)[1]
         torch.use_deterministic_algorithms(False)
@@ -117,15 +124,17 @@ def measure(
         if dtype == "float32":
             # In the run with TF32 off, what cuDNN takes for the same accuracy.
             row["dense is IEEE"] = not torch.backends.cudnn.allow_tf32
-        if problem.n == 2 and not shape.transposed and dtype != "bfloat16":
-            row["torchvision forward"], row["torchvision backward"] = timed(
-                problem.torchvision, ours, problem.grad
-            )
-            row["torchvision memory"] = peak(problem.torchvision, ours, problem.grad)
+        for peer in peers:
+            if not bench.fits(peer, problem, "forward"):
+                continue
+            call = getattr(problem, peer)
+            with contextlib.suppress(NotImplementedError):  # torch's own where a dtype is missing
+                row[f"{peer} forward"], row[f"{peer} backward"] = timed(call, ours, problem.grad)
+                row[f"{peer} memory"] = peak(call, ours, problem.grad)
         if name == "tiny":
-            calls = {"": problem.deform, "torchvision ": problem.torchvision}
-            if dtype == "bfloat16":  # torchvision has none
-                del calls["torchvision "]
+            calls = {"": problem.deform}
+            if "torchvision forward" in row:
+                calls["torchvision "] = problem.torchvision
             for key, call in calls.items():
                 with torch.no_grad():
                     row[key + "host forward"] = host_us(call)
@@ -166,19 +175,17 @@ def main() -> None:
     parser.add_argument("--out", help="write all rows to this JSON file")
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--peers", nargs="*", default=["torchvision", "tvdcn"])
     parser.add_argument("--quick", action="store_true", help="no scaling, no channels last")
     args = parser.parse_args()
-    import torchvision
-    import triton
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
+    peers = [peer for peer in args.peers if bench.has(peer)]
     rows: list[dict[str, Any]] = []
     report = {
         "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "torchvision": torchvision.__version__,
+        **bench.versions(peers),
         "command": "python benchmarks/gpu.py",
         "rows": rows,
     }
@@ -197,12 +204,12 @@ def main() -> None:
     )
     for dtype in args.dtypes:
         for name in args.shapes:
-            add(measure(name, SHAPES[name], dtype))
+            add(measure(name, SHAPES[name], dtype, peers=peers))
     if not args.quick:
         for name in ("big", "r50c4", "b64", "edvr"):
-            add(measure(name, SHAPES[name], "float16", channels_last=True))
+            add(measure(name, SHAPES[name], "float16", channels_last=True, peers=peers))
         for name, shape in SCALING.items():
-            add(measure(name, shape, "float16", light=True))
+            add(measure(name, shape, "float16"))
 
 
 if __name__ == "__main__":

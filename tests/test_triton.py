@@ -276,6 +276,13 @@ def test_interpreted(case: Case, interpreted: None) -> None:
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("case", [INTERPRETED[i] for i in (3, 4, 6, 9, 12)], ids=str)
+def test_interpreted_wide(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of few channels, too, one at a time."""
+    monkeypatch.setattr(configs, "NARROW", 0)
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
     # The interpreter rounds every product of half numbers, the hardware fuses it with the sum.

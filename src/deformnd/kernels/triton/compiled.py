@@ -25,7 +25,7 @@ from .driver import Function
 try:  # Gluon's interface may yet change; without it everything runs on kernels.py.
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from . import gluon, gluon_narrow
+    from . import gluon, gluon_inverse, gluon_narrow
 except Exception:
     gluon = None  # type: ignore[assignment]
 
@@ -60,14 +60,17 @@ class Launch:
         constants: dict[str, Any],
         warps: int,
         stages: int,
-        descriptor: Descriptor | None = None,  # only kernels of gluon.py have one
+        descriptor: Descriptor | None = None,  # only Gluon kernels have one
         programs: int = 0,  # on a multiprocessor at most; 0: as many as fit
+        registers: int = 0,  # of a thread at most; 0: as many as the compiler likes
     ) -> None:
         self.kernel = kernel
         self.grid = grid
         self.integers = integers
         self.constants = constants
         self.options = {"num_warps": warps, "num_stages": stages}
+        if registers:
+            self.options["maxnreg"] = registers
         self.descriptor = descriptor
         self.programs = programs
 
@@ -113,10 +116,8 @@ class Launch:
 
     def _source(self, dtypes: Sequence[torch.dtype | None]) -> Any:
         of_gluon = self.descriptor is not None
-        module = kernels
-        if of_gluon:
-            module = gluon_narrow if self.kernel.endswith("_narrow") else gluon
-        function = getattr(module, self.kernel)
+        modules = (gluon, gluon_inverse, gluon_narrow) if of_gluon else (kernels,)
+        function = next(vars(m)[self.kernel] for m in modules if self.kernel in vars(m))
         types: list[Any] = ["constexpr" if d is None else _POINTERS[d] for d in dtypes]
         if self.descriptor is not None:
             at = self.descriptor.argument
@@ -166,7 +167,7 @@ def load(
     missing = {
         launch._key(dtypes): (launch, dtypes)
         for launch, dtypes in sorted(launches, key=lambda pair: pair[0].descriptor is None)
-    }  # those of gluon.py, which take longest, first
+    }  # those of Gluon, which take longest, first
     missing = {key: pair for key, pair in missing.items() if key not in _LOADED}
     if not missing:
         return {}

@@ -95,7 +95,7 @@ TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
 @dataclass(frozen=True)
 class HopperRow:
-    """For a kernel of gluon.py; a program of all but `outer` takes 16 positions a warp, and one of
+    """For a kernel in Gluon; a program of all but `outer` takes 16 positions a warp, and one of
     `gather` has four warps."""
 
     operator: str
@@ -168,7 +168,7 @@ def _first(rows: Sequence[AnyRow], operator: str, width: int, channels: int) -> 
 
 @dataclass(frozen=True)
 class InverseRow:
-    """For `inverse` of gluon.py."""
+    """For gluon_inverse.py."""
 
     channels: int  # image channels of a program
     tiles: int

@@ -1,4 +1,4 @@
-"""Which calls the kernels of gluon.py take, and how they are launched."""
+"""Which calls the kernels in Gluon take, and how they are launched."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def builds(launch: Launch) -> bool:
 
 
 def give_up(failures: dict[Launch, Exception]) -> None:
-    """Of kernels that cannot be built: say so once if they are of gluon.py, else raise."""
+    """Of kernels that cannot be built: say so once if they are in Gluon, else raise."""
     for launch, failure in failures.items():
         if launch.descriptor is None:
             raise failure
@@ -158,7 +158,7 @@ def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: 
         # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
         splits = max(1, min(taps, 2 * multiprocessors // programs, steps // 8))
     count = g.batch * math.prod(g.point_size) * g.point_channels
-    launch = Launch(
+    return Launch(
         "gather",
         (programs, splits, 1),
         (sizes_of(g), g.image_channels, g.point_channels, tiles, blocks, splits, count),
@@ -179,10 +179,8 @@ def gather_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors: 
         1,
         Descriptor(1, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
         row.programs,
+        row.registers,
     )
-    if row.registers:
-        launch.options["maxnreg"] = row.registers
-    return launch
 
 
 def _chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: bool) -> Any:
@@ -248,7 +246,7 @@ def gather_narrow_launch(
     blocks = g.point_channels // block_o
     if g.batch * tiles * blocks < multiprocessors:
         return None  # as in gather_launch
-    launch = Launch(
+    return Launch(
         "gather_narrow",
         (g.batch * tiles * blocks, 1, 1),
         (sizes_of(g), g.image_channels, g.point_channels, tiles, tiles_y, tiles_x, blocks),
@@ -269,10 +267,8 @@ def gather_narrow_launch(
         row.warps,
         1,
         Descriptor(1, (block_o, block_c), _shared_layout(block_o, block_c, dtype)),
+        registers=row.registers if run == 4 and len(g.kernel) < 3 else 0,  # others spill
     )  # fmt: skip
-    if row.registers and run == 4 and len(g.kernel) < 3:
-        launch.options["maxnreg"] = row.registers  # others spill
-    return launch
 
 
 @functools.lru_cache(maxsize=4096)
@@ -397,8 +393,8 @@ def outer_launch(
         row.warps,
         1,
         Descriptor(1, block, gl.NVMMASharedLayout.get_default_for(list(block), kind)),
+        registers=min(255, _registers(32 * row.warps * row.programs)),
     )
-    launch.options["maxnreg"] = min(255, 65536 // (32 * row.warps * row.programs) // 8 * 8)
     return launch, splits, (g.batch * (2 if split else 1), *size, g.point_channels)
 
 
@@ -425,7 +421,7 @@ def _splits(programs: int, tiles: int, at_once: int, weights: int) -> int:
 
 
 def takes_inverse(call: Call) -> bool:
-    """Whether `inverse` of gluon.py can take the call: one group, sizes that fit."""
+    """Whether gluon_inverse.py can take the call: one group, half numbers, sizes that fit."""
     g = call.g
     return (
         _on_hopper(call)
@@ -448,7 +444,7 @@ def inverse_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors:
     # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
     dense = 100 * math.prod(g.point_size) // math.prod(g.image_size)
     listed = min(128, max(32, triton.next_power_of_2(dense)))
-    launch = Launch(
+    return Launch(
         "inverse",
         (g.batch * pairs, g.image_channels // block_c, splits),
         (sizes_of(g), g.batch * max(g.offset_groups, 1) * taps * tiles, g.batch,
@@ -472,7 +468,10 @@ def inverse_launch(g: Geometry, dtype: torch.dtype, last: bool, multiprocessors:
         4,
         1,
         Descriptor(1, (64, block_c), _shared_layout(64, block_c, dtype)),
+        registers=_registers(row.programs * 128 * (1 + row.tiles)) if row.programs > 1 else 0,
     )  # fmt: skip
-    if row.programs > 1:
-        launch.options["maxnreg"] = 65536 // (row.programs * 128 * (1 + row.tiles)) // 8 * 8
-    return launch
+
+
+def _registers(threads: int) -> int:
+    """That each has where so many share a multiprocessor."""
+    return 65536 // threads // 8 * 8

@@ -7,11 +7,11 @@ C image channels, O point channels.
 Note [units]
 A unit is a run of image channels that shares one offset group and one mask group; `unit` is its
 length U. Positions, cells and corner weights are found once per (position, kernel point, unit).
-  wide    UNITS == 1: one unit at a time, its channels in blocks of BLOCK_C. The image lies in
-          rows of pixels [B, S, C] (channels last).
-  narrow  UNITS > 1: that many units at once, each padded to BLOCK_C channels (a power of two).
-          The image lies in planes [B, C / U, S, BLOCK_C], so that the two corners of a cell
-          along the last axis are neighbours in memory.
+  wide    UNITS == TAPS == 1: one unit at a time, its channels in blocks of BLOCK_C. The image
+          lies in rows of pixels [B, S, C] (channels last).
+  narrow  UNITS units of TAPS kernel points at once, each padded to BLOCK_C channels (a power of
+          two). The image lies in planes [B, C / U, S, BLOCK_C], so that the two corners of a
+          cell along the last axis are neighbours in memory.
 Weights lie as [K, O, C / groups]; in "split" precision as two such arrays, the bfloat16 heads
 and what they leave. Points are [B, P, O] or [B, O, P] (POINTS_LAST or not).
 
@@ -186,16 +186,19 @@ def _dot_once(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _load_weight(weight, tap, o, o_in, c, c_in, outputs, group_in, group_out, weights,
                  GROUPED: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Factors of weight[tap, o, c] [len(o), len(c)], 0 where o and c are of different groups."""
+    """Factors of weight[tap, o, c] [len(o), len(c)], 0 where o and c are of different groups.
+
+    tap may be a scalar, or one for each channel [1, len(c)].
+    """
     inside = o_in[:, None] & c_in[None, :]
-    row = tl.multiple_of((tap * outputs + o) * group_in, VECTOR)
+    row = tl.multiple_of((tap * outputs + o[:, None]) * group_in, (VECTOR, VECTOR))
     if GROUPED:
         first = tl.multiple_of((o // group_out) * group_in, VECTOR)
         column = c[None, :] - first[:, None]
         inside = inside & (column >= 0) & (column < group_in)
-        place = row[:, None] + column
+        place = row + column
     else:
-        place = row[:, None] + c[None, :]
+        place = row + c[None, :]
     head = tl.load(weight + place, mask=inside, other=0.0)
     if PRECISION == "split":
         return (head, tl.load(weight + weights + place, mask=inside, other=0.0))
@@ -252,9 +255,43 @@ def _wide_columns(image, indices, weights, amplitude, image_size, channels, c, c
 
 
 @triton.jit
+def _narrow_cells(offset, mask, b, u0, units, offset_units, mask_units, tap, stop, p, inside, sizes,
+                  UNITS: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
+    """What the units from u0 sample for the kernel points from `tap` to before `stop`.
+
+    The unit and the kernel point of each of UNITS x TAPS rows; then by row and position: whether
+    there is such a sample, whether it is valid, its amplitude, and its _cell.
+    """
+    row = tl.arange(0, UNITS * TAPS)[:, None]
+    u = u0 + row % UNITS
+    k = tap + row // UNITS
+    here = (u < units) & (k < stop) & inside[None, :]
+    u = tl.minimum(u, units - 1)
+    k = tl.minimum(k, stop - 1)
+    at, valid = _positions(
+        offset, b, u // offset_units, units // offset_units, k, p[None, :], here, sizes
+    )
+    amplitude = _amplitude(
+        mask, b, u // mask_units, units // mask_units, k, p[None, :], here, valid, sizes
+    )
+    return u, k, here, valid, amplitude, _cell(at, valid, sizes[0])
+
+
+@triton.jit
+def _narrow_lanes(u0, units, unit, tap, stop, UNITS: tl.constexpr, TAPS: tl.constexpr,
+                  BLOCK_C: tl.constexpr):  # fmt: skip
+    """The channel and the kernel point of every lane of those rows, and whether they are one."""
+    lane = tl.arange(0, UNITS * TAPS * BLOCK_C)
+    u = u0 + lane // BLOCK_C % UNITS
+    k = tap + lane // (UNITS * BLOCK_C)
+    c_in = (lane % BLOCK_C < unit) & (u < units) & (k < stop)
+    return u * unit + lane % BLOCK_C, k, c_in
+
+
+@triton.jit
 def _narrow_columns(image, plane, indices, weights, amplitude, image_size,
                     INDEX: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Sample whole units: [units, len(position), BLOCK_C]."""
+    """Sample whole units: [rows of _narrow_cells, len(position), BLOCK_C]."""
     columns = None
     j = tl.arange(0, BLOCK_C)[None, None, :]
     for q in tl.static_range(2 ** len(image_size)):
@@ -275,8 +312,8 @@ def gather(image, weight, offset, mask, bias, out,
            weights, tiles, blocks, splits,
            POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
            INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
-           EVEN: tl.constexpr, SPLIT: tl.constexpr, UNITS: tl.constexpr,
-           BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+           EVEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+           UNITS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/dpoints: a program samples BLOCK_P positions and multiplies by BLOCK_O rows of weight.
 
     Grid: (B x tiles x blocks of O, splits). With SPLIT a program takes a share of the kernel
@@ -302,9 +339,10 @@ def gather(image, weight, offset, mask, bias, out,
     c_last = ((tl.minimum(o0 + BLOCK_O, outputs) - 1) // group_out + 1) * group_in
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     image += _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
-    for tap in range(split * taps // splits, (split + 1) * taps // splits):
+    stop = (split + 1) * taps // splits
+    for tap in range(split * taps // splits, stop, TAPS):
         for u0 in range(c_first // unit, (c_last + unit - 1) // unit, UNITS):
-            if UNITS == 1:
+            if UNITS * TAPS == 1:
                 at, valid = _positions(
                     offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes
                 )
@@ -327,29 +365,22 @@ def gather(image, weight, offset, mask, bias, out,
                     a = _parts(columns, image.dtype.element_ty, PRECISION)
                     acc = _dot(a, _transpose_parts(w, PRECISION), acc, PRECISION)
             else:
-                u = u0 + tl.arange(0, UNITS)[:, None]
-                here = (u < units) & inside[None, :]
-                u = tl.minimum(u, units - 1)
-                at, valid = _positions(
-                    offset, b, u // offset_units, units // offset_units, tap, p[None, :], here,
-                    sizes,
+                u, k, here, valid, amplitude, cell = _narrow_cells(
+                    offset, mask, b, u0, units, offset_units, mask_units, tap, stop, p, inside,
+                    sizes, UNITS, TAPS,
                 )  # fmt: skip
-                amplitude = _amplitude(
-                    mask, b, u // mask_units, units // mask_units, tap, p[None, :], here, valid,
-                    sizes,
-                )  # fmt: skip
-                indices, factors, slopes = _cell(at, valid, image_size)
                 columns = _narrow_columns(
-                    image, u.to(INDEX) * pixels, indices, factors, amplitude, image_size,
+                    image, u.to(INDEX) * pixels, cell[0], cell[1], amplitude, image_size,
                     INDEX, BLOCK_C, False,
                 )  # fmt: skip
-                lane = tl.arange(0, UNITS * BLOCK_C)
-                c_in = (lane % BLOCK_C < unit) & (u0 + lane // BLOCK_C < units)
+                c, k, c_in = _narrow_lanes(u0, units, unit, tap, stop, UNITS, TAPS, BLOCK_C)
                 w = _load_weight(
-                    weight, tap, o, o_in, (u0 + lane // BLOCK_C) * unit + lane % BLOCK_C, c_in,
-                    outputs, group_in, group_out, weights, GROUPED, VECTOR_C, PRECISION,
+                    weight, k[None, :], o, o_in, c, c_in, outputs, group_in, group_out, weights,
+                    GROUPED, VECTOR_C, PRECISION,
                 )  # fmt: skip
-                columns = tl.reshape(tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * BLOCK_C))
+                columns = tl.reshape(
+                    tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * TAPS * BLOCK_C)
+                )
                 a = _parts(columns, image.dtype.element_ty, PRECISION)
                 acc = _dot(a, _transpose_parts(w, PRECISION), acc, PRECISION)
     here = inside[:, None] & o_in[None, :]
@@ -391,8 +422,8 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
            weights, tiles, splits,
            POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
            INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
-           EVEN: tl.constexpr, HOLD: tl.constexpr, UNITS: tl.constexpr,
-           BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+           EVEN: tl.constexpr, HOLD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+           UNITS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/doffset and dF/dmask, and dF/dimage by atomic additions.
 
     What the columns' derivative points @ weight[tap] is, a program finds for BLOCK_P positions
@@ -428,9 +459,10 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
             other=0.0,
         )
         held = _parts(x, points.dtype.element_ty, PRECISION)
-    for tap in range(split * taps // splits, (split + 1) * taps // splits):
+    stop = (split + 1) * taps // splits
+    for tap in range(split * taps // splits, stop, TAPS):
         for u0 in range(0, units, UNITS):
-            if UNITS == 1:
+            if UNITS * TAPS == 1:
                 at, valid = _positions(
                     offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes
                 )
@@ -480,32 +512,23 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
                         grad_offset, grad_mask, totals, b, u0, units, tap, p, inside, valid, sizes
                     )
             else:
-                u = u0 + tl.arange(0, UNITS)[:, None]
-                here = (u < units) & inside[None, :]
-                u = tl.minimum(u, units - 1)
-                at, valid = _positions(
-                    offset, b, u // offset_units, units // offset_units, tap, p[None, :], here,
-                    sizes,
+                u, taken, here, valid, amplitude, cell = _narrow_cells(
+                    offset, mask, b, u0, units, offset_units, mask_units, tap, stop, p, inside,
+                    sizes, UNITS, TAPS,
                 )  # fmt: skip
-                amplitude = _amplitude(
-                    mask, b, u // mask_units, units // mask_units, tap, p[None, :], here, valid,
-                    sizes,
-                )  # fmt: skip
-                indices, factors, slopes = _cell(at, valid, image_size)
-                lane = tl.arange(0, UNITS * BLOCK_C)
-                c_in = (lane % BLOCK_C < unit) & (u0 + lane // BLOCK_C < units)
+                indices, factors, slopes = cell
+                c, k, c_in = _narrow_lanes(u0, units, unit, tap, stop, UNITS, TAPS, BLOCK_C)
                 grad = _grad_columns(
-                    points, held, weight, b, p, inside, tap,
-                    (u0 + lane // BLOCK_C) * unit + lane % BLOCK_C, c_in, u0 * unit,
+                    points, held, weight, b, p, inside, k[None, :], c, c_in, u0 * unit,
                     tl.minimum(u0 + UNITS, units) * unit - 1, positions, outputs, group_in,
                     group_out, weights, POINTS_LAST, GROUPED, PRECISION, VECTOR_C, VECTOR_O,
-                    HOLD, BLOCK_P, BLOCK_O, UNITS * BLOCK_C,
+                    HOLD, BLOCK_P, BLOCK_O, UNITS * TAPS * BLOCK_C,
                 )  # fmt: skip
-                grad = tl.permute(tl.reshape(grad, (BLOCK_P, UNITS, BLOCK_C)), (1, 0, 2))
+                grad = tl.permute(tl.reshape(grad, (BLOCK_P, UNITS * TAPS, BLOCK_C)), (1, 0, 2))
                 j = tl.arange(0, BLOCK_C)[None, None, :]
                 totals = ()
                 for a in tl.static_range(rank + 1):
-                    totals = totals + (tl.zeros((UNITS, BLOCK_P), tl.float32),)
+                    totals = totals + (tl.zeros((UNITS * TAPS, BLOCK_P), tl.float32),)
                 for q in tl.static_range(2**rank):
                     row = u.to(INDEX) * pixels + _corner_row(indices, image_size, q).to(INDEX)
                     place = (row * BLOCK_C)[:, :, None] + j
@@ -520,8 +543,8 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
                         )
                 if by_position:
                     _store_along(
-                        grad_offset, grad_mask, totals, b, u, units, tap, p[None, :], here, valid,
-                        sizes,
+                        grad_offset, grad_mask, totals, b, u, units, taken, p[None, :], here,
+                        valid, sizes,
                     )  # fmt: skip
 
 
@@ -531,7 +554,10 @@ def _grad_columns(points, held, weight, b, p, inside, tap, c, c_in, c_first, c_l
                   POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
                   VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr, HOLD: tl.constexpr,
                   BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """points @ weight[tap] [BLOCK_P, LANES] for channels c, all within c_first .. c_last."""
+    """points @ weight[tap] [BLOCK_P, LANES] for channels c, all within c_first .. c_last.
+
+    tap may be a scalar, or one for each channel [1, LANES].
+    """
     acc = tl.zeros((BLOCK_P, LANES), tl.float32)
     if HOLD:
         o = tl.arange(0, BLOCK_O)
@@ -762,12 +788,12 @@ def weight_gradient(image, points, offset, mask, out,
                     mask_units, tiles, blocks, splits,
                     POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
                     INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
-                    EVEN: tl.constexpr, UNITS: tl.constexpr, BLOCK_P: tl.constexpr,
-                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                    EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+                    UNITS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/dweight: partial sums [splits, K, C / groups, O] over shares of the positions.
 
-    A program samples the columns of one kernel point for a block of channels and multiplies
-    points^T @ columns. Grid: (taps x blocks of C, blocks of a group's O, splits).
+    A program samples the columns of TAPS kernel points for a block of channels and multiplies
+    points^T @ columns. Grid: (blocks of taps x blocks of C, blocks of a group's O, splits).
     """
     image_size = sizes[0]
     point_size = sizes[1]
@@ -776,28 +802,28 @@ def weight_gradient(image, points, offset, mask, out,
     positions = _volume(point_size)
     taps = _volume(kernel_size)
     units = channels // unit
-    tap = tl.program_id(0) // blocks
+    tap = tl.program_id(0) // blocks * TAPS
     block = tl.program_id(0) % blocks
     split = tl.program_id(2)
-    lane = tl.arange(0, UNITS * BLOCK_C)
-    if UNITS == 1:
+    if UNITS * TAPS == 1:
         per_unit = (unit + BLOCK_C - 1) // BLOCK_C
         u0 = block // per_unit
         c_first = u0 * unit + (block % per_unit) * BLOCK_C
         c_stop = tl.multiple_of(tl.minimum(c_first + BLOCK_C, (u0 + 1) * unit), VECTOR_C)
-        c = tl.multiple_of(c_first + lane, VECTOR_C)
+        c = tl.multiple_of(c_first + tl.arange(0, BLOCK_C), VECTOR_C)
         c_in = c < c_stop
+        k = tap
     else:
         u0 = block * UNITS
         c_first = u0 * unit
         c_stop = tl.minimum(u0 + UNITS, units) * unit
-        c = (u0 + lane // BLOCK_C) * unit + lane % BLOCK_C
-        c_in = (lane % BLOCK_C < unit) & (u0 + lane // BLOCK_C < units)
+        c, k, c_in = _narrow_lanes(u0, units, unit, tap, taps, UNITS, TAPS, BLOCK_C)
+        k = k[None, :]
     o_first = (c_first // group_in) * group_out
     o_last = ((c_stop - 1) // group_in + 1) * group_out
     o = tl.multiple_of(o_first + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O), VECTOR_O)
     o_in = o < o_last
-    acc = tl.zeros((BLOCK_O, UNITS * BLOCK_C), tl.float32)
+    acc = tl.zeros((BLOCK_O, UNITS * TAPS * BLOCK_C), tl.float32)
     total = batch * tiles
     for t in range(
         (split.to(tl.int64) * total // splits).to(tl.int32),
@@ -809,7 +835,7 @@ def weight_gradient(image, points, offset, mask, out,
         place = _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O)
         x = tl.load(points + place, mask=inside[:, None] & o_in[None, :], other=0.0)
         here = image + _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
-        if UNITS == 1:
+        if UNITS * TAPS == 1:
             at, valid = _positions(
                 offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes
             )
@@ -822,22 +848,15 @@ def weight_gradient(image, points, offset, mask, out,
                 INDEX, VECTOR_C, EVEN, True,
             )  # fmt: skip
         else:
-            u = u0 + tl.arange(0, UNITS)[:, None]
-            listed = (u < units) & inside[None, :]
-            u = tl.minimum(u, units - 1)
-            at, valid = _positions(
-                offset, b, u // offset_units, units // offset_units, tap, p[None, :], listed, sizes
-            )
-            amplitude = _amplitude(
-                mask, b, u // mask_units, units // mask_units, tap, p[None, :], listed, valid,
-                sizes,
+            u, taken, listed, valid, amplitude, cell = _narrow_cells(
+                offset, mask, b, u0, units, offset_units, mask_units, tap, taps, p, inside, sizes,
+                UNITS, TAPS,
             )  # fmt: skip
-            indices, factors, slopes = _cell(at, valid, image_size)
             columns = _narrow_columns(
-                here, u.to(INDEX) * pixels, indices, factors, amplitude, image_size,
+                here, u.to(INDEX) * pixels, cell[0], cell[1], amplitude, image_size,
                 INDEX, BLOCK_C, True,
             )  # fmt: skip
-            columns = tl.reshape(tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * BLOCK_C))
+            columns = tl.reshape(tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * TAPS * BLOCK_C))
         x = _transpose_parts(_parts(x, points.dtype.element_ty, PRECISION), PRECISION)
         y = _parts(columns, image.dtype.element_ty, PRECISION)
         acc = _dot_once(x, y, acc, PRECISION)
@@ -847,7 +866,7 @@ def weight_gradient(image, points, offset, mask, out,
         keep = keep & (row >= 0) & (row < group_in)
     else:
         row = c[None, :]
-    row = ((split * taps + tap).to(tl.int64) * group_in + row) * outputs
+    row = ((split * taps + k).to(tl.int64) * group_in + row) * outputs
     tl.store(out + (row + o[:, None]), acc, mask=keep)
 
 

@@ -21,7 +21,6 @@ from ..geometry import Geometry, memory_format
 from . import configs, hopper
 from .compiled import Launch, multiprocessors_of
 from .layouts import (
-    LEAST,
     Call,
     Operand,
     Units,
@@ -164,7 +163,7 @@ def _write(
     """Write the plan and load its kernels.
 
     It is written anew, in more pieces, while it needs too much scratch memory; and where kernels
-    of gluon.py cannot be built, without them.
+    in Gluon cannot be built, without them.
     """
     operands: list[Any] = []
     forms = []
@@ -373,15 +372,27 @@ def _gather(call: Call, image: Operand, bias: Slot | None, out: Operand) -> None
             plan.launch(reduce, taken[-1], bias, out.slot)
 
 
-def _blocks(g: Geometry, operator: str, width: int, channels: int) -> tuple[configs.Row, int, int]:
-    """The table's row, UNITS and BLOCK_C."""
+class Blocks(NamedTuple):
+    """See kernels.py, Note [units]."""
+
+    units: int
+    taps: int
+    channels: int
+
+    def constants(self) -> dict[str, int]:
+        return dict(UNITS=self.units, TAPS=self.taps, BLOCK_C=self.channels)
+
+
+def _blocks(g: Geometry, operator: str, width: int, channels: int) -> tuple[configs.Row, Blocks]:
+    """The table's row, and what a block of image channels holds."""
     units = units_of(g)
     row = configs.find(operator + " narrow" if units.narrow else operator, width, channels)
     if not units.narrow:
-        return row, 1, fit(units.length, row.block_c)
-    # At least the lanes of LEAST.
-    at_once = min(row.block_c // units.padded, triton.next_power_of_2(units.number))
-    return row, max(at_once, min(LEAST, row.block_c) // units.padded, 2), units.padded
+        return row, Blocks(1, 1, fit(units.length, row.block_c))
+    rows = max(row.block_c // units.padded, 2)
+    at_once = min(rows, triton.next_power_of_2(units.number))
+    taps = min(rows // at_once, triton.next_power_of_2(math.prod(g.kernel)))
+    return row, Blocks(rows // taps, taps, units.padded)  # as a product needs so many channels
 
 
 def _outputs_of(g: Geometry, channels: int) -> int:
@@ -400,14 +411,15 @@ def _gather_launch(
 ) -> Launch:
     """With a sum in parts where the grid is small (axis 1)."""
     group_out = g.point_channels // g.groups
-    row, units, block_c = _blocks(g, "gather", width, group_out)
-    positions, taps = math.prod(g.point_size), math.prod(g.kernel)
+    row, block = _blocks(g, "gather", width, group_out)
+    positions, taps = math.prod(g.point_size), triton.cdiv(math.prod(g.kernel), block.taps)
     block_o = fit(g.point_channels, row.block_o)
     tiles, blocks = triton.cdiv(positions, row.block_p), triton.cdiv(g.point_channels, block_o)
     programs = g.batch * tiles * blocks
     splits = 1
     # A short sum is not worth a second kernel.
-    if 2 * programs <= multiprocessors and taps * triton.cdiv(g.image_channels, block_c) >= 32:
+    short = taps * triton.cdiv(g.image_channels, block.units * block.channels) < 32
+    if 2 * programs <= multiprocessors and not short:
         splits = min(taps, multiprocessors // programs)
     return Launch(
         "gather",
@@ -416,12 +428,11 @@ def _gather_launch(
         dict(
             POINTS_LAST=last,
             **constants_of(g, precision, image_rows(g)),
-            EVEN=g.groups == 1 and units_of(g).length % block_c == 0,
+            EVEN=g.groups == 1 and units_of(g).length % block.channels == 0,
             SPLIT=splits > 1,
-            UNITS=units,
             BLOCK_P=row.block_p,
             BLOCK_O=block_o,
-            BLOCK_C=block_c,
+            **block.constants(),
         ),
         row.warps,
         row.stages,
@@ -607,9 +618,9 @@ def _spread_launch(
     by_position: bool,
     multiprocessors: int,
 ) -> Launch:
-    row, units, block_c = _blocks(g, "spread", width, g.point_channels // g.groups)
-    positions, taps = math.prod(g.point_size), math.prod(g.kernel)
-    block_o = fit(_outputs_of(g, units * block_c), row.block_o)
+    row, block = _blocks(g, "spread", width, g.point_channels // g.groups)
+    positions, taps = math.prod(g.point_size), triton.cdiv(math.prod(g.kernel), block.taps)
+    block_o = fit(_outputs_of(g, block.units * block.channels), row.block_o)
     tiles = triton.cdiv(positions, row.block_p)
     splits = max(1, min(taps, 4 * multiprocessors // (g.batch * tiles)))
     return Launch(
@@ -619,12 +630,11 @@ def _spread_launch(
         dict(
             POINTS_LAST=last,
             **constants_of(g, precision, image_rows(g)),
-            EVEN=units_of(g).length % block_c == 0,
+            EVEN=units_of(g).length % block.channels == 0,
             HOLD=g.groups == 1 and g.point_channels <= block_o,
-            UNITS=units,
             BLOCK_P=row.block_p,
             BLOCK_O=block_o,
-            BLOCK_C=block_c,
+            **block.constants(),
         ),
         row.warps,
         row.stages,
@@ -803,13 +813,14 @@ def _weight_launch(
     g: Geometry, width: int, precision: str, last: bool, multiprocessors: int
 ) -> tuple[Launch, int]:
     units = units_of(g)
-    row, at_once, block_c = _blocks(g, "weight", width, g.point_channels // g.groups)
-    positions, taps = math.prod(g.point_size), math.prod(g.kernel)
+    row, block = _blocks(g, "weight", width, g.point_channels // g.groups)
+    positions, taps = math.prod(g.point_size), triton.cdiv(math.prod(g.kernel), block.taps)
     tiles = triton.cdiv(positions, row.block_p)
     if units.narrow:
-        blocks, channels = triton.cdiv(units.number, at_once), at_once * units.length
+        blocks, channels = triton.cdiv(units.number, block.units), block.units * units.length
     else:
-        blocks, channels = units.number * triton.cdiv(units.length, block_c), block_c
+        blocks = units.number * triton.cdiv(units.length, block.channels)
+        channels = block.channels
     outputs = _outputs_of(g, channels)
     block_o = fit(outputs, row.block_o)
     over = triton.cdiv(outputs, block_o)
@@ -821,11 +832,10 @@ def _weight_launch(
         dict(
             POINTS_LAST=last,
             **constants_of(g, precision, image_rows(g)),
-            EVEN=units.length % block_c == 0,
-            UNITS=at_once,
+            EVEN=units.length % block.channels == 0,
             BLOCK_P=row.block_p,
             BLOCK_O=block_o,
-            BLOCK_C=block_c,
+            **block.constants(),
         ),
         row.warps,
         row.stages,

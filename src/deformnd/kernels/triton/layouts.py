@@ -33,7 +33,7 @@ def units_of(g: Geometry) -> Units:
     channels = g.image_channels
     length = math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
     number = channels // length
-    narrow = number > 1 and length <= configs.NARROW
+    narrow = length <= (configs.NARROW if number > 1 else configs.NARROW // 2)
     return Units(length, number, narrow, triton.next_power_of_2(length) if narrow else length)
 
 
@@ -132,7 +132,7 @@ class Call:
         key = ("planes", image)
         if key not in self._made:
             slot, units = image.slot, self.units
-            if units.padded == 1 and not image.last:
+            if units.padded == (slot.shape[1] if image.last else 1):  # so already
                 return slot
             pixels = math.prod(slot.shape[2:])
             shape = (slot.shape[0], units.number, pixels, units.padded)
