@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ triton = pytest.importorskip("triton")
 from deformnd.kernels.triton import compiled, configs, hopper, launch, layouts  # noqa: E402
 from deformnd.kernels.triton import plan as planning  # noqa: E402
 from deformnd.kernels.triton.compiled import _parameters  # noqa: E402
-from deformnd.kernels.triton.plan import GIVEN, Plan  # noqa: E402
+from deformnd.kernels.triton.plan import GIVEN, SCRATCH, Plan  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")
@@ -268,6 +268,7 @@ INTERPRETED = [
     Case((4, 3), (2, 2), stride=(2, 2), transposed=True, offset_groups=2, last=True, batch=1),
     Case((3, 4, 3), (2, 1, 2), batch=1),
     Case((3, 2, 3), (1, 2, 2), offset_groups=2, mask_groups=1, batch=1, transposed=True),
+    Case((6, 5), (3, 2), image=3, points=5, batch=1, last=True),
 ]  # fmt: skip
 
 
@@ -394,12 +395,13 @@ def test_interpreted_sums(interpreted: None) -> None:
 
 def sums(device: str) -> None:
     """Of channels first and last; enough for several parts."""
-    for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5), (8, 1, 40, 20)):
+    for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5), (2, 1, 512, 600)):
         x = torch.randn(shape).to(device)
         for t in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
             plan = Plan(t.device, (t,))
             source = layouts.Operand(plan.given[0], t is not x)
             launch._sums(plan, source, plan.result(shape[1:2], t.dtype))
+            plan.finish()
             (got,) = plan.run((t,))
             torch.testing.assert_close(got, reference.channel_sums(x), rtol=1e-5, atol=1e-4)
 
@@ -480,6 +482,40 @@ def test_pieces_bound_memory(
         launch.gradients(g, image, points, weight, *others, (True, False, True, True, True))
         assert (len(sources(plans[-1])) > 1) == split
         assert not split or plans[-1].size <= torchvision / 10 + 8 * 4 * weight.numel()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_lists_are_made_aside(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory that nothing beside them touches, before the inverse gather reads them."""
+    plans: list[Plan] = []
+    monkeypatch.setattr(Plan, "load", lambda plan: {})
+    monkeypatch.setattr(Plan, "run", lambda plan, _: plans.append(plan) or [None] * 6)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    forget()
+    case = Case((8, 8), (3, 3), image=64, points=64, batch=5)
+    split(monkeypatch, case)
+    case.make(torch.float16, "cpu").backward(launch)
+    (plan,) = plans
+
+    def spans(steps: Iterable[int]) -> list[tuple[int, int]]:
+        slots = [s for i in steps for s in plan.steps[i][1] if s is not None and s.kind == SCRATCH]
+        starts = [plan.offsets[s.number] + s.start for s in slots]
+        return [(start, start + s.size) for start, s in zip(starts, slots, strict=True)]
+
+    kernels = [step.kernel for step, _ in plan.steps]
+    lists = ["bucket", "starts", "bucket", *["order"] * deterministic]
+    joins = sorted(plan.joins)
+    assert len(joins) > 1 and all(kernels[i] == "inverse" for i in joins)
+    for before, join in zip([0, *joins], joins, strict=False):
+        aside = [i for i in range(before, join) if i in plan.asides]
+        others = [i for i in range(aside[-1], join) if i not in plan.asides]
+        assert [kernels[i] for i in aside] == lists and aside[-1] - aside[0] == len(aside) - 1
+        assert kernels[aside[0] - 1] == "prepare" and {"spread", "weight_gradient"} <= {
+            kernels[i] for i in others
+        }
+        for first, last in spans(aside):
+            assert all(stop <= first or last <= start for start, stop in spans(others))
+    forget()
 
 
 def test_plans_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,12 +667,13 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
 
 
 def sums_of(g: Geometry, dtype: torch.dtype) -> list[Any]:
-    """Launches of channel_sums."""
+    """Launches of `prepare` that sum."""
     found = []
     for last in (False, True):
         shape = (g.batch, g.point_channels, *g.point_size)
         plan = Plan(torch.device("cpu"), (torch.empty(shape, dtype=dtype),))
         launch._sums(plan, layouts.Operand(plan.given[0], last), plan.result(shape[1:2], dtype))
+        plan.finish()
         step, slots = plan.steps[0]
         found.append((step, [s and s.dtype for s in slots]))
     return found
@@ -864,7 +901,7 @@ def test_a_plan_without_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.warns(UserWarning, match="outer; a slower one"):
         found = kernels()
-    assert {"weight_gradient", "along", "inverse", "channel_sums"} <= found
+    assert {"weight_gradient", "along", "inverse", "prepare"} <= found
     assert "outer" not in found and "spread" not in found
     assert loaded == [True, True]
     with warnings.catch_warnings():

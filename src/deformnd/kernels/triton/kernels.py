@@ -623,14 +623,18 @@ def bucket(offset, lists, entries, sizes, groups, tiles, slots, blocks, FILL: tl
     at, valid = _positions(offset, item // groups, item % groups, groups, tap, p, inside, sizes)
     indices, factors, slopes = _cell(at, valid, image_size)
     first = owner.to(tl.int64) * tiles
+    places = ()
     for q in tl.static_range(2 ** len(image_size)):
         tile, new = _tile_of(indices, valid, image_size, q, TILE)
         slot = lists + (first + tile)
         if FILL:
             place = tl.atomic_add(slot + slots + 1, 1, mask=new, sem="relaxed")
-            tl.store(entries + place, p, mask=new)
+            places = places + ((place, new),)
         else:
             tl.atomic_add(slot, 1, mask=new, sem="relaxed")
+    if FILL:  # when all have been asked for their place
+        for q in tl.static_range(2 ** len(image_size)):
+            tl.store(entries + places[q][0], p, mask=places[q][1])
 
 
 @triton.jit
@@ -871,29 +875,6 @@ def weight_gradient(image, points, offset, mask, out,
 
 
 @triton.jit
-def channel_sums(source, out, batch, positions, outputs, tiles, splits,
-                 LAST: tl.constexpr, VECTOR_O: tl.constexpr, VECTOR_P: tl.constexpr,
-                 BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-    """Sums of points [B, O, P] or [B, P, O] (LAST) over all but O, in parts [splits, O].
-
-    Positions come divided by VECTOR_P. Grid: (blocks of O, splits).
-    """
-    positions = positions * VECTOR_P
-    o = tl.multiple_of(tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), VECTOR_O)
-    split = tl.program_id(1).to(tl.int64)
-    total = batch * tiles
-    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    for t in range((split * total // splits).to(tl.int32),
-                   ((split + 1) * total // splits).to(tl.int32)):  # fmt: skip
-        p = (t % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-        here = (p < positions)[:, None] & (o < outputs)[None, :]
-        place = _points_at(t // tiles, p, o, positions, outputs, LAST, VECTOR_O)
-        acc += tl.load(source + place, mask=here, other=0.0).to(tl.float32)
-    result = tl.sum(acc, 0).to(out.dtype.element_ty)
-    tl.store(out + split * outputs + o, result, mask=o < outputs)
-
-
-@triton.jit
 def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     """Sum partial results [count / inner, splits, inner], plus a bias along the middle one of the
@@ -1043,16 +1024,47 @@ def _copy(program, source, out, bias, sizes, FROM_LAST: tl.constexpr, TO_LAST: t
 
 
 @triton.jit
-def prepare(source, copy, bias, second_source, second_copy, weight, packed, second_packed, zeros,
-            sizes, second_sizes, pack_sizes, second_pack_sizes, zero_sizes,
-            COPY: tl.constexpr, SECOND_COPY: tl.constexpr, PACK: tl.constexpr,
-            SECOND_PACK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """What other kernels need done first, at once: two copies, two packings of the weight, zeros.
+def _sum(program, source, out, sizes, LAST: tl.constexpr, VECTOR_O: tl.constexpr,
+         VECTOR_P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
+    """Sums of points [B, O, P] or [B, P, O] (LAST) over all but O, in parts [splits, O].
+
+    Positions and channels come divided by the VECTORs. Programs: blocks of O x splits.
+    """
+    programs, batch, positions, outputs, tiles, blocks, splits = sizes
+    positions = positions * VECTOR_P
+    outputs = outputs * VECTOR_O
+    o = program % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    split = (program // blocks).to(tl.int64)
+    total = batch * tiles
+    stop = ((split + 1) * total // splits).to(tl.int32)
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    for first in range((split * total // splits).to(tl.int32), stop, 4):
+        for i in tl.static_range(4):  # whose loads do not wait for each other
+            t = first + i
+            p = (t % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+            here = (p < positions)[:, None] & (o < outputs)[None, :] & (t < stop)
+            place = _points_at(t // tiles, p, o, positions, outputs, LAST, VECTOR_O)
+            acc += tl.load(source + place, mask=here, other=0.0).to(tl.float32)
+    result = tl.sum(acc, 0).to(out.dtype.element_ty)
+    tl.store(out + split * outputs + o, result, mask=o < outputs)
+
+
+@triton.jit
+def prepare(summed, sums, source, copy, bias, second_source, second_copy, weight, packed,
+            second_packed, zeros, sum_sizes, sizes, second_sizes, pack_sizes, second_pack_sizes,
+            zero_sizes, SUM: tl.constexpr, COPY: tl.constexpr, SECOND_COPY: tl.constexpr,
+            PACK: tl.constexpr, SECOND_PACK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """What other kernels need done first, and sums, at once: a sum, two copies, two packings of
+    the weight, zeros.
 
     Each only if its pointers are not None; its first size is its number of programs, and its
-    constants are the last arguments of _copy and _pack. Grid: (programs of all).
+    constants are the last arguments of _sum, _copy and _pack. Grid: (programs of all).
     """
     program = tl.program_id(0)
+    if summed is not None:  # first, since its programs take longest
+        if program < sum_sizes[0]:
+            _sum(program, summed, sums, sum_sizes, SUM[0], SUM[1], SUM[2], SUM[3], SUM[4])
+        program -= sum_sizes[0]
     if source is not None:
         if program >= 0 and program < sizes[0]:
             _copy(program, source, copy, bias, sizes, COPY[0], COPY[1], COPY[2], COPY[3], COPY[4],

@@ -36,7 +36,7 @@ from .layouts import (
     units_of,
     weights_of,
 )
-from .plan import Plan, Slot
+from .plan import Job, Plan, Slot
 
 
 def gather(
@@ -179,7 +179,7 @@ def _write(
     while True:
         call = Call(g, plan, precision_of(g, dtype), weight, offset, mask, pieces)
         make(call, image, points, bias, forms, wanted)
-        plan.flush()
+        plan.finish()
         if plan.size > limit and pieces < most:
             pieces = min(most, triton.cdiv(pieces * plan.size, limit))
         elif failures := plan.load():
@@ -217,7 +217,7 @@ def _plan_scatter(
     result = _image_result(call, points.slot.dtype, forms[1])
     for piece, (source, out) in call.pieces(points, result):
         if _by_inverse(piece):
-            _inverse(piece, source, bias, out, _counts(piece))
+            _inverse(piece, source, bias, out, _lists(piece))
         else:
             _spread(piece, None, source, bias, out, None, None)
 
@@ -297,7 +297,7 @@ def _gradients(
         if not early:
             call.rows(points)
         call.weight("units" if hopper.takes_inverse(call) else "")
-        counts = _counts(call)
+        lists = _lists(call, aside=True)
     with call.frame():
         by_position = grad_offset is not None or grad_mask is not None
         if not factors and (call.units.narrow or hopper.takes(call)):
@@ -318,7 +318,8 @@ def _gradients(
         if grad_points is not None:
             _gather(call, image, None, grad_points)
     if by_inverse and grad_image is not None:
-        _inverse(call, points, None, grad_image, counts)
+        call.plan.join()
+        _inverse(call, points, None, grad_image, lists)
 
 
 def _image_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:
@@ -418,8 +419,10 @@ def _gather_launch(
     programs = g.batch * tiles * blocks
     splits = 1
     # A short sum is not worth a second kernel.
-    short = taps * triton.cdiv(g.image_channels, block.units * block.channels) < 32
-    if 2 * programs <= multiprocessors and not short:
+    if (
+        2 * programs <= multiprocessors
+        and taps * triton.cdiv(g.image_channels, block.channels) >= 32
+    ):
         splits = min(taps, multiprocessors // programs)
     return Launch(
         "gather",
@@ -459,33 +462,22 @@ def _sums(plan: Plan, source: Operand, out: Slot) -> None:
     """Sums over everything but the channels."""
     batch, channels, *size = source.slot.shape
     positions = math.prod(size)
-    block_p, block_o = (64, fit(channels, 64)) if source.last else (fit(positions, 8192), 1)
+    block_o = fit(channels, 64, least=1) if source.last else 1
+    block_p = fit(positions, 2048 // block_o)
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(channels, block_o)
-    at_once = 2 * multiprocessors_of(plan.device)
+    at_once = 8 * multiprocessors_of(plan.device)
     # A short sum is not worth a second kernel.
-    splits = max(1, min(batch * tiles // 4, at_once // blocks))
+    splits = max(1, min(batch * tiles * block_p * block_o >> 15, at_once // blocks))
+    vector_o = math.gcd(16, channels) if source.last else 1
     vector_p = 1 if source.last else next(v for v in (16, 4, 1) if positions % v == 0)
-    launch = Launch(
-        "channel_sums",
-        (blocks, splits, 1),
-        (batch, positions // vector_p, channels, tiles, splits),
-        dict(
-            LAST=source.last,
-            VECTOR_O=math.gcd(16, channels) if source.last else 1,
-            VECTOR_P=vector_p,
-            BLOCK_P=block_p,
-            BLOCK_O=block_o,
-        ),
-        8,
-        1,
-    )
-    with plan.frame():
-        if splits == 1:
-            plan.launch(launch, source.slot, out)
-        else:
-            parts = plan.scratch(splits, channels, dtype=torch.float32)
-            plan.launch(launch, source.slot, parts)
-            plan.launch(_reduce_launch(splits, (1, 1, channels), (0, 0, 1)), parts, None, out)
+    count = (positions // vector_p, channels // vector_o)
+    sizes = (blocks * splits, batch, *count, tiles, blocks, splits)
+    constants = (source.last, vector_o, vector_p, block_p, block_o)
+    sums = out if splits == 1 else plan.scratch(splits, channels, dtype=torch.float32)
+    plan.first(Job("sum", (source.slot, sums), sizes, constants))
+    if splits > 1:
+        reduce = _reduce_launch(splits, (1, 1, channels), (0, 0, 1))
+        plan.last(reduce, sums, None, out)
 
 
 def _spread(
@@ -653,20 +645,20 @@ def _by_inverse(call: Call) -> bool:
     return call.precision == "native" and call.units.length > configs.NARROW
 
 
-def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand, counts: Slot) -> None:
-    """Derivative by the image, with the zeros that _counts gave."""
+def _inverse(
+    call: Call, points: Operand, bias: Slot | None, out: Operand, lists: tuple[Slot, Slot]
+) -> None:
+    """Derivative by the image."""
     g, plan, dtype = call.g, call.plan, points.slot.dtype
-    lists = _list_plan(g, torch.are_deterministic_algorithms_enabled())
 
     def slots(launch: Launch, order: str) -> tuple[Slot | None, ...]:
         given = (call.rows(points), call.weight(order), call.offset, call.mask)
         if launch.grid[2] == 1:
-            return (*given, bias, counts, entries, out.slot)
+            return (*given, bias, *lists, out.slot)
         parts = plan.scratch(launch.grid[2], *out.slot.shape, dtype=torch.float32)
-        return (*given, bias, counts, entries, parts)
+        return (*given, bias, *lists, parts)
 
     with call.frame():
-        entries = plan.scratch(lists.entries, dtype=torch.int32)
         launch = None
         if hopper.takes_inverse(call):
             launch = hopper.inverse_launch(g, dtype, out.last, call.multiprocessors)
@@ -676,12 +668,6 @@ def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand, count
             key = (dtype.itemsize, call.precision, out.last, call.multiprocessors)
             launch = _inverse_launch(g, *key)
             taken = slots(launch, "")
-        count, starts, fill, order = lists.launches
-        plan.launch(count, call.offset, counts, None)
-        plan.launch(starts, counts)
-        plan.launch(fill, call.offset, counts, entries)
-        if order is not None:
-            plan.launch(order, call.offset, counts, entries)
         plan.launch(launch, *taken)
         if launch.grid[2] > 1:
             size = math.prod(out.slot.shape)
@@ -689,13 +675,22 @@ def _inverse(call: Call, points: Operand, bias: Slot | None, out: Operand, count
             plan.launch(reduce, taken[-1], None, out.slot)
 
 
-def _counts(call: Call) -> Slot:
-    """Zeros for the lists of an inverse gather."""
+def _lists(call: Call, aside: bool = False) -> tuple[Slot, Slot]:
+    """The lists of an inverse gather and their entries; aside: made beside what follows, since
+    that takes little of what a device can do at once."""
+    plan = call.plan
     lists = _list_plan(call.g, torch.are_deterministic_algorithms_enabled())
     index = torch.int32 if lists.entries < 2**31 else torch.int64
-    counts = call.plan.scratch(2 * lists.slots + 1, dtype=index)
-    call.plan.zero(counts)
-    return counts
+    counts = plan.scratch(2 * lists.slots + 1, dtype=index)
+    entries = plan.scratch(lists.entries, dtype=torch.int32)
+    plan.zero(counts)
+    count, starts, fill, order = lists.launches
+    plan.then(count, call.offset, counts, None, aside=aside)
+    plan.then(starts, counts, aside=aside)
+    plan.then(fill, call.offset, counts, entries, aside=aside)
+    if order is not None:
+        plan.then(order, call.offset, counts, entries, aside=aside)
+    return counts, entries
 
 
 class _ListPlan(NamedTuple):

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from .compiled import INTERPRETED, Launch, load
-from .driver import TENSOR_MAP, Invocation, TensorMap
+from .driver import TENSOR_MAP, Invocation, Side, TensorMap
 
 _ALIGNMENT = 256  # bytes, of a piece of scratch memory
 
@@ -53,9 +53,9 @@ class _Result(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A part of the kernel `prepare`: the arguments of one copy, packing or zeros."""
+    """A part of the kernel `prepare`: the arguments of one sum, copy, packing or zeros."""
 
-    kind: str  # "copy", "pack" or "zero"
+    kind: str  # "sum", "copy", "pack" or "zero"
     slots: tuple[Slot | None, ...]
     sizes: tuple[Any, ...]  # the first is the number of programs
     constants: tuple[Any, ...] = ()
@@ -65,11 +65,11 @@ class _First:
     """Jobs for one launch of `prepare`."""
 
     def __init__(self) -> None:
-        self.jobs: dict[str, list[Job]] = {"copy": [], "pack": [], "zero": []}
+        self.jobs: dict[str, list[Job]] = {"sum": [], "copy": [], "pack": [], "zero": []}
 
     def takes(self, job: Job) -> bool:
         same = self.jobs[job.kind]
-        if job.kind == "zero" or not same:
+        if job.kind in ("sum", "zero") or not same:
             return not same
         if job.kind == "copy":  # only the first may have a bias
             return len(same) < 2 and job.slots[2] is None
@@ -77,16 +77,18 @@ class _First:
 
     def launch(self) -> tuple[Launch, tuple[Slot | None, ...]]:
         nothing = Job("", (None,) * 3, (0,))
-        copies, packs, zeros = ([*jobs, nothing, nothing][:2] for jobs in self.jobs.values())
+        sums, copies, packs, zeros = ([*jobs, nothing, nothing][:2] for jobs in self.jobs.values())
         slots = (
+            *sums[0].slots[:2],
             *copies[0].slots,
             *copies[1].slots[:2],
             *packs[0].slots[:2],
             packs[1].slots[1],
             zeros[0].slots[0],
         )
-        sizes = tuple(job.sizes for job in (*copies, *packs, zeros[0]))
+        sizes = tuple(job.sizes for job in (sums[0], *copies, *packs, zeros[0]))
         constants = dict(
+            SUM=sums[0].constants,
             COPY=copies[0].constants,
             SECOND_COPY=copies[1].constants,
             PACK=packs[0].constants,
@@ -121,6 +123,10 @@ class Plan:
         self.size = 0  # of all scratch memory
         self._top = 0
         self.steps: list[tuple[Launch, tuple[Slot | None, ...]]] = []
+        self.asides: set[int] = set()  # the numbers of steps beside others
+        self.joins: set[int] = set()  # and of those that wait for them
+        self._then: list[tuple[Launch, tuple[Slot | None, ...], bool]] = []
+        self._last: list[tuple[Launch, tuple[Slot | None, ...]]] = []
         self._first = _First()
         self._idle: list[_Instance] = []  # those that no thread runs now
 
@@ -152,6 +158,25 @@ class Plan:
         self.flush()
         self.steps.append((launch, slots))
 
+    def then(self, launch: Launch, *slots: Slot | None, aside: bool = False) -> None:
+        """A launch after what is to be done before the next one; aside: while others go on, until
+        `join`, so that memory of frames in between is not for it."""
+        self._then.append((launch, slots, aside))
+
+    def join(self) -> None:
+        """What follows waits for what is aside."""
+        self.flush()
+        self.joins.add(len(self.steps))
+
+    def last(self, launch: Launch, *slots: Slot | None) -> None:
+        """Something to be done when all else is."""
+        self._last.append((launch, slots))
+
+    def finish(self) -> None:
+        """All is written."""
+        self.flush()
+        self.steps += self._last
+
     def first(self, job: Job) -> None:
         """Something to be done before the next launch, together with its like."""
         if not self._first.takes(job):
@@ -166,6 +191,11 @@ class Plan:
         if any(self._first.jobs.values()):
             self.steps.append(self._first.launch())
             self._first = _First()
+        for launch, slots, aside in self._then:
+            if aside:
+                self.asides.add(len(self.steps))
+            self.steps.append((launch, slots))
+        self._then = []
 
     def load(self) -> dict[Launch, Exception]:
         """Load the kernels, all at once; those that cannot be, and why."""
@@ -227,6 +257,10 @@ class _Instance:
         self.mapped: list[int] = []  # the addresses that they were last made for
         self.room: list[Any] = []
         self.calls = [self._bind(*step) for step in plan.steps]
+        self.asides = set() if torch.version.hip else plan.asides
+        self.forks = {i for i in self.asides if i - 1 not in self.asides}
+        self.joins = plan.joins
+        self.device = plan.device.index
         self.stream = _stream_of(plan.device)
 
     def run(self, given: list[int], results: list[int], memory: int) -> None:
@@ -242,8 +276,17 @@ class _Instance:
                 tensor_map.encode(place, address)
                 self.mapped[i] = address
         stream = self.stream()
-        for call in self.calls:
-            call(stream)
+        if not self.asides:
+            for call in self.calls:
+                call(stream)
+            return
+        side = Side.of(stream, self.device)
+        for i, call in enumerate(self.calls):
+            if i in self.forks:
+                side.fork()
+            if i in self.joins:
+                side.join()
+            call(side.stream if i in self.asides else stream)
 
     def _bind(self, launch: Launch, slots: Sequence[Slot | None]) -> Callable[[int], None]:
         dtypes = _dtypes(slots)
