@@ -1,9 +1,9 @@
 #!/bin/sh
 # Run tests/test_triton.py without a GPU, in an environment of its own: the kernels interpreted on
-# the CPU, and compiled for sm_80 and sm_90, those of gluon.py too.
+# the CPU, and compiled for sm_80 and sm_90, those in Gluon too.
 #
-#   tests/triton.sh          with Triton 3.6, for which the tables and gluon.py are made
-#   tests/triton.sh 3.9      with another one; gluon.py is left out
+#   tests/triton.sh          with Triton 3.6, for which the tables and the Gluon kernels are made
+#   tests/triton.sh 3.9      with another one; the Gluon kernels are left out
 #
 # Triton 3.6 interprets with NumPy below 2.4 only.
 set -e

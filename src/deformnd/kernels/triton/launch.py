@@ -417,12 +417,9 @@ def _gather_launch(
     block_o = fit(g.point_channels, row.block_o)
     tiles, blocks = triton.cdiv(positions, row.block_p), triton.cdiv(g.point_channels, block_o)
     programs = g.batch * tiles * blocks
+    steps = taps * triton.cdiv(g.image_channels, block.channels)
     splits = 1
-    # A short sum is not worth a second kernel.
-    if (
-        2 * programs <= multiprocessors
-        and taps * triton.cdiv(g.image_channels, block.channels) >= 32
-    ):
+    if 2 * programs <= multiprocessors and steps >= 32:  # a short sum is not worth another kernel
         splits = min(taps, multiprocessors // programs)
     return Launch(
         "gather",
@@ -466,7 +463,7 @@ def _sums(plan: Plan, source: Operand, out: Slot) -> None:
     block_p = fit(positions, 2048 // block_o)
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(channels, block_o)
     at_once = 8 * multiprocessors_of(plan.device)
-    # A short sum is not worth a second kernel.
+    # A short sum is not worth another kernel.
     splits = max(1, min(batch * tiles * block_p * block_o >> 15, at_once // blocks))
     vector_o = math.gcd(16, channels) if source.last else 1
     vector_p = 1 if source.last else next(v for v in (16, 4, 1) if positions % v == 0)
