@@ -492,9 +492,7 @@ def test_lists_are_made_aside(deterministic: bool, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Plan, "run", lambda plan, _: plans.append(plan) or [None] * 6)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     forget()
-    case = Case((8, 8), (3, 3), image=64, points=64, batch=5)
-    split(monkeypatch, case)
-    case.make(torch.float16, "cpu").backward(launch)
+    Case((9, 9), (3, 3), image=64, points=64).make(torch.float16, "cpu").backward(launch)
     (plan,) = plans
 
     def spans(steps: Iterable[int]) -> list[tuple[int, int]]:
@@ -504,17 +502,13 @@ def test_lists_are_made_aside(deterministic: bool, monkeypatch: pytest.MonkeyPat
 
     kernels = [step.kernel for step, _ in plan.steps]
     lists = ["bucket", "starts", "bucket", *["order"] * deterministic]
-    joins = sorted(plan.joins)
-    assert len(joins) > 1 and all(kernels[i] == "inverse" for i in joins)
-    for before, join in zip([0, *joins], joins, strict=False):
-        aside = [i for i in range(before, join) if i in plan.asides]
-        others = [i for i in range(aside[-1], join) if i not in plan.asides]
-        assert [kernels[i] for i in aside] == lists and aside[-1] - aside[0] == len(aside) - 1
-        assert kernels[aside[0] - 1] == "prepare" and {"spread", "weight_gradient"} <= {
-            kernels[i] for i in others
-        }
-        for first, last in spans(aside):
-            assert all(stop <= first or last <= start for start, stop in spans(others))
+    aside, (join,) = sorted(plan.asides), plan.joins
+    assert kernels[: aside[0]] == ["prepare"] and kernels[join] == "inverse"
+    assert kernels[aside[0] : aside[-1] + 1] == [kernels[i] for i in aside] == lists
+    others = range(aside[-1] + 1, join)
+    assert {"spread", "weight_gradient"} <= {kernels[i] for i in others}
+    for first, last in spans(aside):
+        assert all(stop <= first or last <= start for start, stop in spans(others))
     forget()
 
 

@@ -160,7 +160,9 @@ class Problem:
     def tvdcn(self, tensors: Tensors | None = None) -> Tensor:
         kind = "deform_conv_transpose" if self.shape.transposed else "deform_conv"
         function = getattr(importlib.import_module("tvdcn.ops"), f"{kind}{self.n}d")
-        result: Tensor = function(*(tensors or self.tensors()), **self.parameters)
+        # Its default, an integer, it does not take itself (1.1).
+        more = {"output_padding": (0,) * self.n} if self.shape.transposed else {}
+        result: Tensor = function(*(tensors or self.tensors()), **self.parameters, **more)
         return result
 
     @functools.cached_property

@@ -162,7 +162,8 @@ def _write(
 ) -> None:
     """Write the plan and load its kernels.
 
-    It is written anew, in more pieces, while it needs too much scratch memory; and where kernels
+    It is written anew, with nothing beside other work and then in more pieces, while it needs too
+    much scratch memory; and where kernels
     in Gluon cannot be built, without them.
     """
     operands: list[Any] = []
@@ -175,12 +176,14 @@ def _write(
     offset, mask, bias = plan.given[3:]
     dtype = weight.slot.dtype
     most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / configs.PIECE)))
-    limit, pieces = configs.SCRATCH * dtype.itemsize, 1
+    limit, pieces, aside = configs.SCRATCH * dtype.itemsize, 1, True
     while True:
-        call = Call(g, plan, precision_of(g, dtype), weight, offset, mask, pieces)
+        call = Call(g, plan, precision_of(g, dtype), weight, offset, mask, pieces, aside)
         make(call, image, points, bias, forms, wanted)
         plan.finish()
-        if plan.size > limit and pieces < most:
+        if plan.size > limit and aside:
+            aside = False
+        elif plan.size > limit and pieces < most:
             pieces = min(most, triton.cdiv(pieces * plan.size, limit))
         elif failures := plan.load():
             hopper.give_up(failures)
@@ -297,7 +300,7 @@ def _gradients(
         if not early:
             call.rows(points)
         call.weight("units" if hopper.takes_inverse(call) else "")
-        lists = _lists(call, aside=True)
+        lists = _lists(call, aside=True) if call.aside else None
     with call.frame():
         by_position = grad_offset is not None or grad_mask is not None
         if not factors and (call.units.narrow or hopper.takes(call)):
@@ -319,7 +322,7 @@ def _gradients(
             _gather(call, image, None, grad_points)
     if by_inverse and grad_image is not None:
         call.plan.join()
-        _inverse(call, points, None, grad_image, lists)
+        _inverse(call, points, None, grad_image, lists or _lists(call))
 
 
 def _image_result(call: Call, dtype: torch.dtype, form: torch.memory_format) -> Operand:

@@ -79,6 +79,7 @@ class Call:
         offset: Slot | None,
         mask: Slot | None,
         pieces: int = 1,
+        aside: bool = False,
     ) -> None:
         self.g, self.plan, self.precision = g, plan, precision
         self.offset, self.mask = offset, mask
@@ -86,6 +87,7 @@ class Call:
         self.multiprocessors = multiprocessors_of(plan.device)
         self.given_weight = weight
         self.number_of_pieces = pieces
+        self.aside = aside  # whether there is memory for work beside other work
         self._made: dict[Any, Slot] = {}
         self._lent: dict[Operand, Slot] = {}
 
