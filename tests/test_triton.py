@@ -636,9 +636,15 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
     single, integer = torch.float32, torch.int32
     given = (dtype, dtype)  # offset and mask
     key = (width, precision, True)
-    gather = launch._gather_launch(g, *key, 132)
     count, starts, fill, order = launch._list_plan(g, True).launches
+    of_few = g._replace(image_channels=4 * offset_groups)
+    few = (of_few, width, "ieee" if precision == "split" else precision, True)
+    gather, gather_few = (launch._gather_launch(*a, 132) for a in ((g, *key), few))
     return [
+        (gather_few, (dtype, dtype, *given, dtype, single if gather_few.grid[1] > 1 else dtype)),
+        (launch._spread_launch(*few, True, True, 132),
+         (dtype, dtype, dtype, *given, *given, single)),
+        (launch._weight_launch(*few, 132)[0], (dtype, dtype, *given, single)),
         (gather, (dtype, weight, *given, dtype, single if gather.grid[1] > 1 else dtype)),
         (launch._spread_launch(g, *key, False, True, 132),
          (dtype, dtype, weight, *given, *given, None)),

@@ -26,7 +26,8 @@ class Row:
 
 ANY = 1 << 31
 
-# Tiles for one unit at a time (kernels.py, Note [units]), then for many ("narrow").
+# Tiles for one unit at a time (kernels.py, Note [units]), then for many, or for many kernel points
+# ("narrow").
 #
 # Some other tiles of "inverse" (32/64/64/4/1 with many units) compile to wrong machine code with
 # Triton 3.6: tests/test_triton.py, unset_registers, looks for that in every row it compiles.
@@ -63,8 +64,8 @@ TABLE = (
     Row("weight narrow", 4, ANY, 32, 64, 32, 4, 1),
 )
 
-# Units of at most so many channels are taken several at a time, and their image gradient goes by
-# atomic additions.
+# Units of at most so many channels are taken several at a time, a single one of half as many for
+# several kernel points at a time, and their image gradient goes by atomic additions.
 NARROW = 32
 
 # In so few weights of a group and kernel point the errors of "split" (kernels.py) do not average

@@ -1054,8 +1054,8 @@ def prepare(summed, sums, source, copy, bias, second_source, second_copy, weight
             second_packed, zeros, sum_sizes, sizes, second_sizes, pack_sizes, second_pack_sizes,
             zero_sizes, SUM: tl.constexpr, COPY: tl.constexpr, SECOND_COPY: tl.constexpr,
             PACK: tl.constexpr, SECOND_PACK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """What other kernels need done first, and sums, at once: a sum, two copies, two packings of
-    the weight, zeros.
+    """What other kernels need done first, and a sum, at once: two copies, two packings of the
+    weight, zeros.
 
     Each only if its pointers are not None; its first size is its number of programs, and its
     constants are the last arguments of _sum, _copy and _pack. Grid: (programs of all).
