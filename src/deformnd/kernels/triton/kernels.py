@@ -289,16 +289,19 @@ def _narrow_lanes(u0, units, unit, tap, stop, UNITS: tl.constexpr, TAPS: tl.cons
 
 
 @triton.jit
-def _narrow_columns(image, plane, indices, weights, amplitude, image_size,
-                    INDEX: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Sample whole units: [rows of _narrow_cells, len(position), BLOCK_C]."""
+def _narrow_columns(image, plane, indices, weights, amplitude, image_size, INDEX: tl.constexpr,
+                    BLOCK_C: tl.constexpr):  # fmt: skip
+    """Sample whole units, in float32: [rows of _narrow_cells, len(position), BLOCK_C].
+
+    Triton 3.9 does not compile products of half numbers that are reshaped after they were added.
+    """
     columns = None
     j = tl.arange(0, BLOCK_C)[None, None, :]
     for q in tl.static_range(2 ** len(image_size)):
         row = plane + _corner_row(indices, image_size, q).to(INDEX)
         value = tl.load(image + ((row * BLOCK_C)[:, :, None] + j))
         weight = _corner_weight(weights, None, q, -1) * amplitude
-        term = _blend(value, weight[:, :, None], HALF)
+        term = _blend(value, weight[:, :, None], False)
         if q == 0:
             columns = term
         else:
@@ -370,8 +373,8 @@ def gather(image, weight, offset, mask, bias, out,
                     sizes, UNITS, TAPS,
                 )  # fmt: skip
                 columns = _narrow_columns(
-                    image, u.to(INDEX) * pixels, cell[0], cell[1], amplitude, image_size,
-                    INDEX, BLOCK_C, False,
+                    image, u.to(INDEX) * pixels, cell[0], cell[1], amplitude, image_size, INDEX,
+                    BLOCK_C,
                 )  # fmt: skip
                 c, k, c_in = _narrow_lanes(u0, units, unit, tap, stop, UNITS, TAPS, BLOCK_C)
                 w = _load_weight(
@@ -857,9 +860,8 @@ def weight_gradient(image, points, offset, mask, out,
                 UNITS, TAPS,
             )  # fmt: skip
             columns = _narrow_columns(
-                here, u.to(INDEX) * pixels, cell[0], cell[1], amplitude, image_size,
-                INDEX, BLOCK_C, True,
-            )  # fmt: skip
+                here, u.to(INDEX) * pixels, cell[0], cell[1], amplitude, image_size, INDEX, BLOCK_C
+            )
             columns = tl.reshape(tl.permute(columns, (1, 0, 2)), (BLOCK_P, UNITS * TAPS * BLOCK_C))
         x = _transpose_parts(_parts(x, points.dtype.element_ty, PRECISION), PRECISION)
         y = _parts(columns, image.dtype.element_ty, PRECISION)
