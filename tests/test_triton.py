@@ -395,7 +395,8 @@ def test_interpreted_sums(interpreted: None) -> None:
 
 def sums(device: str) -> None:
     """Of channels first and last; enough for several parts."""
-    for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5), (2, 1, 512, 600)):
+    for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5), (8, 1, 40, 20),
+                  (2, 1, 512, 600)):  # fmt: skip
         x = torch.randn(shape).to(device)
         for t in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
             plan = Plan(t.device, (t,))

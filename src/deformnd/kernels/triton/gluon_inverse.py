@@ -363,6 +363,7 @@ def inverse(points, weight, offset, mask, bias, lists, entries, out,
         for a in gl.static_range(len(TILE)):
             corner = corner + (cell[a] * TILE[a],)
         corners = corners + (corner,)
+    # Written out, since Triton has no name for arguments among which are constants that are tuples.
     if TILES == 1:
         gl.warp_specialize(
             [

@@ -163,8 +163,7 @@ def _write(
     """Write the plan and load its kernels.
 
     It is written anew, with nothing beside other work and then in more pieces, while it needs too
-    much scratch memory; and where kernels
-    in Gluon cannot be built, without them.
+    much scratch memory; and where kernels in Gluon cannot be built, without them.
     """
     operands: list[Any] = []
     forms = []
