@@ -186,7 +186,7 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(),
         **bench.versions(peers),
-        "command": "python benchmarks/gpu.py",
+        "command": f"python benchmarks/gpu.py --peers {' '.join(peers)}",
         "rows": rows,
     }
 

@@ -60,7 +60,8 @@ TABLE = (
     Row("weight", 2, ANY, 64, 256, 64, 4, 1),
     Row("weight", 4, 64, 32, 64, 64, 4, 1),
     Row("weight", 4, ANY, 64, 256, 64, 8, 1),
-    Row("weight narrow", 2, ANY, 64, 64, 32, 4, 1),
+    Row("weight narrow", 2, 64, 64, 64, 32, 4, 1),
+    Row("weight narrow", 2, ANY, 64, 128, 32, 4, 1),
     Row("weight narrow", 4, ANY, 32, 64, 32, 4, 1),
 )
 
