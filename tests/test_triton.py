@@ -640,6 +640,7 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
     count, starts, fill, order = launch._list_plan(g, True).launches
     of_few = g._replace(image_channels=4 * offset_groups)
     few = (of_few, width, "ieee" if precision == "split" else precision, True)
+    wide = g._replace(point_channels=128 * groups)
     gather, gather_few = (launch._gather_launch(*a, 132) for a in ((g, *key), few))
     return [
         (gather_few, (dtype, dtype, *given, dtype, single if gather_few.grid[1] > 1 else dtype)),
@@ -652,6 +653,7 @@ def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> lis
         (launch._spread_launch(g, *key, True, False, 132),
          (None, dtype, weight, *given, None, None, single)),
         (launch._weight_launch(g, *key, 132)[0], (dtype, dtype, *given, single)),
+        (launch._weight_launch(wide, *key, 132)[0], (dtype, dtype, *given, single)),
         (launch._inverse_launch(g, width, precision, False, 132),
          (dtype, weight, *given, None, integer, integer, single)),
         (launch._inverse_launch(g, width, precision, True, 0),
