@@ -588,9 +588,21 @@ def stack(cubin: bytes, tmp_path: Path) -> int:
     return int(found[1])
 
 
+def executed(instructions: list[re.Match[str]], start: int = 0) -> Iterator[re.Match[str]]:
+    """In program order from an address on, routines (64-bit divisions) where they are called."""
+    for match in instructions:
+        address, name, rest = match.groups()
+        if int(address, 16) < start:
+            continue
+        if start and name.startswith("RET"):
+            return
+        if name.startswith("CALL") and (routine := re.search(r"0x[0-9a-f]+", rest)):
+            yield from executed(instructions, int(routine[0], 16))
+        yield match
+
+
 def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
-    """Instructions that read a uniform register before any in program order has written it, with
-    routines (64-bit divisions) followed where they are called.
+    """Instructions that read a uniform register before any in program order has written it.
 
     A block out of line that jumps back may be taken for one; look at the listing then.
 
@@ -602,37 +614,26 @@ def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
     instructions = [m for line in listing.splitlines() if (m := re.match(pattern, line))]
     written: set[int] = set()
     found = []
-
-    def follow(start: int) -> None:
-        for match in instructions:
-            address, name, rest = match.groups()
-            if int(address, 16) < start:
-                continue
-            if start and name.startswith("RET"):
-                return
-            if name.startswith("CALL") and (routine := re.search(r"0x[0-9a-f]+", rest)):
-                follow(int(routine[0], 16))
-            operands = [x.strip() for x in rest.split(",")]
-            target = None
-            if re.match(r"U(?!BLK|TMA|CGABAR)|R2UR|S2UR|CS2UR|VOTEU|REDUX", name):
-                if re.fullmatch(r"U?P\w+", operands[0]):
-                    operands = operands[1:]
-                if operands and re.fullmatch(r"UR\d+", operands[0]):
-                    target = int(operands.pop(0)[2:])
-            read = []
-            for operand in operands:
-                for kind, number in re.findall(r"(gdesc\[|)UR(\d+)", operand):
-                    # A pair of descriptors, of which a left factor in registers needs but one.
-                    one = name.startswith("HGMMA") and re.fullmatch(r"R\d+", operands[1])
-                    parts = range(2 if one else 0, 4) if kind else range(1)
-                    read += [int(number) + i for i in parts]
-            if not written.issuperset(read):
-                found.append(match[0].strip())
-            if target is not None:
-                wide = re.search(r"64|WIDE|CS2", name)
-                written.update({target, target + 1} if wide else {target})
-
-    follow(0)
+    for match in executed(instructions):
+        _, name, rest = match.groups()
+        operands = [x.strip() for x in rest.split(",")]
+        target = None
+        if re.match(r"U(?!BLK|TMA|CGABAR)|R2UR|S2UR|CS2UR|VOTEU|REDUX", name):
+            if re.fullmatch(r"U?P\w+", operands[0]):
+                operands = operands[1:]
+            if operands and re.fullmatch(r"UR\d+", operands[0]):
+                target = int(operands.pop(0)[2:])
+        read = []
+        for operand in operands:
+            for kind, number in re.findall(r"(gdesc\[|)UR(\d+)", operand):
+                # A pair of descriptors, of which a left factor in registers needs but one.
+                one = name.startswith("HGMMA") and re.fullmatch(r"R\d+", operands[1])
+                parts = range(2 if one else 0, 4) if kind else range(1)
+                read += [int(number) + i for i in parts]
+        if not written.issuperset(read):
+            found.append(match[0].strip())
+        if target is not None:
+            written |= {target, target + 1} if re.search(r"64|WIDE|CS2", name) else {target}
     return found
 
 
