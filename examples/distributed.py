@@ -140,8 +140,8 @@ def main() -> None:
         print(json.dumps(report), flush=True)
     dist.destroy_process_group()
     if kind == "cpu":
-        # Gloo's threads can outlive their group. One that still frees a tensor when Python ends
-        # aborts the process (https://github.com/pytorch/pytorch/pull/179291), so none may.
+        # Gloo's threads can outlive their group, and one that still frees a tensor while Python
+        # shuts down aborts the process (https://github.com/pytorch/pytorch/pull/179291): skip that.
         os._exit(0)
 
 
