@@ -83,6 +83,23 @@ class Case:
             )
         )
 
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        if not self.transposed:
+            return self.point_size
+        return tuple(
+            (s - 1) * t - 2 * p + d * (k - 1) + extra + 1
+            for s, t, p, d, k, extra in zip(
+                self.size,
+                self.values("stride"),
+                self.values("padding"),
+                self.values("dilation"),
+                self.kernel,
+                self.values("output_padding"),
+                strict=True,
+            )
+        )
+
     def tensors(
         self, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu"
     ) -> dict[str, Tensor | None]:

@@ -225,12 +225,10 @@ def _points_at(b, p, o, positions, outputs, POINTS_LAST: tl.constexpr, VECTOR: t
 
 
 @triton.jit
-def _item(b, runs, unit, UNITS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where the image of a batch item starts; `runs` are its units x pixels."""
-    if UNITS == 1:
-        return tl.multiple_of(b.to(tl.int64) * runs * unit, VECTOR)
-    else:
-        return b.to(tl.int64) * runs * BLOCK_C
+def _item(b, item, VECTOR: tl.constexpr):
+    """Where the image of a batch item starts. The host alone knows how many elements an item has
+    (layouts.py, image_rows): a unit may be padded, whether or not the kernel takes several."""
+    return tl.multiple_of(b.to(tl.int64) * item, VECTOR)
 
 
 @triton.jit
@@ -312,11 +310,12 @@ def _narrow_columns(image, plane, indices, weights, amplitude, image_size, INDEX
 @triton.jit
 def gather(image, weight, offset, mask, bias, out,
            sizes, channels, unit, outputs, group_in, group_out, offset_units, mask_units,
-           weights, tiles, blocks, splits,
+           weights, item, tiles, blocks, splits,
            POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
            INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
-           EVEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-           UNITS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+           VECTOR_I: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr,
+           BLOCK_O: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr,
+           BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/dpoints: a program samples BLOCK_P positions and multiplies by BLOCK_O rows of weight.
 
     Grid: (B x tiles x blocks of O, splits). With SPLIT a program takes a share of the kernel
@@ -341,7 +340,7 @@ def gather(image, weight, offset, mask, bias, out,
     c_first = (o0 // group_out) * group_in
     c_last = ((tl.minimum(o0 + BLOCK_O, outputs) - 1) // group_out + 1) * group_in
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    image += _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
+    image += _item(b, item, VECTOR_I)
     stop = (split + 1) * taps // splits
     for tap in range(split * taps // splits, stop, TAPS):
         for u0 in range(c_first // unit, (c_last + unit - 1) // unit, UNITS):
@@ -422,11 +421,12 @@ def _store_along(grad_offset, grad_mask, totals, b, u, units, tap, p, here, vali
 @triton.jit
 def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
            sizes, channels, unit, outputs, group_in, group_out, offset_units, mask_units,
-           weights, tiles, splits,
+           weights, item, tiles, splits,
            POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
            INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
-           EVEN: tl.constexpr, HOLD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-           UNITS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+           VECTOR_I: tl.constexpr, EVEN: tl.constexpr, HOLD: tl.constexpr, BLOCK_P: tl.constexpr,
+           BLOCK_O: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr,
+           BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/doffset and dF/dmask, and dF/dimage by atomic additions.
 
     What the columns' derivative points @ weight[tap] is, a program finds for BLOCK_P positions
@@ -448,7 +448,7 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
     split = tl.program_id(1)
     p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < positions
-    start = _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
+    start = _item(b, item, VECTOR_I)
     if by_position:
         image += start
     if grad_image is not None:
@@ -792,11 +792,12 @@ def inverse(points, weight, offset, mask, bias, lists, entries, out,
 @triton.jit
 def weight_gradient(image, points, offset, mask, out,
                     sizes, batch, channels, unit, outputs, group_in, group_out, offset_units,
-                    mask_units, tiles, blocks, splits,
+                    mask_units, item, tiles, blocks, splits,
                     POINTS_LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
                     INDEX: tl.constexpr, VECTOR_C: tl.constexpr, VECTOR_O: tl.constexpr,
-                    EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-                    UNITS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                    VECTOR_I: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr,
+                    BLOCK_O: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr,
+                    BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/dweight: partial sums [splits, K, C / groups, O] over shares of the positions.
 
     A program samples the columns of TAPS kernel points for a block of channels and multiplies
@@ -841,7 +842,7 @@ def weight_gradient(image, points, offset, mask, out,
         inside = p < positions
         place = _points_at(b, p, o, positions, outputs, POINTS_LAST, VECTOR_O)
         x = tl.load(points + place, mask=inside[:, None] & o_in[None, :], other=0.0)
-        here = image + _item(b, units * pixels, unit, UNITS, VECTOR_C, BLOCK_C)
+        here = image + _item(b, item, VECTOR_I)
         if UNITS * TAPS == 1:
             at, valid = _positions(
                 offset, b, u0 // offset_units, units // offset_units, tap, p, inside, sizes

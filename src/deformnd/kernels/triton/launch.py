@@ -29,6 +29,7 @@ from .layouts import (
     constants_of,
     copy,
     fit,
+    image_constants_of,
     image_rows,
     precision_of,
     sizes_of,
@@ -426,10 +427,10 @@ def _gather_launch(
     return Launch(
         "gather",
         (programs, splits, 1),
-        (sizes_of(g), *channels_of(g), weights_of(g), tiles, blocks, splits),
+        (sizes_of(g), *channels_of(g), weights_of(g), image_rows(g), tiles, blocks, splits),
         dict(
             POINTS_LAST=last,
-            **constants_of(g, precision, image_rows(g)),
+            **image_constants_of(g, precision),
             EVEN=g.groups == 1 and units_of(g).length % block.channels == 0,
             SPLIT=splits > 1,
             BLOCK_P=row.block_p,
@@ -499,8 +500,7 @@ def _spread(
             if rows and by_image.slot.dtype == torch.float32:
                 grad_image = by_image.slot
             else:
-                shape = (g.batch, units.number * units.padded * math.prod(g.image_size))
-                grad_image = plan.scratch(*shape, dtype=torch.float32)
+                grad_image = plan.scratch(g.batch, image_rows(g), dtype=torch.float32)
             plan.zero(grad_image)
         by_position = grad_offset is not None or grad_mask is not None
         laid = call.image(image) if by_position and image is not None else None
@@ -617,10 +617,10 @@ def _spread_launch(
     return Launch(
         "spread",
         (g.batch * tiles, splits, 1),
-        (sizes_of(g), *channels_of(g), weights_of(g), tiles, splits),
+        (sizes_of(g), *channels_of(g), weights_of(g), image_rows(g), tiles, splits),
         dict(
             POINTS_LAST=last,
-            **constants_of(g, precision, image_rows(g)),
+            **image_constants_of(g, precision),
             EVEN=units_of(g).length % block.channels == 0,
             HOLD=g.groups == 1 and g.point_channels <= block_o,
             BLOCK_P=row.block_p,
@@ -822,10 +822,10 @@ def _weight_launch(
     launch = Launch(
         "weight_gradient",
         (taps * blocks, over, splits),
-        (sizes_of(g), g.batch, *channels_of(g), tiles, blocks, splits),
+        (sizes_of(g), g.batch, *channels_of(g), image_rows(g), tiles, blocks, splits),
         dict(
             POINTS_LAST=last,
-            **constants_of(g, precision, image_rows(g)),
+            **image_constants_of(g, precision),
             EVEN=units.length % block.channels == 0,
             BLOCK_P=row.block_p,
             BLOCK_O=block_o,

@@ -317,6 +317,15 @@ def constants_of(g: Geometry, precision: str, rows: int) -> dict[str, Any]:
     )
 
 
+def image_constants_of(g: Geometry, precision: str) -> dict[str, Any]:
+    """Those of a kernel that reads the image, or adds to its gradient, as Call.image lays it out;
+    the kernel's argument `item` is image_rows."""
+    constants = constants_of(g, precision, image_rows(g))
+    units = units_of(g)
+    vector = min(16, units.padded) if units.narrow else constants["VECTOR_C"]
+    return dict(**constants, VECTOR_I=vector)
+
+
 # Channels of a block at least: a product needs 16, and 32 fill a sector of memory.
 LEAST = 32
 
@@ -326,5 +335,6 @@ def fit(size: int, block: int, least: int = LEAST) -> int:
 
 
 def image_rows(g: Geometry) -> int:
+    """Elements of a batch item of the image as Call.image lays it out, padding included."""
     units = units_of(g)
-    return math.prod(g.image_size) * units.number * units.padded
+    return _strides(units, "planes" if units.narrow else "rows", math.prod(g.image_size))[0]

@@ -212,8 +212,7 @@ class Plan:
         if INTERPRETED:
             self._interpret(given, results)
             return results
-        # Not torch.empty, which fills its tensors where algorithms are to be deterministic.
-        memory = torch.UntypedStorage(self.size, device=self.device)
+        memory = _storage(self.size, self.device)
         try:
             instance = self._idle.pop()
         except IndexError:
@@ -341,6 +340,11 @@ class _Instance:
             run(*launch.grid, stream, *head, *pointers, *tail)
 
         return call
+
+
+def _storage(size: int, device: torch.device) -> torch.UntypedStorage:
+    """Scratch memory. Not torch.empty, which fills tensors where algorithms are deterministic."""
+    return torch.UntypedStorage(size, device=device)
 
 
 def _dtypes(slots: Sequence[Slot | None]) -> list[torch.dtype | None]:

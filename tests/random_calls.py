@@ -1,0 +1,589 @@
+"""Random calls of the operators against the float64 reference, for every backend.
+
+One generator, `draw`, serves them all: channels of every residue, groups of every kind, batches,
+sizes from 1, kernels, strides, dilations, dtypes (offset and mask of another one), layouts, absent
+arguments, gradients that are not asked for. tests/test_random.py runs a few hundred calls; by hand
+
+    python tests/random_calls.py cpu --calls 5000
+    python tests/random_calls.py compiled --calls 200
+    python tests/random_calls.py interpreter --calls 2000     (with Triton; no GPU)
+    python tests/random_calls.py gpu --calls 5000             (portable: without Hopper's kernels)
+
+runs as many as wanted, in several processes, and prints each call that is wrong. It prints the same
+line for the same seed, so `one=...` of a printed call repeats it: see --one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cases
+from cases import NAMES, Case
+from deformnd.kernels import cpu, reference
+from deformnd.kernels.geometry import (
+    Geometry,
+    conv_geometry,
+    conv_transpose_geometry,
+    memory_format,
+)
+
+Tensors = dict[str, Tensor | None]
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32, torch.float64)
+LAYOUTS = ("contiguous", "last", "slice", "unaligned", "expanded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a backend's calls may be like."""
+
+    dtypes: tuple[torch.dtype, ...]
+    other_dtypes: tuple[torch.dtype, ...]  # of offset and mask
+    work: float  # products of the forward at most
+    pixels: int  # of an image at most
+    hopper: bool = False  # whether to draw channels that only Hopper's kernels like
+    steps: float = math.inf  # blocks of positions, kernel points and channels at most (_steps)
+
+
+CPU = Limits(FLOATS, FLOATS, 2e6, 2000)
+COMPILED = Limits((torch.float32, torch.float64), FLOATS[2:], 2e5, 300)
+INTERPRETER = Limits(FLOATS[:3], FLOATS[:3], 3e5, 150, steps=50)
+GPU = Limits(FLOATS[:3], FLOATS[:3], 3e8, 3000, hopper=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCall:
+    case: Case
+    dtype: torch.dtype
+    offset_dtype: torch.dtype
+    mask_dtype: torch.dtype
+    layouts: tuple[str, ...]  # of input, weight, offset, mask, bias, grad_output
+    needs: tuple[bool, ...]  # the gradients by NAMES that are asked for
+    far: bool = False  # offsets that leave the image
+    deterministic: bool = False
+    pieces: bool = False  # the batch in pieces, on GPUs
+    tf32: bool = False
+    seed: int = 0
+
+    def tensors(self, device: str = "cpu") -> Tensors:
+        """Those of the call, and grad_output. What lies between a slice's elements is NaN."""
+        case = self.case
+        values = case.tensors(seed=self.seed)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        if self.far and values["offset"] is not None:
+            shape = values["offset"].shape
+            whole = torch.randint(-24, 24, shape, generator=generator)
+            # Exact in every dtype, and no integer.
+            values["offset"] = whole + torch.randint(1, 4, shape, generator=generator) / 4
+        values["grad_output"] = torch.randn(
+            case.batch, case.channels[1], *case.output_size, generator=generator
+        )
+        dtypes = dict(offset=self.offset_dtype, mask=self.mask_dtype)
+        return {
+            name: None
+            if t is None
+            else laid_out(t.to(device, dtypes.get(name, self.dtype)), layout)
+            for (name, t), layout in zip(values.items(), self.layouts, strict=True)
+        }
+
+    def geometry(self, t: Tensors) -> Geometry:
+        make = conv_transpose_geometry if self.case.transposed else conv_geometry
+        return make(*(t[name] for name in NAMES), *self.case.operator_parameters())  # type: ignore[arg-type]
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The same values, otherwise in memory."""
+    if layout == "last" and t.dim() > 2:
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "slice":
+        room = t.new_full((*t.shape[:-1], t.shape[-1] + 3), math.nan)
+        room[..., 1:-2] = t
+        return room[..., 1:-2]
+    if layout == "unaligned":
+        room = t.new_full((t.numel() + 1,), math.nan)
+        room[1:] = t.flatten()
+        return room[1:].view(t.shape)
+    if layout == "expanded" and t.dim() > 1:
+        return t[:1].expand(t.shape)
+    return t.contiguous()
+
+
+def by_backend(call: RandomCall, t: Tensors, backend: Any) -> Tensors:
+    """The output and the gradients, by a backend's own functions."""
+    g = call.geometry(t)
+    x, weight, offset, mask, bias, grad = t.values()
+    forward = backend.scatter if call.case.transposed else backend.gather
+    output = forward(g, x, weight, offset, mask, bias)
+    image, points = (grad, x) if call.case.transposed else (x, grad)
+    by_x, by_weight, by_offset, by_mask, by_bias = call.needs
+    by_both = (False, by_x) if call.case.transposed else (by_x, False)
+    grads = backend.gradients(
+        g, image, points, weight, offset, mask, (*by_both, by_weight, by_offset, by_mask),
+        grad if by_bias and bias is not None else None,
+    )  # fmt: skip
+    return dict(
+        output=output, **dict(zip(NAMES, (grads[call.case.transposed], *grads[2:]), strict=True))
+    )
+
+
+def by_function(
+    call: RandomCall, t: Tensors, function: Callable[[Tensors], Tensor] | None = None
+) -> Tensors:
+    """The same by the public function and autograd."""
+    leaves: Tensors = {}
+    for name, need in zip(NAMES, call.needs, strict=True):
+        value = t[name]
+        leaves[name] = None if value is None else value.detach().requires_grad_(need)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    output = (function or call.case.call)(leaves)
+    grads: Tensors = dict.fromkeys(NAMES)
+    if wanted:
+        found = torch.autograd.grad(output, list(wanted.values()), t["grad_output"])
+        grads |= dict(zip(wanted, found, strict=True))
+    return dict(output=output.detach(), **grads)
+
+
+def exact(call: RandomCall, t: Tensors) -> Tensors:
+    """By the reference in float64."""
+    return by_backend(call, {k: v if v is None else v.double() for k, v in t.items()}, reference)
+
+
+# The largest relative L2 error of output and gradients; the interpreter multiplies and adds half
+# numbers in another way than the hardware.
+TOLERANCE = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (4e-4, 2e-3),
+    torch.bfloat16: (3e-3, 1e-2),
+}
+TF32 = (2e-3, 2e-3)
+INTERPRETED = {**TOLERANCE, torch.float16: (1e-2, 2e-2), torch.bfloat16: (3e-2, 6e-2),
+               torch.float32: (5e-5, 5e-5)}  # fmt: skip
+
+
+def check(
+    call: RandomCall,
+    got: Tensors,
+    t: Tensors,
+    tolerance: dict[torch.dtype, tuple[float, float]] = TOLERANCE,
+) -> None:
+    """Every result: there or not, dtype, shape, layout, and value."""
+    want = exact(call, t)
+    noise: Tensors | None = None
+    for name, expected in want.items():
+        actual = got[name]
+        like = t["input" if name == "output" else name]
+        if expected is None or (name != "output" and not call.needs[NAMES.index(name)]):
+            assert actual is None, f"{name} is there"
+            continue
+        assert actual is not None and like is not None, f"{name} is missing"
+        assert actual.dtype == like.dtype and actual.shape == expected.shape, name
+        # Of the layouts that a result can take over.
+        if name in ("output", "input") and like.is_contiguous(memory_format=memory_format(like)):
+            assert memory_format(actual) == memory_format(like) or 1 in like.shape, name
+        coarsest = max(
+            (t[n].dtype for n in ("input", name) if t.get(n) is not None),  # type: ignore[union-attr]
+            key=lambda dtype: torch.finfo(dtype).eps,
+        )
+        limits = TF32 if call.tf32 and coarsest == torch.float32 else tolerance[coarsest]
+        limit = limits[name != "output"]
+        # Errors of few elements are not averaged: a single half number errs by up to 4.9e-4.
+        limit *= 1 + 4 / math.sqrt(max(int(expected.count_nonzero()), 1))
+        norm = expected.norm().item()
+        distance = (actual.double() - expected).norm().item()
+        if not distance <= limit * norm:
+            # Where terms cancel, what rounding of the arguments does is allowed, too.
+            noise = noise or _noise(call, t, want, max(limits))
+            allowed = limit * norm + 4 * noise[name]  # type: ignore[operator]
+            assert distance <= allowed, f"{name} errs by {distance / (norm or 1):.2e}"
+
+
+def _noise(call: RandomCall, t: Tensors, want: Tensors, size: float) -> dict[str, float]:  # type: ignore[misc]
+    """How far results move if every factor does by a relative `size`."""
+    generator = torch.Generator().manual_seed(call.seed)
+
+    def moved(v: Tensor) -> Tensor:
+        return v.double() * (1 + size * torch.randn(v.shape, generator=generator).to(v.device))
+
+    other = exact(call, {k: v if v is None or k == "offset" else moved(v) for k, v in t.items()})
+    return {
+        k: 0.0 if v is None else (other[k] - v).norm().item()  # type: ignore[operator]
+        for k, v in want.items()
+    }
+
+
+# The generator
+
+
+def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> RandomCall:
+    """A call; `like` another one in all that kernels are compiled for, or nearly."""
+    while True:
+        n = like.case.n if like else rng.choice((1, 2, 2, 3))
+        kind = _kind(like) if like else _draw_kind(rng, limits, n)
+        case = _draw_case(rng, limits, n, kind)
+        if case is not None:
+            break
+    if like is not None:
+        return dataclasses.replace(
+            like, case=case, far=rng.random() < 0.2, seed=rng.randrange(1 << 30),
+            deterministic=rng.random() < 0.3, pieces=rng.random() < 0.15,
+        )  # fmt: skip
+    dtype = rng.choice(limits.dtypes)
+    others = [dtype if rng.random() < 0.5 else rng.choice(limits.other_dtypes) for _ in range(2)]
+    usual = rng.choice(LAYOUTS[:2])
+    layouts = tuple(usual if rng.random() < 0.8 else rng.choice(LAYOUTS) for _ in range(6))
+    needs = (True,) * 5 if rng.random() < 0.6 else tuple(rng.random() < 0.5 for _ in range(5))
+    return RandomCall(
+        case, dtype, others[0], others[1], layouts, needs, rng.random() < 0.2,
+        rng.random() < 0.3, rng.random() < 0.15, dtype == torch.float32 and rng.random() < 0.1,
+        rng.randrange(1 << 30),
+    )  # fmt: skip
+
+
+def _kind(call: RandomCall) -> tuple[Any, ...]:
+    c = call.case
+    image, points = c.channels[::-1] if c.transposed else c.channels
+    return c.transposed, image, points, c.groups, c.offset_groups, c.mask_groups, c.bias
+
+
+def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
+    """Family, channels, groups and whether there is a bias."""
+
+    def channels() -> int:
+        if rng.random() < 0.75:
+            return rng.randint(1, 40)
+        return rng.choice((48, 56, 64, 72, 96, 100, 128, 132, 144, 160, 192, 256, 320))
+
+    def divisor(number: int) -> int:
+        return rng.choice([d for d in range(1, number + 1) if number % d == 0])
+
+    style = rng.choice(("one", "one", "units", "groups", "depthwise", *["hopper"] * limits.hopper))
+    image, points, groups = channels(), channels(), 1
+    offset_groups = mask_groups = 1
+    if style == "hopper":
+        image = 32 * rng.choice((1, 2, 2, 3, 4, 6, 8))
+        points = 64 * rng.choice((1, 1, 2, 3, 4))
+        if rng.random() < 0.5:
+            offset_groups = image // rng.choice((4, 8, 16, 32))
+            mask_groups = rng.choice((offset_groups, 1, divisor(image)))
+    elif style == "units":
+        offset_groups, mask_groups = divisor(image), divisor(image)
+    elif style == "groups":
+        groups = rng.choice((2, 2, 3, 4, 5, 6, 8))
+        image, points = groups * rng.randint(1, 34), groups * rng.randint(1, 34)
+        offset_groups, mask_groups = divisor(image), divisor(image)
+        if rng.random() < 0.5:
+            offset_groups = mask_groups = rng.choice((1, groups))
+    elif style == "depthwise":
+        groups, points = image, image * rng.choice((1, 1, 2, 3))
+        offset_groups = rng.choice((1, 1, image, divisor(image)))
+        mask_groups = rng.choice((1, offset_groups, divisor(image)))
+    absent = rng.random()
+    if absent < 0.1:
+        offset_groups = 0
+    elif absent < 0.3:
+        mask_groups = 0
+    return rng.random() < 0.5, image, points, groups, offset_groups, mask_groups, rng.random() < 0.6
+
+
+def _draw_case(rng: random.Random, limits: Limits, n: int, kind: tuple[Any, ...]) -> Case | None:
+    transposed, image, points, groups, offset_groups, mask_groups, bias = kind
+    for _ in range(50):
+        if rng.random() < 0.4:
+            kernel = (3,) * n
+        else:
+            most = {1: (7,), 2: (5, 5), 3: (4, 5, 4)}[n]
+            kernel = tuple(rng.randint(1, k) for k in most)
+        longest = max(1, round(limits.pixels ** (1 / n)))
+        case = Case(
+            size=tuple(rng.randint(1, 1 if rng.random() < 0.05 else longest) for _ in range(n)),
+            kernel=kernel,
+            transposed=transposed,
+            batch=rng.choice((1, 2, 2, 3, 4, 5)),
+            channels=(points, image) if transposed else (image, points),
+            stride=_axes(rng, n, (1, 1, 1, 2, 3)),
+            padding=_axes(rng, n, (0, 1, 1, 2, 4)),
+            dilation=_axes(rng, n, (1, 1, 1, 2, 3)),
+            groups=groups,
+            offset_groups=offset_groups,
+            mask_groups=mask_groups,
+            bias=bias,
+        )
+        if transposed:
+            extra = tuple(
+                rng.randint(0, max(s, d) - 1) if rng.random() < 0.5 else 0
+                for s, d in zip(case.values("stride"), case.values("dilation"), strict=True)
+            )
+            case = dataclasses.replace(case, output_padding=extra)
+        sizes = (case.output_size, case.point_size)
+        if min(map(min, sizes)) < 1 or max(map(math.prod, sizes)) > 4 * limits.pixels:
+            continue
+        work = case.batch * math.prod(case.point_size) * math.prod(kernel)
+        if work * image * points / groups > limits.work or work * image > limits.work:
+            continue
+        if limits.steps == math.inf or _steps(case, image, points) <= limits.steps:
+            return case
+    return None
+
+
+def _steps(case: Case, image: int, points: int) -> float:
+    """About how often a kernel's inner loop runs, each time taking long in the interpreter."""
+    groups = [max(g, 1) for g in (case.offset_groups, case.mask_groups)]
+    unit = math.gcd(*(image // g for g in groups))
+    number, taps = image // unit, math.prod(case.kernel)
+    together = max(1, 32 // (1 << (unit - 1).bit_length())) if unit <= (32, 16)[number == 1] else 1
+    blocks = math.ceil(math.prod(case.point_size) / 64) * math.ceil(points / case.groups / 64)
+    samples = math.ceil(taps * number / together) * math.ceil(unit / 32)
+    image_size = case.output_size if case.transposed else case.size
+    lists = number * math.ceil(math.prod(image_size) / 64) * taps  # of the inverse gather
+    return case.batch * (blocks * samples * 2**case.n + 2 * lists)
+
+
+def _axes(rng: random.Random, n: int, values: tuple[int, ...]) -> tuple[int, ...]:
+    return (rng.choice(values),) * n if rng.random() < 0.5 else tuple(rng.choices(values, k=n))
+
+
+# The backends
+
+
+@contextlib.contextmanager
+def patched(owner: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.empty and its like, with NaN in what they return."""
+
+    def function(*args: Any, **options: Any) -> Tensor:
+        t = make(*args, **options)
+        return t.fill_(math.nan) if t.is_floating_point() else t
+
+    return function
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    with patched(
+        torch, empty=poisoned(torch.empty), empty_strided=poisoned(torch.empty_strided)
+    ):
+        yield
+
+
+def spoil_workspace() -> None:
+    """Leave NaN in the memory that the core's threads keep between calls."""
+    g = Geometry(2, 24, 24, 1, 1, 1, (20, 20), (20, 20), (3, 3), (1, 1), (1, 1), (1, 1))
+    t = [torch.full(s, math.nan) for s in ((2, 24, 20, 20), (24, 24, 3, 3), (2, 9, 20, 20))]
+    offset = torch.zeros(2, 18, 20, 20)
+    cpu.gradients(g, t[0], t[0], t[1], offset, t[2], (True,) * 5)
+
+
+def run_cpu(call: RandomCall, rng: random.Random) -> None:
+    """The C++ core at some level of instructions with some number of threads."""
+    t = call.tensors()
+    levels = range(-1, min(cpu.best_level(), 2 + (call.dtype == torch.bfloat16)) + 1)
+    with patched(cpu, level=rng.choice(levels), threads=rng.choice((0, 1, 2, 3, 7))):
+        if rng.random() < 0.3:
+            spoil_workspace()
+        with poison():
+            got = by_function(call, t) if rng.random() < 0.5 else by_backend(call, t, cpu)
+        try:
+            check(call, got, t)
+        except AssertionError as error:
+            raise AssertionError(f"{error} (level {cpu.level}, {cpu.threads} threads)") from None
+
+
+def run_compiled(call: RandomCall, rng: random.Random) -> None:
+    """The public function under torch.compile, its sizes symbols or not."""
+    t = call.tensors()
+    torch._dynamo.reset()
+    function = torch.compile(call.case.call, fullgraph=True, dynamic=rng.choice((None, True)))
+    with poison():
+        got = by_function(call, t, function)
+    check(call, got, t)
+
+
+@contextlib.contextmanager
+def on_triton(call: RandomCall) -> Iterator[ModuleType]:
+    """The Triton backend, set up for the call."""
+    from deformnd.kernels.triton import configs, launch
+
+    before = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    torch.backends.cudnn.allow_tf32 = call.tf32
+    torch.use_deterministic_algorithms(call.deterministic)
+    try:
+        if call.pieces:
+            size = call.case.point_size
+            small = dict(PIECE=2 * math.prod(size), SCRATCH=1, LARGE=0)
+            launch._PLANS.clear()
+            with patched(configs, **small):
+                yield launch
+            launch._PLANS.clear()
+        else:
+            yield launch
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.use_deterministic_algorithms(before[1])
+
+
+def run_interpreter(call: RandomCall, rng: random.Random) -> None:
+    """Triton's interpreter, with the tiles that users get. It poisons by itself (Plan)."""
+    t = call.tensors()
+    with on_triton(call) as launch:
+        got = by_backend(call, t, launch)
+    check(call, got, t, INTERPRETED)
+
+
+def run_gpu(call: RandomCall, rng: random.Random) -> None:
+    from deformnd.kernels.triton import plan
+
+    t = call.tensors("cuda")
+
+    def storage(size: int, device: torch.device) -> Any:
+        return torch.full((size,), 255, dtype=torch.uint8, device=device).untyped_storage()
+
+    with on_triton(call) as launch, poison(), patched(plan, _storage=storage):
+        got = by_function(call, t) if rng.random() < 0.5 else by_backend(call, t, launch)
+    check(call, got, t)
+
+
+def prepare_interpreter() -> None:
+    """Have Triton's interpreter multiply bfloat16 numbers, whose bits it takes for integers, and
+    prepare the language once a kernel, not for every function that it calls (a third of the time)."""
+    import numpy as np
+    import triton
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+    if getattr(original, "widens", False):
+        return
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        def widen(x: Any) -> Any:
+            if x.dtype != triton.language.bfloat16:
+                return x
+            bits = x.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), triton.language.float32)
+
+        return original(self, widen(a), widen(b), *args)
+
+    create_dot.widens = True  # type: ignore[attr-defined]
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    call = interpreter.InterpretedFunction.__call__
+
+    def fast(self: Any, *args: Any, **options: Any) -> Any:
+        if self.fn.__module__.startswith("deformnd"):
+            return self.rewrite()(*args, **options)
+        return call(self, *args, **options)
+
+    interpreter.InterpretedFunction.__call__ = fast
+
+
+RUNS: dict[str, tuple[Limits, Callable[[RandomCall, random.Random], None]]] = {
+    "cpu": (CPU, run_cpu),
+    "compiled": (COMPILED, run_compiled),
+    "interpreter": (INTERPRETER, run_interpreter),
+    "gpu": (GPU, run_gpu),
+    "portable": (GPU, run_gpu),
+}
+ALIKE = {"gpu": 8, "portable": 8}  # so many calls of a kind, since kernels are compiled for each
+
+
+def calls(backend: str, seed: str, count: int) -> Iterator[RandomCall]:
+    limits, _ = RUNS[backend]
+    rng = random.Random(seed)
+    alike = ALIKE.get(backend, 1)
+    first = None
+    for i in range(count):
+        if i % alike == 0:
+            first = draw(rng, limits)
+            yield first
+        else:
+            yield draw(rng, limits, first)
+
+
+def run(backend: str, seed: str, count: int, seconds: float = math.inf) -> tuple[int, list[str]]:
+    """How many calls ran, and what is wrong with which."""
+    prepare(backend)
+    stop = time.monotonic() + seconds
+    wrong, done = [], 0
+    for i, call in enumerate(calls(backend, seed, count)):
+        if time.monotonic() > stop:
+            break
+        try:
+            RUNS[backend][1](call, random.Random(f"{seed} {i}"))
+        except Exception as error:
+            kind = "" if isinstance(error, AssertionError) else type(error).__name__ + ": "
+            wrong.append(f"{kind}{str(error)[:2000]}\n    seed {seed!r}, call {i}: {call}")
+            if kind:
+                wrong[-1] += "\n" + traceback.format_exc(limit=-4)
+        done += 1
+    return done, wrong
+
+
+def prepare(backend: str) -> None:
+    if backend == "interpreter":
+        prepare_interpreter()
+    elif backend == "portable":
+        from deformnd.kernels.triton import hopper
+
+        hopper._on_hopper = lambda call: False
+
+
+def _part(args: tuple[Any, ...]) -> tuple[int, list[str]]:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args[-1]))
+    return run(*args[:-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("backend", choices=RUNS)
+    parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new call after these")
+    args = parser.parse_args()
+    if args.backend == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    parts = max(args.processes, math.ceil(args.calls / 100))
+    tasks = [
+        (args.backend, f"{args.seed}.{i}", math.ceil(args.calls / parts), args.seconds,
+         args.processes)
+        for i in range(parts)
+    ]  # fmt: skip
+    start, done, wrong = time.monotonic(), 0, 0
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for some, errors in pool.imap_unordered(_part, tasks):
+            done, wrong = done + some, wrong + len(errors)
+            for error in errors:
+                print(error, flush=True)
+            if sys.stderr.isatty():
+                print(f"{done} calls, {wrong} wrong", end="\r", file=sys.stderr)
+    print(f"{args.backend}: {done} calls, {wrong} wrong, {time.monotonic() - start:.0f} s")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
