@@ -9,8 +9,8 @@ arguments, gradients that are not asked for. tests/test_random.py runs a few hun
     python tests/random_calls.py interpreter --calls 2000     (with Triton; no GPU)
     python tests/random_calls.py gpu --calls 5000             (portable: without Hopper's kernels)
 
-runs as many as wanted, in several processes, and prints each call that is wrong. It prints the same
-line for the same seed, so `one=...` of a printed call repeats it: see --one.
+runs as many as wanted, in several processes, and prints each call that is wrong, with the seed and
+the number by which `run` finds it again.
 """
 
 from __future__ import annotations
@@ -524,13 +524,12 @@ def calls(backend: str, seed: str, count: int) -> Iterator[RandomCall]:
             yield draw(rng, limits, first)
 
 
-def run(backend: str, seed: str, count: int, seconds: float = math.inf) -> tuple[int, list[str]]:
-    """How many calls ran, and what is wrong with which."""
+def run(backend: str, seed: str, count: int, stop: float = math.inf) -> tuple[int, list[str]]:
+    """How many calls ran before the time `stop`, and what is wrong with which."""
     prepare(backend)
-    stop = time.monotonic() + seconds
     wrong, done = [], 0
     for i, call in enumerate(calls(backend, seed, count)):
-        if time.monotonic() > stop:
+        if time.time() > stop:
             break
         try:
             RUNS[backend][1](call, random.Random(f"{seed} {i}"))
@@ -568,11 +567,8 @@ def main() -> None:
     if args.backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     parts = max(args.processes, math.ceil(args.calls / 100))
-    tasks = [
-        (args.backend, f"{args.seed}.{i}", math.ceil(args.calls / parts), args.seconds,
-         args.processes)
-        for i in range(parts)
-    ]  # fmt: skip
+    each, stop = math.ceil(args.calls / parts), time.time() + args.seconds
+    tasks = [(args.backend, f"{args.seed}.{i}", each, stop, args.processes) for i in range(parts)]
     start, done, wrong = time.monotonic(), 0, 0
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for some, errors in pool.imap_unordered(_part, tasks):
