@@ -746,6 +746,45 @@ def test_compiles(
             assert not unset_registers(compiled.asm["cubin"], tmp_path)
 
 
+@pytest.mark.skipif(INTERPRETING, reason="does not compile")
+@pytest.mark.parametrize("groups", [1, 4])
+def test_odd_channels_compile_right(groups: int, tmp_path: Path) -> None:
+    """Nothing is even that the compiler could use (once wrong, see configs.TABLE)."""
+    from triton.backends.compiler import GPUTarget
+
+    size, ones = (16, 16), (1, 1)
+    g = Geometry(2, 5 * groups, 33 * groups, groups, groups, 1, size, size, (1, 3), ones, ones, ones)
+    for dtype in (torch.float16, torch.bfloat16):
+        key = (2, "native", False, 132)
+        inverse = launch._inverse_launch(g, *key)
+        parts = torch.float32 if inverse.grid[2] > 1 else dtype
+        given, integer, single = (dtype, dtype), torch.int32, torch.float32
+        for made, dtypes in (
+            (inverse, (dtype, dtype, *given, None, integer, integer, parts)),
+            (launch._gather_launch(g, *key), (dtype, dtype, *given, dtype, dtype)),
+            (launch._weight_launch(g, *key)[0], (dtype, dtype, *given, single)),
+            (launch._spread_launch(g, *key[:3], True, True, 132),
+             (dtype, dtype, dtype, *given, *given, single)),
+        ):  # fmt: skip
+            compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
+            assert not unset_registers(compiled.asm["cubin"], tmp_path), made.constants
+
+
+@pytest.mark.skipif(INTERPRETING, reason="does not compile")
+def test_fits_into_shared_memory() -> None:
+    """In fewer stages where a device has too little, as for three dimensions on an H200 (227 KiB),
+    and for most others (99 KiB)."""
+    from triton.backends.compiler import GPUTarget
+
+    size, ones = (8, 8, 8), (1, 1, 1)
+    g = Geometry(2, 192, 192, 1, 1, 1, size, size, (3, 3, 3), ones, ones, ones)
+    made = launch._gather_launch(g, 2, "native", False, 132)
+    dtypes = [torch.float16] * 5 + [torch.float32 if made.grid[1] > 1 else torch.float16]
+    for capability, room in ((90, 227 << 10), (89, 99 << 10)):
+        compiled = made.compile(dtypes, GPUTarget("cuda", capability, 32), room)
+        assert compiled.metadata.shared <= room
+
+
 @pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to compile with")
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
@@ -858,6 +897,7 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no device")
+    monkeypatch.setattr(compiled, "shared_memory", lambda: 227 << 10)
     monkeypatch.setattr(compiled, "Function", lambda *about: about)
     single, half = torch.float32, torch.float16
     g = Geometry(1, 4, 4, 1, 1, 1, (9, 9), (9, 9), (1, 1), (1, 1), (0, 0), (1, 1))
@@ -879,8 +919,18 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
         raise RuntimeError("compiles again")
 
     load()
+    original = triton.compile
     monkeypatch.setattr(triton, "compile", refuse)
     load()
+
+    # A file that is cut short, empty or of something else is written anew.
+    for name, left in (("kernel.cubin", 100), ("kernel.json", 9), ("kernel.json", 0)):
+        monkeypatch.setattr(triton, "compile", original)
+        for file in tmp_path.rglob(name):
+            file.write_bytes(file.read_bytes()[:left])
+        load()
+        monkeypatch.setattr(triton, "compile", refuse)
+        load()
     fields = [*compiled._About.__annotations__.items(), ("more", int)]
     monkeypatch.setattr(compiled, "_About", NamedTuple("_About", fields))
     monkeypatch.setattr(compiled, "_LOADED", {})

@@ -78,9 +78,11 @@ class Launch:
         kernel = getattr(kernels, self.kernel)
         kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
 
-    def compile(self, dtypes: Sequence[torch.dtype | None], target: Any) -> Any:
+    def compile(
+        self, dtypes: Sequence[torch.dtype | None], target: Any, room: int = 1 << 30
+    ) -> Any:
         """For tensors of these dtypes, None where there is none."""
-        return triton.compile(self._source(dtypes), target=target, options=dict(self.options))
+        return self._fit(self._source(dtypes), target, room)
 
     def load(self, dtypes: Sequence[torch.dtype | None]) -> Loaded:
         """The function on the current CUDA device."""
@@ -93,26 +95,42 @@ class Launch:
         parts = (self.kernel, *dtypes, _types(self.integers), *self.constants.items(), device)
         return (*parts, *self.options.values(), self.descriptor, self.programs)
 
-    def _binary(self, source: Any, hashed: str, target: Any) -> tuple[bytes, _About]:
+    def _binary(
+        self, source: Any, hashed: str, target: Any, room: int
+    ) -> tuple[bytes, _About]:
+        """The machine code for a device with so many bytes of shared memory for a program, from
+        disk if it is there."""
         # Triton's own cache takes 0.3 s to look at, since it hashes Triton itself.
-        identity = (triton.__version__, hashed, target, self.options, _About._fields)
+        identity = (triton.__version__, hashed, target, self.options, room, _About._fields)
         cache = get_cache_manager(hashlib.sha256(str(identity).encode()).hexdigest())
-        binary, described = cache.get_file("kernel.cubin"), cache.get_file("kernel.json")
-        if binary is None or described is None:
-            compiled = triton.compile(source, target=target, options=dict(self.options))
-            known = compiled.metadata
-            if known.global_scratch_size or known.num_ctas != 1:
-                raise RuntimeError("it needs scratch memory or clusters")
-            about = _About(
-                known.name,
-                _parameters(compiled.asm["ptx"]),
-                known.shared,
-                known.num_warps,
-                list(getattr(known, "tensordesc_meta", None) or ()),
-            )
-            binary = cache.put(compiled.asm["cubin"], "kernel.cubin")
-            described = cache.put(json.dumps(about._asdict()), "kernel.json", binary=False)
-        return Path(binary).read_bytes(), _About(**json.loads(Path(described).read_text()))
+        kept = _kept(cache)
+        if kept is not None:
+            return kept
+        compiled = self._fit(source, target, room)
+        known = compiled.metadata
+        if known.global_scratch_size or known.num_ctas != 1:
+            raise RuntimeError("it needs scratch memory or clusters")
+        code: bytes = compiled.asm["cubin"]
+        about = _About(
+            known.name,
+            _parameters(compiled.asm["ptx"]),
+            known.shared,
+            known.num_warps,
+            list(getattr(known, "tensordesc_meta", None) or ()),
+            hashlib.sha256(code).hexdigest(),
+        )
+        cache.put(code, "kernel.cubin")
+        cache.put(json.dumps(about._asdict()), "kernel.json", binary=False)
+        return code, about
+
+    def _fit(self, source: Any, target: Any, room: int) -> Any:
+        """Compiled, in fewer stages where so many do not fit into shared memory."""
+        options = dict(self.options)
+        while True:
+            compiled = triton.compile(source, target=target, options=dict(options))
+            if compiled.metadata.shared <= room or options["num_stages"] == 1:
+                return compiled
+            options["num_stages"] -= 1
 
     def _source(self, dtypes: Sequence[torch.dtype | None]) -> Any:
         of_gluon = self.descriptor is not None
@@ -173,6 +191,7 @@ def load(
         return {}
     capability = torch.cuda.get_device_capability()
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    room = shared_memory()
     failures: dict[Launch, Exception] = {}
     binaries: dict[Any, Future[tuple[bytes, _About]]] = {}
     with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
@@ -180,7 +199,9 @@ def load(
             try:
                 source = launch._source(dtypes)
                 # Hashed here, since not every Triton can do that in two threads.
-                binaries[key] = threads.submit(launch._binary, source, source.hash(), target)
+                binaries[key] = threads.submit(
+                    launch._binary, source, source.hash(), target, room
+                )
             except Exception as failure:
                 failures[launch] = failure
         for key, binary in binaries.items():
@@ -210,6 +231,19 @@ class _About(NamedTuple):
     shared: int
     warps: int
     descriptors: list[Any]
+    digest: str  # of the code
+
+
+def _kept(cache: Any) -> tuple[bytes, _About] | None:
+    """What the disk keeps, unless it is incomplete or something else."""
+    code, described = cache.get_file("kernel.cubin"), cache.get_file("kernel.json")
+    if code is None or described is None:
+        return None
+    try:
+        binary, about = Path(code).read_bytes(), _About(**json.loads(Path(described).read_text()))
+    except (OSError, TypeError, ValueError):
+        return None
+    return (binary, about) if hashlib.sha256(binary).hexdigest() == about.digest else None
 
 
 Loaded = tuple[Function, Any]  # and what its descriptor is like
@@ -233,6 +267,14 @@ def _types(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_types(v) for v in value)
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def shared_memory() -> int:
+    """Bytes of it that a program can have on the current CUDA device."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # torch 2.6 tells only what a multiprocessor has, of which the driver takes some.
+    whole = properties.shared_memory_per_multiprocessor - 1024
+    return int(getattr(properties, "shared_memory_per_block_optin", whole))
 
 
 @functools.cache
