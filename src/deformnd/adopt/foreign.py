@@ -83,11 +83,17 @@ class PackRule:
                 raise TypeError(f"PackRule: {key} is {value!r}, expected a name")
         for key in ("then", "drop"):
             value = getattr(self, key)
-            value = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, key, value)
-            for v in value:
-                if not isinstance(v, str) and not (key == "then" and callable(v)):
-                    raise TypeError(f"PackRule: {key} has {v!r}, expected names of submodules")
+            value = (value,) if isinstance(value, str) else value
+            if not isinstance(value, Sequence) or not all(
+                isinstance(v, str) or (key == "then" and callable(v)) for v in value
+            ):
+                raise TypeError(f"PackRule: {key} is {value!r}, expected names of submodules")
+            object.__setattr__(self, key, tuple(value))
+        axes = self.axes
+        if axes is not None and not (
+            isinstance(axes, Sequence) and all(isinstance(a, int) for a in axes)
+        ):
+            raise TypeError(f"PackRule: axes is {axes!r}, expected a tuple of ints")
 
 
 Rules = Mapping[str | type, PackRule | Callable[[nn.Module], PackRule | nn.Module]]
@@ -381,8 +387,6 @@ class Converted(nn.Sequential):
 class _Spread(nn.Module):
     """An offset of some axes as one of all, with zero for the others."""
 
-    index: Tensor
-
     def __init__(
         self, n: int, points: int, groups: int, axes: list[int], interleaved: bool
     ) -> None:
@@ -393,7 +397,8 @@ class _Spread(nn.Module):
         self.register_buffer("index", index.flatten(), persistent=False)
 
     def forward(self, offset: Tensor) -> Tensor:
-        return torch.cat((offset, torch.zeros_like(offset[:, :1])), 1).index_select(1, self.index)
+        more = torch.cat((offset, torch.zeros_like(offset[:, :1])), 1)
+        return more.index_select(1, self.index)  # type: ignore[arg-type]
 
 
 def _axes(where: str, n: int, rule: PackRule) -> list[int]:

@@ -46,8 +46,8 @@ def parameter_groups(
         [(2, 0.1), (1, 0.01)]
     """
     _check_model("parameter_groups", model)
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not all(isinstance(name, str) for name in names):
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"parameter_groups: names is {names!r}, expected names of attributes")
     for key, value in (("lr", lr), ("factor", factor)):
         _check_number("parameter_groups", key, value)

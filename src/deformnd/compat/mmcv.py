@@ -24,7 +24,7 @@ Example:
 from __future__ import annotations
 
 import warnings
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -83,16 +83,11 @@ def modulated_deform_conv2d(
     tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
     sizes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     check_call("modulated_deform_conv2d", 2, tensors, sizes)
-    read: tuple[Optional[Tensor], Optional[Tensor]] = (offset, mask)
     if input.dim() == 4 and not isinstance(padding, str):
-        a, b, c = (_values(size, 2) for size in (stride, padding, dilation))
-        read = (
-            _as_long_as_output(offset, input, weight, a, b, c),
-            _as_long_as_output(mask, input, weight, a, b, c),
-        )
-    return ops.deform_conv2d(
-        input, weight, read[0], read[1], bias, stride, padding, dilation, groups
-    )
+        strides, paddings, dilations = (_values(s, 2) for s in (stride, padding, dilation))
+        read = _as_mmcv_reads(offset, mask, input, weight, strides, paddings, dilations)
+        return ops.deform_conv2d(input, weight, *read, bias, stride, padding, dilation, groups)
+    return ops.deform_conv2d(input, weight, offset, mask, bias, stride, padding, dilation, groups)
 
 
 class DeformConv2d(ops.DeformConv2d):
@@ -118,29 +113,33 @@ class DeformConv2d(ops.DeformConv2d):
         self.deform_groups = deform_groups
 
 
-def _as_long_as_output(
-    t: Optional[Tensor],
+def _as_mmcv_reads(
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
     input: Tensor,
     weight: Tensor,
     stride: List[int],
     padding: List[int],
     dilation: List[int],
-) -> Optional[Tensor]:
-    """Of an offset or mask that is larger than the output, what mmcv's kernels read: the memory of
-    each image from its beginning, as if it had the output's size."""
-    if t is None or t.dim() != 4:
-        return t
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     out: List[int] = []
     for a in range(2):
         reach = dilation[a] * (weight.shape[2 + a] - 1) + 1
         out.append((input.shape[2 + a] + 2 * padding[a] - reach) // max(stride[a], 1) + 1)
-    if min(out) < 1 or t.shape[2] * t.shape[3] <= out[0] * out[1]:
+    return _prefix(offset, out), _prefix(mask, out)
+
+
+def _prefix(t: Optional[Tensor], out: List[int]) -> Optional[Tensor]:
+    """Of what is larger than the output: each image's first values, as if they had its size.
+
+    So mmcv's kernels read it, which are given no size but the output's.
+    """
+    if t is None or t.dim() != 4 or min(out) < 1 or t.shape[2] * t.shape[3] <= out[0] * out[1]:
         return t
     if not torch.jit.is_scripting():
         _warn_of_prefix(tuple(t.shape[2:]), tuple(out))
-    channels = t.shape[1]
-    read = t.flatten(1)[:, : channels * out[0] * out[1]]
-    return read.view(t.shape[0], channels, out[0], out[1])
+    first: Tensor = t.flatten(1)[:, : t.shape[1] * out[0] * out[1]]
+    return first.view(t.shape[0], t.shape[1], out[0], out[1])
 
 
 _warned = False
@@ -187,10 +186,9 @@ class ModulatedDeformConv2d(ops.DeformConv2d):
         self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
     ) -> Tensor:
         if input.dim() == 4:
-            a, c = list(self.stride), list(self.dilation)
-            b: List[int] = list(self.padding)  # type: ignore[arg-type]
-            offset = _as_long_as_output(offset, input, self.weight, a, b, c)
-            mask = _as_long_as_output(mask, input, self.weight, a, b, c)
+            padding: List[int] = list(self.padding)  # type: ignore[arg-type]
+            sizes = (list(self.stride), padding, list(self.dilation))
+            offset, mask = _as_mmcv_reads(offset, mask, input, self.weight, *sizes)
         return self._deform(input, offset, mask)
 
 
