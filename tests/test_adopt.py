@@ -667,6 +667,9 @@ def test_an_offset_larger_than_the_output(how):
         layer(x, offset[..., :3], mask[..., :3])
     with pytest.raises(ValueError, match="offset"):
         deformnd.deform_conv2d(x, theirs.weight, offset, mask, padding=1, groups=2)
+    same = mmcv.ModulatedDeformConv2d(4, 6, 3, padding="same")
+    assert torch.jit.script(same)(x, first[0][:, :18], first[1][:, :9]).shape == (2, 6, 8, 8)
+    assert same(x, first[0][:, :18], first[1][:, :9]).shape == (2, 6, 8, 8)
     with pytest.raises(ValueError, match="offset"):  # as mmcv's first version checks
         mmcv.deform_conv2d(x, offset, theirs.weight, 1, 1, 1, 2, 2)
 

@@ -185,9 +185,8 @@ class ModulatedDeformConv2d(ops.DeformConv2d):
     def forward(
         self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
     ) -> Tensor:
-        if input.dim() == 4:
-            padding: List[int] = list(self.padding)  # type: ignore[arg-type]
-            sizes = (list(self.stride), padding, list(self.dilation))
+        if input.dim() == 4 and not isinstance(self.padding, str):
+            sizes = (list(self.stride), list(self.padding), list(self.dilation))
             offset, mask = _as_mmcv_reads(offset, mask, input, self.weight, *sizes)
         return self._deform(input, offset, mask)
 
