@@ -257,6 +257,7 @@ def test_autocast(dtypes, autocast, device):
         rough = max(tolerance[a.dtype], tolerance[dtypes[0]])  # the gradient of y is in its dtype
         assert (a.double() - b).norm() / b.norm() < rough, i
     with accelerate(), torch.autocast(device, dtype=autocast), counting(1, 0):
+        torch.compiler.reset()
         compiled = torch.compile(function, backend="eager", fullgraph=True)(*tensors)
     assert compiled.dtype == dtypes[0]
 
