@@ -20,12 +20,19 @@ Example:
     <All keys matched successfully>
 """
 
+# ruff: noqa: UP006, UP035, UP045 (TorchScript)
 from __future__ import annotations
 
+import warnings
+from typing import List, Optional
+
+import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.functional import Size
+from ..kernels.geometry import check_call
+from ..ops.checkpoints import joint_names
+from ..ops.functional import Size, _values
 
 __all__ = [
     "DeformConv2d",
@@ -67,9 +74,25 @@ def modulated_deform_conv2d(
     groups: int = 1,
     deform_groups: int = 1,
 ) -> Tensor:
-    """deformnd.deform_conv2d; deform_groups is read off offset and mask."""
+    """deformnd.deform_conv2d; deform_groups is read off offset and mask.
+
+    An offset or mask that is larger than the output is read as mmcv reads it, see
+    `ModulatedDeformConv2d`.
+    """
     del deform_groups
-    return ops.deform_conv2d(input, weight, offset, mask, bias, stride, padding, dilation, groups)
+    tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
+    sizes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    check_call("modulated_deform_conv2d", 2, tensors, sizes)
+    read: tuple[Optional[Tensor], Optional[Tensor]] = (offset, mask)
+    if input.dim() == 4 and not isinstance(padding, str):
+        a, b, c = (_values(size, 2) for size in (stride, padding, dilation))
+        read = (
+            _as_long_as_output(offset, input, weight, a, b, c),
+            _as_long_as_output(mask, input, weight, a, b, c),
+        )
+    return ops.deform_conv2d(
+        input, weight, read[0], read[1], bias, stride, padding, dilation, groups
+    )
 
 
 class DeformConv2d(ops.DeformConv2d):
@@ -95,8 +118,53 @@ class DeformConv2d(ops.DeformConv2d):
         self.deform_groups = deform_groups
 
 
+def _as_long_as_output(
+    t: Optional[Tensor],
+    input: Tensor,
+    weight: Tensor,
+    stride: List[int],
+    padding: List[int],
+    dilation: List[int],
+) -> Optional[Tensor]:
+    """Of an offset or mask that is larger than the output, what mmcv's kernels read: the memory of
+    each image from its beginning, as if it had the output's size."""
+    if t is None or t.dim() != 4:
+        return t
+    out: List[int] = []
+    for a in range(2):
+        reach = dilation[a] * (weight.shape[2 + a] - 1) + 1
+        out.append((input.shape[2 + a] + 2 * padding[a] - reach) // max(stride[a], 1) + 1)
+    if min(out) < 1 or t.shape[2] * t.shape[3] <= out[0] * out[1]:
+        return t
+    if not torch.jit.is_scripting():
+        _warn_of_prefix(tuple(t.shape[2:]), tuple(out))
+    channels = t.shape[1]
+    read = t.flatten(1)[:, : channels * out[0] * out[1]]
+    return read.view(t.shape[0], channels, out[0], out[1])
+
+
+_warned = False
+
+
+def _warn_of_prefix(given: tuple[int, ...], out: tuple[int, ...]) -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"deformnd.compat.mmcv: an offset or mask of {given} for an output of {out} is read as "
+            "mmcv reads it, from the beginning of its memory; models trained so depend on it (said "
+            "once)",
+            stacklevel=3,
+        )
+
+
 class ModulatedDeformConv2d(ops.DeformConv2d):
-    """deformnd.DeformConv2d by mmcv's arguments: forward(input, offset, mask)."""
+    """deformnd.DeformConv2d by mmcv's arguments: forward(input, offset, mask).
+
+    As in mmcv, offset and mask may be larger than the output (DyHead's are). Then they are not
+    resized: of each image's values the first ones are taken, as many as there should be. The first
+    time a UserWarning says so.
+    """
 
     def __init__(
         self,
@@ -114,6 +182,16 @@ class ModulatedDeformConv2d(ops.DeformConv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bool(bias)
         )
         self.deform_groups = deform_groups
+
+    def forward(
+        self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
+    ) -> Tensor:
+        if input.dim() == 4:
+            a, c = list(self.stride), list(self.dilation)
+            b: List[int] = list(self.padding)  # type: ignore[arg-type]
+            offset = _as_long_as_output(offset, input, self.weight, a, b, c)
+            mask = _as_long_as_output(mask, input, self.weight, a, b, c)
+        return self._deform(input, offset, mask)
 
 
 class _Pack(ops.PackedDeformConv2d):
@@ -147,6 +225,7 @@ class _Pack(ops.PackedDeformConv2d):
             generator_groups=1,
         )
         self.deform_groups = deform_groups
+        self._original = joint_names("conv_offset", self)  # for `deformnd.original_state_dict`
 
 
 class DeformConv2dPack(_Pack):

@@ -8,16 +8,17 @@ device arguments and state_dict names are those of torch's own convolutions, whi
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, List, Optional, TypeVar, Union
+from typing import Any, List, Optional, TypeVar, Union, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
-from . import masks
+from . import checkpoints, masks
 from .functional import (
     Padding,
     Size,
@@ -112,7 +113,8 @@ Args:
 {padding}
 load_state_dict takes mmcv's names, too: `conv_offset`, offset and mask together, is split between
 the generators (build the layer with generator_bias=True, generator_groups=1 for its shapes, and
-with `MaskSigmoid(1.0)` for its activation; `deformnd.compat.mmcv` does).
+with mask_activation=torch.sigmoid, its activation, since any other is refused;
+`deformnd.compat.mmcv` does). What is there and does not fit is warned of.
 
 Example:
     >>> import torch
@@ -448,12 +450,21 @@ class _Packed(_ConvNd):
     def reset_parameters(self) -> None:
         """Initialise the weight as torch's convolution does, and the generators with zero."""
         super().reset_parameters()
+        self._reset_generators()
+
+    def _reset_generators(self) -> None:
         for key in ("offset_generator", "mask_generator"):
             generator = getattr(self, key, None)  # None, too, while the base class is made
             if generator is not None:
-                nn.init.zeros_(generator.weight)
-                if generator.bias is not None:
-                    nn.init.zeros_(generator.bias)
+                last = _last_convolution(generator)
+                if last is None:
+                    raise ValueError(
+                        f"{type(self).__name__}: {key} is a {type(generator).__name__} without a "
+                        "convolution, so it cannot be reset"
+                    )
+                nn.init.zeros_(last.weight)
+                if last.bias is not None:
+                    nn.init.zeros_(last.bias)
 
     def _offset(self, input: Tensor) -> Optional[Tensor]:
         if self.offset_generator is None:
@@ -472,20 +483,20 @@ class _Packed(_ConvNd):
         return mask
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
     ) -> None:
-        generators: Any = (self.offset_generator, self.mask_generator)
-        rows = [0 if g is None else g.out_channels for g in generators]
-        for joint in ("conv_offset", "conv_offset_mask"):  # mmcv's name and that of DCNv2's forks
-            for key in ("weight", "bias"):
-                t = state_dict.get(f"{prefix}{joint}.{key}")
-                if t is None or t.shape[0] != sum(rows):
-                    continue
-                del state_dict[f"{prefix}{joint}.{key}"]
-                for name, part in zip(("offset", "mask"), t.split(rows), strict=True):
-                    if len(part):
-                        state_dict[f"{prefix}{name}_generator.{key}"] = part
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+        checkpoints.take_original(self, state_dict, prefix)
+        checkpoints.take_mmcv(self, state_dict, prefix, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -494,6 +505,11 @@ class _Packed(_ConvNd):
             f"mask_groups={self.mask_groups}, deformable={self.deformable}, "
             f"modulated={self.modulated}"
         )
+
+
+def _last_convolution(generator: nn.Module) -> Optional[_ConvNd]:
+    convolutions = [m for m in generator.modules() if isinstance(m, _ConvNd)]
+    return convolutions[-1] if convolutions else None
 
 
 class _PackedDeformConvNd(_Packed, _DeformConvNd):
@@ -636,6 +652,65 @@ class PackedDeformConvTranspose3d(_PackedDeformConvTransposeNd, DeformConvTransp
     __doc__ = _PACKED_DOC.format(**_words(3), **_PACKED_TRANSPOSE)
 
 
+_PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def _registered(parent: nn.Module, name: str, new: Optional[nn.Module]) -> Optional[nn.Module]:
+    """Note [what a parent does with a packed layer].
+
+    Two things can be seen only where a layer gets its place. The keys that mmdet 1.x kept beside a
+    layer are the parent's to load. And fusing tools, such as the fuse() of YOLO, read the geometry
+    of a convolution and put a plain one in its place, with the weights times the norm's factors:
+    without the offsets. The result keeps its weight and bias, and the layer its offsets.
+    """
+    if isinstance(new, _Packed):
+        hooks = parent._load_state_dict_pre_hooks.values()
+        if not any(getattr(h, "hook", None) is checkpoints.take_mmdet_below for h in hooks):
+            parent._register_load_state_dict_pre_hook(
+                checkpoints.take_mmdet_below, with_module=True
+            )
+    elif type(new) in _PLAIN and name in parent._modules:
+        old, plain = parent._modules[name], cast(Any, new)
+        if isinstance(old, _Packed) and _is_fused(old, new):
+            fused = copy.deepcopy(old)
+            fused.weight, fused.bias = plain.weight, plain.bias
+            return fused
+    return None
+
+
+register_module_module_registration_hook(_registered)  # type: ignore[arg-type]
+
+
+def _is_fused(old: Any, new: Any) -> bool:
+    """Whether new's weight is old's with a factor for each output channel, not 1 for all."""
+    keys = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "transposed")
+    if any(getattr(old, key) != getattr(new, key) for key in keys):
+        return False
+    if old.weight.is_meta or new.weight.is_meta:
+        return False
+    with torch.no_grad():
+        a, b = (_by_output_channel(m, m.weight).flatten(1).double().cpu() for m in (old, new))
+        if a.shape[1] < 2 or torch.equal(a, b):  # one number is always a multiple of another
+            return False
+        factor = ((a * b).sum(1) / a.square().sum(1)).nan_to_num(0.0)
+        return bool((b - factor[:, None] * a).norm() < 1e-2 * b.norm())
+
+
+def _by_output_channel(layer: _ConvNd, weight: Tensor) -> Tensor:
+    """The layer's weight with the output channels first, whatever its family and groups."""
+    if not layer.transposed:
+        return weight
+    grouped: Tensor = weight.unflatten(0, (layer.groups, -1))
+    return grouped.transpose(1, 2).flatten(0, 1)
+
+
 Layer = TypeVar("Layer", bound=_ConvNd)
 
 
@@ -650,6 +725,7 @@ def fuse_batch_norm(layer: Layer, norm: _BatchNorm) -> Layer:
         norm: the BatchNorm that follows it, in eval mode, with running statistics.
 
     Raises:
+        TypeError: layer is no convolution, or norm no BatchNorm.
         ValueError: either is in training mode, norm has other channels or no running statistics,
             or the layer's weight is parametrized (remove_parametrizations first).
 
@@ -661,6 +737,12 @@ def fuse_batch_norm(layer: Layer, norm: _BatchNorm) -> Layer:
         >>> torch.allclose(fuse_batch_norm(layer, norm)(x), norm(layer(x)), atol=1e-6)
         True
     """
+    if not isinstance(layer, _ConvNd):
+        raise TypeError(
+            f"fuse_batch_norm: layer is a {type(layer).__name__}, expected a convolution"
+        )
+    if not isinstance(norm, _NormBase):  # InstanceNorm with running statistics is the same in eval
+        raise TypeError(f"fuse_batch_norm: norm is a {type(norm).__name__}, expected a BatchNorm")
     if layer.training or norm.training:
         raise ValueError("fuse_batch_norm: expected layer and norm in eval mode")
     mean, variance = norm.running_mean, norm.running_var

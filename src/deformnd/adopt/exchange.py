@@ -1,0 +1,117 @@
+"""What convert and deformify share: making a layer in place of another, and putting it there."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from .. import ops
+
+
+def layer_like(
+    where: str,
+    module: nn.Module,
+    source: Any,
+    packed: bool,
+    geometry: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The deformnd layer with source's weight, bias and geometry, for module's place.
+
+    What geometry does not say is read off source or, where that does not know, module. Predictors
+    of a packed layer are made without memory (on the meta device), for the caller to fill or
+    replace.
+    """
+    weight, bias = source.weight, getattr(source, "bias", None)
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(f"{where}: weight is computed (parametrized?), expected a Parameter")
+    if bias is not None and not isinstance(bias, nn.Parameter):
+        raise ValueError(f"{where}: bias is a {type(bias).__name__}, expected a Parameter or None")
+    if not 3 <= weight.dim() <= 5:
+        raise ValueError(f"{where}: weight has {weight.dim()} dimensions, expected 3, 4 or 5")
+
+    def setting(key: str, default: Any) -> Any:
+        if geometry and geometry.get(key) is not None:
+            return geometry[key]
+        return getattr(source, key, getattr(module, key, default))
+
+    n, transposed, groups = weight.dim() - 2, setting("transposed", False), setting("groups", 1)
+    channels = (weight.shape[1] * groups, weight.shape[0])
+    if transposed:
+        channels = (weight.shape[0], weight.shape[1] * groups)
+        options["output_padding"] = setting("output_padding", 0)
+    name = f"{'Packed' * packed}DeformConv{'Transpose' * transposed}{n}d"
+    layer: Any = getattr(ops, name)(
+        *channels,
+        kernel_size=tuple(weight.shape[2:]),
+        stride=setting("stride", 1),
+        padding=setting("padding", 0),
+        dilation=setting("dilation", 1),
+        groups=groups,
+        bias=bias is not None,
+        padding_mode=setting("padding_mode", "zeros"),
+        device="meta",
+        dtype=weight.dtype,
+        **options,
+    )
+    layer.weight, layer.bias = weight, bias
+    layer.training = module.training
+    return layer  # type: ignore[no-any-return]
+
+
+_HOOKS = [k for k in vars(nn.Module()) if re.match(r"_(forward|backward)_(pre_)?hooks", k)]
+
+
+def take_place(new: nn.Module, old: nn.Module) -> None:
+    """Give new the training flag, hooks and plain attributes of old, such as a YOLO layer's f."""
+    new.training = old.training
+    for key in _HOOKS:
+        setattr(new, key, getattr(old, key))
+    for key, value in vars(old).items():
+        if not key.startswith("_") and not hasattr(new, key):
+            setattr(new, key, value)
+
+
+def replacements(
+    model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]
+) -> dict[str, nn.Module]:
+    """What to put where. A module that stands in several places is replaced by one."""
+    made: dict[nn.Module, nn.Module | None] = {}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside(name, found):
+            continue
+        if module not in made:
+            made[module] = replacement(name, module)
+        new = made[module]
+        if new is not None:
+            found[name] = new
+    return found
+
+
+def inside(name: str, others: Collection[str]) -> bool:
+    """Whether a module's name is among the others or below one of them."""
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in others for i in range(len(parts) + 1))
+
+
+def replace(model: nn.Module, found: dict[str, nn.Module]) -> tuple[nn.Module, str]:
+    """Put the replacements in; return the model and a report."""
+    groups = defaultdict(list)
+    for name, new in found.items():
+        old = model.get_submodule(name)
+        into = new if isinstance(new, nn.Sequential) else [new]
+        kinds = " + ".join(type(m).__name__ for m in into)
+        groups[f"{type(old).__name__} -> {kinds}"].append(name or "the model")
+        if name == "":
+            model = new
+        else:
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, new)
+    lines = [f"{len(found)} layer{'s' * (len(found) > 1)} replaced"]
+    lines += [f"  {kind}: {', '.join(names)}" for kind, names in groups.items()]
+    return model, "\n".join(lines)

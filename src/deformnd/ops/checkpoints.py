@@ -1,0 +1,207 @@
+"""State dicts with the names of other packages, or of the layer that stood there before."""
+
+# ruff: noqa: UP045
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["original_state_dict"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys of a layer that begin with `ours` and, where it comes from, with `theirs`.
+
+    With rows, ours are these rows of theirs, which have `of`.
+    """
+
+    ours: str
+    theirs: str
+    rows: Optional[tuple[int, ...]] = None
+    of: int = 0
+
+
+def joint_names(joint: str, layer: Any) -> tuple[Part, ...]:
+    """The parts of a packed layer where one predictor, `joint`, stood for both generators."""
+    keys = [k for k in ("offset_generator", "mask_generator") if getattr(layer, k) is not None]
+    ends = list(itertools.accumulate(getattr(layer, key).out_channels for key in keys))
+    return tuple(
+        Part(f"{key}.", f"{joint}.", tuple(range(begin, end)), ends[-1])
+        for key, begin, end in zip(keys, [0, *ends], ends)  # noqa: B905 (a begin too many)
+    )
+
+
+# A layer with an attribute `_original`, a tuple of Parts, is one that stands for another.
+
+
+def take_original(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give what stands in state_dict by the original's names the layer's own."""
+    found, taken = {}, set()
+    for part in getattr(layer, "_original", ()):
+        source = prefix + part.theirs
+        for key in [k for k in state_dict if k.startswith(source)]:
+            t = state_dict[key]
+            if part.rows is not None:
+                if t.shape[:1] != (part.of,):
+                    continue  # the layer's own key of that name, or one that does not fit
+                t = t[list(part.rows)]
+            found[prefix + part.ours + key.removeprefix(source)] = t
+            taken.add(key)
+    for key in taken:
+        del state_dict[key]
+    state_dict.update(found)
+
+
+def original_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The model's state_dict with the names it had before `deformnd.convert`.
+
+    So that what was trained after a conversion goes back to the package it came from. Layers of
+    `deformnd.compat.mmcv` give mmcv's names. All other keys are those of state_dict. The way back
+    is load_state_dict: a converted model takes both its own names and the original ones.
+
+    Returns:
+        A state_dict; tensors that had to be put together again are copies.
+
+    Raises:
+        TypeError: model is no Module.
+
+    Example:
+        >>> from deformnd import original_state_dict
+        >>> from deformnd.compat import mmcv
+        >>> layer = mmcv.ModulatedDeformConv2dPack(4, 6, 3)
+        >>> original_state_dict(layer)["conv_offset.weight"].shape
+        torch.Size([27, 4, 3, 3])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"original_state_dict: model is a {type(model).__name__}, expected a Module"
+        )
+    state: dict[str, Any] = model.state_dict()
+    for name, layer in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        found: dict[str, Any] = {}
+        for part in getattr(layer, "_original", ()):
+            source = prefix + part.ours
+            for key in [k for k in state if k.startswith(source)]:
+                theirs, t = prefix + part.theirs + key.removeprefix(source), state.pop(key)
+                if part.rows is None:
+                    found[theirs] = t
+                else:
+                    if theirs not in found:
+                        found[theirs] = t.new_empty(part.of, *t.shape[1:])
+                    found[theirs][list(part.rows)] = t
+        state.update(found)
+    return state
+
+
+def take_mmcv(
+    layer: Any, state_dict: dict[str, Any], prefix: str, unexpected: list[str], errors: list[str]
+) -> None:
+    """Split mmcv's `conv_offset`, or `conv_offset_mask` of DCNv2's forks, between the generators.
+
+    What is there and does not fit is left in state_dict, where strict loading finds it, and warned
+    of, since loading that is not strict would skip it. What fits but means something else here is
+    an error.
+    """
+    kind = type(layer).__name__
+    generators = [g for g in (layer.offset_generator, layer.mask_generator) if g is not None]
+    _take_mmdet(state_dict, prefix, unexpected)
+    for key in ("weight", "bias"):
+        old = f"{prefix[:-1]}_offset.{key}"
+        if old in unexpected and f"{prefix}conv_offset.{key}" not in state_dict:
+            _skipped(kind, old, f"rename it {prefix}conv_offset.{key}")
+    for joint in ("conv_offset", "conv_offset_mask"):
+        name = f"{prefix}{joint}."
+        for key in [k for k in state_dict if k.startswith(name)]:
+            t, parameter = state_dict[key], key.removeprefix(name)
+            misfit = _misfit(layer, generators, parameter, t)
+            if misfit:
+                _skipped(kind, f"{key} {list(t.shape)}", misfit)
+                continue
+            del state_dict[key]
+            rows = [g.out_channels for g in generators]
+            names = ("offset_generator", "mask_generator")
+            for part, into in zip(t.split(rows), names):  # noqa: B905 (perhaps no mask)
+                state_dict[f"{prefix}{into}.{parameter}"] = part
+            if parameter == "weight":
+                errors += _other_meaning(layer, key)
+
+
+def _take_mmdet(state_dict: dict[str, Any], prefix: str, unexpected: list[str]) -> None:
+    """mmdet 1.x kept the predictor of a layer `conv2` beside it, as `conv2_offset`."""
+    for key in ("weight", "bias"):
+        old, new = f"{prefix[:-1]}_offset.{key}", f"{prefix}conv_offset.{key}"
+        if prefix and old in state_dict and new not in state_dict:
+            state_dict[new] = state_dict.pop(old)
+            if old in unexpected:
+                unexpected.remove(old)
+
+
+def take_mmdet_below(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    """A load_state_dict pre-hook of a module that holds packed layers.
+
+    torch shows a layer only the keys below its own name, so that names beside it must be seen to by
+    the module above.
+    """
+    for name, child in module._modules.items():
+        if hasattr(child, "offset_generator") and f"{name}_offset" not in module._modules:
+            _take_mmdet(state_dict, f"{prefix}{name}.", [])
+
+
+def _skipped(kind: str, key: str, why: str) -> None:
+    warnings.warn(f"{kind}: {key} of the checkpoint is not loaded: {why}", stacklevel=2)
+
+
+def _misfit(layer: Any, generators: list[Any], parameter: str, t: Tensor) -> str:
+    """Why the layer's generators cannot take this parameter of one that predicts for both."""
+    if layer.offset_generator is None:
+        return "the layer has no offset_generator"
+    if not all(isinstance(g, _ConvNd) and "weight" in g._parameters for g in generators):
+        return "a generator is no plain convolution"
+    if len(generators) == 2 and layer.offset_groups != layer.mask_groups:
+        return f"offset_groups is {layer.offset_groups} and mask_groups {layer.mask_groups}"
+    if any(getattr(g, parameter, None) is None for g in generators):
+        return f"a generator has no {parameter} (generator_bias=True?)"
+    rows = sum(g.out_channels for g in generators)
+    return "" if t.shape[:1] == (rows,) else f"the generators have {rows} channels"
+
+
+def _other_meaning(layer: Any, key: str) -> list[str]:
+    """What else than mmcv's layer this one would make of the same numbers."""
+    expected: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = []
+    if layer.offset_generator is not None:
+        expected.append(("offset", "as they are predicted", lambda t: t, "None"))
+    if layer.mask_generator is not None:
+        expected.append(("mask", "the sigmoid of the prediction", torch.sigmoid, "torch.sigmoid"))
+    return [
+        f"{type(layer).__name__}: {key} is of mmcv's layout, where {kind}s are {meaning}, but "
+        f"{kind}_activation is {getattr(layer, f'{kind}_activation')}; build the layer with "
+        f"{kind}_activation={wanted}, or as deformnd.compat.mmcv does"
+        for kind, meaning, function, wanted in expected
+        if not _computes(layer, kind, function)
+    ]
+
+
+def _computes(layer: Any, kind: str, function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the activation is that function, by its values; True where there are none."""
+    activation = getattr(layer, f"{kind}_activation")
+    channels = getattr(layer, f"{kind}_generator").out_channels
+    given = torch.linspace(-4, 4, 2**layer.rank * channels)
+    given = given.view(1, channels, *(2,) * layer.rank)
+    if activation is None:
+        return torch.equal(function(given), given)
+    own = next(itertools.chain(activation.parameters(), activation.buffers()), None)
+    given = given if own is None else given.to(own.device, own.dtype)
+    with torch.no_grad():
+        value = activation(given)
+    if value.is_meta or type(value) is not Tensor:
+        return True
+    return value.shape == given.shape and torch.allclose(value, function(given), 1e-2, 1e-2)
