@@ -1,8 +1,13 @@
 """Faces of other packages, so that their users move by changing an import."""
 
-from typing import Optional
+# ruff: noqa: UP006, UP035, UP045 (TorchScript)
+import warnings
+from typing import List, Optional
 
+import torch
 from torch import Tensor
+
+from ..ops.functional import _ints
 
 
 def _check_groups(
@@ -10,12 +15,13 @@ def _check_groups(
     argument: str,
     groups: int,
     weight: Tensor,
-    offset: Optional[Tensor],  # noqa: UP045 (TorchScript)
-    mask: Optional[Tensor],  # noqa: UP045
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
 ) -> None:
     """Others give the number of offset groups, which we read off: both must agree."""
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"{name}: {argument} is {groups!r}, expected an int")
+    if not torch.jit.is_scripting():
+        if not isinstance(groups, int) or isinstance(groups, bool):
+            raise TypeError(f"{name}: {argument} is {groups}, expected an int")
     if groups < 1:
         raise ValueError(f"{name}: {argument} is {groups}, expected at least 1")
     if not isinstance(weight, Tensor) or weight.dim() != 4:
@@ -35,3 +41,36 @@ def _check_groups(
                 f"{name}: mask has {channels} channels, expected {groups * points} "
                 f"({argument} {groups} x {points} kernel points)"
             )
+
+
+def _first_values(t: Optional[Tensor], out: List[int]) -> Optional[Tensor]:
+    """Of an offset or mask that is larger than the output, what mmcv's kernels read: the memory of
+    each image from its beginning, as if it had the output's size."""
+    if t is None or t.dim() != 4:
+        return t
+    size = t.shape[2:]
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            size = _ints(size)
+    if size[0] * size[1] <= out[0] * out[1]:
+        return t
+    if not torch.jit.is_scripting():
+        _warn_of_first_values(tuple(size), tuple(out))
+    channels = t.shape[1]
+    read: Tensor = t.flatten(1)[:, : channels * out[0] * out[1]]
+    return read.view(t.shape[0], channels, out[0], out[1])
+
+
+_warned = False
+
+
+def _warn_of_first_values(given: tuple[int, ...], out: tuple[int, ...]) -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"deformnd.compat.mmcv: an offset or mask of {given} for an output of {out} is read as "
+            "mmcv reads it, from the beginning of its memory; models trained so depend on it (said "
+            "once)",
+            stacklevel=4,
+        )

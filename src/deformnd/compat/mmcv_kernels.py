@@ -6,7 +6,6 @@ import importlib
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import library
-from . import _check_groups
+from . import _check_groups, _first_values
 
 __all__ = ["accelerate"]
 
@@ -230,7 +229,9 @@ def _deform_conv_backward_parameters(
 ) -> None:
     into = (None, grad_weight, None, None, None)
     weight = torch.empty_like(grad_weight)  # only its sizes matter to its own gradient
-    _backward("deform_conv2d", into, grad_output * scale, input, weight, offset, None, sizes)
+    if scale != 1:
+        grad_output = grad_output * scale
+    _backward("deform_conv2d", into, grad_output, input, weight, offset, None, sizes)
 
 
 def _modulated_deform_conv_forward(
@@ -297,15 +298,15 @@ def _forward(
     output: Tensor,
     input: Tensor,
     weight: Tensor,
-    offset: Tensor,
+    offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
     sizes: dict[str, int],
 ) -> None:
     _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
     if mask is not None:
-        size = output.shape[2:]
-        offset, mask = _first(offset, size), _first(mask, size)
+        size = list(output.shape[2:])
+        offset, mask = _first_values(offset, size), _first_values(mask, size)
     # Under autocast, too, in the dtype that mmcv has chosen.
     with torch.autocast(input.device.type, enabled=False):
         output.copy_(
@@ -321,14 +322,14 @@ def _backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    offset: Tensor,
+    offset: Tensor | None,
     mask: Tensor | None,
     sizes: dict[str, int],
 ) -> None:
     _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
     if mask is not None:
-        size = grad_output.shape[2:]
-        offset, mask = _first(offset, size), _first(mask, size)
+        size = list(grad_output.shape[2:])
+        offset, mask = _first_values(offset, size), _first_values(mask, size)
     needs = [t is not None for t in into]
     grads = torch.ops.deformnd.deform_conv_backward.default(
         grad_output, input, weight, offset, mask, *_parameters(name, sizes), needs
@@ -342,16 +343,3 @@ def _backward(
             whole = target.new_zeros(len(target), target[0].numel())
             whole[:, : grad[0].numel()] = grad.flatten(1)
             target.copy_(whole.view(target.shape))
-
-
-def _first(t: Tensor, size: torch.Size) -> Tensor:
-    """What mmcv reads of an offset or a mask: of each image's values, in order, the first ones."""
-    channels, values = t.shape[1], t[:1].numel()
-    if t.shape[2:] == size or values < channels * size.numel():
-        return t
-    warnings.warn(
-        "mmcv: an offset or mask is larger than the output; read is the beginning of its memory, "
-        "as by mmcv's own kernels, on which trained models depend",
-        stacklevel=1,
-    )
-    return t.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
