@@ -2,12 +2,12 @@
 
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
 import warnings
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
 
-from ..ops.functional import _ints
+from ..ops.functional import _ints, _outside_a_trace
 
 
 def _check_groups(
@@ -20,6 +20,10 @@ def _check_groups(
 ) -> None:
     """Others give the number of offset groups, which we read off: both must agree."""
     if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            check: Any = _check_groups
+            _outside_a_trace(check, name, argument, _ints(groups), weight, offset, mask)
+            return
         if not isinstance(groups, int) or isinstance(groups, bool):
             raise TypeError(f"{name}: {argument} is {groups}, expected an int")
     if groups < 1:

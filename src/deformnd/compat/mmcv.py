@@ -69,6 +69,12 @@ def deform_conv2d(
         ValueError, TypeError: an argument does not fit, such as an offset of another number of
             groups than deform_groups.
     """
+    if not torch.jit.is_scripting():
+        args = (input, offset, weight, stride, padding, dilation, groups, deform_groups, bias)
+        if has_torch_function(args):
+            node = _node(deform_conv2d, args)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
     del im2col_step
     _check_bias("deform_conv2d", bias)
     _check_groups("deform_conv2d", "deform_groups", deform_groups, weight, offset, None)
@@ -105,7 +111,7 @@ def modulated_deform_conv2d(
             if node is not None:
                 return node  # type: ignore[no-any-return]
         if torch.jit.is_tracing():
-            stride, padding, dilation, groups, deform_groups = _ints((*sizes, deform_groups))
+            stride, padding, dilation, groups = _ints(sizes)
         _outside_a_trace(
             check_call,
             name,
@@ -113,15 +119,10 @@ def modulated_deform_conv2d(
             {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias},
             {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
         )
-        _outside_a_trace(_check_groups, name, "deform_groups", deform_groups, weight, offset, mask)
-    else:
-        _check_groups(name, "deform_groups", deform_groups, weight, offset, mask)
+    _check_groups(name, "deform_groups", deform_groups, weight, offset, mask)
     if input.dim() == 4 and weight.dim() == 4 and not isinstance(padding, str):
         strides, paddings, dilations = _values(stride, 2), _values(padding, 2), _values(dilation, 2)
-        if torch.jit.is_scripting():
-            out = _out_size(input, weight, strides, paddings, dilations)
-        else:
-            out = _outside_a_trace(_out_size, input, weight, strides, paddings, dilations)
+        out = _out_size(input, weight, strides, paddings, dilations)
         if min(out) > 0:
             offset, mask = _first_values(offset, out), _first_values(mask, out)
     return ops.deform_conv2d(input, weight, offset, mask, bias, stride, padding, dilation, groups)
@@ -130,6 +131,9 @@ def modulated_deform_conv2d(
 def _out_size(
     input: Tensor, weight: Tensor, stride: List[int], padding: List[int], dilation: List[int]
 ) -> List[int]:
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            return _outside_a_trace(_out_size, input, weight, stride, padding, dilation)
     out: List[int] = []
     for a in range(2):
         reach = dilation[a] * (weight.shape[2 + a] - 1) + 1
@@ -184,13 +188,7 @@ class DeformConv2d(ops.DeformConv2d):
         self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
     ) -> Tensor:
         groups = self.deform_groups
-        if torch.jit.is_scripting():
-            _check_groups("DeformConv2d", "deform_groups", groups, self.weight, offset, mask)
-        else:
-            check: Any = _check_groups
-            _outside_a_trace(
-                check, "DeformConv2d", "deform_groups", groups, self.weight, offset, mask
-            )
+        _check_groups("DeformConv2d", "deform_groups", groups, self.weight, offset, mask)
         return self._deform(input, offset, mask)
 
 
