@@ -1,13 +1,16 @@
-"""The counters of other packages: the layers count as the ordinary convolutions that they are."""
+"""Counters and pruners of other packages take the layers as convolutions."""
 
+import copy
 import math
 
 import pytest
+import torch
 from torch import nn
 
 import deformnd
 from deformnd.compat import counters
-from test_modules import inputs, layer
+from deformnd.compat.torch_pruning import with_packed
+from test_modules import inputs, layer, wake
 
 RANKS = [1, 2, 3]
 FAMILIES = [False, True]
@@ -93,3 +96,54 @@ def test_a_subclass_defined_by_then_is_counted():
 
     for known in (counters.thop(), counters.ptflops()):
         assert Mine in known and deformnd.compat.mmcv.DeformConv2d in known
+
+
+# Torch-Pruning
+
+
+@pytest.mark.parametrize("modulated", FAMILIES)
+@pytest.mark.parametrize("name", ["PackedDeformConv2d", "PackedDeformConvTranspose2d"])
+def test_torch_pruning(modulated, name):
+    tp = pytest.importorskip("torch_pruning")
+    kind = getattr(deformnd, name)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        kind(8, 6, 3, padding=1, modulated=modulated),
+        nn.BatchNorm2d(6),
+        kind(6, 8, 3, padding=1, modulated=modulated),
+        nn.Conv2d(8, 8, 3),
+    ).eval()
+    for packed in (net[1], net[3]):
+        wake(packed)
+    x = torch.rand(1, 3, 16, 16)
+    kept = copy.deepcopy(net)
+    pruner = tp.pruner.MagnitudePruner(
+        net,
+        x,
+        importance=tp.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        **with_packed(net, [net[4]]),
+    )
+    pruner.step()
+    assert [net[i].in_channels for i in (0, 1, 3, 4)] == [3, 4, 3, 4]
+    assert net[4].out_channels == 8
+    for packed in (net[1], net[3]):
+        assert packed.offset_generator.in_channels == packed.in_channels
+        assert packed.offset_generator.out_channels == 18
+    # What is left computes what the whole did with the rest at zero.
+    with torch.no_grad():
+        gone = [not any(torch.equal(a, b) for b in net[0].weight) for a in kept[0].weight]
+        kept[0].weight[gone], kept[0].bias[gone] = 0, 0
+        first = kept[1](kept[0](x))
+        middle = [i for i in range(6) if any(torch.equal(kept[1].bias[i], b) for b in net[1].bias)]
+        torch.testing.assert_close(net[1](net[0](x)), first[:, middle], rtol=1e-4, atol=1e-5)
+    net(x).sum().backward()
+
+
+def test_torch_pruning_refuses_groups():
+    pytest.importorskip("torch_pruning")
+    for options in ({"groups": 2}, {"offset_groups": 2}, {"mask_groups": 2}):
+        (key,) = options
+        net = nn.Sequential(deformnd.PackedDeformConv2d(4, 4, 3, modulated=True, **options))
+        with pytest.raises(ValueError, match=f"with_packed: '0' has {key} 2, expected 1"):
+            with_packed(net)
