@@ -40,7 +40,7 @@ _OPERATORS = {"deform_conv": False, "deform_conv_transpose": True}  # transposed
 
 
 def fvcore() -> dict[str, Callable[..., int]]:
-    """For FlopCountAnalysis(...).set_op_handle(**fvcore()), and for mmengine's FlopAnalyzer."""
+    """For `FlopCountAnalysis(...).set_op_handle(**fvcore())`, and mmengine's FlopAnalyzer."""
 
     def handle(transposed: bool) -> Callable[..., int]:
         def count(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
@@ -53,7 +53,7 @@ def fvcore() -> dict[str, Callable[..., int]]:
 
 
 def thop() -> dict[type, Callable[..., None]]:
-    """For thop.profile(..., custom_ops=thop()). It has all layers that are defined by then."""
+    """For `thop.profile(..., custom_ops=thop())`. It has all layers that are defined by then."""
 
     def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer.total_ops += _of_layer(layer, inputs[0], output) + _taken(layer, "total_ops")
@@ -62,7 +62,7 @@ def thop() -> dict[type, Callable[..., None]]:
 
 
 def ptflops() -> dict[Any, Callable[..., Any]]:
-    """For get_model_complexity_info(..., custom_modules_hooks=ptflops()), with either backend.
+    """For `get_model_complexity_info(..., custom_modules_hooks=ptflops())`, with either backend.
 
     It has all layers that are defined by then.
     """
