@@ -1,6 +1,7 @@
 """convert, deformify, parameter_groups, watch_offsets, and mmcv's names."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deformnd
-from deformnd import PackRule, convert, deformify
+from deformnd import PackRule, compat, convert, deformify
 from deformnd.compat import mmcv
 
 torch.manual_seed(0)
@@ -277,7 +278,9 @@ def test_subclasses(capsys):
     model = nn.Sequential(Renamed(), Aligner())
     convert(model)
     assert type(model[0]) is deformnd.PackedDeformConv2d and type(model[1]) is Aligner
-    assert capsys.readouterr().out.startswith("deformnd.convert: 1 layer replaced\n  Renamed ->")
+    out = capsys.readouterr().out
+    assert out.startswith("deformnd.convert: 1 layer replaced\n  Renamed ->")
+    assert out.endswith("  left: without a rule: test_adopt.Aligner (1)\n")
 
 
 def test_convert_refuses():
@@ -322,6 +325,353 @@ def test_convert_refuses():
     assert pack(x).shape == (1, 6, 4, 4)
     with pytest.raises(ValueError, match="weight is computed"):
         convert(pack, {"HandWritten": RULE})
+
+
+# Layouts of public models, in small.
+
+
+class Yolos(nn.Module):
+    """As YOLO forks have it: normalisation and activation inside, attributes set from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+        self.bias = nn.Parameter(torch.randn(6))
+        self.stride, self.padding, self.dilation = (1, 1), (1, 1), (1, 1)
+        self.conv_offset_mask = nn.Conv2d(4, 27, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        first, second, mask = self.conv_offset_mask(x).chunk(3, 1)
+        y = conv2d(self, x, torch.cat((first, second), 1), mask.sigmoid())
+        return self.act(self.bn(y))
+
+
+YOLO_RULE = PackRule("conv_offset_mask", "conv_offset_mask", then=("bn", "act"))
+
+
+def yolos():
+    layer = Yolos().eval()
+    nn.init.uniform_(layer.bn.running_mean)
+    nn.init.uniform_(layer.bn.running_var, 0.5, 2)
+    nn.init.normal_(layer.bn.weight)
+    layer.f, layer.i = -1, 7  # where a YOLO's forward finds the layer's inputs
+    return layer
+
+
+def test_nothing_of_a_layer_is_dropped(capsys):
+    x = torch.randn(2, 4, 6, 7)
+    model = nn.Sequential(yolos())
+    rule = PackRule("conv_offset_mask", "conv_offset_mask")
+    with pytest.raises(
+        ValueError, match=r"Yolos '0': nothing is said of bn \(BatchNorm2d\), act \("
+    ):
+        convert(model, {Yolos: rule})
+    assert type(model[0]) is Yolos
+    expected, seen = model(x), []
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    handle = model[0].register_forward_hook(lambda *args: seen.append(args))
+    parameters = set(model.parameters())
+    convert(model, {Yolos: YOLO_RULE}, check=x)
+    assert len(seen) == 1  # by check, once
+    assert capsys.readouterr().out == (
+        "deformnd.convert: 1 layer replaced\n"
+        "  Yolos -> PackedDeformConv2d + BatchNorm2d + SiLU: 0\n"
+    )
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 2 and (model[0].f, model[0].i) == (-1, 7)
+    handle.remove()
+    assert len(parameters - set(model.parameters())) == 2  # the predictor's, which was split
+    torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-5, atol=1e-5)
+    back = deformnd.original_state_dict(model)
+    assert back.keys() == before.keys()
+    assert all(torch.equal(back[k], before[k]) for k in before)
+
+    other, state = nn.Sequential(yolos()), copy.deepcopy(model.state_dict())
+    convert(other, {Yolos: YOLO_RULE}, verbose=False)
+    assert not torch.equal(other(x), model(x))
+    for given in (before, state):
+        nn.init.zeros_(other[0].deform.weight)
+        other.load_state_dict(given)
+        assert torch.equal(other(x), model(x))
+
+
+def test_leftovers_of_every_kind():
+    layer = yolos()
+    layer.extra = nn.Parameter(torch.zeros(3))
+    layer.register_buffer("count", torch.zeros(2), persistent=False)
+    layer.rest = nn.Sequential(nn.Linear(2, 2), nn.Identity())
+    layer.same = nn.Identity()
+    with pytest.raises(ValueError, match=r"of extra \[3\], count \[2\], rest \(Sequential\); name"):
+        convert(layer, {Yolos: YOLO_RULE})
+    for drop in (("extra", "count", "rest"), ("extra", "count", "rest.0", "rest")):
+        rule = PackRule(**{**YOLO_RULE.__dict__, "drop": drop})
+        assert convert(layer, {Yolos: rule}, verbose=False, inplace=False).i == 7
+    with pytest.raises(ValueError, match=r"buffer 'none', PackRule.drop"):
+        convert(layer, {Yolos: PackRule(**{**YOLO_RULE.__dict__, "drop": "none"})})
+    inner = ModulatedDeformConv2dPack()
+    inner.gamma = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"ModulatedDeformConv2dPack '': .* of gamma \[1\]"):
+        convert(inner)
+    inner = DeformConv2d()
+    inner.norm = nn.BatchNorm2d(6)
+    with pytest.raises(ValueError, match="DeformConv2d '' has what would be lost: norm"):
+        convert(inner)
+
+
+class Tall(nn.Module):
+    """Samples laid out three by three for each position, and convolved with stride 3."""
+
+    def __init__(self, stride=1):
+        super().__init__()
+        self.stride = stride
+        self.zero_padding = nn.ZeroPad2d(1)
+        self.conv = nn.Conv2d(4, 6, 3, stride=3, bias=False)
+        self.p_conv = nn.Conv2d(4, 18, 3, stride, 1)
+        self.m_conv = nn.Conv2d(4, 9, 3, stride, 1)
+
+    def forward(self, x):
+        offset, mask = self.p_conv(x), self.m_conv(x).sigmoid()
+        x = self.zero_padding(x)
+        h, w = offset.shape[2:]
+        rows = self.stride * torch.arange(h).view(h, 1).float()
+        columns = self.stride * torch.arange(w).float()
+        samples = []
+        for k in range(9):
+            y = rows + k // 3 + offset[:, k]
+            z = columns + k % 3 + offset[:, 9 + k]
+            size = x.new_tensor([x.shape[3] - 1, x.shape[2] - 1])
+            grid = 2 * torch.stack((z, y), -1) / size - 1
+            sample = F.grid_sample(x, grid, align_corners=True) * mask[:, k : k + 1]
+            samples.append(sample)
+        tall = torch.stack(samples, -1).unflatten(-1, (3, 3))  # [B, C, h, w, 3, 3]
+        return self.conv(tall.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_geometry_of_the_rule(stride):
+    model, x = nn.Sequential(Tall(stride)), torch.randn(2, 4, 7, 8)
+    options = {"offset": "p_conv", "mask": "m_conv", "weight": "conv", "interleaved": False}
+    options["drop"] = ("zero_padding",)
+    with pytest.raises(ValueError, match=r"p_conv has stride .*convolution stride \(3, 3\)"):
+        convert(model, {Tall: PackRule(**options)})
+    rule = PackRule(**options, stride=stride, padding=1)
+    ours = convert(model, {Tall: rule}, inplace=False, verbose=False, check=x)
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"PackRule.stride, padding and dilation"):
+        convert(model, {Tall: PackRule(**options, stride=stride, padding=2)})
+    with pytest.raises(ValueError, match=r"PackRule.stride, padding and dilation"):
+        convert(model, {Tall: PackRule(**options, stride=stride, padding=1, dilation=2)})
+
+
+class PartialAxes(nn.Module):
+    """As in D3Dnet: an offset for some axes only, zero for the others."""
+
+    def __init__(self, axes, groups, interleaved, joint):
+        super().__init__()
+        self.axes, self.blocks, self.interleaved, self.joint = axes, groups, interleaved, joint
+        self.padding = 1
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3, 3))
+        rows = groups * 27 * (len(axes) + joint)
+        self.conv_offset = nn.Conv3d(4, rows, 3, padding=1)
+
+    def forward(self, x):
+        some = self.conv_offset(x)
+        mask = some[:, self.blocks * 27 * len(self.axes) :].sigmoid() if self.joint else None
+        offset = x.new_zeros(len(x), self.blocks, 27, 3, *x.shape[2:])
+        for g in range(self.blocks):
+            for k in range(27):
+                for i, axis in enumerate(self.axes):
+                    m = len(self.axes)
+                    channel = (g * 27 + k) * m + i if self.interleaved else (g * m + i) * 27 + k
+                    offset[:, g, k, axis] = some[:, channel].tanh()
+        return deformnd.deform_conv3d(x, self.weight, offset.flatten(1, 3), mask, padding=1)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("axes, groups", [((1, 2), 1), ((0,), 2), ((2, 1), 2), ((2, 0, 1), 1)])
+@pytest.mark.parametrize("joint", [True, False])
+def test_partial_axes(axes, groups, interleaved, joint):
+    layer, x = PartialAxes(axes, groups, interleaved, joint), torch.randn(2, 4, 4, 5, 6)
+    mask, options = "conv_offset" if joint else None, {"offset_activation": torch.tanh}
+    options |= {"interleaved": interleaved, "axes": axes}
+    rule = PackRule("conv_offset", mask, **options)
+    reverse = PackRule("conv_offset", mask, **{**options, "axes": axes[::-1], "x_first": True})
+    for r in (rule, reverse):
+        ours = convert(layer, {PartialAxes: r}, inplace=False, verbose=False, check=x)
+        torch.testing.assert_close(ours(x), layer(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.jit.script(ours)(x), layer(x), rtol=1e-5, atol=1e-5)
+        for key, value in deformnd.original_state_dict(ours).items():
+            assert torch.equal(value, layer.state_dict()[key])
+        assert torch.equal(copy.deepcopy(ours)(x), ours(x))
+        ours.load_state_dict(layer.state_dict())
+    for wrong in ((), (1, 1), (3,), (0, 1, 2, 0)):
+        with pytest.raises(ValueError, match=r"PackRule.axes is .* expected different ones of"):
+            convert(layer, {PartialAxes: PackRule("conv_offset", axes=wrong)})
+
+
+class TwoInputs(ModulatedDeformConv2dPack):
+    """Predicts from other features, as the alignment of video models does."""
+
+    def forward(self, x, feat):
+        return ModulatedDeformConv2dPack.forward(self, x) + self.conv_offset(feat).mean()
+
+
+def test_a_layer_of_two_inputs_is_refused():
+    rule = PackRule("conv_offset", "conv_offset")
+    with pytest.raises(ValueError, match=r"takes 2 inputs, x, feat, expected one.*accelerate\(\)"):
+        convert(TwoInputs(), {TwoInputs: rule})
+    with pytest.raises(ValueError, match=r"without a rule: test_adopt.TwoInputs \(1\)"):
+        convert(TwoInputs())
+    exchanged = yolos()
+    exchanged.forward = lambda x: x
+    with pytest.raises(ValueError, match="its forward was replaced"):
+        convert(exchanged, {Yolos: YOLO_RULE})
+    exchanged = ModulatedDeformConv2dPack()
+    exchanged.forward = lambda x: x
+    with pytest.raises(ValueError, match="nothing to replace"):
+        convert(exchanged)
+
+
+def test_check_finds_a_wrong_rule():
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(yolos())), torch.randn(1, 4, 6, 6)
+    model.train()
+    state = copy.deepcopy(model.state_dict())
+    for changes in ({"x_first": True}, {"mask_activation": deformnd.mask_sigmoid}):
+        wrong = PackRule(**{**YOLO_RULE.__dict__, **changes})
+        with pytest.raises(ValueError, match=r"Yolos '1.0': .* off by .* of the original's norm"):
+            convert(model, {Yolos: wrong}, check=x)
+        with pytest.raises(ValueError, match="off by"):
+            convert(model, {Yolos: wrong}, check={"input": x})
+    with pytest.raises(ValueError, match="the replacement fails: "):
+        convert(model, {Yolos: lambda layer: nn.Linear(3, 3)}, check=(x,))
+    with pytest.raises(ValueError, match=r"\[1, 6, 6, 6\], the replacement \[1, 5, 6, 6\]"):
+        convert(model, {Yolos: lambda layer: nn.Conv2d(4, 5, 1)}, check=(x,))
+    unused = nn.ModuleDict({"a": yolos()})
+    unused.forward = lambda x: x
+    with pytest.raises(ValueError, match="check did not reach a"):
+        convert(unused, {Yolos: YOLO_RULE}, check=x)
+    assert all(m.training for m in model.modules())
+    assert all(not m._forward_hooks for m in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    convert(model, {Yolos: YOLO_RULE}, check=x, verbose=False)
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in deformnd.original_state_dict(model).items())
+
+
+def test_check_says_that_zero_predictors_hide_the_order():
+    model = nn.Sequential(yolos())
+    nn.init.zeros_(model[0].conv_offset_mask.weight)
+    nn.init.zeros_(model[0].conv_offset_mask.bias)
+    with pytest.warns(UserWarning, match="predictors of 0 are zero"):
+        convert(model, {Yolos: YOLO_RULE}, check=torch.randn(1, 4, 5, 5), verbose=False)
+
+
+def test_a_rule_may_give_the_module_itself():
+    model, x = nn.Sequential(yolos()), torch.randn(1, 4, 5, 5)
+    convert(model, {Yolos: lambda layer: nn.Conv2d(4, 6, 1)}, verbose=False)
+    assert type(model[0]) is nn.Conv2d and not model[0].training
+    assert model(x).shape == (1, 6, 5, 5)
+    for rules, message in (
+        ({Yolos: lambda layer: {}}, "its rule returned a dict, expected a PackRule or a Module"),
+        ({Yolos: 3}, "the rule of Yolos is a int"),
+        ({Yolos: nn.Conv2d(4, 6, 1)}, "the rule of Yolos is a Conv2d"),
+        ({3: YOLO_RULE}, "rules has the key 3"),
+        ([YOLO_RULE], "rules is a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            convert(yolos(), rules)
+    for options, message in (
+        ({"offset": 3}, "PackRule: offset is 3"),
+        ({"offset": "a", "then": (3,)}, r"PackRule: then is \(3,\)"),
+        ({"offset": "a", "then": 3}, "PackRule: then is 3"),
+        ({"offset": "a", "drop": (None,)}, r"PackRule: drop is \(None,\)"),
+        ({"offset": "a", "axes": 1}, "PackRule: axes is 1"),
+        ({"offset": "a", "axes": ("H",)}, r"PackRule: axes is \('H',\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            PackRule(**options)
+    assert PackRule("a", then="bn").then == ("bn",)
+
+
+def test_attributes_of_parameters_are_kept():
+    layer = yolos()
+    layer.weight.lr_mult, layer.conv_offset_mask.weight.lr_mult = 2.0, 0.1
+    layer.conv_offset_mask.bias.requires_grad_(False)
+    new = convert(layer, {Yolos: YOLO_RULE}, verbose=False).deform
+    assert new.weight.lr_mult == 2.0
+    for generator in (new.offset_generator, new.mask_generator):
+        assert generator.weight.lr_mult == 0.1 and generator.weight.requires_grad
+        assert not generator.bias.requires_grad
+
+
+def test_a_predictor_that_does_not_fit():
+    layer = HandWritten()
+    layer.m_conv = nn.Conv2d(4, 10, 3, 2, 1)
+    with pytest.raises(ValueError, match="m_conv predicts 10 channels, expected a multiple of 9"):
+        convert(layer, {"HandWritten": RULE})
+    layer = HandWritten()
+    nn.utils.parametrizations.weight_norm(layer.p_conv)
+    with pytest.raises(ValueError, match="with a weight that is not computed"):
+        convert(layer, {"HandWritten": RULE})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_model_with_a_scripted_part():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)))
+    pack = ModulatedDeformConv2dPack()
+    model, x = nn.Sequential(scripted, pack, deformnd.DeformConv2d(4, 6, 3)), torch.rand(1, 4, 5, 5)
+    expected = model[:2](x)
+    convert(model, verbose=False)
+    assert model[0] is scripted and type(model[1]) is deformnd.PackedDeformConv2d
+    torch.testing.assert_close(model[:2](x), expected)
+    with pytest.raises(ValueError, match=r"without a rule: a scripted DeformConv2d \(1\)"):
+        convert(torch.jit.script(deformnd.DeformConv2d(4, 6, 3)))
+    with pytest.raises(ValueError, match="nothing to replace; no other layer"):
+        convert(scripted)
+
+
+@pytest.mark.parametrize("how", ["module", "function", "convert"])
+def test_an_offset_larger_than_the_output(how):
+    """DyHead's: mmcv reads the memory of each image from its beginning."""
+    theirs = ModulatedDeformConv2d(groups=2, deform_groups=2)
+    x = torch.randn(2, 4, 8, 8)
+    both = torch.randn(2, 54, 16, 17, requires_grad=True)
+    offset, mask = both[:, :36], both[:, 36:].sigmoid()
+    first = [t.reshape(2, -1)[:, : t.shape[1] * 64].view(2, -1, 8, 8) for t in (offset, mask)]
+    expected = conv2d(theirs, x, *first)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), both)
+    if how == "module":
+        layer = mmcv.ModulatedDeformConv2d(4, 6, 3, 1, 1, 1, 2, 2)
+        layer.load_state_dict(theirs.state_dict())
+    elif how == "convert":
+        layer = convert(theirs, verbose=False)
+    else:
+
+        def layer(x, offset, mask):
+            sizes = (theirs.bias, 1, 1, 1, 2, 2)
+            return mmcv.modulated_deform_conv2d(x, offset, mask, theirs.weight, *sizes)
+
+    compat._warned = False
+    with pytest.warns(UserWarning, match=r"of \(16, 17\) for an output of \(8, 8\)") as said:
+        y = layer(x, both[:, :36], both[:, 36:].sigmoid())
+        layer(x, both[:, :36], both[:, 36:].sigmoid())
+    assert len(said) == 1
+    assert torch.equal(y, expected)
+    (got,) = torch.autograd.grad(y.square().sum(), both)
+    torch.testing.assert_close(got, wanted)
+    if how != "function":
+        torch.testing.assert_close(torch.jit.script(layer)(x, offset, mask), expected)
+    with pytest.raises(ValueError, match="offset"):  # a smaller one cannot be read so
+        layer(x, offset[..., :3], mask[..., :3])
+    with pytest.raises(ValueError, match="offset"):
+        deformnd.deform_conv2d(x, theirs.weight, offset, mask, padding=1, groups=2)
+    same = mmcv.ModulatedDeformConv2d(4, 6, 3, padding="same")
+    assert torch.jit.script(same)(x, first[0][:, :18], first[1][:, :9]).shape == (2, 6, 8, 8)
+    assert same(x, first[0][:, :18], first[1][:, :9]).shape == (2, 6, 8, 8)
+    with pytest.raises(ValueError, match="offset"):  # as mmcv's first version checks
+        mmcv.deform_conv2d(x, offset, theirs.weight, 1, 1, 1, 2, 2)
 
 
 # mmcv
@@ -369,6 +719,36 @@ def test_generator_groups():
     assert layer.offset_generator.weight.shape == (36, 4, 3, 3)
     with pytest.raises(ValueError, match=r"generator_groups is 3, .* in_channels 4 and of the 36"):
         deformnd.PackedDeformConv2d(4, 6, 3, offset_groups=2, generator_groups=3)
+
+
+def test_checkpoints_of_before_the_conversion():
+    """Under the names that mmdet's first version had for the predictor, too."""
+    theirs = nn.ModuleDict({"conv2": ModulatedDeformConv2dPack(deform_groups=2)})
+    state, x = theirs.state_dict(), torch.randn(1, 4, 6, 6)
+    ours = convert(copy.deepcopy(theirs), verbose=False)
+    old = {k.replace("conv2.conv_offset", "conv2_offset"): v for k, v in state.items()}
+    own = copy.deepcopy(ours.state_dict())
+    assert old.keys() != state.keys() != own.keys()
+    for given in (state, old, own):
+        for p in ours.parameters():
+            nn.init.zeros_(p)
+        ours.load_state_dict(given)
+        torch.testing.assert_close(ours["conv2"](x), theirs["conv2"](x))
+    back = deformnd.original_state_dict(ours)
+    assert all(torch.equal(back[k], v) for k, v in state.items()) and len(back) == len(state)
+
+    layer = HandWritten()
+    ours = convert(copy.deepcopy(layer), {"HandWritten": RULE}, verbose=False)
+    x = torch.randn(1, 4, 6, 6)
+    for p in ours.parameters():
+        nn.init.zeros_(p)
+    ours.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(ours(x), layer(x))
+    back = deformnd.original_state_dict(ours)
+    assert back.keys() == layer.state_dict().keys()
+    assert all(torch.equal(back[k], v) for k, v in layer.state_dict().items())
+    with pytest.warns(UserWarning, match=r"p_conv.bias \[3\] .* not loaded: expected 18 rows"):
+        ours.load_state_dict({"p_conv.bias": torch.ones(3)}, strict=False)
 
 
 # deformify
@@ -462,6 +842,17 @@ def test_deformify_refuses():
             deformify(Residual(), where)
     with pytest.raises(TypeError, match="model is a str"):
         deformify("resnet")
+    model = Residual()
+    model.conv1.scale = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"conv1 has what would be lost: scale \[2\]"):
+        deformify(model, "conv1")
+    model = Residual()
+    model.conv1.forward = lambda x: x
+    with pytest.raises(ValueError, match="conv1 has what would be lost: a forward of"):
+        deformify(model, "conv1")
+    model = Residual()
+    model.conv1.f = -1
+    assert deformify(model, "conv1", verbose=False).conv1.f == -1
 
 
 def test_deformify_on_the_meta_device():
@@ -511,6 +902,56 @@ def test_parameter_groups():
     pack = nn.Sequential(ModulatedDeformConv2dPack())
     groups = deformnd.parameter_groups(pack, lr=0.1, names=("conv_offset",))
     assert groups[1]["params"] == list(pack[0].conv_offset.parameters())
+    assert deformnd.parameter_groups(pack, lr=0.1, names="conv_offset") == groups
+    tensor = torch.tensor(0.5)
+    assert deformnd.parameter_groups(model, lr=tensor)[0]["lr"] is tensor
+    for options, message in (
+        ({"lr": -1.0}, "lr is -1.0, expected a number of at least 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"lr": 0.1, "factor": -0.1}, "factor is -0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deformnd.parameter_groups(model, **options)
+    for options, message in (
+        ({"lr": "fast"}, "lr is 'fast', expected a number"),
+        ({"lr": None}, "lr is None"),
+        ({"lr": 0.1, "names": [3]}, "names is"),
+        ({"lr": 0.1, "names": 3}, "names is 3"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            deformnd.parameter_groups(model, **options)
+    with pytest.raises(TypeError, match="parameter_groups: model is a list"):
+        deformnd.parameter_groups([model], lr=0.1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_reset_offsets_after_an_initialisation_of_all_convolutions(transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    model = nn.Sequential(kind(4, 4, 3), nn.ReLU(), kind(4, 4, 3))
+    deformify(model, "*", verbose=False)
+    predictor = model[2].mask_generator
+    model[2].mask_generator = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), predictor)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+            nn.init.constant_(m.bias, 3.0)
+    plain = nn.Sequential(kind(4, 4, 3), nn.ReLU(), kind(4, 4, 3))
+    for i in (0, 2):
+        plain[i].weight, plain[i].bias = model[i].weight, model[i].bias
+    x = torch.randn(1, 4, 9, 9)
+    assert not torch.allclose(model(x), plain(x), atol=0.1)
+    deformnd.reset_offsets(model)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert model[2].mask_generator[0].weight.any()
+    with pytest.raises(ValueError, match="reset_offsets: the model has no packed layer"):
+        deformnd.reset_offsets(plain)
+    with pytest.raises(TypeError, match="reset_offsets: model is a str"):
+        deformnd.reset_offsets("model")
+    deformnd.reset_offsets(deformnd.LazyPackedDeformConv2d(4, 3))
+    nn.utils.parametrizations.weight_norm(model[0].offset_generator)
+    with pytest.raises(ValueError, match="the weight of offset_generator is computed"):
+        deformnd.reset_offsets(model)
 
 
 def test_watch_offsets():
@@ -534,6 +975,76 @@ def test_watch_offsets():
             packed(x), plain(x, far)
     with pytest.raises(ValueError, match="no deformable layer"):
         deformnd.watch_offsets(nn.Linear(1, 1))
+
+
+@of_package("basicsr.archs.arch_util")
+class DCNv2Pack(ModulatedDeformConv2dPack):
+    def forward(self, x, feat):
+        first, second, mask = self.conv_offset(feat).chunk(3, dim=1)
+        return conv2d(self, x, torch.cat((first, second), 1), mask.sigmoid())
+
+
+def test_watch_offsets_of_other_packages():
+    """The offset is 60 pixels, and 0 where a mask is predicted with it."""
+    x, far = torch.rand(2, 4, 7, 8), torch.full((2, 18, 7, 8), 60.0)
+    mask = torch.rand(2, 9, 7, 8)
+    for kind in (*PLAIN, *PACKS, DCNv2Pack):
+        layer, args = kind(), (x,)
+        if kind in PLAIN:
+            args = (x, far, mask)
+        else:
+            nn.init.zeros_(layer.conv_offset.weight)
+            nn.init.zeros_(layer.conv_offset.bias)
+            nn.init.constant_(layer.conv_offset.bias[:18], 60.0)
+            args = (x, x) if kind is DCNv2Pack else (x,)
+        with deformnd.watch_offsets(nn.Sequential(layer), every=1):
+            with pytest.warns(RuntimeWarning, match="of 0 is 60 pixels, above 50"):
+                layer(*args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            layer(*args)
+
+
+def test_a_watched_model_is_saved_and_copied():
+    packed = deformnd.PackedDeformConv2d(4, 4, 3, padding=1, generator_bias=True)
+    model = nn.Sequential(packed, nn.ModuleList([deformnd.DeformConv2d(4, 4, 3)])[0])
+    nn.init.constant_(packed.offset_generator.bias, 99.0)
+    x, file = torch.rand(1, 4, 8, 8), io.BytesIO()
+    with deformnd.watch_offsets(model, every=1):
+        torch.save(model, file)
+        file.seek(0)
+        others = [torch.load(file, weights_only=False), copy.deepcopy(model)]
+        with pytest.warns(RuntimeWarning):
+            expected = packed(x)
+        with warnings.catch_warnings():  # the other models are not watched
+            warnings.simplefilter("error")
+            for other in others:
+                assert torch.equal(other[0](x), expected)
+                other[1](x, None)
+
+
+def test_watch_offsets_refuses():
+    model = deformnd.PackedDeformConv2d(4, 4, 3)
+    for options, message in (
+        ({"limit": -1}, "limit is -1, expected a number of at least 0"),
+        ({"limit": float("nan")}, "limit is nan"),
+        ({"every": 0}, "every is 0, expected at least 1"),
+        ({"every": -2}, "every is -2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deformnd.watch_offsets(model, **options)
+    for options, message in (
+        ({"limit": "50"}, "limit is '50', expected a number"),
+        ({"limit": None}, "limit is None"),
+        ({"every": 1.5}, "every is 1.5, expected an int"),
+        ({"every": True}, "every is True"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            deformnd.watch_offsets(model, **options)
+    with pytest.raises(TypeError, match="watch_offsets: model is a dict"):
+        deformnd.watch_offsets({})
+    assert not model._forward_hooks and not model.offset_generator._forward_hooks
+    deformnd.watch_offsets(model, limit=float("inf")).remove()
 
 
 def test_watch_offsets_leaves_a_compiled_model_whole():

@@ -269,3 +269,80 @@ def test_errors(make, message):
     with pytest.raises(ValueError) as caught:
         make()
     assert message in str(caught.value)
+
+
+def yolos_fuse(conv, norm):
+    """What fusing tools make of a convolution and the norm behind it."""
+    plain = nn.ConvTranspose2d if conv.transposed else nn.Conv2d
+    fused = plain(
+        conv.in_channels,
+        conv.out_channels,
+        kernel_size=conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        groups=conv.groups,
+        bias=True,
+    ).requires_grad_(False)
+    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shape = (1, -1, 1, 1) if conv.transposed else (-1, 1, 1, 1)
+    bias = 0 if conv.bias is None else conv.bias
+    fused.weight.copy_(conv.weight * factor.view(shape))
+    fused.bias.copy_(norm.bias + factor * (bias - norm.running_mean))
+    return fused
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fusing_tool_keeps_the_offsets(transposed, bias):
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = wake(layer(2, transposed, packed=True, modulated=True, bias=bias))
+            self.bn = nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) if hasattr(self, "bn") else self.conv(x)
+
+    module, x = Conv().eval(), torch.randn(2, 4, 7, 6)
+    with torch.no_grad():
+        for t in (module.bn.weight, module.bn.bias, module.bn.running_mean):
+            t.normal_()
+        module.bn.running_var.uniform_(0.5, 2)
+        module.bn.weight[0] = 0
+        expected, old = module(x), module.conv
+        module.conv = yolos_fuse(module.conv, module.bn)
+        del module.bn
+        assert type(module.conv) is type(old) and module.conv is not old
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    again = torch.nn.utils.fusion.fuse_conv_bn_eval(old, nn.BatchNorm2d(6).eval(), transposed)
+    torch.testing.assert_close(again(x), old(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_fused_convolution_takes_its_place():
+    parent = nn.Sequential(wake(layer(2, packed=True)))
+    for plain in (
+        nn.Conv2d(4, 6, 3, padding=1),  # new weights
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.Conv2d(4, 6, 1),
+        nn.ConvTranspose2d(4, 6, 3),
+        nn.Identity(),
+    ):
+        parent[0] = wake(layer(2, packed=True))
+        parent[0] = plain
+        assert parent[0] is plain
+    packed, plain = wake(layer(2, packed=True)), nn.Conv2d(4, 6, 3, padding=1)
+    plain.load_state_dict({k: packed.state_dict()[k] for k in ("weight", "bias")})
+    parent[0] = packed
+    parent[0] = plain  # the same weights: on purpose
+    assert parent[0] is plain
+
+
+def test_fuse_batch_norm_refuses_other_modules():
+    packed = layer(2, packed=True).eval()
+    for norm in (nn.GroupNorm(2, 6), nn.LayerNorm(6), nn.Identity(), None):
+        with pytest.raises(TypeError, match=f"norm is a {type(norm).__name__}, expected a Batch"):
+            deformnd.fuse_batch_norm(packed, norm)
+    with pytest.raises(TypeError, match="layer is a Linear, expected a convolution"):
+        deformnd.fuse_batch_norm(nn.Linear(6, 6), nn.BatchNorm2d(6))
+    with pytest.raises(ValueError, match="norm has no running statistics"):
+        deformnd.fuse_batch_norm(packed, nn.InstanceNorm2d(6).eval())

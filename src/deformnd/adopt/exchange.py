@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -74,6 +74,38 @@ def take_place(new: nn.Module, old: nn.Module) -> None:
     for key, value in vars(old).items():
         if not key.startswith("_") and not hasattr(new, key):
             setattr(new, key, value)
+
+
+def leftovers(
+    module: nn.Module, source: nn.Module, kept: Sequence[Any] = (), drop: Sequence[str] = ()
+) -> Iterator[str]:
+    """What of module is neither source's weight or bias nor in what is kept or dropped."""
+
+    def lost(m: nn.Module, prefix: str) -> Iterator[str]:
+        for name, t in (*m._parameters.items(), *m._buffers.items()):
+            known = (m is source and name in ("weight", "bias")) or prefix + name in drop
+            if t is not None and not known:
+                yield f"{prefix}{name} {list(t.shape)}"
+        for name, child in m.named_children():
+            if any(child is k for k in kept) or isinstance(child, nn.Identity):
+                continue
+            if prefix + name in drop:
+                continue
+            if any(d is source or any(d is k for k in kept) for d in child.modules()):
+                yield from lost(child, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name} ({type(child).__name__})"
+
+    return lost(module, "")
+
+
+def check_nothing_lost(where: str, layer: nn.Module) -> None:
+    """That a layer of weight and bias has nothing else."""
+    more = list(leftovers(layer, layer))
+    if "forward" in vars(layer):
+        more.append(f"a forward of its own, {vars(layer)['forward']}")
+    if more:
+        raise ValueError(f"{where} has what would be lost: {', '.join(more)}")
 
 
 def replacements(

@@ -26,7 +26,15 @@ from ..ops.modules import (
     _Packed,
 )
 from . import packages
-from .exchange import inside, layer_like, replace, replacements, take_place
+from .exchange import (
+    check_nothing_lost,
+    inside,
+    layer_like,
+    leftovers,
+    replace,
+    replacements,
+    take_place,
+)
 
 Function = Callable[[Tensor], Tensor]
 
@@ -83,11 +91,17 @@ class PackRule:
                 raise TypeError(f"PackRule: {key} is {value!r}, expected a name")
         for key in ("then", "drop"):
             value = getattr(self, key)
-            value = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, key, value)
-            for v in value:
-                if not isinstance(v, str) and not (key == "then" and callable(v)):
-                    raise TypeError(f"PackRule: {key} has {v!r}, expected names of submodules")
+            value = (value,) if isinstance(value, str) else value
+            if not isinstance(value, Sequence) or not all(
+                isinstance(v, str) or (key == "then" and callable(v)) for v in value
+            ):
+                raise TypeError(f"PackRule: {key} is {value!r}, expected names of submodules")
+            object.__setattr__(self, key, tuple(value))
+        axes = self.axes
+        if axes is not None and not (
+            isinstance(axes, Sequence) and all(isinstance(a, int) for a in axes)
+        ):
+            raise TypeError(f"PackRule: axes is {axes!r}, expected a tuple of ints")
 
 
 Rules = Mapping[str | type, PackRule | Callable[[nn.Module], PackRule | nn.Module]]
@@ -227,7 +241,9 @@ def _others(model: nn.Module, replaced: Collection[str]) -> str:
 def _deform_like(model: nn.Module, replaced: Collection[str] = ()) -> Counter[str]:
     """Layers, not deformnd's, not replaced and with none inside, that look deformable by name."""
     return Counter(
-        f"{type(m).__module__}.{getattr(m, 'original_name', type(m).__name__)}"
+        f"{type(m).__module__}.{type(m).__name__}"
+        if not isinstance(m, torch.jit.ScriptModule)
+        else f"a scripted {m.original_name}"
         for name, m in model.named_modules()
         if packages.looks_deformable(m)
         and not any(isinstance(c, (_DeformConvNd, _DeformConvTransposeNd)) for c in m.modules())
@@ -245,8 +261,8 @@ def _from_package(where: str, module: Any) -> nn.Module | None:
         joint = "conv_offset" if name.startswith("Modulated") else None
         return _from_rule(where, module, PackRule("conv_offset", joint))
     if not packed:
-        _check_leftovers(where, module, module, [])
         layer: Any = layer_like(where, module, module, False)
+        check_nothing_lost(where, module)
         if package == "mmcv" and name.startswith("Modulated"):
             # mmcv's own class, since it alone takes an offset that is larger than the output.
             layer.__class__ = mmcv.ModulatedDeformConv2d
@@ -308,7 +324,8 @@ def _from_rule(where: str, module: nn.Module, rule: PackRule) -> nn.Module:
     parts = [Part("offset_generator.", f"{rule.offset}.")]
     if len(axes) < n:
         order = torch.arange(groups * points * len(axes))
-        spread = _Spread(n, points, groups, axes, rule.interleaved)
+        at = [axes.index(a) if a in axes else -1 for a in range(n)]
+        spread = _Spread(points, at, rule.interleaved)
         first: Any = _module(offset_activation)
         offset_activation = spread if first is None else nn.Sequential(first, spread)
     else:
@@ -383,19 +400,19 @@ class Converted(nn.Sequential):
 class _Spread(nn.Module):
     """An offset of some axes as one of all, with zero for the others."""
 
-    index: Tensor
-
-    def __init__(
-        self, n: int, points: int, groups: int, axes: list[int], interleaved: bool
-    ) -> None:
+    def __init__(self, points: int, at: list[int], interleaved: bool) -> None:
         super().__init__()
-        order = _order(points, groups, list(range(len(axes))), interleaved)
-        index = torch.full((groups * points, n), len(order))  # that is the channel of zeros
-        index[:, axes] = order.view(groups * points, len(axes))
-        self.register_buffer("index", index.flatten(), persistent=False)
+        self.at = at  # for each axis its place in the predictor's order, or -1
+        size = [points, max(at) + 1] if interleaved else [max(at) + 1, points]
+        self.size, self.interleaved = size, interleaved
 
     def forward(self, offset: Tensor) -> Tensor:
-        return torch.cat((offset, torch.zeros_like(offset[:, :1])), 1).index_select(1, self.index)
+        some = offset.unflatten(1, [-1, self.size[0], self.size[1]])
+        if not self.interleaved:
+            some = some.transpose(2, 3)  # [B, OG, K, axes, *out]
+        zero = torch.zeros_like(some[:, :, :, 0])
+        axes = [some[:, :, :, i] if i >= 0 else zero for i in self.at]
+        return torch.stack(axes, 3).flatten(1, 3)
 
 
 def _axes(where: str, n: int, rule: PackRule) -> list[int]:
@@ -418,7 +435,7 @@ def _submodule(where: str, module: nn.Module, role: str, name: str) -> nn.Module
 def _check_forward(where: str, module: nn.Module) -> None:
     """That the layer takes one input, by the forward of its class."""
     if "forward" in vars(module):
-        raise ValueError(f"{where}: its forward was exchanged for {vars(module)['forward']}")
+        raise ValueError(f"{where}: its forward was replaced, by {vars(module)['forward']}")
     try:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     except (TypeError, ValueError):  # nothing to be known
@@ -428,8 +445,8 @@ def _check_forward(where: str, module: nn.Module) -> None:
     if len(needed) > 1:
         raise ValueError(
             f"{where} takes {len(needed)} inputs, {', '.join(needed)}, expected one, from which a "
-            "packed layer predicts its offset. accelerate() of deformnd.compat.torchvision runs "
-            "such a layer on deformnd's kernels as it is, if it calls torchvision's function"
+            "packed layer predicts its offset. accelerate() of deformnd.compat.torchvision, or of "
+            "deformnd.compat.mmcv, runs such a layer on deformnd's kernels as it is"
         )
 
 
@@ -442,22 +459,7 @@ def _check_leftovers(
             raise ValueError(
                 f"{where} has no submodule, parameter or buffer {name!r}, PackRule.drop"
             )
-
-    def lost(m: nn.Module, prefix: str) -> Iterator[str]:
-        for name, t in (*m._parameters.items(), *m._buffers.items()):
-            if t is not None and not (m is source and name in ("weight", "bias")):
-                yield f"{prefix}{name} {list(t.shape)}"
-        for name, child in m.named_children():
-            if any(child is k for k in kept) or isinstance(child, nn.Identity):
-                continue
-            if prefix + name in drop:
-                continue
-            if any(d is source or any(d is k for k in kept) for d in child.modules()):
-                yield from lost(child, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name} ({type(child).__name__})"
-
-    names = [name for name in lost(module, "") if name.split(" ")[0] not in drop]
+    names = list(leftovers(module, source, kept, drop))
     if names:
         raise ValueError(
             f"{where}: nothing is said of {', '.join(names)}; name what is applied to the result "
@@ -493,7 +495,9 @@ def _check_size(where: str, name: str | None, predictor: Any, layer: Any) -> Non
         )
         return [(s, 0 if same else d * (k - 1) - 2 * p) for s, k, p, d in zipped]
 
-    if steps(predictor) != steps(layer):
+    pairs = zip(steps(predictor), steps(layer), strict=True)
+    # Less than a stride more or less before it is the same size for some inputs.
+    if any(s != t or abs(a - b) >= s for (s, a), (t, b) in pairs):
         raise ValueError(
             f"{where}: the offset and mask must have the output's size, but {name} has stride "
             f"{predictor.stride}, padding {predictor.padding}, dilation {predictor.dilation}, and "

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..ops.modules import Activation
-from .exchange import layer_like, replace, replacements, take_place
+from .exchange import check_nothing_lost, layer_like, replace, replacements, take_place
 
 _TORCHS = (
     nn.Conv1d,
@@ -110,6 +110,7 @@ def deformify(
                     nn.init.zeros_(parameter)
                 generator.train(module.training)
         _check_start(layer)
+        check_nothing_lost(f"deformify: {name}", module)
         take_place(layer, module)
         return layer  # type: ignore[no-any-return]
 

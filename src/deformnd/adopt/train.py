@@ -46,8 +46,8 @@ def parameter_groups(
         [(2, 0.1), (1, 0.01)]
     """
     _check_model("parameter_groups", model)
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not all(isinstance(name, str) for name in names):
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"parameter_groups: names is {names!r}, expected names of attributes")
     for key, value in (("lr", lr), ("factor", factor)):
         _check_number("parameter_groups", key, value)
@@ -163,7 +163,7 @@ class watch_offsets:
                 self._handles.append(layer.offset_generator.register_forward_hook(look))
         elif packed or packages.is_aligner(layer):
             # Two of three channels of a modulated layer's prediction are the offset.
-            share = 2 / 3 if "Modulated" in kind or packages.is_aligner(layer) else 1.0
+            share = 2 / 3 if not packed or kind.startswith("Modulated") else 1.0
             look = _Look(self, name, None, share)
             self._handles.append(layer.conv_offset.register_forward_hook(look))
         elif package or isinstance(layer, (_DeformConvNd, _DeformConvTransposeNd)):

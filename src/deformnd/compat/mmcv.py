@@ -36,7 +36,7 @@ from torch.overrides import has_torch_function
 from .. import ops
 from ..kernels.geometry import check_call
 from ..ops.checkpoints import joint_names
-from ..ops.functional import Size, _ints, _node, _outside_a_trace, _values
+from ..ops.functional import Padding, Size, _ints, _node, _outside_a_trace, _values
 from . import _check_groups, _first_values
 from .mmcv_kernels import accelerate
 
@@ -88,7 +88,7 @@ def modulated_deform_conv2d(
     weight: Tensor,
     bias: Optional[Tensor] = None,
     stride: Size = 1,
-    padding: Size = 0,
+    padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
     deform_groups: int = 1,
@@ -228,7 +228,7 @@ class ModulatedDeformConv2d(ops.DeformConv2d):
             self.weight,
             self.bias,
             self.stride,
-            self.padding,  # type: ignore[arg-type]
+            self.padding,
             self.dilation,
             self.groups,
             self.deform_groups,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import checkpoints, masks
@@ -461,6 +462,13 @@ class _Packed(_ConvNd):
                     raise ValueError(
                         f"{type(self).__name__}: {key} is a {type(generator).__name__} without a "
                         "convolution, so it cannot be reset"
+                    )
+                if is_lazy(last.weight):
+                    continue  # will begin with zeros
+                if "weight" not in last._parameters:
+                    raise ValueError(
+                        f"{type(self).__name__}: the weight of {key} is computed (parametrized?), "
+                        "so it cannot be reset"
                     )
                 nn.init.zeros_(last.weight)
                 if last.bias is not None:
