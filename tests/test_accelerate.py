@@ -21,6 +21,7 @@ else:
     why = ""
 
 needs_torchvision = pytest.mark.skipif(torchvision is None, reason=why)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_core = pytest.mark.skipif(not deformnd.has_ops(), reason="built without the C++ core")
 
 
@@ -102,7 +103,7 @@ def test_eager(mask, bias, channels_last):
 
 
 @needs_torchvision
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_eager_on_a_gpu(channels_last):
     tensors = [
@@ -224,3 +225,60 @@ def test_without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="torchvision is not installed"):
         accelerate()
+
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+
+@needs_torchvision
+@needs_core
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("autocast", [F16, BF16], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",  # of input, offset, weight, bias and mask
+    [(t,) * 5 for t in (F32, F16, BF16, F64)]
+    + [(F32, BF16, F32, F32, BF16), (BF16, BF16, F32, F32, BF16), (F16, F32, F32, F32, F32)]
+    + [(F32, F32, F16, F32, F32), (F32, F32, F32, F32, F16), (BF16, F16, F32, F16, F32)],
+    ids=str,
+)
+def test_autocast(dtypes, autocast, device):
+    """torchvision's rule for CUDA, on every device: computed in float32, given in input's dtype."""
+    tensors = [t.detach().to(device) for t in arguments()]
+    tensors = [t.to(d).requires_grad_() for t, d in zip(tensors, dtypes, strict=True)]
+    wanted = expected(tensors)
+    with accelerate(), counting(1, 1):
+        with torch.autocast(device, dtype=autocast):
+            y = function(*tensors)
+        grad = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).to(y.dtype)
+        got = [y.detach(), *torch.autograd.grad(y, tensors, grad)]
+    assert [t.dtype for t in got] == [dtypes[0], *dtypes]
+    tolerance = {F32: 1e-5, F64: 1e-5, F16: 2e-3, BF16: 1e-2}
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        rough = max(tolerance[a.dtype], tolerance[dtypes[0]])  # the gradient of y is in its dtype
+        assert (a.double() - b).norm() / b.norm() < rough, i
+    with accelerate(), torch.autocast(device, dtype=autocast), counting(1, 0):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="eager", fullgraph=True)(*tensors)
+    assert compiled.dtype == dtypes[0]
+
+
+@needs_torchvision
+@needs_core
+def test_wrong_offset_groups():
+    """The number of groups that the raw operator is told is not read off, as torchvision's."""
+    x, offset, weight, bias, mask = (t.detach() for t in arguments())
+    sizes = [2, 1, 1, 0, 1, 2, 2]
+    with accelerate():
+        right = torch.ops.torchvision.deform_conv2d(x, weight, offset, mask, bias, *sizes, 2, True)
+        torch.testing.assert_close(right, function(x, offset, weight, bias, mask))
+        with pytest.raises(
+            ValueError,
+            match=r"offset has 24 channels, expected 12 \(offset_groups 1 x 2 axes x 6 kernel",
+        ):
+            torch.ops.torchvision.deform_conv2d(x, weight, offset, mask, bias, *sizes, 1, True)
+        with pytest.raises(ValueError, match=r"mask has 6 channels, expected 12 \(offset_groups 2"):
+            function(x, offset, weight, bias, mask[:, :6])
+        with pytest.raises(ValueError, match="offset_groups 3 x 2"):
+            torch.ops.torchvision._deform_conv2d_backward(
+                right, x, weight, offset, mask, bias, *sizes, 3, True
+            )

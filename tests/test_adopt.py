@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deformnd
-from deformnd import PackRule, convert, deformify
+from deformnd import PackRule, compat, convert, deformify
 from deformnd.compat import mmcv
 
 torch.manual_seed(0)
@@ -653,7 +653,7 @@ def test_an_offset_larger_than_the_output(how):
             sizes = (theirs.bias, 1, 1, 1, 2, 2)
             return mmcv.modulated_deform_conv2d(x, offset, mask, theirs.weight, *sizes)
 
-    mmcv._warned = False
+    compat._warned = False
     with pytest.warns(UserWarning, match=r"of \(16, 17\) for an output of \(8, 8\)") as said:
         y = layer(x, both[:, :36], both[:, 36:].sigmoid())
         layer(x, both[:, :36], both[:, 36:].sigmoid())

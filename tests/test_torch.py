@@ -3,14 +3,16 @@ README's table that test_library.py has not."""
 
 import copy
 import dataclasses
+import io
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.export import Dim
@@ -634,3 +636,181 @@ def test_cuda_compile_and_export(strict):
         torch.testing.assert_close(exported(x), want[0], rtol=1e-4, atol=1e-4)
         for a, b in zip(loss_and_gradients(compiled, x), want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# torch.fx and torch.jit.trace
+
+
+class Call(nn.Module):
+    """A function with its parameters as a module, which is what torch.fx traces."""
+
+    def __init__(self, function, **parameters):
+        super().__init__()
+        self.function, self.parameters_ = function, parameters
+
+    def forward(self, input, weight, offset, mask, bias):
+        return self.function(input, weight, offset, mask, bias, **self.parameters_)
+
+
+class Sized(nn.Module):
+    def __init__(self, layer, size):
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x, offset=None, mask=None):
+        if isinstance(self.layer, deformnd.ops.modules._Packed):
+            return self.layer(x, output_size=self.size)
+        return self.layer(x, offset, mask, output_size=self.size)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fx_of_the_functions(case):
+    tensors = case.tensors()
+    graph = fx.symbolic_trace(Call(getattr(deformnd, case.name), **case.parameters()))
+    (node,) = (n for n in graph.graph.nodes if n.op == "call_function")
+    assert node.target is getattr(deformnd, case.name)
+    copied = pickle.loads(pickle.dumps(graph))
+    assert torch.equal(copied(**tensors), case.call(tensors))
+    # A graph of one size runs at another, and says what is wrong with an argument.
+    if case.batch:
+        one = {k: t if k in ("weight", "bias") or t is None else t[0] for k, t in tensors.items()}
+        torch.testing.assert_close(graph(**one), case.call(one))
+        with pytest.raises(ValueError, match=f"{case.name}: weight has"):
+            graph(**tensors | {"weight": tensors["weight"][0]})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("transposed", FAMILIES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_fx_of_the_modules(n, transposed, packed):
+    options = {"modulated": True, "mask_activation": "softmax"} if packed else {}
+    module = wake(layer(n, transposed, packed, groups=2, **options))
+    args = inputs(n)[: 1 if packed else 3]
+    assert torch.equal(fx.symbolic_trace(module)(*args), module(*args))
+    whole = nn.Sequential(module, nn.ReLU()) if packed else module
+    assert torch.equal(fx.symbolic_trace(whole)(*args), whole(*args))
+    if transposed:
+        module.stride, size = (2,) * n, [2 * s for s in args[0].shape[2:]]
+        sized = fx.symbolic_trace(Sized(module, size))
+        assert torch.equal(sized(*args), module(*args, output_size=size))
+        assert torch.equal(fx.symbolic_trace(module)(*args, output_size=size), sized(*args))
+    else:
+        wrapped = layer(n, False, packed, padding_mode="circular", **options)
+        assert torch.equal(fx.symbolic_trace(wrapped)(*args), wrapped(*args))
+        same = layer(n, False, packed, padding="same", **options)
+        assert torch.equal(fx.symbolic_trace(same)(*args), same(*args))
+
+
+def test_fx_of_the_masks():
+    for n in (1, 2, 3):
+        mask = torch.randn(2, 2 * 3**n, *(4,) * n)
+        for module in (getattr(deformnd, f"MaskSoftmax{n}d")(3), deformnd.MaskSigmoid(1.5)):
+            assert torch.equal(fx.symbolic_trace(module)(mask), module(mask))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max")
+def test_fx_of_sizes_from_shapes_and_of_a_quantised_network():
+    def depthwise(x, w, o):
+        pad = (w.shape[2] // 2, w.shape[3] // 2)
+        return deformnd.deform_conv2d(x, w, o, padding=pad, groups=x.shape[1])
+
+    args = torch.rand(1, 3, 8, 8), torch.rand(3, 1, 3, 3), torch.randn(1, 18, 8, 8)
+    assert torch.equal(fx.symbolic_trace(depthwise)(*args), depthwise(*args))
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), wake(layer(2, packed=True, modulated=True))).eval()
+    x = torch.rand(1, 4, 8, 8)
+    quantization = pytest.importorskip("torch.ao.quantization")
+    prepare_fx = pytest.importorskip("torch.ao.quantization.quantize_fx").prepare_fx
+    mapping = quantization.get_default_qconfig_mapping("x86")
+    prepared = prepare_fx(copy.deepcopy(model), mapping, (x,))
+    torch.testing.assert_close(prepared(x), model(x))
+
+
+def test_fx_leaves_other_subclasses_alone():
+    """Only a Proxy makes a node; what else listens to torch functions gets the operators."""
+    heard = []
+
+    class Heard(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            heard.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    case = Case((6, 7), (3, 3), padding=1)
+    tensors = case.tensors()
+    got = case.call(tensors | {"input": tensors["input"].as_subclass(Heard)})
+    assert torch.equal(got.as_subclass(torch.Tensor), case.call(tensors))
+    assert torch.ops.deformnd.deform_conv in heard
+    assert deformnd.deform_conv2d not in heard
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("transposed", FAMILIES)
+def test_trace_of_sizes_from_shapes(transposed):
+    name = "deform_conv_transpose2d" if transposed else "deform_conv2d"
+    function = getattr(deformnd, name)
+
+    def call(x, w, o, m):
+        half = w.shape[2] // 2
+        y = function(x, w, o, m, None, x.shape[0], half, (half, x.shape[0]), x.shape[1])
+        return y + function(x, w, None, None, None, x.shape[0], [half, half], 1, x.shape[1])
+
+    args = [torch.rand(1, 4, 6, 7), torch.rand(4, 1, 3, 3)]
+    args += [torch.randn(1, 18, 6, 7), torch.rand(1, 9, 6, 7)]
+    traced = torch.jit.trace(call, args)
+    assert torch.equal(traced(*args), call(*args))
+    assert f"deformnd::{name[:-2]}(" in str(traced.graph)
+    with pytest.raises(ValueError, match=r"offset \[1, 17, 6, 7\]"):
+        torch.jit.trace(call, [*args[:2], args[2][:, 1:], args[3]])
+    with pytest.raises(TypeError, match="stride is tensor"):
+        torch.jit.trace(lambda x, w: function(x, w, stride=x.sum()), args[:2])
+    with pytest.raises(TypeError, match="stride is tensor"):
+        function(*args, stride=torch.tensor(1))
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_trace_of_the_modules():
+    x, offset, mask = inputs(2)
+    for kernel in (3, 4):
+        module = deformnd.DeformConv2d(4, 6, kernel, padding="same")
+        o = torch.randn(2, 2 * kernel**2, *x.shape[2:])
+        assert torch.equal(torch.jit.trace(module, (x, o))(x, o), module(x, o))
+    module = deformnd.DeformConvTranspose2d(4, 6, 3, stride=2, padding=1)
+
+    def larger(x, o):
+        return module(x, o, output_size=(2 * x.shape[2], 2 * x.shape[3]))
+
+    module.requires_grad_(False)
+    assert torch.equal(torch.jit.trace(larger, (x, offset))(x, offset), larger(x, offset))
+    soft = deformnd.MaskSoftmax2d(3)
+    assert torch.equal(torch.jit.trace(soft, mask)(mask[:1]), soft(mask[:1]))
+
+
+@pytest.mark.filterwarnings("ignore:You are using the legacy")
+@pytest.mark.filterwarnings("ignore:The feature will be removed")
+def test_the_trace_of_the_legacy_onnx_exporter():
+    pytest.importorskip("onnx")
+
+    class Depthwise(nn.Module):
+        def forward(self, x, w, o):
+            half, groups = w.shape[2] // 2, x.shape[1]
+            y = deformnd.deform_conv2d(x, w, o, padding=half, groups=groups)
+            return y + deformnd.deform_conv2d(x, w, padding="same", groups=groups)
+
+    def symbolic(g, input, weight, offset, mask, bias, stride, padding, dilation, groups):
+        return g.op("here::deform", input, weight, offset)
+
+    torch.onnx.register_custom_op_symbolic("deformnd::deform_conv", symbolic, 19)
+    try:
+        args = torch.rand(1, 3, 8, 8), torch.rand(3, 1, 3, 3), torch.randn(1, 18, 8, 8)
+        file = io.BytesIO()
+        torch.onnx.export(
+            Depthwise(), args, file, dynamo=False, opset_version=19, custom_opsets={"here": 1}
+        )
+    finally:
+        torch.onnx.unregister_custom_op_symbolic("deformnd::deform_conv", 19)
+    import onnx
+
+    kinds = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    assert kinds.count("deform") == 1 and kinds.count("Conv") == 1

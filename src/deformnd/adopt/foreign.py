@@ -266,6 +266,8 @@ def _from_package(where: str, module: Any) -> nn.Module | None:
         if package == "mmcv" and name.startswith("Modulated"):
             # mmcv's own class, since it alone takes an offset that is larger than the output.
             layer.__class__ = mmcv.ModulatedDeformConv2d
+            old_name = getattr(module, "deformable_groups", 1)
+            layer.deform_groups = getattr(module, "deform_groups", old_name)
         take_place(layer, module)
         return layer  # type: ignore[no-any-return]
     layer = layer_like(

@@ -10,7 +10,7 @@ from torch import nn
 _OLD_AND_NEW = ("DeformConv", "DeformConv2d")
 _PLAIN = {f"{prefix}{name}" for prefix in ("", "Modulated") for name in _OLD_AND_NEW}
 _MMCV = {**dict.fromkeys(_PLAIN, False), **dict.fromkeys((f"{n}Pack" for n in _PLAIN), True)}
-_MMCV_PACKAGES = ("mmcv", "mmdet", "mmedit", "basicsr")
+_MMCV_PACKAGES = ("mmcv", "mmdet", "mmedit", "basicsr", "easyocr")
 
 
 def known(module: nn.Module) -> tuple[str, str, bool] | None:

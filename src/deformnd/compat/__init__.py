@@ -1,1 +1,80 @@
 """Faces of other packages, so that their users move by changing an import."""
+
+# ruff: noqa: UP006, UP035, UP045 (TorchScript)
+import warnings
+from typing import Any, List, Optional
+
+import torch
+from torch import Tensor
+
+from ..ops.functional import _ints, _outside_a_trace
+
+
+def _check_groups(
+    name: str,
+    argument: str,
+    groups: int,
+    weight: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
+) -> None:
+    """Others give the number of offset groups, which we read off: both must agree."""
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            check: Any = _check_groups
+            _outside_a_trace(check, name, argument, _ints(groups), weight, offset, mask)
+            return
+        if not isinstance(groups, int) or isinstance(groups, bool):
+            raise TypeError(f"{name}: {argument} is {groups}, expected an int")
+    if groups < 1:
+        raise ValueError(f"{name}: {argument} is {groups}, expected at least 1")
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        return  # which the function says better
+    points = weight.shape[2] * weight.shape[3]
+    if isinstance(offset, Tensor) and offset.dim() >= 3:
+        channels = offset.shape[-3]
+        if channels != groups * 2 * points:
+            raise ValueError(
+                f"{name}: offset has {channels} channels, expected {groups * 2 * points} "
+                f"({argument} {groups} x 2 axes x {points} kernel points)"
+            )
+    if isinstance(mask, Tensor) and mask.dim() >= 3:
+        channels = mask.shape[-3]
+        if channels != groups * points:
+            raise ValueError(
+                f"{name}: mask has {channels} channels, expected {groups * points} "
+                f"({argument} {groups} x {points} kernel points)"
+            )
+
+
+def _first_values(t: Optional[Tensor], out: List[int]) -> Optional[Tensor]:
+    """Of an offset or mask that is larger than the output, what mmcv's kernels read: the memory of
+    each image from its beginning, as if it had the output's size."""
+    if t is None or t.dim() != 4:
+        return t
+    size = t.shape[2:]
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            size = _ints(size)
+    if size[0] * size[1] <= out[0] * out[1]:
+        return t
+    if not torch.jit.is_scripting():
+        _warn_of_first_values(tuple(size), tuple(out))
+    channels = t.shape[1]
+    read: Tensor = t.flatten(1)[:, : channels * out[0] * out[1]]
+    return read.view(t.shape[0], channels, out[0], out[1])
+
+
+_warned = False
+
+
+def _warn_of_first_values(given: tuple[int, ...], out: tuple[int, ...]) -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"deformnd.compat.mmcv: an offset or mask of {given} for an output of {out} is read as "
+            "mmcv reads it, from the beginning of its memory; models trained so depend on it (said "
+            "once)",
+            stacklevel=4,
+        )

@@ -2,7 +2,8 @@
 
 Arguments and their order are mmcv's, mmcv need not be installed, and load_state_dict takes its
 checkpoints. Two things differ: weights are initialised as torch's convolutions are, and state_dict
-has deformnd's names (`offset_generator`, `mask_generator` for `conv_offset`).
+has deformnd's names (`offset_generator`, `mask_generator` for `conv_offset`). Where mmcv or
+mmcv-lite is installed, `accelerate()` brings deformnd's kernels to mmcv's own functions and layers.
 
 Example:
     >>> import torch
@@ -23,22 +24,28 @@ Example:
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from .. import ops
 from ..kernels.geometry import check_call
 from ..ops.checkpoints import joint_names
-from ..ops.functional import Size, _values
+from ..ops.functional import Padding, Size, _ints, _node, _outside_a_trace, _values
+from . import _check_groups, _first_values
+from .mmcv_kernels import accelerate
 
 __all__ = [
     "DeformConv2d",
     "DeformConv2dPack",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "accelerate",
     "deform_conv2d",
     "modulated_deform_conv2d",
 ]
@@ -56,43 +63,108 @@ def deform_conv2d(
     bias: bool = False,
     im2col_step: int = 32,
 ) -> Tensor:
-    """deformnd.deform_conv2d without mask; deform_groups is read off the offset."""
-    del deform_groups, im2col_step
+    """deformnd.deform_conv2d without mask, by mmcv's arguments; im2col_step has no meaning here.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, such as an offset of another number of
+            groups than deform_groups.
+    """
+    if not torch.jit.is_scripting():
+        args = (input, offset, weight, stride, padding, dilation, groups, deform_groups, bias)
+        if has_torch_function(args):
+            node = _node(deform_conv2d, args)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+    del im2col_step
     _check_bias("deform_conv2d", bias)
+    _check_groups("deform_conv2d", "deform_groups", deform_groups, weight, offset, None)
     return ops.deform_conv2d(input, weight, offset, None, None, stride, padding, dilation, groups)
 
 
 def modulated_deform_conv2d(
     input: Tensor,
-    offset: Tensor,
-    mask: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
     weight: Tensor,
-    bias: Tensor | None = None,
+    bias: Optional[Tensor] = None,
     stride: Size = 1,
-    padding: Size = 0,
+    padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
     deform_groups: int = 1,
 ) -> Tensor:
-    """deformnd.deform_conv2d; deform_groups is read off offset and mask.
+    """deformnd.deform_conv2d by mmcv's arguments.
 
     An offset or mask that is larger than the output is read as mmcv reads it, see
     `ModulatedDeformConv2d`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, such as an offset or a mask of another
+            number of groups than deform_groups.
     """
-    del deform_groups
-    tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
-    sizes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    check_call("modulated_deform_conv2d", 2, tensors, sizes)
-    if input.dim() == 4 and not isinstance(padding, str):
-        strides, paddings, dilations = (_values(s, 2) for s in (stride, padding, dilation))
-        read = _as_mmcv_reads(offset, mask, input, weight, strides, paddings, dilations)
-        return ops.deform_conv2d(input, weight, *read, bias, stride, padding, dilation, groups)
+    name = "modulated_deform_conv2d"
+    if not torch.jit.is_scripting():
+        sizes = (stride, padding, dilation, groups)
+        args = (input, offset, mask, weight, bias, *sizes, deform_groups)
+        if has_torch_function(args):
+            node = _node(modulated_deform_conv2d, args)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():
+            stride, padding, dilation, groups = _ints(sizes)
+        _outside_a_trace(
+            check_call,
+            name,
+            2,
+            {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias},
+            {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        )
+    _check_groups(name, "deform_groups", deform_groups, weight, offset, mask)
+    if input.dim() == 4 and weight.dim() == 4 and not isinstance(padding, str):
+        strides, paddings, dilations = _values(stride, 2), _values(padding, 2), _values(dilation, 2)
+        out = _out_size(input, weight, strides, paddings, dilations)
+        if min(out) > 0:
+            offset, mask = _first_values(offset, out), _first_values(mask, out)
     return ops.deform_conv2d(input, weight, offset, mask, bias, stride, padding, dilation, groups)
+
+
+def _out_size(
+    input: Tensor, weight: Tensor, stride: List[int], padding: List[int], dilation: List[int]
+) -> List[int]:
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            return _outside_a_trace(_out_size, input, weight, stride, padding, dilation)
+    out: List[int] = []
+    for a in range(2):
+        reach = dilation[a] * (weight.shape[2 + a] - 1) + 1
+        out.append((input.shape[2 + a] + 2 * padding[a] - reach) // max(stride[a], 1) + 1)
+    return out
+
+
+def _old_name(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that takes deformable_groups, too, the older name of deform_groups."""
+
+    @functools.wraps(init)
+    def both_names(self: Any, *args: Any, **options: Any) -> None:
+        if "deformable_groups" in options:
+            name = type(self).__name__
+            if "deform_groups" in options:
+                raise TypeError(f"{name}: deformable_groups is deform_groups, expected one of both")
+            warnings.warn(
+                f"{name}: deformable_groups is deprecated, deform_groups is its name",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            options["deform_groups"] = options.pop("deformable_groups")
+        init(self, *args, **options)
+
+    return both_names
 
 
 class DeformConv2d(ops.DeformConv2d):
     """deformnd.DeformConv2d by mmcv's arguments: forward(input, offset)."""
 
+    @_old_name
     def __init__(
         self,
         in_channels: int,
@@ -112,49 +184,12 @@ class DeformConv2d(ops.DeformConv2d):
         )
         self.deform_groups = deform_groups
 
-
-def _as_mmcv_reads(
-    offset: Optional[Tensor],
-    mask: Optional[Tensor],
-    input: Tensor,
-    weight: Tensor,
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    out: List[int] = []
-    for a in range(2):
-        reach = dilation[a] * (weight.shape[2 + a] - 1) + 1
-        out.append((input.shape[2 + a] + 2 * padding[a] - reach) // max(stride[a], 1) + 1)
-    return _prefix(offset, out), _prefix(mask, out)
-
-
-def _prefix(t: Optional[Tensor], out: List[int]) -> Optional[Tensor]:
-    """Of what is larger than the output: each image's first values, as if they had its size.
-
-    So mmcv's kernels read it, which are given no size but the output's.
-    """
-    if t is None or t.dim() != 4 or min(out) < 1 or t.shape[2] * t.shape[3] <= out[0] * out[1]:
-        return t
-    if not torch.jit.is_scripting():
-        _warn_of_prefix(tuple(t.shape[2:]), tuple(out))
-    first: Tensor = t.flatten(1)[:, : t.shape[1] * out[0] * out[1]]
-    return first.view(t.shape[0], t.shape[1], out[0], out[1])
-
-
-_warned = False
-
-
-def _warn_of_prefix(given: tuple[int, ...], out: tuple[int, ...]) -> None:
-    global _warned
-    if not _warned and not torch.compiler.is_compiling():
-        _warned = True
-        warnings.warn(
-            f"deformnd.compat.mmcv: an offset or mask of {given} for an output of {out} is read as "
-            "mmcv reads it, from the beginning of its memory; models trained so depend on it (said "
-            "once)",
-            stacklevel=3,
-        )
+    def forward(
+        self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
+    ) -> Tensor:
+        groups = self.deform_groups
+        _check_groups("DeformConv2d", "deform_groups", groups, self.weight, offset, mask)
+        return self._deform(input, offset, mask)
 
 
 class ModulatedDeformConv2d(ops.DeformConv2d):
@@ -165,6 +200,7 @@ class ModulatedDeformConv2d(ops.DeformConv2d):
     time a UserWarning says so.
     """
 
+    @_old_name
     def __init__(
         self,
         in_channels: int,
@@ -185,10 +221,18 @@ class ModulatedDeformConv2d(ops.DeformConv2d):
     def forward(
         self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
     ) -> Tensor:
-        if input.dim() == 4 and not isinstance(self.padding, str):
-            sizes = (list(self.stride), list(self.padding), list(self.dilation))
-            offset, mask = _as_mmcv_reads(offset, mask, input, self.weight, *sizes)
-        return self._deform(input, offset, mask)
+        return modulated_deform_conv2d(
+            input,
+            offset,
+            mask,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.deform_groups,
+        )
 
 
 class _Pack(ops.PackedDeformConv2d):
@@ -228,6 +272,7 @@ class _Pack(ops.PackedDeformConv2d):
 class DeformConv2dPack(_Pack):
     """deformnd.PackedDeformConv2d by mmcv's arguments: it predicts its offset."""
 
+    @_old_name
     def __init__(
         self,
         in_channels: int,
@@ -259,6 +304,7 @@ class DeformConv2dPack(_Pack):
 class ModulatedDeformConv2dPack(_Pack):
     """deformnd.PackedDeformConv2d by mmcv's arguments: it predicts its offset and mask."""
 
+    @_old_name
     def __init__(
         self,
         in_channels: int,
@@ -287,4 +333,4 @@ class ModulatedDeformConv2dPack(_Pack):
 
 def _check_bias(name: str, bias: bool) -> None:
     if bias:
-        raise ValueError(f"{name}: bias is {bias!r}, expected False, as in mmcv")
+        raise ValueError(f"{name}: bias is {bias}, expected False, as in mmcv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import library
+from . import _check_groups
 
 __all__ = ["accelerate"]
 
@@ -20,8 +22,9 @@ class accelerate:
     the block ends. What changes are the kernels that the dispatcher finds for
     `torchvision::deform_conv2d` and its backward, so that every caller gets there: functional or
     module, eager, scripted, exported or compiled, before or inside the block. torchvision's own
-    autograd, autocast and shape rules stay around them, and so do its limits: no second
-    derivatives.
+    autograd and shape rules stay around them, and so do its limits: no second derivatives. Its
+    autocast rule, too, which it has for CUDA alone, holds on every device: half and float32
+    tensors are computed in float32, and the result has the input's dtype.
 
     Devices whose kernels deformnd does not have compiled keep torchvision's own: `devices` has
     those that run on deformnd's. Uses may be nested.
@@ -62,6 +65,11 @@ class accelerate:
                 for key in keys:
                     accelerate._library.impl("deform_conv2d", _forward, key)
                     accelerate._library.impl("_deform_conv2d_backward", _backward, key)
+                    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+                        "torchvision::deform_conv2d", "Autocast" + key
+                    ):
+                        rule = functools.partial(_autocast, key.lower())
+                        accelerate._library.impl("deform_conv2d", rule, "Autocast" + key)
             accelerate._uses += 1
             self._active = True
 
@@ -103,6 +111,20 @@ def _check() -> None:
         )
 
 
+def _autocast(device: str, *args: Any) -> Tensor:
+    """torchvision's rule. Without it the operator of ours below would cast, behind autograd's back.
+
+    float64 stays, as in all rules of torch.
+    """
+
+    def single(t: Tensor) -> Tensor:
+        return t.float() if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    with torch.autocast(device, enabled=False):
+        output: Tensor = torch.ops.torchvision.deform_conv2d(*map(single, args[:5]), *args[5:])
+    return output.to(args[0].dtype)
+
+
 # These run below autograd. Results are contiguous, whatever the input's layout, since that is what
 # torchvision's kernels give and its fakes promise to torch.compile.
 
@@ -117,6 +139,7 @@ def _forward(
 ) -> Tensor:
     stride, padding, dilation, groups, use_mask = _parameters(parameters)
     given = mask if use_mask else None
+    _check_groups("deform_conv2d", "offset_groups", parameters[7], weight, offset, given)
     with torch._C._AutoDispatchBelowAutograd():
         output: Tensor = torch.ops.deformnd.deform_conv.default(
             input, weight, offset, given, bias, stride, padding, dilation, groups
@@ -134,13 +157,15 @@ def _backward(
     *parameters: Any,
 ) -> tuple[Tensor, ...]:
     stride, padding, dilation, groups, use_mask = _parameters(parameters)
+    given = mask if use_mask else None
+    _check_groups("deform_conv2d", "offset_groups", parameters[7], weight, offset, given)
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.deformnd.deform_conv_backward.default(
             grad,
             input,
             weight,
             offset,
-            mask if use_mask else None,
+            given,
             stride,
             padding,
             dilation,
@@ -153,5 +178,5 @@ def _backward(
 
 
 def _parameters(p: tuple[Any, ...]) -> tuple[Any, ...]:
-    """stride, padding, dilation, groups, use_mask; the number of offset groups is not needed."""
+    """stride, padding, dilation, groups, use_mask."""
     return p[0:2], p[2:4], p[4:6], p[6], p[8]

@@ -6,11 +6,13 @@ it compiles under torch.jit.script, which is why the annotations are those of ty
 """
 
 # ruff: noqa: UP006, UP007, UP035, UP045
-from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 from ..kernels import library as library  # registers torch.ops.deformnd
 from ..kernels.geometry import check_call, conv_geometry, conv_transpose_geometry
@@ -142,7 +144,15 @@ def deform_conv(
     if torch.jit.is_scripting():
         _check_rank(name, n, input, weight)
     else:
-        check_call(
+        args = (input, weight, offset, mask, bias, stride, padding, dilation, groups)
+        if has_torch_function(args):
+            node = _node(_CONVS[n - 1], args)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():
+            stride, padding, dilation, groups = _ints((stride, padding, dilation, groups))
+        _outside_a_trace(
+            check_call,
             name,
             n,
             {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias},
@@ -155,7 +165,11 @@ def deform_conv(
     if isinstance(padding, str):
         paddings = [0] * n
         if padding == "same":
-            input, paddings = _pad_same(name, input, weight.shape[2:], strides, dilations)  # type: ignore[arg-type]
+            kernel = weight.shape[2:]
+            if not torch.jit.is_scripting():
+                if torch.jit.is_tracing():
+                    kernel = _ints(kernel)
+            input, paddings = _pad_same(name, input, kernel, strides, dilations)  # type: ignore[arg-type]
     else:
         paddings = _values(padding, n)
     if offset is not None or mask is not None:
@@ -164,7 +178,18 @@ def deform_conv(
         )
     else:
         if not torch.jit.is_scripting():
-            conv_geometry(input, weight, None, None, bias, strides, paddings, dilations, groups)
+            _outside_a_trace(
+                conv_geometry,
+                input,
+                weight,
+                None,
+                None,
+                bias,
+                strides,
+                paddings,
+                dilations,
+                groups,
+            )
         if n == 1:
             output = torch.conv1d(input, weight, bias, strides, paddings, dilations, groups)
         elif n == 2:
@@ -192,7 +217,18 @@ def deform_conv_transpose(
     if torch.jit.is_scripting():
         _check_rank(name, n, input, weight)
     else:
-        check_call(
+        args = (
+            *(input, weight, offset, mask, bias),
+            *(stride, padding, output_padding, dilation, groups),
+        )
+        if has_torch_function(args):
+            node = _node(_TRANSPOSES[n - 1], args)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():
+            stride, padding, output_padding, dilation, groups = _ints(args[5:])
+        _outside_a_trace(
+            check_call,
             name,
             n,
             {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias},
@@ -215,8 +251,18 @@ def deform_conv_transpose(
         )
     else:
         if not torch.jit.is_scripting():
-            conv_transpose_geometry(
-                input, weight, None, None, bias, strides, paddings, extra, dilations, groups
+            _outside_a_trace(
+                conv_transpose_geometry,
+                input,
+                weight,
+                None,
+                None,
+                bias,
+                strides,
+                paddings,
+                extra,
+                dilations,
+                groups,
             )
         if n == 1:
             output = torch.conv_transpose1d(
@@ -231,6 +277,48 @@ def deform_conv_transpose(
                 input, weight, bias, strides, paddings, extra, groups, dilations
             )
     return output.squeeze(0) if unbatched else output  # type: ignore[no-any-return]
+
+
+_CONVS = (deform_conv1d, deform_conv2d, deform_conv3d)
+_TRANSPOSES = (deform_conv_transpose1d, deform_conv_transpose2d, deform_conv_transpose3d)
+
+Result = TypeVar("Result")
+
+
+def _node(function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
+    """The call as a node of torch.fx's graph, if one of the arguments is of that; else None.
+
+    So torch.fx does not look into our functions: they check sizes, which it does not know.
+    """
+    for proxy in args:
+        if isinstance(proxy, Proxy):
+            return proxy.tracer.create_proxy("call_function", function, args, {})
+    return None
+
+
+def _outside_a_trace(function: Callable[..., Result], *args: Any) -> Result:
+    """function(*args), where torch.jit.trace does not see it.
+
+    While that runs, each size of a tensor is a tensor, too, and each comparison of one a warning.
+    """
+    if not torch.jit.is_tracing():
+        return function(*args)
+    tracer: Any = torch._C  # whose stub knows one of the two
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        return function(*args)
+    finally:
+        tracer._set_tracing_state(state)
+
+
+def _ints(sizes: Any) -> Any:
+    """Sizes that torch.jit.trace has made tensors, as ints, as torch's convolutions take them."""
+    if isinstance(sizes, (tuple, list)):
+        return tuple(_ints(size) for size in sizes)
+    if isinstance(sizes, Tensor) and sizes.dim() == 0 and sizes.dtype == torch.int64:
+        return _outside_a_trace(int, sizes)
+    return sizes
 
 
 def _values(size: Size, n: int) -> List[int]:

@@ -5,8 +5,9 @@ from typing import List
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
-from .functional import Size, _values
+from .functional import Size, _ints, _node, _values
 
 __all__ = [
     "MaskSigmoid",
@@ -42,6 +43,11 @@ def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
         >>> mask_sigmoid(torch.zeros(2))
         tensor([1., 1.])
     """
+    if not torch.jit.is_scripting():
+        if has_torch_function((mask,)):
+            node = _node(mask_sigmoid, (mask, scale))
+            if node is not None:
+                return node  # type: ignore[no-any-return]
     if not scale > 0:
         raise ValueError(f"mask_sigmoid: scale is {scale}, expected a positive number")
     return torch.sigmoid(mask) * scale
@@ -59,8 +65,18 @@ def mask_softmax3d(mask: Tensor, kernel_size: Size) -> Tensor:
     return _mask_softmax(3, mask, kernel_size)
 
 
+_SOFTMAXES = (mask_softmax1d, mask_softmax2d, mask_softmax3d)
+
+
 def _mask_softmax(n: int, mask: Tensor, kernel_size: Size) -> Tensor:
     name = f"mask_softmax{n}d"
+    if not torch.jit.is_scripting():
+        if has_torch_function((mask,)):
+            node = _node(_SOFTMAXES[n - 1], (mask, kernel_size))
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():
+            kernel_size = _ints(kernel_size)
     kernel = _values(kernel_size, n)
     points = 1
     for k in kernel:
@@ -71,6 +87,9 @@ def _mask_softmax(n: int, mask: Tensor, kernel_size: Size) -> Tensor:
         raise ValueError(f"{name}: mask has {mask.dim()} dimensions, expected {n + 2} or {n + 1}")
     axis = mask.dim() - n - 1
     channels = mask.shape[axis]
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            channels = _ints(channels)
     if channels % points != 0 or channels == 0:
         raise ValueError(
             f"{name}: mask has {channels} channels, expected a multiple of {points} kernel points; "

@@ -20,7 +20,16 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import checkpoints, masks
-from .functional import Padding, Size, _values, deform_conv, deform_conv_transpose
+from .functional import (
+    Padding,
+    Size,
+    _ints,
+    _node,
+    _outside_a_trace,
+    _values,
+    deform_conv,
+    deform_conv_transpose,
+)
 
 __all__ = [
     "DeformConv1d",
@@ -256,15 +265,27 @@ class _DeformConvTransposeNd(_ConvTransposeNd):
         output_size: Optional[List[int]],
     ) -> Tensor:
         n = len(self.kernel_size)
-        output_padding = self._output_padding(
-            input,
-            output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            n,
-            self.dilation,  # type: ignore[arg-type]
-        )
+        if torch.jit.is_scripting():
+            output_padding = self._output_padding(
+                input,
+                output_size,
+                self.stride,  # type: ignore[arg-type]
+                self.padding,  # type: ignore[arg-type]
+                self.kernel_size,  # type: ignore[arg-type]
+                n,
+                self.dilation,  # type: ignore[arg-type]
+            )
+        else:
+            output_padding = _output_padding(
+                self.output_padding,
+                input,
+                output_size,
+                self.stride,
+                self.padding,
+                self.kernel_size,
+                n,
+                self.dilation,
+            )
         return deform_conv_transpose(
             n,
             input,
@@ -278,6 +299,18 @@ class _DeformConvTransposeNd(_ConvTransposeNd):
             self.dilation,
             self.groups,
         )
+
+
+def _output_padding(default: Any, input: Any, output_size: Any, *sizes: Any) -> Any:
+    """The output_padding that gives output_size; a function, so that a graph can call it."""
+    if output_size is None:
+        return default
+    node = _node(_output_padding, (default, input, output_size, *sizes))
+    if node is not None:
+        return node
+    # torch's own needs the module only for the default.
+    choose: Any = _ConvTransposeNd._output_padding
+    return _outside_a_trace(choose, None, input, _ints(output_size), *sizes)
 
 
 def _tuple(module: Any, name: str, size: Size) -> tuple[int, ...]:

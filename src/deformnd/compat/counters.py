@@ -1,0 +1,119 @@
+"""What the counters of operations need to know of deformnd's layers, else they count zero.
+
+Each function gives a dictionary to hand over. Counted are the multiplications of the ordinary
+convolution, those of the predictors of a packed layer among them, as the packages count them, and
+not the interpolation. torch.utils.flop_counter knows the operators without help.
+
+Example:
+    >>> import torch
+    >>> import deformnd
+    >>> from deformnd.compat import counters
+    >>> model = torch.nn.Sequential(deformnd.PackedDeformConv2d(3, 8, 3, padding=1))
+    >>> x = torch.rand(1, 3, 16, 16)
+    >>> import thop  # doctest: +SKIP
+    >>> macs, parameters = thop.profile(  # doctest: +SKIP
+    ...     model, inputs=(x,), custom_ops=counters.thop()
+    ... )
+    >>> from fvcore.nn import FlopCountAnalysis  # doctest: +SKIP
+    >>> FlopCountAnalysis(model, x).set_op_handle(**counters.fvcore()).total()  # doctest: +SKIP
+    179712
+    >>> from ptflops import get_model_complexity_info  # doctest: +SKIP
+    >>> macs, parameters = get_model_complexity_info(  # doctest: +SKIP
+    ...     model, (3, 16, 16), custom_modules_hooks=counters.ptflops()
+    ... )
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.modules import _DeformConvNd, _DeformConvTransposeNd, _Packed
+
+__all__ = ["fvcore", "ptflops", "thop"]
+
+_OPERATORS = {"deform_conv": False, "deform_conv_transpose": True}  # transposed?
+
+
+def fvcore() -> dict[str, Callable[..., int]]:
+    """For `FlopCountAnalysis(...).set_op_handle(**fvcore())`, and mmengine's FlopAnalyzer."""
+
+    def handle(transposed: bool) -> Callable[..., int]:
+        def count(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            input, weight, output = (v.type().sizes() for v in (*inputs[:2], outputs[0]))
+            return _products(input if transposed else output, weight)
+
+        return count
+
+    return {f"deformnd::{name}": handle(t) for name, t in _OPERATORS.items()}
+
+
+def thop() -> dict[type, Callable[..., None]]:
+    """For `thop.profile(..., custom_ops=thop())`. It has all layers that are defined by then."""
+
+    def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.total_ops += _of_layer(layer, inputs[0], output) + _taken(layer, "total_ops")
+
+    return dict.fromkeys(_layers(), count)
+
+
+def ptflops() -> dict[Any, Callable[..., Any]]:
+    """For `get_model_complexity_info(..., custom_modules_hooks=ptflops())`, with either backend.
+
+    It has all layers that are defined by then.
+    """
+
+    def of_layer(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        biases = 0 if layer.bias is None else output.numel()
+        layer.__flops__ += _of_layer(layer, inputs[0], output) + biases
+        layer.__flops__ += _taken(layer, "__flops__")
+
+    def of_operator(transposed: bool) -> Callable[..., int]:
+        def count(inputs: Sequence[Any], outputs: Sequence[Tensor]) -> int:
+            return _products((inputs[0] if transposed else outputs[0]).shape, inputs[1].shape)
+
+        return count
+
+    operators = {getattr(torch.ops.deformnd, k): of_operator(t) for k, t in _OPERATORS.items()}
+    return {**dict.fromkeys(_layers(), of_layer), **operators}
+
+
+def _products(positions: Sequence[int], weight: Sequence[int]) -> int:
+    """Of a convolution at the positions of a tensor of that shape, [B, C, *size]."""
+    return positions[0] * math.prod(positions[2:]) * math.prod(weight)
+
+
+def _of_layer(layer: Any, input: Tensor, output: Tensor) -> int:
+    positions = input if layer.transposed else output
+    batched = positions.dim() == layer.weight.dim()
+    return _products((positions if batched else positions[None]).shape, layer.weight.shape)
+
+
+def _taken(module: nn.Module, count: str) -> Any:
+    """What the modules below have counted, and is from now on counted here.
+
+    Both packages look no deeper than a layer that has a rule, so the predictors' share is its own.
+    """
+    total = 0
+    for child in module.children():
+        total = total + _taken(child, count)
+        mine = getattr(child, count, None)
+        if mine is not None:
+            total = total + mine
+            setattr(child, count, 0 * mine)
+    return total
+
+
+def _layers() -> set[type]:
+    found: set[type] = set()
+    new: list[type] = [_DeformConvNd, _DeformConvTransposeNd, _Packed]
+    while new:
+        kind = new.pop()
+        if kind not in found:
+            found.add(kind)
+            new += kind.__subclasses__()
+    return found

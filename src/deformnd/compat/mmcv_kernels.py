@@ -1,0 +1,345 @@
+"""accelerate() of `deformnd.compat.mmcv`: mmcv's own functions and layers on deformnd's kernels."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+import types
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import library
+from . import _check_groups, _first_values
+
+__all__ = ["accelerate"]
+
+
+class accelerate:
+    """Run mmcv's deformable convolutions on deformnd's kernels.
+
+    It takes effect at once, for the whole process, until `undo()` or, as a context manager, until
+    the block ends. What changes are the functions of mmcv's compiled module behind `deform_conv2d`
+    and `modulated_deform_conv2d`, so that every caller gets there: these functions, the four
+    layers, and 'DCN' and 'DCNv2' of mmcv's registry, imported or built before or inside the block.
+    mmcv's own Python stays around them, and so do its names, its checkpoints and its limits: no
+    second derivatives. Offsets and masks that are larger than the output are read as mmcv reads
+    them (see `modulated_deform_conv2d`).
+
+    mmcv-lite has no compiled module. With it, or where mmcv's does not load, `mmcv.ops` can be
+    imported while this is in effect, and its deformable convolutions run on any device; its other
+    compiled operators, such as nms, raise a NotImplementedError when called. So enter before you
+    import what imports mmcv.ops, as mmdet's models do. `undo()` takes mmcv.ops and what it
+    registered away again, and the next use brings the same back.
+
+    With compiled operators, devices whose kernels deformnd does not have compiled keep mmcv's own:
+    `devices` has those that run on deformnd's. Uses may be nested.
+
+    Raises:
+        ImportError: mmcv 2 or newer is not installed.
+        RuntimeError: mmcv has compiled operators and deformnd has none (see `deformnd.has_ops`).
+
+    Example:
+        >>> import torch, mmcv  # doctest: +SKIP
+        >>> from mmcv.cnn import build_conv_layer  # doctest: +SKIP
+        >>> from deformnd.compat.mmcv import accelerate
+        >>> with accelerate():  # doctest: +SKIP
+        ...     layer = build_conv_layer(dict(type="DCNv2"), 3, 4, kernel_size=3, padding=1)
+        ...     layer(torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 4, 8, 8])
+    """
+
+    devices: tuple[str, ...]
+    """Device types whose calls run on deformnd's kernels, such as ('cpu', 'cuda')."""
+
+    _lock = threading.Lock()
+    _uses = 0  # how many are in effect
+    _undo: Callable[[], None] | None = None  # while any is
+
+    def __init__(self) -> None:
+        self._active = False
+        _check()
+        self.devices = tuple(key.lower() for key in library.compiled_keys())
+        with self._lock:
+            if accelerate._uses == 0:
+                accelerate._undo = _exchange(self.devices)
+            accelerate._uses += 1
+            self._active = True
+
+    def undo(self) -> None:
+        """Give mmcv its functions back, unless another use is in effect. Idempotent."""
+        with self._lock:
+            if not self._active:
+                return
+            self._active = False
+            accelerate._uses -= 1
+            if accelerate._uses == 0 and accelerate._undo is not None:
+                accelerate._undo()
+                accelerate._undo = None
+
+    def __enter__(self) -> accelerate:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def _check() -> None:
+    try:
+        import mmcv
+        import mmengine  # noqa: F401 (which mmcv 1 does without)
+    except ModuleNotFoundError as error:
+        if error.name not in ("mmcv", "mmengine"):
+            raise
+        raise ImportError(
+            f"accelerate: {error.name} is not installed, expected mmcv or mmcv-lite, 2.0 or newer "
+            "(deformnd.compat.mmcv's own functions and layers need neither)"
+        ) from error
+    del mmcv
+
+
+def _exchange(devices: tuple[str, ...]) -> Callable[[], None]:
+    """Put our functions into mmcv's compiled module; return what takes them out again."""
+    try:
+        compiled: Any = importlib.import_module("mmcv._ext")
+    except ImportError:
+        return _stand_in()
+    if not devices:
+        raise RuntimeError(
+            "accelerate: deformnd was installed without its compiled kernels, which are what "
+            "would be faster (deformnd.has_ops() is False)"
+        )
+    importlib.import_module("mmcv.ops")  # which fills the registry
+    theirs = {name: getattr(compiled, name) for name in _FUNCTIONS}
+    for name, function in _FUNCTIONS.items():
+        setattr(compiled, name, _on(devices, function, theirs[name]))
+
+    def undo() -> None:
+        for name, function in theirs.items():
+            setattr(compiled, name, function)
+
+    return undo
+
+
+def _on(devices: tuple[str, ...], ours: Any, theirs: Any) -> Callable[..., None]:
+    def call(input: Tensor, *args: Any, **sizes: Any) -> None:
+        (ours if input.device.type in devices else theirs)(input, *args, **sizes)
+
+    return call
+
+
+class _Missing(types.ModuleType):
+    """Stands in for mmcv's compiled module, which asserts that each operator is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **sizes: Any) -> None:
+            raise NotImplementedError(
+                f"mmcv's compiled operator {name} is not there"
+                + (
+                    ": it runs while deformnd.compat.mmcv.accelerate() is in effect"
+                    if name in _FUNCTIONS
+                    else "; deformnd.compat.mmcv.accelerate() brings those of the deformable "
+                    "convolutions alone"
+                )
+            )
+
+        return missing
+
+
+# What importing mmcv.ops beside a stand-in has left: modules by name, and entries of the registry.
+# It is kept between uses, since classes made in one must be those of the next.
+_imported: dict[str, types.ModuleType] = {}
+_registered: dict[str, Any] = {}
+
+
+def _stand_in() -> Callable[[], None]:
+    """Put a stand-in where mmcv has no compiled module, and import mmcv.ops beside it."""
+    import mmcv
+    from mmengine.registry import MODELS
+
+    if not _imported:
+        stand_in = _Missing("mmcv._ext")
+        stand_in.__spec__ = ModuleSpec("mmcv._ext", None)
+        sys.modules["mmcv._ext"] = stand_in
+        before = set(MODELS.module_dict)
+        try:
+            importlib.import_module("mmcv.ops")
+        except BaseException:
+            del sys.modules["mmcv._ext"]
+            raise
+        _registered.update({k: v for k, v in MODELS.module_dict.items() if k not in before})
+        names = [k for k in sys.modules if (k + ".").startswith(("mmcv._ext.", "mmcv.ops."))]
+        _imported.update({name: sys.modules[name] for name in names})
+    sys.modules.update(_imported)
+    MODELS.module_dict.update(_registered)
+    mmcv.ops = _imported["mmcv.ops"]
+    vars(_imported["mmcv._ext"]).update(_FUNCTIONS)
+
+    def undo() -> None:
+        for name in _FUNCTIONS:
+            delattr(_imported["mmcv._ext"], name)
+        for name in _imported:
+            sys.modules.pop(name, None)
+        for name in _registered:
+            MODELS.module_dict.pop(name, None)
+        del mmcv.ops
+
+    return undo
+
+
+# mmcv's compiled functions. They write into tensors that the caller has made; those for columns
+# and ones are working memory of mmcv's, which we do not need. The caller has made dtypes equal.
+
+
+def _deform_conv_forward(
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, *memory: Tensor, **sizes: int
+) -> None:
+    _forward("deform_conv2d", output, input, weight, offset, None, None, sizes)
+
+
+def _deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    weight: Tensor,
+    *memory: Tensor,
+    **sizes: int,
+) -> None:
+    into = (grad_input, None, grad_offset, None, None)
+    _backward("deform_conv2d", into, grad_output, input, weight, offset, None, sizes)
+
+
+def _deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor,
+    *memory: Tensor,
+    scale: float,
+    **sizes: int,
+) -> None:
+    into = (None, grad_weight, None, None, None)
+    weight = torch.empty_like(grad_weight)  # only its sizes matter to its own gradient
+    if scale != 1:
+        grad_output = grad_output * scale
+    _backward("deform_conv2d", into, grad_output, input, weight, offset, None, sizes)
+
+
+def _modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    **sizes: int,
+) -> None:
+    given = bias if sizes["with_bias"] else None
+    _forward("modulated_deform_conv2d", output, input, weight, offset, mask, given, sizes)
+
+
+def _modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    **sizes: int,
+) -> None:
+    given = grad_bias if sizes["with_bias"] else None
+    into = (grad_input, grad_weight, grad_offset, grad_mask, given)
+    _backward("modulated_deform_conv2d", into, grad_output, input, weight, offset, mask, sizes)
+
+
+_FUNCTIONS: dict[str, Callable[..., None]] = {
+    "deform_conv_forward": _deform_conv_forward,
+    "deform_conv_backward_input": _deform_conv_backward_input,
+    "deform_conv_backward_parameters": _deform_conv_backward_parameters,
+    "modulated_deform_conv_forward": _modulated_deform_conv_forward,
+    "modulated_deform_conv_backward": _modulated_deform_conv_backward,
+}
+
+# stride, padding and dilation by the names that the two families give them.
+_NAMES = {
+    "deform_conv2d": (("dH", "dW"), ("padH", "padW"), ("dilationH", "dilationW")),
+    "modulated_deform_conv2d": (
+        ("stride_h", "stride_w"),
+        ("pad_h", "pad_w"),
+        ("dilation_h", "dilation_w"),
+    ),
+}
+
+
+def _parameters(name: str, sizes: dict[str, int]) -> tuple[Any, ...]:
+    return (*([sizes[h], sizes[w]] for h, w in _NAMES[name]), sizes["group"])
+
+
+def _forward(
+    name: str,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sizes: dict[str, int],
+) -> None:
+    _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
+    if mask is not None:
+        size = list(output.shape[2:])
+        offset, mask = _first_values(offset, size), _first_values(mask, size)
+    # Under autocast, too, in the dtype that mmcv has chosen.
+    with torch.autocast(input.device.type, enabled=False):
+        output.copy_(
+            torch.ops.deformnd.deform_conv.default(
+                input, weight, offset, mask, bias, *_parameters(name, sizes)
+            )
+        )
+
+
+def _backward(
+    name: str,
+    into: tuple[Tensor | None, ...],
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    sizes: dict[str, int],
+) -> None:
+    _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
+    if mask is not None:
+        size = list(grad_output.shape[2:])
+        offset, mask = _first_values(offset, size), _first_values(mask, size)
+    needs = [t is not None for t in into]
+    grads = torch.ops.deformnd.deform_conv_backward.default(
+        grad_output, input, weight, offset, mask, *_parameters(name, sizes), needs
+    )
+    for target, grad in zip(into, grads, strict=True):
+        if target is None:
+            continue
+        if target.shape == grad.shape:
+            target.copy_(grad)
+        else:
+            whole = target.new_zeros(len(target), target[0].numel())
+            whole[:, : grad[0].numel()] = grad.flatten(1)
+            target.copy_(whole.view(target.shape))
