@@ -49,7 +49,6 @@ struct Cells {
       shift[v] = i32(rest % p.kernel[v] * p.dilation[v]);
       rest /= p.kernel[v];
     }
-    const i32 outside = i32(p.outside());
     const i64 offset_plane =
         ((tile.image * p.offset_groups + p.offset_group(sample_group)) * p.K + k) * ND;
     const i64 mask_plane = (tile.image * p.mask_groups + p.mask_group(sample_group)) * p.K + k;
@@ -101,13 +100,16 @@ struct Cells {
                    (cell[v] < L::splat_index(i32(p.image_size[v])));
         const M inside = near & L::mask(within);
         const V mask_value = given[ND] ? L::load(given[ND] + c) : L::splat(1);
+        // The cell is chosen before its index is made, which overflows for positions far outside.
         I index_value = L::splat_index(0);
         V corner[Q];
         corner[0] = L::select(inside, mask_value, L::zero());
         UNROLL
         for (int v = 0; v < ND; v++) {
-          index_value =
-              index_value * L::splat_index(i32(p.padded[v])) + cell[v] + L::splat_index(1);
+          // From the border's first pixel; Plan::outside is the cell after the slowest axis.
+          const I border = L::splat_index(v == 0 ? i32(p.image_size[0]) + 1 : 0);
+          const I safe = L::select_index(inside, cell[v] + L::splat_index(1), border);
+          index_value = index_value * L::splat_index(i32(p.padded[v])) + safe;
           if (Reverse) L::store(fraction + (slot * ND + v) * p.table + m, part[v]);
           UNROLL
           for (int q = (1 << v) - 1; q >= 0; q--) {
@@ -116,8 +118,7 @@ struct Cells {
             corner[2 * q] = corner[q] - high;
           }
         }
-        L::store_index(index + slot * p.table + m,
-                       L::select_index(inside, index_value, L::splat_index(outside)));
+        L::store_index(index + slot * p.table + m, index_value);
         L::template transpose<Q>(corner);
         UNROLL
         for (int q = 0; q < Q; q++) L::store(weight + (slot * p.table + m) * Q + q * N, corner[q]);
