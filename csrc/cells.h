@@ -10,6 +10,7 @@ struct Cells {
   T* fraction;  // [slot][axis][table], for Reverse only
   T* mask;      // [slot][table], likewise
   T* spare;     // [axis + 1][kPiece + lanes]
+  T taint = 0;  // NaN once a mask, or with Reverse a gradient, was not finite
 
   Cells(Carver& carver, const Plan<T, ND>& p, i64 slots, bool reverse) {
     base = carver.take<i32>(ND * p.table);
@@ -52,6 +53,7 @@ struct Cells {
     const i64 offset_plane =
         ((tile.image * p.offset_groups + p.offset_group(sample_group)) * p.K + k) * ND;
     const i64 mask_plane = (tile.image * p.mask_groups + p.mask_group(sample_group)) * p.K + k;
+    V tainted = L::zero();
     for (i64 s = 0; s < tile.segments; s++) {
       const i64 pixel = tile.first + s * tile.step;
       const T* given[ND + 1];  // offsets and mask
@@ -100,10 +102,13 @@ struct Cells {
                    (cell[v] < L::splat_index(i32(p.image_size[v])));
         const M inside = near & L::mask(within);
         const V mask_value = given[ND] ? L::load(given[ND] + c) : L::splat(1);
+        // A mask multiplies its sample, also one that is 0, where only NaN and infinity show.
+        const V outside = mask_value * L::zero();
+        tainted = tainted + outside;
         // The cell is chosen before its index is made, which overflows for positions far outside.
         I index_value = L::splat_index(0);
         V corner[Q];
-        corner[0] = L::select(inside, mask_value, L::zero());
+        corner[0] = L::select(inside, mask_value, outside);
         UNROLL
         for (int v = 0; v < ND; v++) {
           // From the border's first pixel; Plan::outside is the cell after the slowest axis.
@@ -125,5 +130,6 @@ struct Cells {
         if (Reverse) L::store(mask + slot * p.table + m, mask_value);
       }
     }
+    taint += L::sum(tainted);
   }
 };
