@@ -15,8 +15,8 @@
 //
 // Note [order]
 // Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
-// the channel in the block. Every sum runs in an order that depends on the sizes alone, not on
-// the number of threads; the one exception stands at `bands` in Reverse.
+// the channel in the block. Every sum runs in an order that depends on the sizes and the number of
+// threads alone, not on which of them is first; on their number only by the `bands` of Reverse.
 
 #include <string.h>
 
