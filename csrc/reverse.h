@@ -26,7 +26,7 @@ struct Reverse {
   T *offset_buffer, *mask_buffer;
   Chunk* chunks;
   i64* part_chunks;  // first chunk of each part
-  T* taints;  // of each thread, see Cells
+  T* taints;         // of each thread, see Cells
   char* scratch;
 
   struct Scratch {
