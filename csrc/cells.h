@@ -10,7 +10,8 @@ struct Cells {
   T* fraction;  // [slot][axis][table], for Reverse only
   T* mask;      // [slot][table], likewise
   T* spare;     // [axis + 1][kPiece + lanes]
-  T taint = 0;  // NaN once a mask, or with Reverse a gradient, was not finite
+  // Lanes of 0, one NaN once a mask, or with Reverse a gradient, was not finite.
+  T taint[Plan<T, ND>::N] = {};
 
   Cells(Carver& carver, const Plan<T, ND>& p, i64 slots, bool reverse) {
     base = carver.take<i32>(ND * p.table);
@@ -19,6 +20,12 @@ struct Cells {
     fraction = carver.take<T>(reverse ? slots * ND * p.table : 0);
     mask = carver.take<T>(reverse ? slots * p.table : 0);
     spare = carver.take<T>((ND + 1) * (kPiece + p.N));
+  }
+
+  T tainted() const {
+    T sum = 0;
+    for (T lane : taint) sum += lane;
+    return sum;
   }
 
   void place(const Plan<T, ND>& p, const Tile& tile) {
@@ -130,6 +137,6 @@ struct Cells {
         if (Reverse) L::store(mask + slot * p.table + m, mask_value);
       }
     }
-    taint += L::sum(tainted);
+    L::store(taint, L::load(taint) + tainted);
   }
 };

@@ -117,7 +117,7 @@ Status gather(const Call& call) {
                        s.points + i * tile.length * width, width, edge + thread * edge_size);
         j += some;
       }
-      taints[thread] += s.cells.taint;
+      taints[thread] += s.cells.tainted();
     });
   }
   const Status status = status_of(taints, p.threads);

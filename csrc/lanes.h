@@ -113,11 +113,6 @@ struct Lanes {
     return v;
   }
   static INLINE void store_index(i32* p, I v) { memcpy(p, &v, sizeof v); }
-  static INLINE T sum(V v) {
-    T s = 0;
-    for (int i = 0; i < N; i++) s += lane(v, i);
-    return s;
-  }
   // Truncation and a correction: |v| must be below 2^31.
   static INLINE V floor(V v) {
     const V f = to_value(to_index(v));

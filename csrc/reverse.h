@@ -223,7 +223,7 @@ struct Reverse {
       }
       store_dots(s, tile, first, image, part, current);
     }
-    taints[thread] += s.cells.taint;
+    taints[thread] += s.cells.tainted();
   }
 
   void load_points(Scratch& s, const Tile& tile, i64 group, i64 thread) const {
@@ -326,7 +326,7 @@ struct Reverse {
           }
           if (masks) store(masks + k * p.P + pixel, value[0], fresh_mask);
         }
-    s.cells.taint += L::sum(tainted);
+    L::store(s.cells.taint, L::load(s.cells.taint) + tainted);
   }
 
   void add_sets(const Array& result, T* buffer, i64 size, i64 groups, i64 sets, i64 first,
