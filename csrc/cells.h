@@ -10,6 +10,8 @@ struct Cells {
   T* fraction;  // [slot][axis][table], for Reverse only
   T* mask;      // [slot][table], likewise
   T* spare;     // [axis + 1][kPiece + lanes]
+  // Lanes of 0, one NaN once a mask, or with Reverse a gradient, was not finite.
+  T taint[Plan<T, ND>::N] = {};
 
   Cells(Carver& carver, const Plan<T, ND>& p, i64 slots, bool reverse) {
     base = carver.take<i32>(ND * p.table);
@@ -18,6 +20,12 @@ struct Cells {
     fraction = carver.take<T>(reverse ? slots * ND * p.table : 0);
     mask = carver.take<T>(reverse ? slots * p.table : 0);
     spare = carver.take<T>((ND + 1) * (kPiece + p.N));
+  }
+
+  T tainted() const {
+    T sum = 0;
+    for (T lane : taint) sum += lane;
+    return sum;
   }
 
   void place(const Plan<T, ND>& p, const Tile& tile) {
@@ -49,10 +57,10 @@ struct Cells {
       shift[v] = i32(rest % p.kernel[v] * p.dilation[v]);
       rest /= p.kernel[v];
     }
-    const i32 outside = i32(p.outside());
     const i64 offset_plane =
         ((tile.image * p.offset_groups + p.offset_group(sample_group)) * p.K + k) * ND;
     const i64 mask_plane = (tile.image * p.mask_groups + p.mask_group(sample_group)) * p.K + k;
+    V tainted = L::zero();
     for (i64 s = 0; s < tile.segments; s++) {
       const i64 pixel = tile.first + s * tile.step;
       const T* given[ND + 1];  // offsets and mask
@@ -101,13 +109,19 @@ struct Cells {
                    (cell[v] < L::splat_index(i32(p.image_size[v])));
         const M inside = near & L::mask(within);
         const V mask_value = given[ND] ? L::load(given[ND] + c) : L::splat(1);
+        // A mask multiplies its sample, also one that is 0, where only NaN and infinity show.
+        const V outside = mask_value * L::zero();
+        tainted = tainted + outside;
+        // The cell is chosen before its index is made, which overflows for positions far outside.
         I index_value = L::splat_index(0);
         V corner[Q];
-        corner[0] = L::select(inside, mask_value, L::zero());
+        corner[0] = L::select(inside, mask_value, outside);
         UNROLL
         for (int v = 0; v < ND; v++) {
-          index_value =
-              index_value * L::splat_index(i32(p.padded[v])) + cell[v] + L::splat_index(1);
+          // From the border's first pixel; Plan::outside is the cell after the slowest axis.
+          const I border = L::splat_index(v == 0 ? i32(p.image_size[0]) + 1 : 0);
+          const I safe = L::select_index(inside, cell[v] + L::splat_index(1), border);
+          index_value = index_value * L::splat_index(i32(p.padded[v])) + safe;
           if (Reverse) L::store(fraction + (slot * ND + v) * p.table + m, part[v]);
           UNROLL
           for (int q = (1 << v) - 1; q >= 0; q--) {
@@ -116,13 +130,13 @@ struct Cells {
             corner[2 * q] = corner[q] - high;
           }
         }
-        L::store_index(index + slot * p.table + m,
-                       L::select_index(inside, index_value, L::splat_index(outside)));
+        L::store_index(index + slot * p.table + m, index_value);
         L::template transpose<Q>(corner);
         UNROLL
         for (int q = 0; q < Q; q++) L::store(weight + (slot * p.table + m) * Q + q * N, corner[q]);
         if (Reverse) L::store(mask + slot * p.table + m, mask_value);
       }
     }
+    L::store(taint, L::load(taint) + tainted);
   }
 };

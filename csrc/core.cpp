@@ -165,6 +165,9 @@ void workspace_give() {
 
 }  // namespace deformnd
 
+// For kernels/cpu.py, which calls no other version than its own.
+EXPORT const char* deformnd_version() { return DEFORMND_VERSION; }
+
 // The widest level of instructions here, see best_level.
 EXPORT int deformnd_level() { return deformnd::best_level(); }
 

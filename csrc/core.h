@@ -35,7 +35,9 @@ struct Call {
   Array grad_image, grad_weight, grad_offset, grad_mask;
 };
 
-enum Status : i64 { kDone, kNoMemory };
+// kOdd is done, too, with a mask, or a gradient by offset or mask, that is not finite: see
+// Note [infinity] in kernels/cpu.py.
+enum Status : i64 { kDone, kNoMemory, kOdd };
 
 // Memory for one call: 64-byte aligned, or null. Kept between calls for the calling thread, since
 // fresh pages cost more than the arithmetic of a small call.

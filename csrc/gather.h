@@ -34,11 +34,13 @@ Status gather(const Call& call) {
   const i64 edge_size = most(Field<T>::scratch_size, (p.panel + 1) * p.K * p.block);
 
   T *packed, *weights, *edge;
+  T* taints;  // of each thread, see Cells
   char* scratch;
   const auto layout = [&](Carver c) {
     packed = c.take<T>(flight * p.blocks * p.plane * p.block);
     weights = c.take<T>(all_panels * group_columns * p.panel);
     edge = c.take<T>(p.threads * edge_size);
+    taints = c.take<T>(p.threads);
     scratch = c.take<char>(p.threads * scratch_bytes);
     return c.used;
   };
@@ -46,6 +48,7 @@ Status gather(const Call& call) {
   if (!memory) return kNoMemory;
   layout(Carver{memory});
 
+  memset(taints, 0, size_t(p.threads) * sizeof(T));
   const Field<T> points{call.points, p.point_channels, p.P};
   if (p.depthwise)
     pack_weight_by_channel(p, weights, edge, edge_size);
@@ -114,8 +117,10 @@ Status gather(const Call& call) {
                        s.points + i * tile.length * width, width, edge + thread * edge_size);
         j += some;
       }
+      taints[thread] += s.cells.tainted();
     });
   }
+  const Status status = status_of(taints, p.threads);
   workspace_give();
-  return kDone;
+  return status;
 }

@@ -15,8 +15,8 @@
 //
 // Note [order]
 // Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
-// the channel in the block. Every sum runs in an order that depends on the sizes alone, not on
-// the number of threads; the one exception stands at `bands` in Reverse.
+// the channel in the block. Every sum runs in an order that depends on the sizes and the number of
+// threads alone, not on which of them is first; on their number only by the `bands` of Reverse.
 
 #include <string.h>
 
@@ -55,6 +55,7 @@ constexpr i64 kTilePixels = 112;  // 8 micro-kernels of 14 rows: about 256 KB of
 constexpr i64 kTileWidth = 32;
 constexpr i64 kWideTile = 320;  // where coordinates dominate, long rows of offsets
 constexpr i64 kColumns = 576;   // of one product
+constexpr i64 kTerms = 144;     // of one sum, see micro_kernel
 constexpr i64 kPiece = 512;     // most pixels that a layout change or conversion handles at once
 constexpr i32 kFar = 1 << 30;   // of offsets; positions without one are less, see cpu.py
 constexpr i64 kFlightBytes = 32 << 20;  // of packed images at a time, where one is smaller

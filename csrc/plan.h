@@ -130,6 +130,13 @@ struct Plan {
   }
 };
 
+template <class T>
+Status status_of(const T* taints, i64 threads) {
+  T taint = 0;
+  for (i64 i = 0; i < threads; i++) taint += taints[i];
+  return taint != 0 ? kOdd : kDone;
+}
+
 // The blocks [from, to) cut into chunks; returns how many, and adds up what they need.
 template <class T, int ND>
 i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64* widest) {

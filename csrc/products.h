@@ -8,32 +8,39 @@
 
 // C[R, NV vectors] += A[R, inner] B[inner, NV vectors]; the rows of B follow one another.
 // A(i, k) lies at i * a_step + k, or at k * a_step + i where it is Transposed.
+// A long sum in one float32 loses digits with the square root of its length: so kTerms at a time
+// are summed on their own, and C is the sum of those sums.
 template <class T, int R, int NV, bool Transposed>
 NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* RESTRICT b,
                            T* RESTRICT c, i64 c_step, bool accumulate) {
   using L = Lanes<T, Machine<T>::lanes>;
-  typename L::V sums[R][NV];
-  UNROLL
-  for (int i = 0; i < R; i++) {
-    UNROLL
-    for (int j = 0; j < NV; j++)
-      sums[i][j] = accumulate ? L::load(c + i * c_step + j * L::size) : L::zero();
-  }
-  for (i64 k = 0; k < inner; k++) {
-    typename L::V row[NV];
-    UNROLL
-    for (int j = 0; j < NV; j++) row[j] = L::load(b + (k * NV + j) * L::size);
+  for (i64 first = 0; first < inner; first += kTerms, accumulate = true) {
+    typename L::V sums[R][NV];
     UNROLL
     for (int i = 0; i < R; i++) {
-      const typename L::V s = L::splat(Transposed ? a[k * a_step + i] : a[i * a_step + k]);
       UNROLL
-      for (int j = 0; j < NV; j++) sums[i][j] = sums[i][j] + s * row[j];
+      for (int j = 0; j < NV; j++) sums[i][j] = L::zero();
     }
-  }
-  UNROLL
-  for (int i = 0; i < R; i++) {
+    const i64 end = least(inner, first + kTerms);
+    for (i64 k = first; k < end; k++) {
+      typename L::V row[NV];
+      UNROLL
+      for (int j = 0; j < NV; j++) row[j] = L::load(b + (k * NV + j) * L::size);
+      UNROLL
+      for (int i = 0; i < R; i++) {
+        const typename L::V s = L::splat(Transposed ? a[k * a_step + i] : a[i * a_step + k]);
+        UNROLL
+        for (int j = 0; j < NV; j++) sums[i][j] = sums[i][j] + s * row[j];
+      }
+    }
     UNROLL
-    for (int j = 0; j < NV; j++) L::store(c + i * c_step + j * L::size, sums[i][j]);
+    for (int i = 0; i < R; i++) {
+      UNROLL
+      for (int j = 0; j < NV; j++) {
+        T* to = c + i * c_step + j * L::size;
+        L::store(to, accumulate ? L::load(to) + sums[i][j] : sums[i][j]);
+      }
+    }
   }
 }
 
@@ -178,8 +185,10 @@ NOINLINE void scale(i64 rows, i64 width, i64 inner, T* RESTRICT a, i64 a_step, c
 template <class T>
 NOINLINE void add_products(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
                            T* RESTRICT b, const T* RESTRICT c) {
-  for (i64 m = 0; m < rows; m++)
-    for (i64 k = 0; k < inner; k++)
-      for (i64 i = 0; i < width; i++)
-        b[k * width + i] += a[m * a_step + k * width + i] * c[m * width + i];
+  for (i64 k = 0; k < inner; k++) {
+    T sums[4 * Machine<T>::lanes] = {};  // on their own, as in micro_kernel
+    for (i64 m = 0; m < rows; m++)
+      for (i64 i = 0; i < width; i++) sums[i] += a[m * a_step + k * width + i] * c[m * width + i];
+    for (i64 i = 0; i < width; i++) b[k * width + i] += sums[i];
+  }
 }

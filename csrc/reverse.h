@@ -26,6 +26,7 @@ struct Reverse {
   T *offset_buffer, *mask_buffer;
   Chunk* chunks;
   i64* part_chunks;  // first chunk of each part
+  T* taints;         // of each thread, see Cells
   char* scratch;
 
   struct Scratch {
@@ -124,6 +125,7 @@ struct Reverse {
       offset_buffer = c.take<T>(offset_buffers * flight * offset_size);
       mask_buffer = c.take<T>(mask_buffers * flight * mask_size);
       edge = c.take<T>(p.threads * edge_size);
+      taints = c.take<T>(p.threads);
       scratch = c.take<char>(p.threads * scratch_bytes);
       return c.used;
     };
@@ -131,6 +133,7 @@ struct Reverse {
     if (!memory) return kNoMemory;
     layout(Carver{memory});
     cut_parts(chunks, part_chunks);
+    memset(taints, 0, size_t(p.threads) * sizeof(T));
 
     if (expands && p.depthwise)
       pack_weight_by_channel(p, weights, edge, edge_size);
@@ -158,8 +161,9 @@ struct Reverse {
         add_sets(call.grad_mask, mask_buffer, mask_size, p.mask_groups, mask_sets, first, images);
     }
     if (call.grad_weight.data) unpack_weight();
+    const Status status = status_of(taints, p.threads);
     workspace_give();
-    return kDone;
+    return status;
   }
 
   void one_part(i64 first, i64 image, i64 part, i64 band, i64 thread) {
@@ -219,6 +223,7 @@ struct Reverse {
       }
       store_dots(s, tile, first, image, part, current);
     }
+    taints[thread] += s.cells.tainted();
   }
 
   void load_points(Scratch& s, const Tile& tile, i64 group, i64 thread) const {
@@ -252,7 +257,7 @@ struct Reverse {
 
   // Derivatives by position and mask of one sample group, from its sums of grad_column times
   // corner.
-  void store_dots(const Scratch& s, const Tile& tile, i64 first, i64 image, i64 part,
+  void store_dots(Scratch& s, const Tile& tile, i64 first, i64 image, i64 part,
                   i64 sample_group) const {
     if (!(mode & kDotsWork)) return;
     using L = Lanes<T, N>;
@@ -272,6 +277,7 @@ struct Reverse {
     T* masks = planes(call.grad_mask, mask_buffer, mask_size, p.mask_groups,
                       p.mask_group(sample_group), &fresh_mask);
     const typename L::I outside = L::splat_index(i32(p.outside()));
+    V tainted = L::zero();
     for (i64 k = 0; k < p.K; k++)
       for (i64 i = 0; i < tile.segments; i++)
         for (i64 c0 = 0; c0 < tile.length; c0 += N) {
@@ -298,9 +304,8 @@ struct Reverse {
               value[q] = value[q] + part_v * slope[v][q];
             }
           }
-          const auto valid = L::mask(L::load_index(s.cells.index + m) != outside);
           const auto store = [&](T* to, V result, bool fresh) {
-            result = L::select(valid, result, L::zero());
+            tainted = tainted + result * L::zero();
             if (c == c0 && tile.length >= N) {
               L::store(to, fresh ? result : L::load(to) + result);
             } else {
@@ -311,13 +316,17 @@ struct Reverse {
             }
           };
           if (offsets) {
+            // A position outside has no slope; its mask has the gradient of any factor of 0.
+            const auto valid = L::mask(L::load_index(s.cells.index + m) != outside);
             const V mask = L::load(s.cells.mask + m);
             UNROLL
             for (int v = 0; v < ND; v++)
-              store(offsets + (k * ND + v) * p.P + pixel, slope[v][0] * mask, fresh_offset);
+              store(offsets + (k * ND + v) * p.P + pixel,
+                    L::select(valid, slope[v][0] * mask, L::zero()), fresh_offset);
           }
           if (masks) store(masks + k * p.P + pixel, value[0], fresh_mask);
         }
+    L::store(s.cells.taint, L::load(s.cells.taint) + tainted);
   }
 
   void add_sets(const Array& result, T* buffer, i64 size, i64 groups, i64 sets, i64 first,

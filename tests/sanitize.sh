@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 out=build/sanitize
 mkdir -p $out/deformnd
 cp -r src/deformnd/. $out/deformnd
+rm -f $out/deformnd/_core.*  # the one of src, or cmake takes it for its own
 cmake -S . -B $out/cmake -DDEFORMND_SANITIZE=ON -DDEFORMND_OUTPUT="$PWD/$out/deformnd" >/dev/null
 cmake --build $out/cmake --parallel 2
 # Python itself is not instrumented, and keeps memory until it exits.

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import _ctypes
 import itertools
 import math
 import multiprocessing
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import cases
+import deformnd
 from cases import Case
 from deformnd.kernels import cpu, reference
 from deformnd.kernels.geometry import (
@@ -288,6 +296,24 @@ def test_float32_loses_nothing_in_large_images(backend: object, level: int) -> N
     assert_close(call.run(backend), call.to(torch.float64).run(reference), 4e-6)
 
 
+@pytest.mark.parametrize("zero", (True, False), ids=("zero", "random"))
+def test_float32_loses_little_in_long_sums(zero: bool, level: int) -> None:
+    """Over 1024 channels and nine kernel points, and over many positions."""
+    call = Call(plain(1, 1024, 1024, (5, 6)), torch.float32)
+    if zero:
+        assert call.offset is not None and call.mask is not None
+        call.offset.zero_()
+        call.mask.fill_(1)
+    assert_close(call.run(), call.to(torch.float64).run(reference), 3e-7)
+
+
+@pytest.mark.parametrize("groups", (1, 16))
+def test_float32_loses_little_in_large_images(groups: int, level: int) -> None:
+    call = Call(plain(1, 16, 16, (150, 200), groups=groups), torch.float32)
+    cpu.threads = 1
+    assert_close(call.run(), call.to(torch.float64).run(reference), 5e-7)
+
+
 @pytest.mark.skipif(cpu.best_level() < 3, reason="no products of bfloat16 on this machine")
 @pytest.mark.parametrize("g", GEOMETRIES, ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size))))
 def test_products_of_bfloat16(g: Geometry) -> None:
@@ -374,22 +400,38 @@ def test_computes_only_what_is_needed(level: int) -> None:
             assert_same(dict(zip(NAMES, got[:5], strict=True)), dict(zip(NAMES, want, strict=True)))
 
 
-def test_any_number_of_threads_gives_the_same_bits(level: int) -> None:
-    # Both parts of a group on their own threads, and images on their own.
-    for g in (
+@pytest.mark.parametrize(
+    "g",
+    [
         plain(1, 128, 40, (20, 30)),
         plain(5, 64, 24, (12, 30)),
         plain(2, 64, 24, (9, 40), offset_groups=16),
-    ):
-        call = Call(g, torch.float32)
-        cpu.threads = 1
-        want = call.run()
-        for cpu.threads in (2, 3, 4, 7):
-            got = call.run()
-            if cpu.threads > 2 * g.batch:  # bands of one image: other sums
-                for name in ("scatter", "image", "weight"):
-                    assert_close({name: got.pop(name)}, {name: want[name]}, 1e-6)
-            assert_same(got, {name: want[name] for name in got})
+        plain(1, 8, 8, (64, 64)),  # one block of channels: threads share the image
+        plain(1, 16, 16, (48, 50), groups=16),
+        plain(1, 12, 5, (12, 14, 15)),
+    ],
+    ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size))),
+)
+def test_the_same_threads_give_the_same_bits(g: Geometry, level: int) -> None:
+    call = Call(g, torch.float32)
+    summed = call.points
+    runs = {}
+    for cpu.threads in (1, 2, 3, 7):
+        runs[cpu.threads] = call.run()
+        for _ in range(3):
+            assert_same(call.run(), runs[cpu.threads])
+    for got in runs.values():  # other threads, other sums
+        assert_close(got, runs[1], 1e-6)
+    cpu.threads = 0
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        sums = [
+            cpu.gradients(
+                g, call.image, call.points, call.weight, call.offset, call.mask, ALL, summed
+            )[5]
+            for _ in range(3)
+        ]
+        assert all(torch.equal(t, sums[0]) for t in sums if t is not None)
 
 
 @pytest.mark.parametrize("size", [(9,), (5, 6), (3, 4, 5)], ids=str)
@@ -408,6 +450,71 @@ def test_odd_positions(size: tuple[int, ...], level: int) -> None:
         for name, t in got.items():
             assert t is not None and t.isfinite().all(), name
         assert_close(got, call.to(torch.float64).run(reference), limit)
+
+
+@pytest.mark.parametrize("rank", (1, 2, 3))
+def test_positions_far_outside(rank: int) -> None:
+    """Their indices would not fit 32 bits: for tests/sanitize.sh, which sees them overflow."""
+    for seed in range(60):
+        g = random_geometry(rank, seed)
+        call = Call(g, torch.float32, seed=seed)
+        if call.offset is None:
+            continue
+        far = torch.tensor(
+            [-998244352.0, 998244352.0, -(2.0**30), 2.0**30 - 64, 2.0**29, -(2.0**28)]
+        )
+        gen = torch.Generator().manual_seed(seed)
+        picked = far[torch.randint(len(far), call.offset.shape, generator=gen)]
+        odd = torch.rand(call.offset.shape, generator=gen) < 0.2
+        call.offset = torch.where(odd, picked, call.offset)
+        want = call.to(torch.float64).run(reference)
+        for cpu.level in LEVELS:
+            assert_close(call.run(), want, 1e-5, (seed, cpu.level, g))
+
+
+@pytest.mark.parametrize("what", ("mask", "points", "image", "weight", "offset"))
+@pytest.mark.parametrize("value", (math.inf, -math.inf, math.nan), ids=str)
+def test_values_that_are_not_finite(what: str, value: float, level: int) -> None:
+    """NaN, infinite or finite as in the definition; a mask multiplies its sample, also a 0."""
+    for rank, (seed, dtype) in itertools.product(
+        (1, 2, 3), enumerate((torch.float32, torch.double))
+    ):
+        g = random_geometry(rank, seed)
+        call = Call(g, dtype, seed=seed)
+        tensor = getattr(call, what)
+        if tensor is None:
+            continue
+        gen = torch.Generator().manual_seed(seed)
+        tensor.view(-1)[torch.randint(tensor.numel(), (2,), generator=gen)] = value
+        want = call.run(reference)
+        for name, got in call.run().items():
+            if got is None:
+                continue
+            torch.testing.assert_close(got, want[name], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_a_mask_multiplies_its_sample(level: int) -> None:
+    # Four positions: inside with samples 1.5 and -2, outside, and no number.
+    g = Geometry(1, 1, 1, 1, 1, 1, (4,), (4,), (1,), (1,), (0,), (1,))
+    image = torch.tensor([[[1.0, 2.0, -2.0, -2.0]]])
+    offset = torch.tensor([[[0.5, 1.5, 9.0, math.nan]]])
+    image[0, 0, 2:] = -2
+    one = torch.ones(1, 1, 1)
+    for value in (math.inf, -math.inf, math.nan):
+        mask = torch.full((1, 1, 4), value)
+        want = torch.tensor([[[1.5, -2.0, 0.0, 0.0]]]) * value
+        for backend in (cpu, reference):
+            got = backend.gather(g, image, one, offset, mask, None)
+            assert got[0, 0, 2:].isnan().all()
+            assert torch.equal(got.nan_to_num(0), want.nan_to_num(0))
+            # The gradient of the mask is that of the output times the sample.
+            grads = backend.gradients(g, image, mask, one, offset, None, ALL)
+            assert grads[4] is None
+            grads = backend.gradients(g, image, mask, one, offset, torch.ones(1, 1, 4), ALL)
+            assert grads[4] is not None and grads[3] is not None
+            assert torch.equal(grads[4].nan_to_num(0), want.nan_to_num(0))
+            assert grads[4][0, 0, 2:].isnan().all()
+            assert torch.equal(grads[3][0, 0, 2:], torch.zeros(2))  # nothing moves there
 
 
 @pytest.mark.parametrize("size", [(9,), (5, 6), (3, 4, 5)], ids=str)
@@ -494,6 +601,62 @@ def test_runs_in_a_forked_child() -> None:
         assert child.exitcode == 0
     finally:
         child.kill()
+
+
+def import_with(core: bytes, tmp_path: Path, version: str | None = None) -> list[str]:
+    """What a fresh Python says that imports a copy of the package with this core."""
+    package = Path(cpu.__file__).parent.parent
+    copy = tmp_path / "deformnd"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (found,) = copy.glob("_core.*")
+    found.write_bytes(core)
+    if version is not None:
+        init = copy / "__init__.py"
+        init.write_text(
+            re.sub('__version__ = ".*"', f'__version__ = "{version}"', init.read_text())
+        )
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import deformnd, torch
+x = torch.randn(1, 2, 5, 5)
+y = deformnd.deform_conv2d(x, torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 5, 5))
+assert torch.allclose(y, x.sum(1, keepdim=True))
+print(deformnd.has_ops(), *[w.message for w in seen if "deformnd" in str(w.message)], sep="\\n")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def core_bytes() -> bytes:
+    (found,) = Path(cpu.__file__).parent.parent.glob("_core.*")
+    return found.read_bytes()
+
+
+def test_a_core_of_another_version_is_not_called(tmp_path: Path) -> None:
+    ops, warning = import_with(core_bytes(), tmp_path, "0.0.9")
+    assert ops == "False"
+    assert f"is of version {deformnd.__version__}, expected 0.0.9" in warning
+
+
+@pytest.mark.skipif(not hasattr(_ctypes, "__file__"), reason="no other library at hand")
+def test_a_core_without_a_version_is_not_called(tmp_path: Path) -> None:
+    """As before there were any; here some other library."""
+    ops, warning = import_with(Path(_ctypes.__file__).read_bytes(), tmp_path)
+    assert ops == "False"
+    assert f"is of another version, expected {deformnd.__version__}" in warning
+
+
+def test_a_core_that_is_no_library_is_not_called(tmp_path: Path) -> None:
+    ops, warning = import_with(b"no library", tmp_path)
+    assert ops == "False"
+    assert "cannot be loaded" in warning
+    assert import_with(core_bytes(), tmp_path / "right") == ["True"]
 
 
 def test_huge_planes_go_to_the_reference() -> None:

@@ -140,6 +140,21 @@ def test_all_that_listen_to_a_call_are_heard(case, grad):
     assert name in str(traced.graph)
 
 
+@pytest.mark.parametrize("needs", [[], [True] * 4, [True] * 6], ids=len)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[-1]], ids=str)
+def test_a_wrong_number_of_needs(case, device, needs):
+    tensors = case.tensors()
+    grad_output = torch.zeros_like(case.call(tensors))
+    args = [None if t is None else t.to(device) for t in (grad_output, *list(tensors.values())[:4])]
+    message = f"_backward: needs has {len(needs)} values, expected 5"
+    with pytest.raises(ValueError, match=message):
+        case.operator(backward=True)(*args, *case.operator_parameters(), needs)
+    args[1].requires_grad_()
+    with pytest.raises(ValueError, match=message):
+        case.operator(backward=True)(*args, *case.operator_parameters(), needs)
+
+
 def test_meta_tensors_give_shapes():
     case = CASES[4]
     meta = {k: None if t is None else t.to("meta") for k, t in case.tensors().items()}

@@ -118,7 +118,7 @@ def _cpu_kernels() -> str:
         return f"C++ core with {level}, the widest that this machine and the core have"
     files = list(Path(__file__).parent.glob("_core.*"))
     why = (
-        f"{files[0].name} cannot be loaded here"
+        f"{files[0].name} cannot be loaded here or is of another version, see the warning"
         if files
         else "the C++ core was not built, for which pip needs a C++17 compiler"
     )

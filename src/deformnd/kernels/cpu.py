@@ -1,7 +1,14 @@
 """The operators by the C++ core (csrc/): same functions as reference.py, CPU tensors only.
 
 The core is one shared library beside the package, loaded through ctypes, which releases the GIL
-during a call. Where it is absent, or cannot be loaded, available() is False.
+during a call. Where it is absent, cannot be loaded, or is of another version, available() is False.
+
+Note [infinity]
+A mask multiplies its sample, and gradients are sums of products, as IEEE arithmetic has them: 0
+times infinity is NaN. The core multiplies the corners' weights by the mask, and adds up what a
+gradient is made of corner by corner, which is the same but for infinite factors: those times
+corners of both signs are NaN, times the sample infinite. So it says where a mask or such a gradient
+is not finite, and if infinite values came in, the definition computes the call again.
 """
 
 from __future__ import annotations
@@ -10,12 +17,14 @@ import ctypes
 import math
 import struct
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import __version__
 from . import reference
 from .geometry import DTYPES, Geometry, memory_format
 
@@ -30,16 +39,36 @@ threads = 0
 # As enum Dtype in csrc/core.h; + 4 for channels last.
 _CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 _ABSENT = (0, 0)
+# As enum Status there.
+_NO_MEMORY, _ODD = 1, 2
 _PACK = {n: struct.Struct(f"={4 + 6 + 6 * n + 2 * 10}q").pack for n in (1, 2, 3)}
 
 
 def _load() -> ctypes.CDLL | None:
+    """The library, or None, with a warning where there is one that does not fit."""
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     path = Path(__file__).parent.parent / f"_core{suffix}"
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:
+    if not path.exists():
         return None
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.deformnd_version
+    except OSError as failure:
+        problem = f"cannot be loaded ({failure})"
+    except AttributeError:
+        problem = f"is of another version, expected {__version__}"
+    else:
+        version.restype = ctypes.c_char_p
+        found = version().decode()
+        if found == __version__:
+            return library
+        problem = f"is of version {found}, expected {__version__}"
+    warnings.warn(
+        f"deformnd: {path.name} {problem}; CPU tensors take the slow reference. "
+        "Reinstall deformnd, or build the core anew.",
+        stacklevel=2,
+    )
+    return None
 
 
 _library = _load()
@@ -68,7 +97,8 @@ def gather(
     if not _fits(g):
         return reference.gather(g, image, weight, offset, mask, bias)
     out = _empty((g.batch, g.point_channels, *g.point_size), image)
-    _call(g, True, image, out, weight, offset, mask, bias)
+    if _call(g, True, image, out, weight, offset, mask, bias) and _infinite(mask):
+        return reference.gather(g, image, weight, offset, mask, bias)
     return out
 
 
@@ -84,7 +114,9 @@ def scatter(
     if not _fits(g):
         return reference.scatter(g, points, weight, offset, mask, bias)
     out = _empty((g.batch, g.image_channels, *g.image_size), points)
-    _call(g, False, None, points, weight, offset, mask, bias, (out, None, None, None))
+    grads = (out, None, None, None)
+    if _call(g, False, None, points, weight, offset, mask, bias, grads) and _infinite(mask):
+        return reference.scatter(g, points, weight, offset, mask, bias)
     return out
 
 
@@ -115,11 +147,14 @@ def gradients(
         grad_offset = torch.empty(offset.shape, dtype=offset.dtype, device=offset.device)
     if by_mask and mask is not None:
         grad_mask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+    odd = False
     if grad_points is not None:
-        _call(g, True, image, grad_points, weight, offset, mask, None)
+        odd |= _call(g, True, image, grad_points, weight, offset, mask, None)
     grads = (grad_image, grad_weight, grad_offset, grad_mask)
     if grads != (None, None, None, None):
-        _call(g, False, image, points, weight, offset, mask, None, grads)
+        odd |= _call(g, False, image, points, weight, offset, mask, None, grads)
+    if odd and _infinite(image, points, weight, mask):
+        return reference.gradients(g, image, points, weight, offset, mask, needs, summed)
     sums = None if summed is None else reference.channel_sums(summed)
     return grad_image, grad_points, grad_weight, grad_offset, grad_mask, sums
 
@@ -147,6 +182,10 @@ def _empty(size: Sequence[int], like: Tensor) -> Tensor:
     )
 
 
+def _infinite(*tensors: Tensor | None) -> bool:
+    return any(t is not None and bool(t.isinf().any()) for t in tensors)
+
+
 def _layout(t: Tensor) -> tuple[Tensor, int]:
     """The tensor with channels first or last, and whether last; copied only if neither."""
     if t.is_contiguous():
@@ -166,8 +205,11 @@ def _call(
     mask: Tensor | None,
     bias: Tensor | None,
     grads: Sequence[Tensor | None] = (None, None, None, None),
-) -> None:
-    """Run the core; grads are those by image, weight, offset and mask."""
+) -> bool:
+    """Run the core; grads are those by image, weight, offset and mask.
+
+    Whether infinite tensors may need the definition, see Note [infinity].
+    """
     words: list[int] = []
     keep = []  # copies must outlive the call
     for t in (image, points):
@@ -207,5 +249,6 @@ def _call(
             *words,
         )
     )
-    if status:
+    if status == _NO_MEMORY:
         raise MemoryError("deformnd: no memory for the workspace of a CPU call")
+    return status == _ODD

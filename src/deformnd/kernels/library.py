@@ -137,7 +137,7 @@ def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..
     ) -> Gradients:
         needs = parameters[-1]
         g = geometry(input, weight, offset, mask, None, *parameters[:-1])
-        _check_grad_output(family, g, grad_output, input)
+        _check_backward(family, g, grad_output, input, needs)
         by_input, by_weight, by_offset, by_mask, by_bias = needs
         by_offset, by_mask = by_offset and offset is not None, by_mask and mask is not None
         grads: Gradients = (None,) * 6
@@ -161,7 +161,14 @@ def _backward_kernel(family: _Family, backend: Callable[[], Any]) -> Callable[..
     return backward
 
 
-def _check_grad_output(family: _Family, g: Geometry, grad_output: Tensor, input: Tensor) -> None:
+def _check_backward(
+    family: _Family, g: Geometry, grad_output: Tensor, input: Tensor, needs: Sequence[bool]
+) -> None:
+    if len(needs) != 5:  # the schema's bool[5] lets any number pass
+        raise ValueError(
+            f"{family.name}_backward: needs has {len(needs)} values, expected 5 (whether the "
+            "gradients of input, weight, offset, mask and bias are needed)"
+        )
     expected = _output_shape(family, g)
     if tuple(grad_output.shape) != expected:
         raise ValueError(
@@ -208,7 +215,7 @@ def _backward_fake(family: _Family) -> Callable[..., Gradients]:
     ) -> Gradients:
         needs = parameters[-1]
         g = family.geometry(input, weight, offset, mask, None, *parameters[:-1])
-        _check_grad_output(family, g, grad_output, input)
+        _check_backward(family, g, grad_output, input, needs)
         grads: list[Tensor | None] = [None] * 5
         if needs[0]:
             grads[0] = _empty(input.shape, input)

@@ -405,16 +405,17 @@ Args:
 Returns:
     [B, Cout, *out] in input's dtype; out = (size + 2 padding - dilation (kernel - 1) - 1) //
     stride + 1. Outside the input is zero: a sample fades out between the border pixel and one
-    pixel beyond. A NaN or infinite position samples 0 and gets no gradient.
+    pixel beyond. A NaN or infinite position samples 0 and gets no gradient; a NaN or infinite
+    mask makes that 0 NaN, too.
 
 Raises:
     ValueError, TypeError: an argument does not fit; the message names it.
 
 Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any order
 in all five tensors, backwards and forwards; the derivative by an offset is that of the cell
-[floor, floor + 1). CPU results, with all gradients, are bitwise the same in every run and with
-any number of threads. On a GPU sums may come in another order in each run, unless
-torch.use_deterministic_algorithms(True) forbids it.
+[floor, floor + 1). CPU results, with all gradients, are bitwise the same in every run with the same
+number of threads; another number may change their last bits. On a GPU sums may come in another
+order in each run, unless torch.use_deterministic_algorithms(True) forbids it.
 
 References:
     Deformable Convolutional Networks, arXiv 1703.06211; Deformable ConvNets v2 (masks),
