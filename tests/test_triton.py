@@ -422,6 +422,31 @@ def nonfinite(case: Case, device: str) -> None:
     check(problem, 1e-5, 1e-5)
 
 
+def test_interpreted_nan_masks(interpreted: None) -> None:
+    nan_masks(Case((5, 5), (3, 3), batch=1), "cpu")
+    nan_masks(Case((5, 6), (3, 3), image=20, batch=1), "cpu")
+    nan_masks(Case((5, 5), (1, 3), batch=1, offset_groups=4, mask_groups=4), "cpu")
+
+
+def nan_masks(case: Case, device: str, dtype: torch.dtype = torch.float32) -> None:
+    """A mask multiplies its sample, also a 0 outside of the image: NaN where the reference is."""
+    problem = case.make(dtype, device, float_offset=True)
+    assert problem.offset is not None and problem.mask is not None
+    problem.offset.mul_(3)
+    problem.mask.view(-1)[::37] = math.nan
+    exact = problem.double()
+    results = (problem.forward(launch), *problem.backward(launch))
+    expected = (exact.forward(reference), *exact.backward(reference))
+    assert expected[0].isnan().any() and not expected[0].isnan().all()
+    for name, got, want in zip(
+        ("output", "input", "weight", "offset", "mask", "bias"), results, expected, strict=True
+    ):
+        if name == "input" and dtype != torch.float32:
+            continue  # tiles of the inverse gather spread NaN
+        if want is not None:
+            assert torch.equal(got.isnan(), want.isnan()), name
+
+
 def test_interpreted_exact_positions(interpreted: None) -> None:
     exact_positions("cpu")
 
@@ -1146,6 +1171,17 @@ def test_gpu_nonfinite(exact_float32: None) -> None:
     nonfinite(Case((5, 5), (3, 3), transposed=True), "cuda")
     nonfinite(Case((9, 9), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16), "cuda")
     exact_positions("cuda")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_gpu_nan_masks(dtype: torch.dtype, exact_float32: None) -> None:
+    nan_masks(Case((5, 5), (3, 3)), "cuda", dtype)
+    nan_masks(Case((9, 9), (3, 3), image=48, points=40), "cuda", dtype)
+    nan_masks(Case((9, 9), (3, 3), image=64, points=64), "cuda", dtype)
+    nan_masks(
+        Case((9, 9), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16), "cuda", dtype
+    )
 
 
 @gpu

@@ -98,7 +98,8 @@ def _cell(given, inside, image_size):
         low = given[0][a][0] + floor.to(gl.int32)
         valid = valid & near & (low >= -1) & (low < image_size[a])
         at = at + ((low, value - floor),)
-    amplitude = gl.where(valid, given[1].to(gl.float32), 0.0)
+    amplitude = given[1].to(gl.float32)
+    amplitude = gl.where(valid, amplitude, amplitude * 0.0)  # kernels.py, _amplitude
     axes = ()
     for a in gl.static_range(len(image_size)):
         low = gl.where(valid, at[a][0], 0)
@@ -727,7 +728,7 @@ def along(image, points, weight, offset, mask, grad_offset, grad_mask, grad_imag
                 for q in gl.static_range(2**rank):
                     factor = _corner_weight(axes, q) * amplitude
                     place = _place(code, q, channels, image_size) + block * BLOCK_C
-                    touched = gl.convert_layout((factor != 0.0).to(gl.int32),
+                    touched = gl.convert_layout((valid & (factor != 0.0)).to(gl.int32),
                                                 gl.SliceLayout(1, SECTORS))  # fmt: skip
                     place = gl.convert_layout(place, gl.SliceLayout(1, SECTORS))
                     c = gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, SECTORS))

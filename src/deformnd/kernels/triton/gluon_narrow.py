@@ -86,7 +86,8 @@ def _locate(values, base, shift, inside, sizes):
         pitch = pitch * image_size[a]
     amplitude = gl.where(valid, 1.0, 0.0)
     if len(values) > rank:
-        amplitude = gl.where(valid, values[rank].to(gl.float32), 0.0)
+        amplitude = values[rank].to(gl.float32)
+        amplitude = gl.where(valid, amplitude, amplitude * 0.0)  # kernels.py, _amplitude
     return row, steps, axes, amplitude, valid
 
 
@@ -354,7 +355,7 @@ def _store(out, total, row, p0, c0, pitch, positions, UNIT: gl.constexpr, RUN: g
 
 
 @gluon.jit
-def _add_corners(out, grad, weights, row, steps, apart, UNIT: gl.constexpr,
+def _add_corners(out, grad, weights, valid, row, steps, apart, UNIT: gl.constexpr,
                  RUN: gl.constexpr, SECTORS: gl.constexpr):  # fmt: skip
     """Add a chunk's derivatives times the corners' weights to the image, by atomic additions.
 
@@ -377,8 +378,8 @@ def _add_corners(out, grad, weights, row, steps, apart, UNIT: gl.constexpr,
         if apart is not None:
             to = gl.where((low & 1) != 0, low + apart, low)
         pixel = gl.join(
-            gl.where(weights[q] != 0.0, to, -1),
-            gl.where(weights[q + 1] != 0.0, to + steps[len(steps) - 1], -1),
+            gl.where(valid & (weights[q] != 0.0), to, -1),
+            gl.where(valid & (weights[q + 1] != 0.0), to + steps[len(steps) - 1], -1),
         )
         pixel = gl.convert_layout(pixel, at_pair)
         weight = gl.convert_layout(gl.join(weights[q], weights[q + 1]), at_pair)
@@ -559,7 +560,7 @@ def gradients_narrow(image, points, weight, offset, mask, grad_offset, grad_mask
                 _store(out, total, tap, tile0, c0, taps, positions, UNIT, RUN)
         if grad_image is not None:
             out = grad_image + item * pixels * channels
-            _add_corners(out, grad, weights, row, jumps, apart, UNIT, RUN, SECTORS)
+            _add_corners(out, grad, weights, valid, row, jumps, apart, UNIT, RUN, SECTORS)
         if grad_weight is not None:
             product = warpgroup_mma_wait(0, deps=[product])
             if SPLIT:

@@ -88,12 +88,14 @@ def _positions(offset, b, group, groups, tap, p, inside, sizes):
 
 @triton.jit
 def _amplitude(mask, b, group, groups, tap, p, inside, valid, sizes):
-    """The mask's value, 0 where the sample is not valid."""
+    """The mask's value; where the sample is not valid 0 times that, which is NaN if the mask is
+    not finite: the definition multiplies a sample of 0 by it."""
     amplitude = tl.where(valid, 1.0, 0.0)
     if mask is not None:
         place = (b.to(tl.int64) * groups + group) * _volume(sizes[2]) + tap
         value = tl.load(mask + place * _volume(sizes[1]) + p, mask=inside, other=0.0)
-        amplitude = tl.where(valid, value.to(tl.float32), 0.0)
+        value = value.to(tl.float32)
+        amplitude = tl.where(valid, value, value * 0.0)
     return amplitude
 
 
@@ -500,7 +502,7 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
                         new = new + (dot,)
                         if grad_image is not None:
                             w = amplitude * _corner_weight(factors, None, q, -1)
-                            touched = (w != 0.0)[:, None] & c_in[None, :]
+                            touched = (valid & (w != 0.0))[:, None] & c_in[None, :]
                             tl.atomic_add(
                                 grad_image + place, grad * w[:, None], mask=touched, sem="relaxed"
                             )
@@ -540,7 +542,7 @@ def spread(image, points, weight, offset, mask, grad_offset, grad_mask, grad_ima
                         totals = _add_along(totals, dot, factors, slopes, amplitude, q, rank)
                     if grad_image is not None:
                         w = amplitude * _corner_weight(factors, None, q, -1)
-                        touched = (w != 0.0)[:, :, None] & (j < unit)
+                        touched = (valid & (w != 0.0))[:, :, None] & (j < unit)
                         tl.atomic_add(
                             grad_image + place, grad * w[:, :, None], mask=touched, sem="relaxed"
                         )
@@ -755,7 +757,7 @@ def inverse(points, weight, offset, mask, bias, lists, entries, out,
             amplitude = _amplitude(
                 mask, b, u // mask_units, units // mask_units, tap, p, listed, valid, sizes
             )
-            s = tl.where(here[:, None], amplitude[None, :], 0.0)
+            s = tl.where(here[:, None] & valid[None, :], amplitude[None, :], 0.0)
             for a in tl.static_range(rank):
                 low = tl.where(valid, at[a][0], 0)
                 distance = (low[None, :] - pixel[a][:, None]).to(tl.float32) + at[a][1][None, :]
