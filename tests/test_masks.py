@@ -48,7 +48,7 @@ def test_sigmoid():
         ),
         (
             lambda: deformnd.mask_softmax3d(torch.zeros(1, 9, 2, 2, 2), (3, 3)),
-            "mask_softmax3d: kernel_size is [3, 3], expected 3 positive values",
+            "mask_softmax3d: kernel_size is (3, 3), expected an int or 3 ints",
         ),
     ],
 )
