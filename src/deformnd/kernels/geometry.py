@@ -293,19 +293,19 @@ def _order(n: int, tensors: dict[str, Any]) -> str:
 
     torchvision's call is (input, offset, weight, ...), mmcv's second (input, offset, mask, weight).
     """
-    input, offset = tensors["input"], tensors["weight"]
-    for key in ("offset", "mask"):
-        weight = tensors.get(key)
-        plain = all(isinstance(t, Tensor) and not t.is_nested for t in (input, offset, weight))
-        if plain and offset.dim() == weight.dim() == n + 2 == input.dim():
-            unit = n * math.prod(weight.shape[2:])
-            like_offset = offset.shape[0] == input.shape[0] and unit and offset.shape[1] % unit == 0
-            channels, (first, second) = input.shape[1], weight.shape[:2]
-            if like_offset and (channels == first or (second and channels % second == 0)):
-                return (
-                    "; arguments are (input, weight, offset, mask, ...); "
-                    "torchvision's and mmcv's order is another"
-                )
+    first = (tensors["input"], tensors["weight"])
+    for last in (tensors.get("offset"), tensors.get("mask")):
+        dense = [t for t in (*first, last) if isinstance(t, Tensor) and not t.is_nested]
+        if len(dense) < 3 or any(t.dim() != n + 2 for t in dense):
+            continue
+        input, offset, weight = (t.shape for t in dense)
+        unit = n * math.prod(weight[2:])
+        like_offset = offset[0] == input[0] and unit and offset[1] % unit == 0
+        if like_offset and (input[1] == weight[0] or (weight[1] and input[1] % weight[1] == 0)):
+            return (
+                "; arguments are (input, weight, offset, mask, ...); "
+                "torchvision's and mmcv's order is another"
+            )
     return ""
 
 
