@@ -484,7 +484,7 @@ def _check(options: Any) -> int:
 
     if not options.file.is_file():
         raise UsageError(f"there is no file {options.file}")
-    if options.weights and not options.model:
+    if options.weights and options.model is None:
         raise UsageError("--weights are those of a --model, which is not given")
     try:
         graph = onnx.load(options.file, load_external_data=False)
@@ -494,7 +494,7 @@ def _check(options: Any) -> int:
         raise UsageError(f"{options.file} is no ONNX file: it holds no graph, or names no opset")
     inputs = _random_inputs(graph.graph, options.size, options.input)
     expected = None
-    if options.model:
+    if options.model is not None:
         model, _ = _load(options.model)
         _load_weights(model, options.weights)
         expected = _output(model, [t for _, t in inputs])

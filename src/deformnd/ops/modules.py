@@ -38,6 +38,8 @@ __all__ = [
     "fuse_batch_norm",
 ]
 
+_MODES = ("zeros", "reflect", "replicate", "circular")
+
 Activation = Union[str, Callable[[Tensor], Tensor], None]
 
 
@@ -161,6 +163,13 @@ def _check_arguments(
         raise ValueError(f"{name}: device is {device!r}, expected a device ({reason})") from None
 
 
+def _check_padding_mode(module: Any, mode: Any, modes: tuple[str, ...]) -> None:
+    if mode not in modes:
+        expected = " or ".join(map(repr, modes))
+        name = type(module).__name__
+        raise ValueError(f"{name}: padding_mode is {mode!r}, expected {expected}")
+
+
 def _refuse(module: Any, options: dict[str, Any]) -> None:
     """Raise TypeError for arguments that no layer has, or that this one does not need."""
     for key in options:
@@ -255,6 +264,7 @@ class _DeformConvNd(_ConvNd):
         numbers = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
         like = {"device": device, "dtype": dtype}
         _check_arguments(self, numbers, {"bias": bias}, like)
+        _check_padding_mode(self, padding_mode, _MODES)
         super().__init__(
             int(in_channels),
             int(out_channels),
@@ -331,6 +341,7 @@ class _DeformConvTransposeNd(_ConvTransposeNd):
         numbers = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
         like = {"device": device, "dtype": dtype}
         _check_arguments(self, numbers, {"bias": bias}, like)
+        _check_padding_mode(self, padding_mode, ("zeros",))
         super().__init__(
             int(in_channels),
             int(out_channels),
