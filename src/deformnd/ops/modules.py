@@ -221,7 +221,7 @@ def _check_input(module: Any, input: Tensor) -> None:
         before, after = around[2 * (n - 1 - a) : 2 * (n - a)]
         mode = module.padding_mode
         most = {"reflect": size[a] - 1, "circular": size[a]}.get(mode)
-        if most is not None and max(before, after) > most:
+        if most is not None and size[a] > 0 and max(before, after) > most:
             raise ValueError(
                 f"{name}: padding is {module.padding}, expected at most {most} with padding_mode "
                 f"{mode!r}; input {list(input.shape)}"
