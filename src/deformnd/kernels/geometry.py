@@ -190,10 +190,10 @@ def check_call(
     number of values in each size.
     """
     for key, t in tensors.items():
+        if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested:
+            continue  # as nearly always, in half the time
         if t is not None or key in ("input", "weight"):
-            problem = _no_dense_tensor(t)
-            if problem:
-                raise TypeError(f"{name}: {key} {problem}{_order(n, tensors)}")
+            raise TypeError(f"{name}: {key} {_no_dense_tensor(t)}{_order(n, tensors)}")
     input, weight = tensors["input"], tensors["weight"]
     assert input is not None and weight is not None
     if input.dim() not in (n + 1, n + 2):
