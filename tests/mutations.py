@@ -3,8 +3,8 @@ have the random calls of CI find each.
 
     python tests/mutations.py          (with Triton 3.6 and NumPy below 2.4, no GPU)
 
-A mutation is a stride, a bound or a mask that is wrong in a way that a hand might write. Each must be
-found by the interpreted calls of tests/test_random.py, or by those of tests/test_triton.py.
+A mutation is a stride, a bound or a mask that is wrong in a way that a hand might write. Each must
+be found by the interpreted calls of tests/test_random.py, or by those of tests/test_triton.py.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cases
 from cases import NAMES, Case
 from deformnd.kernels import cpu, reference
 from deformnd.kernels.geometry import (
@@ -150,7 +149,9 @@ def by_function(
     for name, need in zip(NAMES, call.needs, strict=True):
         value = t[name]
         leaves[name] = None if value is None else value.detach().requires_grad_(need)
-    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    wanted = {
+        name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad
+    }
     output = (function or call.case.call)(leaves)
     grads: Tensors = dict.fromkeys(NAMES)
     if wanted:
@@ -387,9 +388,7 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def poison() -> Iterator[None]:
-    with patched(
-        torch, empty=poisoned(torch.empty), empty_strided=poisoned(torch.empty_strided)
-    ):
+    with patched(torch, empty=poisoned(torch.empty), empty_strided=poisoned(torch.empty_strided)):
         yield
 
 

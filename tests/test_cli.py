@@ -1,8 +1,10 @@
 """The command line: what it prints, its exit codes, and no traceback for a user's mistake."""
 
+import itertools
 import json
 
 import pytest
+import torch
 
 import deformnd
 from deformnd import bench, cli
@@ -25,6 +27,12 @@ def another():
 def number():
     return 3
 
+def leaves():
+    raise SystemExit(3)
+
+def stopped():
+    raise KeyboardInterrupt
+
 def broken():
     raise KeyError("no such thing")
 """
@@ -35,6 +43,47 @@ def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text(MODEL)
     return tmp_path
+
+
+@pytest.fixture
+def files(model):
+    """Files that are no checkpoint, and ONNX files of all kinds."""
+    (model / "empty.pt").write_text("")
+    torch.save({1: torch.ones(2)}, model / "ints.pt")
+    torch.save([torch.ones(2)], model / "list.pt")
+    torch.save({"weight": torch.ones(2)}, model / "other.pt")
+    try:
+        from onnx import TensorProto, helper, save
+    except ImportError:
+        return model
+    tensor = helper.make_tensor_value_info
+
+    def write(name, inputs, nodes, shape=None):
+        outputs = [tensor(nodes[-1].output[0], TensorProto.FLOAT, shape)]
+        graph = helper.make_graph(nodes, "g", inputs, outputs)
+        opset = helper.make_opsetid("", 18)
+        save(helper.make_model(graph, opset_imports=[opset], ir_version=8), model / name)
+
+    one = [helper.make_node("Relu", ["x"], ["y"])]
+    shape = ["batch", 3, "height", "width"]
+    write("fine.onnx", [tensor("x", TensorProto.FLOAT, shape)], one)
+    write("huge.onnx", [tensor("x", TensorProto.FLOAT, [100000, 200000])], one)
+    write("shapeless.onnx", [tensor("x", TensorProto.FLOAT, None)], one)
+    write("words.onnx", [tensor("x", TensorProto.STRING, [2])], one)
+    odd = tensor("x", TensorProto.FLOAT, [2])
+    odd.type.tensor_type.elem_type = 77
+    write("typed.onnx", [odd], one)
+    write(
+        "sequence.onnx",
+        [helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_node("SequenceLength", ["x"], ["y"])],
+    )
+    names = ["x", *(f"t{i}" for i in range(10000))]
+    chain = [helper.make_node("Relu", [a], [b]) for a, b in itertools.pairwise(names)]
+    write("deep.onnx", [tensor("x", TensorProto.FLOAT, [2])], chain, [2])
+    value = helper.make_tensor("v", TensorProto.FLOAT, [2], [1.0, 2.0])
+    write("constant.onnx", [], [helper.make_node("Constant", [], ["y"], value=value)], [2])
+    return model
 
 
 def test_info(capsys):
@@ -101,16 +150,113 @@ def test_export_and_check(model, capsys):
         (["check", "model.py"], "model.py is no ONNX file"),
         (["bench", "--shapes", "huge"], "no shape 'huge', expected some of big"),
         (["bench", "--device", "abacus"], "device 'abacus' is not here"),
+        (["bench", "--device", "cuda:x"], "device 'cuda:x' is not here"),
+        (["bench", "--plot", "x.nonsense"], "--plot x.nonsense, expected a file of"),
+        (["export", "model.py:leaves"], "model.py:leaves does not run: SystemExit: 3"),
+        (["export", "model.py:stopped"], "model.py:stopped does not run: KeyboardInterrupt"),
+        (
+            ["export", "model.py:layer", "--input", "1,4,8,8"],
+            "does not take inputs [1, 4, 8, 8]: ValueError: PackedDeformConv2d: input has 4 chan",
+        ),
+        (
+            ["export", "model.py:layer", "--input", "1,3,8,8", "--opset", "99"],
+            "cannot be exported for target 'onnxruntime' at opset 99: torch",
+        ),
+        *(
+            (["export", "model.py:another", "--weights", file], message)
+            for file, message in (
+                ("model.py", "model.py is no checkpoint: "),
+                ("empty.pt", "empty.pt is no checkpoint: EOFError"),
+                ("ints.pt", "ints.pt holds a dict whose keys are no names, expected a state_dict"),
+                ("list.pt", "list.pt holds a list, expected a state_dict"),
+                ("other.pt", "other.pt does not fit the model: "),
+            )
+        ),
+        (["check", "empty.pt"], "empty.pt is no ONNX file: it holds no graph"),
+        (["check", "typed.onnx"], "input x has an unknown type 77"),
+        (["check", "words.onnx"], "input x has type string, expected floats, ints or bools"),
+        (["check", "shapeless.onnx"], "input x has no shape in the file: give it by --input"),
+        (["check", "sequence.onnx"], "input x is a sequence_type, expected a tensor"),
+        (["check", "huge.onnx"], "would be [100000, 200000], 75 GiB, expected at most"),
+        (["check", "fine.onnx", "--input", "1,4,8,8"], "does not fit input x [batch, 3, height, w"),
+        (["check", "fine.onnx", "--size", "30000"], "10 GiB, expected at most 268435456 values"),
+        (["check", "fine.onnx", "--weights", "empty.pt"], "--weights are those of a --model"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_usage_errors(model, capsys, arguments, message):
+def test_usage_errors(files, capsys, arguments, message):
     if arguments[0] != "bench":
-        pytest.importorskip("onnx")
+        pytest.importorskip("onnxscript")
+    before = sorted(files.iterdir())
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert message in err and "Traceback" not in out + err
-    assert err.startswith(f"deformnd {arguments[0]}: ")
+    assert err.startswith(f"deformnd {arguments[0]}: ") and err.count("\n") == 1
+    after = sorted(p for p in files.iterdir() if p.name != "__pycache__")
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "x.onnx", "--size", "abc"], "argument --size: 'abc' is no whole number"),
+        (["bench", "--seconds", "-1"], "argument --seconds: '-1' is no positive number of seconds"),
+        (["bench", "--seconds", "nan"], "argument --seconds: 'nan' is no positive number of sec"),
+        (["bench", "--threads", "0"], "argument --threads: 0 is not from 1 to 1024"),
+        (["bench", "--json", "nowhere/x.json"], "there is no folder 'nowhere'"),
+        (["demo", "--seed", str(2**64)], "argument --seed: 18446744073709551616 is not from"),
+        (["export", "model.py:layer", "--opset", "0"], "argument --opset: 0 is not from 1 to"),
+        (["export", "model.py:layer", "--out", "."], "argument --out: '.' is a folder"),
+        (["export", "model.py:layer", "--input", "1,3,100000,100000"], "has more than 268435456"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_values_that_argparse_refuses(model, capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert [p.name for p in model.iterdir()] == ["model.py"]
+
+
+def test_demo_leaves_no_folder(model, capsys):
+    for name in ("matplotlib", "onnxruntime", "sklearn", "tqdm"):
+        pytest.importorskip(name)
+    for device in ("nonsense", "meta"):
+        assert cli.main(["demo", "--device", device, "--out", "out"]) == 2
+        assert f"--device {device!r} is not here: " in capsys.readouterr().err
+    assert cli.main(["demo", "--out", "model.py/out"]) == 2
+    assert "--out model.py/out is no folder" in capsys.readouterr().err
+    assert [p.name for p in model.iterdir()] == ["model.py"]
+
+
+def test_model_files_named_as_modules(model, capsys):
+    """They are the user's model, and not the module for anyone else."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    for name in ("onnx", "copy", "openvino"):
+        (model / f"{name}.py").write_text(f"from sibling import layer as build\n{MODEL}")
+    (model / "sibling.py").write_text(MODEL)
+    for name in ("onnx", "copy", "openvino"):
+        arguments = ["export", f"{name}.py:build", "--input", "1,3,8,8", "--out", "o.onnx"]
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+        assert cli.main(["check", "o.onnx", "--model", f"{name}.py:build"]) == 0
+    import copy
+
+    assert copy.deepcopy([1]) == [1]
+
+
+def test_check_shows_open_axes_and_stops_in_time(files, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    assert cli.main(["check", "fine.onnx", "--size", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "input x: float32 [1, 3, 9, 9], in the file [batch, 3, height, width]" in out
+    # OpenVINO takes minutes to compile this.
+    assert cli.main(["check", "deep.onnx", "--seconds", "15"]) == 0
+    out = capsys.readouterr().out
+    assert "does not run it: it took more than 15 s" in out and "onnxruntime" in out
+    assert cli.main(["check", "constant.onnx"]) == 0
 
 
 def test_wrong_shape_is_a_usage_error(model, capsys):

@@ -8,6 +8,13 @@ import deformnd
 X, W = torch.zeros(1, 6, 6, 6), torch.zeros(4, 6, 3, 3)
 OFF, MASK, BIAS = torch.zeros(1, 18, 4, 4), torch.zeros(1, 9, 4, 4), torch.zeros(4)
 SHAPES = "; input [1, 6, 6, 6], weight [4, 6, 3, 3]"
+NESTED = {
+    name: torch.nested.nested_tensor([X[0], X[0]], layout=getattr(torch, name))
+    for name in ("strided", "jagged")
+}
+ORDER = (
+    "; arguments are (input, weight, offset, mask, ...); torchvision's and mmcv's order is another"
+)
 conv2d, transpose2d = deformnd.deform_conv2d, deformnd.deform_conv_transpose2d
 
 
@@ -155,6 +162,55 @@ conv2d, transpose2d = deformnd.deform_conv2d, deformnd.deform_conv_transpose2d
             (X, W, OFF),
             {"padding": "same", "stride": 2},
         ),
+        (
+            ValueError,
+            "dilation is [0, 0], expected at least 1 on every axis",
+            (X, W, OFF),
+            {"padding": "same", "dilation": 0},
+        ),
+        *(
+            (ValueError, f"{key} is {value}, expected at most 2147483647", args, {key: value})
+            for key in ("stride", "padding", "dilation", "groups")
+            for value in (2**31, 2**63, 10**30, -(10**30))
+            for args in ((X, W, OFF), (X, W))
+        ),
+        (ValueError, "stride is (1, 2147483648)", (X, W, OFF), {"stride": (1, 2**31)}),
+        *(
+            (ValueError, "expected at most 2^60 values (padding", args, {"padding": 2**31 - 1})
+            for args in ((X, W, OFF), (X, W))
+        ),
+        *(
+            (TypeError, f"input has layout {layout}, expected torch.strided", args, {})
+            for t, layout in (
+                (X.to_sparse(), "torch.sparse_coo"),
+                (X.to_mkldnn(), "torch._mkldnn"),
+            )
+            for args in ((t, W, OFF), (t, W))
+        ),
+        *(
+            (TypeError, f"{key} is a nested tensor of layout torch.{layout}", args, {})
+            for layout in ("strided", "jagged")
+            for key, args in (
+                ("input", (NESTED[layout], W, OFF)),
+                ("offset", (X, W, NESTED[layout])),
+            )
+        ),
+        (
+            TypeError,
+            "input has dtype torch.quint8, expected one of",
+            (torch.quantize_per_tensor(X, 0.1, 0, torch.quint8), W, OFF),
+            {},
+        ),
+        *(
+            (error, ORDER, args, {})
+            for error, args in (
+                (ValueError, (X, OFF, W)),
+                (ValueError, (X, OFF, W, BIAS)),
+                (TypeError, (X, OFF, W, None, 1, 0)),  # torchvision
+                (TypeError, (X, OFF, W, 1, 0, 1, 1, 1)),  # mmcv
+                (ValueError, (X, OFF, MASK, W, BIAS, 1, 0)),
+            )
+        ),
     ],
 )
 def test_deform_conv2d(error, message, args, options):
@@ -209,6 +265,14 @@ WT = torch.zeros(6, 2, 3, 3)
             {"padding": (4, 0)},
         ),
         (TypeError, "padding is 'same', expected an int or 2 ints", (X, WT), {"padding": "same"}),
+        *(
+            (ValueError, f"{key} is {value}, expected at most 2147483647", args, {key: value})
+            for key in ("stride", "padding", "output_padding", "dilation")
+            for value in (2**31, 10**30)
+            for args in ((X, WT, torch.zeros(1, 18, 6, 6)), (X, WT))
+        ),
+        (ValueError, "expected at most 2^60 values (stride", (X, WT), {"stride": 2**31 - 1}),
+        (ValueError, ORDER, (X, torch.zeros(1, 18, 6, 6), WT), {}),
         (ValueError, "bias has shape [6], expected [2]", (X, WT, None, None, torch.zeros(6)), {}),
     ],
 )

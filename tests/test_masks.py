@@ -48,7 +48,7 @@ def test_sigmoid():
         ),
         (
             lambda: deformnd.mask_softmax3d(torch.zeros(1, 9, 2, 2, 2), (3, 3)),
-            "mask_softmax3d: kernel_size is [3, 3], expected 3 positive values",
+            "mask_softmax3d: kernel_size is (3, 3), expected an int or 3 ints",
         ),
     ],
 )
@@ -56,3 +56,50 @@ def test_errors(call, message):
     with pytest.raises(ValueError) as caught:
         call()
     assert message in str(caught.value)
+
+
+MASK = torch.zeros(1, 18, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "error, size, message",
+    [
+        (ValueError, (-3, -3), "kernel_size is (-3, -3), expected an int or 2 ints from 1 to"),
+        (ValueError, -3, "kernel_size is -3, expected an int or 2 ints from 1 to"),
+        (ValueError, 10**30, "kernel_size is 1000"),
+        (TypeError, True, "kernel_size is True, expected an int or 2 ints"),
+        (TypeError, torch.tensor(3), "kernel_size is tensor(3), expected an int or 2 ints"),
+        (TypeError, 3.0, "kernel_size is 3.0, expected an int or 2 ints"),
+    ],
+)
+def test_kernel_sizes_that_are_none(error, size, message):
+    for make in (deformnd.MaskSoftmax2d, lambda size: deformnd.mask_softmax2d(MASK, size)):
+        with pytest.raises(error) as caught:
+            make(size)
+        assert message in str(caught.value)
+
+
+def test_masks_that_are_none():
+    for mask, message in (
+        (MASK.long(), "mask has dtype torch.int64, expected one of float16"),
+        (MASK.to_sparse(), "mask has layout torch.sparse_coo, expected torch.strided"),
+        ([1.0], "mask is a list, expected a Tensor"),
+    ):
+        for call in (deformnd.mask_sigmoid, lambda m: deformnd.mask_softmax2d(m, 3)):
+            with pytest.raises(TypeError, match=r"mask_s.*: ") as caught:
+                call(mask)
+            assert message in str(caught.value)
+    for error, scale in (
+        *((ValueError, v) for v in (-1, float("nan"), float("inf"))),
+        *((TypeError, v) for v in ("2", True, None)),
+    ):
+        for make in (deformnd.MaskSigmoid, lambda scale: deformnd.mask_sigmoid(MASK, scale)):
+            with pytest.raises(error, match=r"(?i)mask_?sigmoid: scale is "):
+                make(scale)
+
+
+def test_checks_in_torchscript():
+    with pytest.raises(torch.jit.Error, match="scale is -1"):
+        torch.jit.script(deformnd.mask_sigmoid)(MASK, -1.0)
+    with pytest.raises(torch.jit.Error, match="kernel_size is"):
+        torch.jit.script(deformnd.mask_softmax2d)(MASK, (-3, -3))

@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -266,7 +267,7 @@ def test_copies_pickles_and_hooks(packed):
     ],
 )
 def test_errors(make, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, TypeError)) as caught:
         make()
     assert message in str(caught.value)
 
@@ -346,3 +347,128 @@ def test_fuse_batch_norm_refuses_other_modules():
         deformnd.fuse_batch_norm(nn.Linear(6, 6), nn.BatchNorm2d(6))
     with pytest.raises(ValueError, match="norm has no running statistics"):
         deformnd.fuse_batch_norm(packed, nn.InstanceNorm2d(6).eval())
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_numbers_of_numpy(n, transposed):
+    kind = f"DeformConv{'Transpose' * transposed}{n}d"
+    for name in (kind, f"Packed{kind}", f"Lazy{kind}"):
+        make, ints = getattr(deformnd, name), (6, 3) if "Lazy" in name else (4, 6, 3)
+        given = make(*map(np.int64, ints), groups=np.int64(2), padding=(np.int32(1),) * n)
+        plain = make(*ints, groups=2, padding=(1,) * n)
+        assert repr(given) == repr(plain)
+        assert all(type(v) is int for v in (*given.kernel_size, *given.padding, given.groups))
+
+
+@pytest.mark.parametrize(
+    "error, options, message",
+    [
+        (TypeError, {"offset_groups": 2}, "unexpected argument 'offset_groups'; the number of gr"),
+        (TypeError, {"mask_groups": 2}, "the number of groups is read off the mask's channels"),
+        (TypeError, {"deform_groups": 2}, "read off the offset's channels"),
+        (TypeError, {"deformable_groups": 2}, "read off the offset's channels"),
+        (TypeError, {"strides": 2}, "unexpected argument 'strides'"),
+        (TypeError, {"kernel_size": True}, "kernel_size is True, expected an int or 2 ints"),
+        (
+            ValueError,
+            {"kernel_size": (3, 0)},
+            "kernel_size is (3, 0), expected an int or 2 ints fr",
+        ),
+        (ValueError, {"stride": 10**30}, "stride is 1000"),
+        (ValueError, {"padding": -1}, "padding is -1, expected an int or 2 ints from 0"),
+        (TypeError, {"groups": 1.0}, "groups is 1.0, expected an int"),
+        (ValueError, {"in_channels": -1}, "in_channels is -1, expected an int from 0"),
+        (TypeError, {"out_channels": "6"}, "out_channels is '6', expected an int"),
+        (TypeError, {"bias": torch.zeros(6)}, "bias is tensor"),
+        (ValueError, {"padding_mode": []}, "padding_mode is [], expected 'zeros'"),
+        (ValueError, {"device": "abacus"}, "device is 'abacus', expected a device"),
+        (TypeError, {"dtype": "float32"}, "dtype is 'float32', expected a floating torch.dtype"),
+    ],
+)
+def test_arguments_of_layers(error, options, message):
+    sizes = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
+    for name in ("DeformConv2d", "DeformConvTranspose2d", "LazyDeformConv2d"):
+        given = {**sizes, **options}
+        if name.startswith("Lazy"):
+            del given["in_channels"]
+            if "in_channels" in options:
+                continue
+        with pytest.raises(error) as caught:
+            getattr(deformnd, name)(**given)
+        assert str(caught.value).startswith(f"{name}: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error, options, message",
+    [
+        (
+            TypeError,
+            {"deform_groups": 2},
+            "argument 'deform_groups'; its name here is offset_groups",
+        ),
+        (
+            TypeError,
+            {"mask_activation": 3},
+            "mask_activation is 3, expected None, a Module or a ca",
+        ),
+        (TypeError, {"offset_activation": []}, "offset_activation is [], expected None, a Module"),
+        (TypeError, {"offset_groups": 1.0}, "offset_groups is 1.0, expected an int"),
+        (TypeError, {"generator_groups": "1"}, "generator_groups is '1', expected an int"),
+        (TypeError, {"modulated": "yes"}, "modulated is 'yes', expected a bool"),
+    ],
+)
+def test_arguments_of_packed_layers(error, options, message):
+    for name in ("PackedDeformConv2d", "PackedDeformConvTranspose2d"):
+        with pytest.raises(error) as caught:
+            getattr(deformnd, name)(4, 6, 3, **options)
+        assert str(caught.value).startswith(f"{name}: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error, input, message",
+    [
+        (ValueError, torch.zeros(1, 5, 8, 8), "input has 5 channels, expected in_channels 4"),
+        (ValueError, torch.zeros(8, 8), "input has 2 dimensions, expected 4"),
+        (TypeError, torch.zeros(1, 4, 8, 8).double(), "input has dtype torch.float64, expected"),
+        (TypeError, torch.zeros(1, 4, 8, 8).long(), "input has dtype torch.int64, expected"),
+        (TypeError, [1.0], "input is a list, expected a Tensor"),
+        (ValueError, torch.zeros(1, 4, 8, 8, device="meta"), "input is on meta, expected cpu"),
+        (ValueError, torch.zeros(1, 4, 0, 8), "input has spatial size (0, 8), expected at least"),
+    ],
+)
+def test_inputs_of_layers_that_pad_or_predict(error, input, message):
+    """What they compute ahead of the operator must not end in another function's error."""
+    for make in (
+        deformnd.PackedDeformConv2d,
+        deformnd.PackedDeformConvTranspose2d,
+        lambda *sizes: deformnd.PackedDeformConv2d(*sizes, padding=1, padding_mode="reflect"),
+    ):
+        with pytest.raises(error, match=r"^PackedDeform") as caught:
+            make(4, 6, 3)(input)
+        assert message in str(caught.value)
+    if not isinstance(input, torch.Tensor) or input.device.type == "cpu":
+        plain = deformnd.DeformConv2d(4, 6, 3, padding=1, padding_mode="circular")
+        with pytest.raises(error, match=r"^DeformConv2d: input "):
+            plain(input, None)
+
+
+def test_sizes_of_layers_that_pad_or_predict():
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"spatial size \(2, 8\), expected at least 3 on axis 0"):
+        deformnd.PackedDeformConv2d(4, 6, 3)(x)
+    with pytest.raises(
+        ValueError, match=r"padding is \(2, 2\), expected at most 1 with padding_mo"
+    ):
+        deformnd.DeformConv2d(4, 6, 3, padding=2, padding_mode="reflect")(x, None)
+    with pytest.raises(TypeError, match=r"output_size is 'abc', expected a list of ints"):
+        deformnd.DeformConvTranspose2d(4, 6, 3)(x, None, output_size="abc")
+    with pytest.raises(ValueError, match="LazyPackedDeformConv2d: input has 2 dimensions"):
+        deformnd.LazyPackedDeformConv2d(6, 3)(x[0, 0])
+
+
+def test_a_lazy_layer_that_loaded_has_its_channels():
+    lazy = deformnd.LazyPackedDeformConvTranspose2d(6, 3, groups=2)
+    lazy.load_state_dict(deformnd.PackedDeformConvTranspose2d(4, 6, 3, groups=2).state_dict())
+    lazy(torch.zeros(1, 4, 5, 5))
+    assert lazy.in_channels == 4

@@ -305,6 +305,84 @@ def test_verify_removes_a_wrong_file(tmp_path, capsys):
         check(path, nn.Flatten(0), args)
 
 
+def test_names_and_shapes_as_of_torch(tmp_path, capsys):
+    """A bare tensor, f= and opset_version=, as torch.onnx.export takes them."""
+    layer, x = deformnd.PackedDeformConv2d(3, 4, 3, padding=1).eval(), torch.rand(1, 3, 8, 8)
+    path = tmp_path / "model.onnx"
+    export(layer, x, f=path, opset_version=21)
+    assert "opset 21; differs from torch by" in capsys.readouterr().out
+    assert {o.domain: o.version for o in onnx.load(path).opset_import}[""] == 21
+    assert check(path, layer, x) < 1e-5
+    export(layer, ({"input": x},), path, dynamo=True, verbose=False)
+    with pytest.warns(UserWarning, match="the model is in training mode"):
+        export(layer.train(), x, path, verbose=False)
+
+
+@pytest.mark.parametrize(
+    "error, options, message",
+    [
+        (TypeError, {"path": None}, "path is None, expected the name of a file to write"),
+        (ValueError, {"path": "."}, "path '.' is a folder, expected a file to write"),
+        (ValueError, {"path": "none/m.onnx"}, "path is 'none/m.onnx', but there is no folder 'no"),
+        (TypeError, {"f": "m.onnx"}, "both path and f are given"),
+        (TypeError, {"args": [3]}, "args is a list, expected a tuple of inputs or a tensor"),
+        (TypeError, {"kwargs": 3}, "kwargs is a int, expected inputs by name"),
+        (TypeError, {"model": 3}, "model is a int, expected a Module or ExportedProgram"),
+        (TypeError, {"opset": "20"}, "opset is '20', expected an int"),
+        (UnsupportedError, {"opset": 99}, "at opset 99: torch"),
+        (ValueError, {"opset": 99}, "at opset 99: torch"),
+        (ValueError, {"dynamo": False}, "dynamo is False, expected True"),
+        (TypeError, {"dynamic_shapes": "batch"}, "dynamic_shapes is a str, expected a tuple"),
+        *(
+            (ValueError, {"dynamic_shapes": shapes}, "dynamic_shapes does not fit the inputs: ")
+            for shapes in ({"y": {0: "b"}}, ({7: "b"},), ({0: 1.5},), ({0: "b"},) * 2)
+        ),
+        (ValueError, {"args": (torch.rand(1, 2, 8, 8),)}, "the model does not take args: Packed"),
+    ],
+)
+def test_arguments_of_export(error, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layer = deformnd.PackedDeformConv2d(3, 4, 3, padding=1).eval()
+    given = {"model": layer, "args": (torch.rand(1, 3, 8, 8),), "path": "m.onnx", **options}
+    with pytest.raises(error, match=r"deformnd\.onnx: ") as caught:
+        export(**given)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_does_not_load_the_file(tmp_path, capsys, monkeypatch):
+    """Another engine's file is right all the same; that of the engine's own target is of no use.
+
+    ONNX Runtime before 1.25 says so of every DeformConv; this one says it of an operator set from
+    the future.
+    """
+    monkeypatch.chdir(tmp_path)
+    real = deformnd.onnx.export.__globals__["_check_program"]
+
+    def newer(program, *rest):
+        real(program, *rest)
+        program.model.opset_imports["nobody.knows"] = 1
+        for node in program.model.graph:
+            if node.op_type == "Relu":
+                node.domain = "nobody.knows"
+
+    monkeypatch.setitem(deformnd.onnx.export.__globals__, "_check_program", newer)
+    args = (torch.rand(2, 3),)
+    with pytest.raises(ValueError, match=r"onnxruntime [0-9.]+ does not run m\.onnx: "):
+        export(nn.ReLU().eval(), args, "m.onnx")
+    assert not list(tmp_path.iterdir())
+    export(nn.ReLU().eval(), args, "m.onnx", target="precise")
+    assert "not compared with torch in onnxruntime (" in capsys.readouterr().out
+    assert (tmp_path / "m.onnx").exists()
+
+
+def test_the_message_of_an_engine_without_deform_conv():
+    from deformnd.onnx import engines
+
+    said = engines.reason("onnxruntime", "NOT_IMPLEMENTED : no implementation for\n DeformConv(19)")
+    assert "target 'precise' runs in older ones" in said and "\n" not in said
+
+
 def test_the_transpose_does_not_race(tmp_path):
     """Many offsets meet at each pixel, and many threads."""
     model = Calls([Case((40, 40), (3, 3), padding=1, transposed=True, channels=(8, 8), batch=1)])

@@ -778,7 +778,9 @@ def test_odd_channels_compile_right(groups: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
 
     size, ones = (16, 16), (1, 1)
-    g = Geometry(2, 5 * groups, 33 * groups, groups, groups, 1, size, size, (1, 3), ones, ones, ones)
+    g = Geometry(
+        2, 5 * groups, 33 * groups, groups, groups, 1, size, size, (1, 3), ones, ones, ones
+    )
     for dtype in (torch.float16, torch.bfloat16):
         key = (2, "native", False, 132)
         inverse = launch._inverse_launch(g, *key)

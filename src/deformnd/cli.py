@@ -10,20 +10,30 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 
 TOLERANCE = 1e-3  # of the largest value, between engines
+LARGEST_INPUT = 2**28  # values, of those that a command makes up
 
 
 class UsageError(Exception):
     """What argparse cannot see; ends with exit code 2."""
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line: torch's and the engines' have many."""
+    said = " ".join(str(error).split())
+    return said if len(said) < 400 else said[:400] + " ..."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,11 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"install them with: pip install 'deformnd[{options.extra}]'", file=sys.stderr)
         return 1
     except UsageError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {_line(error)}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
-        # No such device, no such folder, an operator that the target cannot express ...
-        print(f"{name}: {error}", file=sys.stderr)
+    except (RuntimeError, OSError, ValueError, TypeError, MemoryError) as error:
+        # A disk that is full, a file that an engine finds wrong ...
+        print(f"{name}: {_line(error) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
         return 1
 
 
@@ -66,20 +79,58 @@ def _add(commands: Any, name: str, run: Any, extra: str, help: str, description:
     return parser
 
 
+def _whole(text: str, least: int, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+    return value
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return _whole(text, 1, 2**31 - 1)
+
+
+def _threads(text: str) -> int:
+    return _whole(text, 1, 1024)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, -(2**63), 2**63 - 2)  # torch's range, and room for one more
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
     return value
 
 
 def _sizes(text: str) -> tuple[int, ...]:
     try:
-        return tuple(_positive(part) for part in text.replace("x", ",").split(","))
-    except (ValueError, argparse.ArgumentTypeError):
+        sizes = tuple(_positive(part) for part in text.replace("x", ",").split(","))
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no shape, expected sizes such as 1,3,224,224"
         ) from None
+    if math.prod(sizes) > LARGEST_INPUT:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than {LARGEST_INPUT} values")
+    return sizes
+
+
+def _file(text: str) -> Path:
+    """A file to write, checked before the work and not after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, expected a file to write")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
+    return path
 
 
 def _add_demo(commands: Any) -> None:
@@ -96,14 +147,28 @@ def _add_demo(commands: Any) -> None:
     )
     demo.add_argument("--epochs", type=_positive, default=20, help="passes over the images")
     demo.add_argument("--out", type=Path, default=Path("deformnd-demo"), help="folder to write")
-    demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of data, weights and order")
     demo.add_argument("--device", default="cpu", help="torch device to train on")
 
 
 def _demo(options: Any) -> int:
+    import torch
+
     from .demo import run
 
-    run(options.epochs, options.out, options.seed, options.device)
+    if any(p.exists() and not p.is_dir() for p in (options.out, *options.out.parents)):
+        raise UsageError(f"--out {options.out} is no folder")
+    try:
+        torch.zeros(1, device=options.device).item()
+    except Exception as error:
+        raise UsageError(f"--device {options.device!r} is not here: {_line(error)}") from None
+    made = not options.out.exists()
+    try:
+        run(options.epochs, options.out, options.seed, options.device)
+    except BaseException:
+        if made and options.out.is_dir() and not any(options.out.iterdir()):
+            options.out.rmdir()
+        raise
     return 0
 
 
@@ -151,11 +216,11 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("--peers", help="names, with commas; unset: all")
     bench.add_argument("--phases", default="forward,backward", help="either or both")
-    bench.add_argument("--seconds", type=float, default=1.0, help="for each row, on a CPU")
-    bench.add_argument("--threads", type=_positive, help="on a CPU; unset: torch's own number")
+    bench.add_argument("--seconds", type=_seconds, default=1.0, help="for each row, on a CPU")
+    bench.add_argument("--threads", type=_threads, help="on a CPU; unset: torch's own number")
     bench.add_argument("--no-memory", action="store_true", help="skip the peak memory")
-    bench.add_argument("--json", type=Path, help="write the results, device and versions")
-    bench.add_argument("--plot", type=Path, help="write a picture of the ratios")
+    bench.add_argument("--json", type=_file, help="write the results, device and versions")
+    bench.add_argument("--plot", type=_file, help="write a picture of the ratios")
     bench.add_argument("--list", action="store_true", help="list the shapes, and do nothing")
 
 
@@ -170,7 +235,8 @@ def _bench(options: Any) -> int:
             print(f"{name:7}", ", ".join(f"{k} {v}" for k, v in shape._asdict().items()))
         return 0
     cpu = options.device == "cpu"
-    if not cpu and not (options.device.startswith("cuda") and torch.cuda.is_available()):
+    devices = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if not cpu and not (options.device in devices and torch.cuda.is_available()):
         raise UsageError(f"device {options.device!r} is not here, expected cpu or a CUDA device")
 
     def choose(what: str, text: str | None, default: Any, names: Any) -> list[str]:
@@ -187,6 +253,12 @@ def _bench(options: Any) -> int:
     dtypes = choose("dtype", options.dtypes, default, bench.DTYPES)
     peers = choose("peer", options.peers, list(bench.PEERS), bench.PEERS)
     phases = choose("phase", options.phases, bench.PHASES, bench.PHASES)
+    if options.plot:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if options.plot.suffix[1:] not in ("", *kinds):
+            raise UsageError(f"--plot {options.plot}, expected a file of {', '.join(kinds)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     report = bench.run(
@@ -212,7 +284,7 @@ def _add_export(commands: Any) -> None:
         "model, or the model and the tuple of its inputs.",
     )
     export.add_argument("model", metavar="MODEL.py:FACTORY", help="where the model comes from")
-    export.add_argument("--out", type=Path, help="file to write; unset: FACTORY.onnx")
+    export.add_argument("--out", type=_file, help="file to write; unset: FACTORY.onnx")
     export.add_argument(
         "--target",
         default="onnxruntime",
@@ -226,7 +298,7 @@ def _add_export(commands: Any) -> None:
         help="shape of an input, such as 1,3,224,224 (random values); repeat it for more inputs",
     )
     export.add_argument("--dynamic", action="store_true", help="leave batch and spatial sizes open")
-    export.add_argument("--opset", type=int, help="unset: the target's best")
+    export.add_argument("--opset", type=_positive, help="unset: the target's best")
     export.add_argument("--weights", type=Path, help="a state_dict to load first")
     export.add_argument("--no-verify", action="store_true", help="do not run the file")
 
@@ -239,36 +311,94 @@ def _load(spec: str) -> tuple[Any, tuple[Any, ...] | None]:
     if not separator or not source or not name:
         raise UsageError(f"{spec!r} is no MODEL.py:FACTORY")
     path = Path(source)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise UsageError(f"there is no file {source}")
-        found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None and found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = module
-        sys.path.insert(0, str(path.parent))
-        try:
-            found.loader.exec_module(module)
-        except Exception as error:
-            raise UsageError(f"{source} does not run: {type(error).__name__}: {error}") from None
-        finally:
-            sys.path.remove(str(path.parent))
-    else:
-        try:
-            module = importlib.import_module(source)
-        except ImportError as error:
-            raise UsageError(f"cannot import {source}: {error}") from None
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise UsageError(f"{source} has no function {name}")
+    python = path.suffix == ".py"
+    if python and not path.is_file():
+        raise UsageError(f"there is no file {source}")
+    # The file's folder comes first, as for a script; but a file that is named as a module, such as
+    # onnx.py, is not found in that module's place.
+    taken = python and (path.stem in sys.modules or _is_module(path.stem))
+    before = list(sys.path)
+    if python:
+        sys.path.insert(len(before) if taken else 0, str(path.parent))
+    what = source
     try:
+        module = _run_file(path, "_" * taken + path.stem) if python else _import(source)
+        what, factory = spec, getattr(module, name, None)
+        if not callable(factory):
+            raise UsageError(f"{source} has no function {name}")
         made = factory() if not isinstance(factory, nn.Module) else factory
-    except Exception as error:
-        raise UsageError(f"{spec} does not run: {type(error).__name__}: {error}") from None
+    except UsageError:
+        raise
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        raise UsageError(f"{what} does not run: {type(error).__name__}: {_line(error)}") from None
+    finally:
+        sys.path[:] = before
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec} returned a {type(model).__name__}, expected a torch.nn.Module")
     return model.eval(), inputs if inputs is None or isinstance(inputs, tuple) else (inputs,)
+
+
+def _is_module(name: str) -> bool:
+    return name.isidentifier() and importlib.util.find_spec(name) is not None
+
+
+def _run_file(path: Path, name: str) -> Any:
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # what a class asks for its module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, ValueError, TypeError) as error:
+        raise UsageError(f"cannot import {name}: {_line(error)}") from None
+
+
+def _load_weights(model: Any, path: Path | None) -> None:
+    import torch
+
+    if path is None:
+        return
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise UsageError(f"{path} is no checkpoint: {reason}") from None
+    if not isinstance(state, Mapping):
+        raise UsageError(f"{path} holds a {type(state).__name__}, expected a state_dict")
+    if not all(isinstance(key, str) for key in state):
+        raise UsageError(f"{path} holds a dict whose keys are no names, expected a state_dict")
+    try:
+        model.load_state_dict(state)
+    except Exception as error:
+        raise UsageError(f"{path} does not fit the model: {_line(error)}") from None
+
+
+def _output(model: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The tensors that the model returns."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            out = model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(list(getattr(t, "shape", "?"))) for t in inputs)
+        raise UsageError(
+            f"the model does not take inputs {shapes}: {type(error).__name__}: {_line(error)}"
+        ) from None
+    leaves = torch.utils._pytree.tree_leaves(out)
+    return [t for t in leaves if isinstance(t, torch.Tensor)]
 
 
 def _export(options: Any) -> int:
@@ -280,33 +410,39 @@ def _export(options: Any) -> int:
 
     if options.target not in onnx.TARGETS:
         raise UsageError(f"no target {options.target!r}, expected one of {', '.join(onnx.TARGETS)}")
+    path = options.out or Path(options.model.rpartition(":")[2] + ".onnx")
     model, inputs = _load(options.model)
     if options.input:
         inputs = tuple(torch.randn(size) for size in options.input)
     if inputs is None:
         raise UsageError("the input's shape is not known: give --input, such as --input 1,3,64,64")
-    if options.weights:
-        if not options.weights.is_file():
-            raise UsageError(f"there is no file {options.weights}")
-        model.load_state_dict(torch.load(options.weights, map_location="cpu", weights_only=True))
+    _load_weights(model, options.weights)
+    _output(model, inputs)  # what the model finds wrong is not the exporter's
     dynamic = None
     if options.dynamic:
         auto = torch.export.Dim.DYNAMIC
-        axes = [{a: auto for a in range(t.dim()) if a != 1} for t in inputs]
-        dynamic = tuple(axes)
-    path = options.out or Path(options.model.rpartition(":")[2] + ".onnx")
+
+        def open_axes(t: Any) -> Any:
+            if not isinstance(t, torch.Tensor):
+                return None
+            return {a: auto for a in range(t.dim()) if a != 1}
+
+        dynamic = torch.utils._pytree.tree_map(open_axes, inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        onnx.export(
-            model,
-            inputs,
-            path,
-            target=options.target,
-            opset=options.opset,
-            dynamic_shapes=dynamic,
-            verify=not options.no_verify,
-        )
+        try:
+            onnx.export(
+                model,
+                inputs,
+                path,
+                target=options.target,
+                opset=options.opset,
+                dynamic_shapes=dynamic,
+                verify=not options.no_verify,
+            )
+        except onnx.UnsupportedError as error:
+            raise UsageError(str(error)) from None
     return 0
 
 
@@ -338,18 +474,30 @@ def _add_check(commands: Any) -> None:
         metavar="SIZES",
         help="shape of an input; repeat it for more inputs",
     )
+    check.add_argument(
+        "--seconds", type=_seconds, default=300.0, help="how long an engine may take, each"
+    )
 
 
 def _check(options: Any) -> int:
     import onnx
-    import torch
 
     if not options.file.is_file():
         raise UsageError(f"there is no file {options.file}")
+    if options.weights and options.model is None:
+        raise UsageError("--weights are those of a --model, which is not given")
     try:
         graph = onnx.load(options.file, load_external_data=False)
     except Exception as error:  # whatever protobuf raises
-        raise UsageError(f"{options.file} is no ONNX file: {error}") from None
+        raise UsageError(f"{options.file} is no ONNX file: {_line(error)}") from None
+    if not graph.HasField("graph") or not graph.opset_import:
+        raise UsageError(f"{options.file} is no ONNX file: it holds no graph, or names no opset")
+    inputs = _random_inputs(graph.graph, options.size, options.input)
+    expected = None
+    if options.model is not None:
+        model, _ = _load(options.model)
+        _load_weights(model, options.weights)
+        expected = _output(model, [t for _, t in inputs])
     opsets = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in graph.opset_import)
     print(f"{options.file}: opset {opsets}")
     names = Counter(
@@ -362,27 +510,22 @@ def _check(options: Any) -> int:
         what = "defined in the file" if name in own else "custom: an engine must bring it"
         print(f"  {name}: {what}")
 
-    inputs = _random_inputs(graph.graph, options.size, options.input)
+    for said, _ in inputs:
+        print(said)
     results: dict[str, Any] = {}
     for engine in ("onnxruntime", "openvino"):
-        results |= _run_engine(engine, options.file, inputs)
+        results |= _run_engine(engine, options.file, [t for _, t in inputs], options.seconds)
     if not results:
         print("no engine runs this file", file=sys.stderr)
         return 1
-    if options.model:
-        model, _ = _load(options.model)
-        if options.weights:
-            model.load_state_dict(torch.load(options.weights, weights_only=True))
-        with torch.no_grad():
-            out = model(*inputs)
-        leaves = torch.utils._pytree.tree_leaves(out)
-        results = {"torch": [t for t in leaves if isinstance(t, torch.Tensor)], **results}
+    if expected is not None:
+        results = {"torch": expected, **results}
     if len(results) == 1:
         print("nothing to compare with: install another engine, or name the --model")
-    (first, expected), *others = results.items()
+    (first, reference), *others = results.items()
     failed = False
     for other, got in others:
-        worst = _difference(got, expected)
+        worst = _difference(got, reference)
         ok = worst <= TOLERANCE
         failed |= not ok
         verdict = "ok" if ok else "DIFFERS"
@@ -390,7 +533,10 @@ def _check(options: Any) -> int:
     return int(failed)
 
 
-def _random_inputs(graph: Any, size: int, given: list[tuple[int, ...]] | None) -> list[Any]:
+def _random_inputs(
+    graph: Any, size: int, given: list[tuple[int, ...]] | None
+) -> list[tuple[str, Any]]:
+    """A tensor for each input of the graph, and what there is to say of it."""
     import numpy as np
     import onnx
     import torch
@@ -402,36 +548,92 @@ def _random_inputs(graph: Any, size: int, given: list[tuple[int, ...]] | None) -
     made = []
     generator = np.random.default_rng(0)
     for k, value in enumerate(wanted):
-        kind = value.type.tensor_type
-        dims = [
-            d.dim_value if d.HasField("dim_value") else (1 if axis == 0 else size)
-            for axis, d in enumerate(kind.shape.dim)
+        name, kind = value.name, value.type.WhichOneof("value")
+        if kind != "tensor_type":
+            raise UsageError(f"input {name} is a {kind or 'value of no type'}, expected a tensor")
+        tensor = value.type.tensor_type
+        try:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        except Exception:
+            raise UsageError(f"input {name} has an unknown type {tensor.elem_type}") from None
+        if dtype.kind not in "fiub" or not dtype.isbuiltin:
+            what = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+            raise UsageError(f"input {name} has type {what}, expected floats, ints or bools")
+        if not tensor.HasField("shape") and not given:
+            raise UsageError(f"input {name} has no shape in the file: give it by --input")
+        dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+        shape = (
+            given[k]
+            if given
+            else tuple(
+                d if d is not None else 1 if axis == 0 else size for axis, d in enumerate(dims)
+            )
+        )
+        names = [
+            str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
+            for d in tensor.shape.dim
         ]
-        shape = given[k] if given else tuple(dims)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        declared = f"[{', '.join(names)}]"
+        if tensor.HasField("shape") and (
+            len(shape) != len(dims)
+            or any(d not in (None, s) for d, s in zip(dims, shape, strict=True))
+        ):
+            raise UsageError(f"--input {list(shape)} does not fit input {name} {declared}")
+        if min(shape, default=1) < 0 or math.prod(shape) > LARGEST_INPUT:
+            gib = math.prod(shape) * dtype.itemsize / 2**30
+            raise UsageError(
+                f"input {name} {declared} would be {list(shape)}, {gib:.0f} GiB, expected at most "
+                f"{LARGEST_INPUT} values"
+            )
         real = np.issubdtype(dtype, np.floating)
         array = generator.standard_normal(shape) if real else np.zeros(shape)
-        print(f"input {value.name}: {dtype} {list(shape)}" + ("" if real else " (zeros)"))
-        made.append(torch.from_numpy(array.astype(dtype)))
+        said = f"input {name}: {dtype} {list(shape)}"
+        if None in dims:
+            said += f", in the file {declared}"
+        made.append((said + ("" if real else " (zeros)"), torch.from_numpy(array.astype(dtype))))
     return made
 
 
-def _run_engine(engine: str, path: Path, inputs: list[Any]) -> dict[str, Any]:
-    from .onnx.export import _RUNNERS
+def _run_engine(engine: str, path: Path, inputs: list[Any], seconds: float) -> dict[str, Any]:
+    """The outputs of a file by an engine, in a process of its own."""
+    import numpy as np
+    import torch
+
+    from .onnx import engines
 
     try:
-        version = importlib.import_module(engine).__version__.split("-")[0]
+        version = engines.version(engine)
     except ImportError:
         print(f"{engine}: not installed")
         return {}
-    try:
-        outputs = _RUNNERS[engine](str(path))[1](inputs)
-    except Exception as error:  # each engine has its own; the message is what counts
-        reason = " ".join(str(error).split())
-        print(f"{engine} {version}: does not run it: {reason[:300]}")
-        if engine == "openvino" and "DeformConv" in reason:
-            print("  deformnd.onnx.read_openvino_model reads it; so does target 'openvino' export")
-        return {}
+    # Not `python engines.py`: its folder has an openvino.py, and the current one any file.
+    code = (
+        "import sys; sys.path[:1] == [''] and sys.path.pop(0); import runpy; "
+        "runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "inputs.npz", *[t.numpy() for t in inputs])
+        command = [sys.executable, "-c", code, engines.__file__, engine, str(path), folder]
+        try:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=seconds,
+            )
+            error = (done.stderr.splitlines() or [""])[-1]
+            if done.returncode < 0:
+                error = f"it crashed (signal {-done.returncode})"
+            elif not done.returncode:
+                error = ""
+        except subprocess.TimeoutExpired:
+            error = f"it took more than {seconds:g} s"
+        if error:
+            print(f"{engine} {version}: does not run it: {error}")
+            return {}
+        saved = np.load(Path(folder) / "outputs.npz")
+        outputs = [torch.from_numpy(saved[key]) for key in saved.files]
     print(f"{engine} {version}: runs it")
     return {engine: outputs}
 

@@ -176,8 +176,8 @@ def draw(model: nn.Sequential, images: Tensor, labels: Tensor, path: Path) -> No
 
 def run(epochs: int, out: Path, seed: int, device: str) -> dict[str, float]:
     """The whole demo; prints and writes what `deformnd demo --help` says, returns the figures."""
-    out.mkdir(parents=True, exist_ok=True)
     torch.zeros(1, device=device)  # an unknown device fails here, with torch's own words
+    out.mkdir(parents=True, exist_ok=True)
     training, test = load(seed, device)
     test_images = transform(test.images, torch.Generator().manual_seed(seed + 1))
     models, result = {}, {}

@@ -27,6 +27,10 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Of stride, padding, dilation and groups: torch's own convolutions cut larger ones to 32 bits, and
+# products with a size of up to 2^32 still fit 64.
+LARGEST = 2**31 - 1
+
 
 class Geometry(NamedTuple):
     """All sizes of one call (see Note [one bilinear form])."""
@@ -87,6 +91,7 @@ def conv_geometry(
             f"the dilated kernel is larger than the padded input (stride {_show(stride)}, "
             f"padding {_show(padding)}, dilation {_show(dilation)})"
         )
+    _check_numel(fail, (input.shape[0], points, *point_size), f"padding {_show(padding)}")
     offset_groups, mask_groups = _check_offset_mask(
         fail, offset, mask, input.shape[0], channels, "input", point_size, kernel
     )
@@ -148,6 +153,11 @@ def conv_transpose_geometry(
             f"(stride {_show(stride)}, padding {_show(padding)}, "
             f"output_padding {_show(output_padding)}, dilation {_show(dilation)})"
         )
+    _check_numel(
+        fail,
+        (input.shape[0], channels, *image_size),
+        f"stride {_show(stride)}, dilation {_show(dilation)}",
+    )
     offset_groups, mask_groups = _check_offset_mask(
         fail, offset, mask, input.shape[0], channels, "output", tuple(input.shape[2:]), kernel
     )
@@ -180,8 +190,10 @@ def check_call(
     number of values in each size.
     """
     for key, t in tensors.items():
-        if not isinstance(t, Tensor) and (t is not None or key in ("input", "weight")):
-            raise TypeError(f"{name}: {key} is a {type(t).__name__}, expected a Tensor")
+        if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested:
+            continue  # as nearly always, in half the time
+        if t is not None or key in ("input", "weight"):
+            raise TypeError(f"{name}: {key} {_no_dense_tensor(t)}{_order(n, tensors)}")
     input, weight = tensors["input"], tensors["weight"]
     assert input is not None and weight is not None
     if input.dim() not in (n + 1, n + 2):
@@ -194,13 +206,16 @@ def check_call(
         if t is not None and t.dim() != dim:
             unbatched = " as the unbatched input" if dim == n + 1 else ""
             raise ValueError(
-                f"{name}: {key} has {t.dim()} dimensions, expected {dim}{unbatched}; "
-                f"{_shapes(tensors)}"
+                f"{name}: {key} has {t.dim()} dimensions, expected {dim}{unbatched}"
+                f"{_order(n, tensors)}; {_shapes(tensors)}"
             )
     ints = [int] * n
     for key, value in parameters.items():
-        if type(value) is int or (
-            type(value) is tuple and [*map(type, value)] == ints and key != "groups"
+        if (type(value) is int and -LARGEST <= value <= LARGEST) or (
+            type(value) is tuple
+            and [*map(type, value)] == ints
+            and key != "groups"
+            and -LARGEST <= min(value) <= max(value) <= LARGEST
         ):
             continue  # as nearly always, in half the time
         sequence = isinstance(value, (tuple, list))
@@ -213,8 +228,24 @@ def check_call(
         for v in value if sequence and key != "groups" else (value,):
             if not isinstance(v, (int, torch.SymInt, Integral)) or isinstance(v, bool):
                 raise TypeError(f"{name}: {key} is {value!r}, expected {wanted}")
+            if not isinstance(v, torch.SymInt) and abs(int(v)) > LARGEST:
+                raise ValueError(f"{name}: {key} is {value!r}, expected at most {LARGEST}")
         if sequence and len(value) != length:
             raise ValueError(f"{name}: {key} is {value!r}, expected {wanted}")
+
+
+def check_ints(name: str, key: str, value: Any, n: int, least: int) -> tuple[int, ...]:
+    """An int, or one for each of n axes, as n ints of at least `least`; n = 0: one int alone."""
+    many = n > 0 and isinstance(value, (tuple, list))
+    values = tuple(value) if many else (value,) * max(n, 1)
+    wanted = "an int" if n == 0 else f"an int or {n} int{'s' if n > 1 else ''}"
+    if not all(isinstance(v, Integral) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name}: {key} is {value!r}, expected {wanted}")
+    if len(values) != max(n, 1):
+        raise ValueError(f"{name}: {key} is {value!r}, expected {wanted}")
+    if not all(least <= v <= LARGEST for v in values):
+        raise ValueError(f"{name}: {key} is {value!r}, expected {wanted} from {least} to {LARGEST}")
+    return tuple(map(int, values))
 
 
 Fail = Callable[[str], NoReturn]
@@ -225,7 +256,57 @@ def _show(values: Sequence[int]) -> str:
 
 
 def _shapes(tensors: dict[str, Tensor | None]) -> str:
-    return ", ".join(f"{k} {list(t.shape)}" for k, t in tensors.items() if isinstance(t, Tensor))
+    return ", ".join(
+        f"{k} {list(t.shape)}"
+        for k, t in tensors.items()
+        if isinstance(t, Tensor) and not t.is_nested
+    )
+
+
+def _no_dense_tensor(t: Any) -> str:
+    """What is wrong with an argument that must be a tensor of plain memory, or ''."""
+    if not isinstance(t, Tensor):
+        return f"is a {type(t).__name__}, expected a Tensor"
+    if t.is_nested:
+        return f"is a nested tensor of layout {t.layout}, expected a dense one"
+    return "" if t.layout is torch.strided else f"has layout {t.layout}, expected torch.strided"
+
+
+def check_tensor(name: str, key: str, t: Any) -> None:
+    """Raise TypeError unless it is a dense tensor of a floating dtype, or torch.fx traces."""
+    if isinstance(t, torch.fx.Proxy):
+        return
+    problem = _no_dense_tensor(t)
+    if not problem and t.dtype not in DTYPES:
+        problem = _no_dtype(t)
+    if problem:
+        raise TypeError(f"{name}: {key} {problem}")
+
+
+def _no_dtype(t: Tensor) -> str:
+    expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    return f"has dtype {t.dtype}, expected one of {expected}"
+
+
+def _order(n: int, tensors: dict[str, Any]) -> str:
+    """A hint where what came as the weight would be an offset for a weight that came later.
+
+    torchvision's call is (input, offset, weight, ...), mmcv's second (input, offset, mask, weight).
+    """
+    first = (tensors["input"], tensors["weight"])
+    for last in (tensors.get("offset"), tensors.get("mask")):
+        dense = [t for t in (*first, last) if isinstance(t, Tensor) and not t.is_nested]
+        if len(dense) < 3 or any(t.dim() != n + 2 for t in dense):
+            continue
+        input, offset, weight = (t.shape for t in dense)
+        unit = n * math.prod(weight[2:])
+        like_offset = offset[0] == input[0] and unit and offset[1] % unit == 0
+        if like_offset and (input[1] == weight[0] or (weight[1] and input[1] % weight[1] == 0)):
+            return (
+                "; arguments are (input, weight, offset, mask, ...); "
+                "torchvision's and mmcv's order is another"
+            )
+    return ""
 
 
 def _check_tensors(
@@ -242,16 +323,18 @@ def _check_tensors(
     def fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
         n = input.dim() - 2 if isinstance(input, Tensor) and 3 <= input.dim() <= 5 else "N"
         name = f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d"
-        raise error(f"{name}: {message}; {_shapes(tensors)}")
+        order = _order(n, tensors) if isinstance(n, int) else ""
+        raise error(f"{name}: {message}{order}; {_shapes(tensors)}")
 
     for key, t in tensors.items():
         if t is None and key not in ("input", "weight"):
             continue
-        if not isinstance(t, Tensor):
-            fail(f"{key} is a {type(t).__name__}, expected a Tensor", TypeError)
+        problem = _no_dense_tensor(t)
+        if problem:
+            fail(f"{key} {problem}", TypeError)
+        assert t is not None
         if t.dtype not in DTYPES:
-            expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            fail(f"{key} has dtype {t.dtype}, expected one of {expected}", TypeError)
+            fail(f"{key} {_no_dtype(t)}", TypeError)
         if t.device != input.device:
             fail(f"{key} is on {t.device}, expected {input.device}, where input is")
     for key, t in (("weight", weight), ("bias", bias)):
@@ -304,6 +387,14 @@ def _check_list(fail: Fail, name: str, values: Sequence[int], n: int, least: int
         fail(f"{name} is {_show(values)}, expected an int or {n} value{plural}, one for each axis")
     if any(v < least for v in values):
         fail(f"{name} is {_show(values)}, expected at least {least} on every axis")
+    if any(isinstance(v, int) and v > LARGEST for v in values):
+        fail(f"{name} is {_show(values)}, expected at most {LARGEST} on every axis")
+
+
+def _check_numel(fail: Fail, shape: Sequence[int], causes: str) -> None:
+    """That the bytes of the output can be counted; with symbolic sizes torch sees to it."""
+    if all(isinstance(size, int) for size in shape) and math.prod(shape) > 2**60:
+        fail(f"the output would have shape {list(shape)}, expected at most 2^60 values ({causes})")
 
 
 def _check_offset_mask(

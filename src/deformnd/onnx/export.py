@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import engines
 from .lowerings import OPENVINO_DOMAIN, openvino_function
 from .table import UnsupportedError, resolve, translation_table
 
@@ -20,10 +23,14 @@ _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2}
 _TOLERANCE_OF_STANDARD = 10  # GridSample's positions are that much coarser
 
 
+class _NotLoadedError(ValueError):
+    """An engine does not load a file, which says nothing about the file."""
+
+
 def export(
     model: Any,
-    args: tuple[Any, ...],
-    path: str | os.PathLike[str],
+    args: tuple[Any, ...] | Tensor,
+    path: str | os.PathLike[str] | None = None,
     *,
     target: str = "onnxruntime",
     kwargs: Mapping[str, Any] | None = None,
@@ -41,9 +48,9 @@ def export(
     Args:
         model: an nn.Module in eval mode, or a torch.export.ExportedProgram. In float16 (where
             these operators still compute in float32), float32 or float64.
-        args: the model's positional inputs.
-        path: the file to write. Weights of 2 GB or more, or with external_data=True, go to a second
-            one beside it, path + ".data".
+        args: the model's positional inputs, or the one tensor that is its input.
+        path: the file to write, in a folder that exists. Weights of 2 GB or more, or with
+            external_data=True, go to a second one beside it, path + ".data".
         target: who shall run the file.
             "onnxruntime": the standard DeformConv, for ONNX Runtime 1.25 or newer. The fastest
             there.
@@ -57,14 +64,17 @@ def export(
             writes. None: 20, or 18 for "precise".
         verify: run the file and compare. Without the engine installed, only the file is checked.
         verbose: say what was written and how well it agrees.
-        **options: more for torch.onnx.export: input_names, output_names, external_data ...
+        **options: more for torch.onnx.export: input_names, output_names, external_data ... Its
+            names f and opset_version are taken for path and opset.
 
     Returns:
         torch's ONNXProgram.
 
     Raises:
-        UnsupportedError: the target cannot express an operator of the model at this opset.
-        ValueError: no such target; or the file disagrees with the model, and was removed.
+        UnsupportedError: the target cannot express an operator of the model at this opset, or torch
+            cannot write this opset.
+        ValueError, TypeError: an argument does not fit, and the message names it; or the target's
+            engine does not load the file, or the file disagrees with the model, and was removed.
         ImportError: onnx or onnxscript is not installed (`pip install 'deformnd[onnx]'`).
 
     Example:
@@ -77,9 +87,27 @@ def export(
         >>> deformnd.onnx.check(path, layer, (x,)) < 1e-5
         True
     """
+    for ours, theirs, given in (("path", "f", path), ("opset", "opset_version", opset)):
+        if theirs in options and given is not None:
+            raise TypeError(f"deformnd.onnx: both {ours} and {theirs} are given, expected one")
+    path, opset = options.pop("f", path), options.pop("opset_version", opset)
     version = resolve(target, opset)
     table = translation_table(target, version)
     table.update(options.pop("custom_translation_table", None) or {})
+    args, kwargs = _inputs(args, kwargs)
+    _check_model(model)
+    path = _path_to_write(path)
+    if dynamic_shapes is not None and not isinstance(dynamic_shapes, (dict, tuple, list)):
+        kind = type(dynamic_shapes).__name__
+        raise TypeError(f"deformnd.onnx: dynamic_shapes is a {kind}, expected a tuple or a dict")
+    if not options.pop("dynamo", True):
+        raise ValueError("deformnd.onnx: dynamo is False, expected True: see docs/onnx.md")
+    if getattr(model, "training", False):
+        warnings.warn(
+            "deformnd.onnx: the model is in training mode, and is exported so: for inference call "
+            "model.eval() first",
+            stacklevel=2,
+        )
     saving: dict[str, Any] = {
         key: options.pop(key)
         for key in ("external_data", "keep_initializers_as_inputs")
@@ -87,48 +115,121 @@ def export(
     }
     if "export_params" in options:
         saving["include_initializers"] = options.pop("export_params")
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it logs tracebacks of what is an error below
     try:
-        program = torch.onnx.export(
-            model,
-            args,
-            None,
-            kwargs=None if kwargs is None else dict(kwargs),
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=dynamic_shapes,
-            opset_version=version,
-            custom_translation_table=table,
-            **options,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Exporting a model while it is in training mode")
+            program = torch.onnx.export(
+                model,
+                args,
+                None,
+                kwargs=kwargs or None,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=dynamic_shapes,
+                opset_version=version,
+                custom_translation_table=table,
+                **options,
+            )
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UnsupportedError):
-                raise cause from None
-            cause = cause.__cause__
-        raise
+        explained = _explained(error, dynamic_shapes)
+        raise explained from (None if explained is error else error)
+    finally:
+        log.setLevel(level)
     assert program is not None
     add_function(program)
     _check_program(program, target, version)
-    path = Path(path)
-    program.save(path, **saving)
     said = f"deformnd.onnx: wrote {path} for target {target!r}, opset {version}"
-    if verify and saving.get("include_initializers", True):
-        try:
+    try:
+        program.save(path, **saving)
+        if verify and saving.get("include_initializers", True):
             for engine in _ENGINES[target]:
-                difference = check(
-                    path, model, args, kwargs=kwargs, engine=engine, standard=target == "standard"
-                )
-                said += f"; differs from torch by {difference:.1e} of its largest value in {engine}"
-        except ImportError as error:
-            said += f"; not compared with torch ({error})"
-        except Exception:
-            for file in (path, path.with_name(path.name + ".data")):
-                file.unlink(missing_ok=True)
-            raise
+                said += "; " + _compared(path, model, args, kwargs, engine, target)
+    except BaseException:
+        for file in (path, path.with_name(path.name + ".data")):
+            file.unlink(missing_ok=True)
+        raise
     if verbose:
         print(said)
     return program
+
+
+def _compared(path: Path, model: Any, args: Any, kwargs: Any, engine: str, target: str) -> str:
+    """How well the file agrees with the model in an engine, or why that is not known."""
+    try:
+        difference = check(
+            path, model, args, kwargs=kwargs, engine=engine, standard=target == "standard"
+        )
+    except ImportError as error:
+        return f"not compared with torch ({error})"
+    except _NotLoadedError as error:
+        if engine == target:
+            raise
+        return f"not compared with torch in {engine} ({error})"
+    return f"differs from torch by {difference:.1e} of its largest value in {engine}"
+
+
+def _inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's inputs by position and by name, as torch.onnx.export reads them."""
+    if isinstance(args, Tensor):
+        args = (args,)
+    if not isinstance(args, tuple):
+        kind = type(args).__name__
+        raise TypeError(f"deformnd.onnx: args is a {kind}, expected a tuple of inputs or a tensor")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        kind = type(kwargs).__name__
+        raise TypeError(f"deformnd.onnx: kwargs is a {kind}, expected inputs by name")
+    if not kwargs and args and isinstance(args[-1], dict):
+        args, kwargs = args[:-1], args[-1]
+    return args, dict(kwargs or {})
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
+        kind = type(model).__name__
+        raise TypeError(f"deformnd.onnx: model is a {kind}, expected a Module or ExportedProgram")
+
+
+def _path_to_write(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"deformnd.onnx: path is {path!r}, expected the name of a file to write")
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"deformnd.onnx: path {str(file)!r} is a folder, expected a file to write")
+    if not file.parent.is_dir():
+        raise ValueError(
+            f"deformnd.onnx: path is {str(file)!r}, but there is no folder {str(file.parent)!r}"
+        )
+    return file
+
+
+def path_to_read(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        raise ValueError(f"deformnd.onnx: path is {path!r}, expected a file that exists")
+    return os.fspath(path)
+
+
+def _explained(error: Exception, dynamic_shapes: Any) -> Exception:
+    """The error to raise for what torch.onnx.export raised: ours where an argument is behind it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UnsupportedError):
+            return cause
+        cause = cause.__cause__
+    # torch's own error is ten lines of advice; what went wrong is its cause.
+    reason = error if error.__cause__ is None else error.__cause__
+    said = " ".join(str(reason).split())
+    if dynamic_shapes is not None and (
+        isinstance(reason, IndexError)
+        or type(reason).__name__ == "ConstraintViolationError"
+        or any(words in said for words in ("dynamic_shapes", "dynamic shape", "user-specified"))
+    ):
+        return ValueError(f"deformnd.onnx: dynamic_shapes does not fit the inputs: {said}")
+    if reason is not error and isinstance(reason, (ValueError, TypeError)):
+        return ValueError(f"deformnd.onnx: the model does not take args: {said}")
+    return error
 
 
 def add_function(program: Any) -> None:
@@ -142,6 +243,9 @@ def add_function(program: Any) -> None:
     """
     from onnx_ir import serde
 
+    if not isinstance(program, torch.onnx.ONNXProgram):
+        kind = type(program).__name__
+        raise TypeError(f"deformnd.onnx: program is a {kind}, expected an ONNXProgram")
     model = program.model
     if any(node.domain == OPENVINO_DOMAIN for node in model.graph.all_nodes()):
         opset = model.opset_imports[""]
@@ -154,10 +258,8 @@ def _check_program(program: Any, target: str, opset: int) -> None:
 
     found = program.model.opset_imports[""]
     if found != opset:
-        raise ValueError(
-            f"deformnd.onnx: target {target!r}: torch.onnx.export wrote opset {found}, "
-            f"not opset {opset} as asked"
-        )
+        reason = f"torch {torch.__version__} with the onnxscript that is here cannot write it"
+        raise UnsupportedError(target, opset, "a model", reason)
     size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values())
     if size < 2**30:  # protobuf ends at 2 GB
         onnx.checker.check_model(program.model_proto, full_check=True)
@@ -166,7 +268,7 @@ def _check_program(program: Any, target: str, opset: int) -> None:
 def check(
     path: str | os.PathLike[str],
     model: Any,
-    args: tuple[Any, ...],
+    args: tuple[Any, ...] | Tensor,
     *,
     kwargs: Mapping[str, Any] | None = None,
     engine: str = "onnxruntime",
@@ -189,17 +291,28 @@ def check(
 
     Raises:
         ValueError: that is more than 0.001 (0.02 in float16; ten times those with `standard`), or
-            NaN where the model has none.
+            NaN where the model has none; the engine does not load the file; an argument does not
+            fit.
         ImportError: the engine is not installed.
 
     Example: see export.
     """
-    if engine not in _RUNNERS:
+    if not isinstance(engine, str) or engine not in engines.ENGINES:
         raise ValueError(
             f"deformnd.onnx: engine is {engine!r}, expected 'onnxruntime' or 'openvino'"
         )
-    inputs, run = _RUNNERS[engine](os.fspath(path))
-    leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    version = engines.version(engine)
+    path = path_to_read(path)
+    _check_model(model)
+    args, kwargs = _inputs(args, kwargs)
+    try:
+        inputs, run = engines.ENGINES[engine](path)
+    except Exception as error:  # each engine has its own
+        reason = engines.reason(engine, error)
+        raise _NotLoadedError(
+            f"deformnd.onnx: {engine} {version} does not run {path}: {reason}"
+        ) from error
+    leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if len(tensors) != len(inputs):
         raise ValueError(
@@ -222,9 +335,9 @@ def check(
                 continue
             raise
         expected = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)]
-        got = run([given[i].detach().cpu() for i in tensors])
+        got = [torch.from_numpy(a) for a in run([given[i].detach().cpu().numpy() for i in tensors])]
         for g, e in zip(got, expected, strict=True):
-            worst = max(worst, _difference(g, e.cpu(), standard, engine, os.fspath(path)))
+            worst = max(worst, _difference(g, e.cpu(), standard, engine, path))
     return worst
 
 
@@ -250,44 +363,6 @@ def _difference(got: Tensor, expected: Tensor, standard: bool, engine: str, path
     return difference
 
 
-# A runner reads a file, and returns the open axes of each input, and the function that runs it.
-Run = Callable[[Sequence[Tensor]], list[Tensor]]
-
-
-def _onnxruntime(path: str) -> tuple[list[set[int]], Run]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError("onnxruntime is not installed") from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    inputs = session.get_inputs()
-
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        feed = {i.name: t.numpy() for i, t in zip(inputs, tensors, strict=True)}
-        return [torch.from_numpy(a) for a in session.run(None, feed)]
-
-    return [{a for a, s in enumerate(i.shape) if not isinstance(s, int)} for i in inputs], run
-
-
-def _openvino(path: str) -> tuple[list[set[int]], Run]:
-    try:
-        import openvino
-    except ImportError as error:
-        raise ImportError("openvino is not installed") from error
-    core = openvino.Core()
-    model = core.read_model(path)
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    request = compiled.create_infer_request()
-
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        results = request.infer([t.numpy() for t in tensors])
-        return [torch.from_numpy(results[o].copy()) for o in compiled.outputs]
-
-    shapes = [i.get_partial_shape() for i in model.inputs]
-    return [{a for a, s in enumerate(shape) if s.is_dynamic} for shape in shapes], run
-
-
-_RUNNERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 _ENGINES = {
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino", "onnxruntime"),

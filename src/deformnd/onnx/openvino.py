@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .export import path_to_read
 from .lowerings import FAR
 
 
@@ -23,6 +24,7 @@ def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
 
     Raises:
         ImportError: OpenVINO is not installed.
+        ValueError, TypeError: there is no such file, OpenVINO does not read it, or core is no Core.
 
     Example:
         >>> import os, tempfile
@@ -40,9 +42,17 @@ def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
         from openvino.frontend.onnx import ConversionExtension
     except ImportError as error:
         raise ImportError("read_openvino_model needs OpenVINO: pip install openvino") from error
+    path = path_to_read(path)
     core = openvino.Core() if core is None else core
+    if not isinstance(core, openvino.Core):
+        kind = type(core).__name__
+        raise TypeError(f"read_openvino_model: core is a {kind}, expected an openvino.Core")
     core.add_extension(ConversionExtension("DeformConv", "", _convert))
-    return core.read_model(os.fspath(path))
+    try:
+        return core.read_model(path)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"read_openvino_model: OpenVINO does not read {path}: {reason}") from error
 
 
 def _convert(node: Any) -> Any:

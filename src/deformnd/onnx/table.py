@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..kernels import library as library  # registers torch.ops.deformnd
-from ..kernels.geometry import Geometry
+from ..kernels.geometry import Geometry, check_ints
 from . import lowerings
 from .graph import Graph, Value
 
@@ -26,7 +26,7 @@ Lowering = Callable[..., Value]
 Tensors = tuple[Value | None, ...]  # input, weight, offset, mask, bias
 
 
-class UnsupportedError(NotImplementedError):
+class UnsupportedError(NotImplementedError, ValueError):
     """What a target cannot express: the message names target, opset and operator."""
 
     def __init__(self, target: str, opset: int, operator: str, reason: str) -> None:
@@ -37,11 +37,13 @@ class UnsupportedError(NotImplementedError):
 
 
 def resolve(target: str, opset: int | None) -> int:
-    """The opset to write; raises ValueError for what is no target."""
-    if target not in TARGETS:
+    """The opset to write; raises ValueError or TypeError for what is no target or no opset."""
+    if not isinstance(target, str) or target not in TARGETS:
         names = ", ".join(map(repr, TARGETS))
         raise ValueError(f"deformnd.onnx: target is {target!r}, expected one of {names}")
-    return TARGETS[target][0] if opset is None else opset
+    if opset is None:
+        return TARGETS[target][0]
+    return check_ints("deformnd.onnx", "opset", opset, 0, 1)[0]
 
 
 def translation_table(
@@ -63,7 +65,7 @@ def translation_table(
         torchvision's operator is in it if torchvision has been imported.
 
     Raises:
-        ValueError: no such target.
+        ValueError, TypeError: no such target, or opset is no positive int.
         ImportError: onnxscript is not installed (`pip install 'deformnd[onnx]'`).
         During the export, UnsupportedError (as the cause of torch's own error).
 

@@ -366,6 +366,8 @@ def _pad_same(
     for a in range(len(kernel)):
         if stride[a] != 1:
             raise ValueError(f"{name}: padding='same' expects stride 1, got {stride}")
+        if dilation[a] < 1:
+            raise ValueError(f"{name}: dilation is {dilation}, expected at least 1 on every axis")
         total = dilation[a] * (kernel[a] - 1)
         padding.append(total // 2)
         odd = [0, total % 2] + odd  # noqa: RUF005 (TorchScript)

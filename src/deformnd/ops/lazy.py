@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _LazyConvXdMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from ..kernels.geometry import check_ints
 from . import modules
 from .functional import Size
 
@@ -40,7 +41,9 @@ class _Lazy(_LazyConvXdMixin):
     weight: UninitializedParameter
 
     def __init__(self, out_channels: int, kernel_size: Size, **options: Any) -> None:
-        bias = options.pop("bias", True)
+        name, bias = type(self).__name__, options.pop("bias", True)
+        check_ints(name, "out_channels", out_channels, 0, 0)
+        modules._check_arguments(self, {}, {"bias": bias}, {"device": None, "dtype": None})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             super().__init__(0, 0, kernel_size, bias=False, **options)  # type: ignore[misc]
@@ -71,12 +74,16 @@ class _Lazy(_LazyConvXdMixin):
 
     def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
         if is_lazy(self.weight):
+            modules._check_rank(self, input)
             self.in_channels = self._get_in_channels(input)
             if isinstance(self, modules._Packed):
                 self._check_groups()
             for _, generator in self._generators():
                 generator.initialize_parameters(input)
             super().initialize_parameters(input, *args, **kwargs)
+        else:  # loaded before it saw an input
+            rows, columns = self.weight.shape[:2]
+            self.in_channels = rows if self.transposed else columns * self.groups
 
 
 def _lazy(name: str) -> type:

@@ -1,12 +1,15 @@
 """Activations that turn what a network predicts into masks."""
 
 # ruff: noqa: UP006, UP035
-from typing import List
+import math
+from numbers import Real
+from typing import Any, List
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
+from ..kernels.geometry import check_ints, check_tensor
 from .functional import Size, _ints, _node, _values
 
 __all__ = [
@@ -32,7 +35,8 @@ def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
         scale: the largest value, above 0.
 
     Raises:
-        ValueError: scale is not positive.
+        ValueError: scale is not positive, or not finite.
+        TypeError: mask is no dense tensor of a floating dtype, or scale is no number.
 
     References:
         Deformable ConvNets v2, arXiv 1811.11168 (there with scale 1).
@@ -48,9 +52,18 @@ def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
             node = _node(mask_sigmoid, (mask, scale))
             if node is not None:
                 return node  # type: ignore[no-any-return]
-    if not scale > 0:
+        check_tensor("mask_sigmoid", "mask", mask)
+        _check_scale("mask_sigmoid", scale)
+    elif not scale > 0:
         raise ValueError(f"mask_sigmoid: scale is {scale}, expected a positive number")
     return torch.sigmoid(mask) * scale
+
+
+def _check_scale(name: str, scale: Any) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat)):
+        raise TypeError(f"{name}: scale is {scale!r}, expected a number")
+    if not 0 < float(scale) < math.inf:
+        raise ValueError(f"{name}: scale is {scale}, expected a positive number")
 
 
 def mask_softmax1d(mask: Tensor, kernel_size: Size) -> Tensor:
@@ -77,11 +90,13 @@ def _mask_softmax(n: int, mask: Tensor, kernel_size: Size) -> Tensor:
                 return node  # type: ignore[no-any-return]
         if torch.jit.is_tracing():
             kernel_size = _ints(kernel_size)
+        check_tensor(name, "mask", mask)
+        check_ints(name, "kernel_size", kernel_size, n, 1)
     kernel = _values(kernel_size, n)
     points = 1
     for k in kernel:
         points *= k
-    if len(kernel) != n or points < 1:
+    if len(kernel) != n or min(kernel) < 1:  # TorchScript's; else it has been checked
         raise ValueError(f"{name}: kernel_size is {kernel}, expected {n} positive values")
     if mask.dim() != n + 1 and mask.dim() != n + 2:
         raise ValueError(f"{name}: mask has {mask.dim()} dimensions, expected {n + 2} or {n + 1}")
@@ -109,7 +124,9 @@ Returns:
     The same shape; the K values of a group at one position are positive and add up to 1.
 
 Raises:
-    ValueError: the channels are no multiple of K, or the rank is another.
+    ValueError: the channels are no multiple of K, the rank is another, or kernel_size is not
+        positive.
+    TypeError: mask is no dense tensor of a floating dtype, or kernel_size is no int or ints.
 
 References:
     InternImage (DCNv3), arXiv 2211.05778.
@@ -140,6 +157,7 @@ class MaskSigmoid(nn.Module):
 
     def __init__(self, scale: float = 2.0) -> None:
         super().__init__()
+        _check_scale("MaskSigmoid", scale)
         self.scale = float(scale)
 
     def forward(self, mask: Tensor) -> Tensor:
@@ -155,7 +173,8 @@ class _MaskSoftmaxNd(nn.Module):
 
     def __init__(self, kernel_size: Size) -> None:
         super().__init__()
-        self.kernel_size = _values(kernel_size, self.rank)
+        name = type(self).__name__
+        self.kernel_size = list(check_ints(name, "kernel_size", kernel_size, self.rank, 1))
 
     def forward(self, mask: Tensor) -> Tensor:
         return _mask_softmax(len(self.kernel_size), mask, self.kernel_size)

@@ -8,6 +8,7 @@ device arguments and state_dict names are those of torch's own convolutions, whi
 import copy
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, List, Optional, TypeVar, Union, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from ..kernels.geometry import check_ints, check_tensor
 from . import checkpoints, masks
 from .functional import (
     Padding,
@@ -26,7 +28,6 @@ from .functional import (
     _ints,
     _node,
     _outside_a_trace,
-    _values,
     deform_conv,
     deform_conv_transpose,
 )
@@ -46,6 +47,8 @@ __all__ = [
     "PackedDeformConvTranspose3d",
     "fuse_batch_norm",
 ]
+
+_MODES = ("zeros", "reflect", "replicate", "circular")
 
 Activation = Union[str, Callable[[Tensor], Tensor], None]
 
@@ -146,6 +149,112 @@ _PACKED_TRANSPOSE = {
 }
 
 
+def _check_arguments(
+    module: Any, numbers: dict[str, Any], switches: dict[str, Any], like: dict[str, Any]
+) -> None:
+    """Check what torch's convolution leaves to whoever stumbles over it, by name.
+
+    numbers: an int each; switches: a bool each; like: device and dtype.
+    """
+    name = type(module).__name__
+    for key, value in numbers.items():
+        least = 0 if key.endswith("channels") else 1  # lazy layers are made of none
+        check_ints(name, key, value, 0, least)
+    for key, value in switches.items():
+        # As a truth value: None and numpy's are used as such.
+        if isinstance(value, Tensor) or value not in (True, False, None):
+            raise TypeError(f"{name}: {key} is {value!r}, expected a bool")
+    dtype, device = like["dtype"], like["device"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{name}: dtype is {dtype!r}, expected a floating torch.dtype")
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: device is {device!r}, expected a device ({reason})") from None
+
+
+def _check_padding_mode(module: Any, mode: Any, modes: tuple[str, ...]) -> None:
+    if mode not in modes:
+        expected = " or ".join(map(repr, modes))
+        name = type(module).__name__
+        raise ValueError(f"{name}: padding_mode is {mode!r}, expected {expected}")
+
+
+def _refuse(module: Any, options: dict[str, Any]) -> None:
+    """Raise TypeError for arguments that no layer has, or that this one does not need."""
+    for key in options:
+        hint = ""
+        if key in ("offset_groups", "mask_groups", "deform_groups", "deformable_groups"):
+            if not isinstance(module, _Packed):
+                source = "mask" if key == "mask_groups" else "offset"
+                hint = f"; the number of groups is read off the {source}'s channels"
+            else:
+                hint = "; its name here is offset_groups"
+        raise TypeError(f"{type(module).__name__}: unexpected argument {key!r}{hint}")
+
+
+def _check_rank(module: Any, input: Tensor) -> None:
+    name, n = type(module).__name__, module.rank
+    check_tensor(name, "input", input)
+    if input.dim() not in (n + 1, n + 2):
+        raise ValueError(
+            f"{name}: input has {input.dim()} dimensions, expected {n + 2} (batch, channels, "
+            f"{n} spatial) or {n + 1} (unbatched); input {list(input.shape)}"
+        )
+
+
+def _check_input(module: Any, input: Tensor) -> None:
+    """Check the input of a layer that computes something of its own from it, ahead of the call."""
+    if isinstance(input, torch.fx.Proxy):
+        return
+    _check_rank(module, input)
+    name, n = type(module).__name__, module.rank
+    weight = module._parameters.get("weight")  # None if parametrized: computing it costs
+    channels, size = input.shape[-n - 1], input.shape[-n:]
+    if channels != module.in_channels:
+        raise ValueError(
+            f"{name}: input has {channels} channels, expected in_channels {module.in_channels}; "
+            f"input {list(input.shape)}"
+        )
+    if weight is not None:
+        if weight.device != input.device:
+            raise ValueError(
+                f"{name}: input is on {input.device}, expected {weight.device} as weight"
+            )
+        if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(
+                f"{name}: input has dtype {input.dtype}, expected {weight.dtype} as weight"
+            )
+    # As F.pad takes them: the last axis first.
+    around = [0, 0] * n if module.transposed else module._reversed_padding_repeated_twice
+    for a in range(n):
+        before, after = around[2 * (n - 1 - a) : 2 * (n - a)]
+        mode = module.padding_mode
+        most = {"reflect": size[a] - 1, "circular": size[a]}.get(mode)
+        if most is not None and size[a] > 0 and max(before, after) > most:
+            raise ValueError(
+                f"{name}: padding is {module.padding}, expected at most {most} with padding_mode "
+                f"{mode!r}; input {list(input.shape)}"
+            )
+        least = 1 if module.transposed else module.dilation[a] * (module.kernel_size[a] - 1) + 1
+        if size[a] < 1 or size[a] + before + after < least:
+            raise ValueError(
+                f"{name}: input has spatial size {tuple(size)}, expected at least "
+                f"{max(1, least - before - after)} on axis {a} (kernel_size {module.kernel_size}, "
+                f"padding {module.padding}, dilation {module.dilation})"
+            )
+
+
+def _check_output_size(module: Any, sizes: Any) -> None:
+    if isinstance(sizes, torch.fx.Proxy):
+        return
+    ints = (int, torch.SymInt, Integral, Tensor, torch.fx.Proxy)  # tensors in a torch.jit.trace
+    if not isinstance(sizes, (list, tuple)) or not all(isinstance(s, ints) for s in sizes):
+        name = type(module).__name__
+        raise TypeError(f"{name}: output_size is {sizes!r}, expected a list of ints")
+
+
 class _DeformConvNd(_ConvNd):
     rank: int
 
@@ -162,17 +271,23 @@ class _DeformConvNd(_ConvNd):
         padding_mode: str = "zeros",
         device: Any = None,
         dtype: Any = None,
+        **unknown: Any,
     ) -> None:
+        _refuse(self, unknown)
+        numbers = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+        like = {"device": device, "dtype": dtype}
+        _check_arguments(self, numbers, {"bias": bias}, like)
+        _check_padding_mode(self, padding_mode, _MODES)
         super().__init__(
-            in_channels,
-            out_channels,
+            int(in_channels),
+            int(out_channels),
             _tuple(self, "kernel_size", kernel_size),
             _tuple(self, "stride", stride),
             padding if isinstance(padding, str) else _tuple(self, "padding", padding),
             _tuple(self, "dilation", dilation),
             False,  # transposed
             (0,) * self.rank,  # output_padding
-            groups,
+            int(groups),
             bias,
             padding_mode,  # type: ignore[arg-type]
             device=device,
@@ -187,6 +302,8 @@ class _DeformConvNd(_ConvNd):
     def _deform(self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor]) -> Tensor:
         n = len(self.kernel_size)
         if self.padding_mode != "zeros":
+            if not torch.jit.is_scripting():
+                _check_input(self, input)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return deform_conv(
                 n,
@@ -231,17 +348,23 @@ class _DeformConvTransposeNd(_ConvTransposeNd):
         padding_mode: str = "zeros",
         device: Any = None,
         dtype: Any = None,
+        **unknown: Any,
     ) -> None:
+        _refuse(self, unknown)
+        numbers = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+        like = {"device": device, "dtype": dtype}
+        _check_arguments(self, numbers, {"bias": bias}, like)
+        _check_padding_mode(self, padding_mode, ("zeros",))
         super().__init__(
-            in_channels,
-            out_channels,
+            int(in_channels),
+            int(out_channels),
             _tuple(self, "kernel_size", kernel_size),
             _tuple(self, "stride", stride),
             _tuple(self, "padding", padding),
             _tuple(self, "dilation", dilation),
             True,  # transposed
             _tuple(self, "output_padding", output_padding),
-            groups,
+            int(groups),
             bias,
             padding_mode,
             device=device,
@@ -276,6 +399,9 @@ class _DeformConvTransposeNd(_ConvTransposeNd):
                 self.dilation,  # type: ignore[arg-type]
             )
         else:
+            if output_size is not None:
+                _check_input(self, input)
+                _check_output_size(self, output_size)
             output_padding = _output_padding(
                 self.output_padding,
                 input,
@@ -314,14 +440,8 @@ def _output_padding(default: Any, input: Any, output_size: Any, *sizes: Any) -> 
 
 
 def _tuple(module: Any, name: str, size: Size) -> tuple[int, ...]:
-    values = tuple(_values(size, module.rank))
-    if len(values) != module.rank or not all(isinstance(v, int) for v in values):
-        plural = "s" if module.rank > 1 else ""
-        raise ValueError(
-            f"{type(module).__name__}: {name} is {size!r}, "
-            f"expected an int or {module.rank} int{plural}"
-        )
-    return values
+    least = 0 if name.endswith("padding") else 1
+    return check_ints(type(module).__name__, name, size, module.rank, least)
 
 
 class DeformConv1d(_DeformConvNd):
@@ -395,6 +515,23 @@ class _Packed(_ConvNd):
         generator_groups: Optional[int],
     ) -> None:
         name = type(self).__name__
+        numbers = {"offset_groups": offset_groups, "mask_groups": mask_groups}
+        if generator_groups is not None:
+            numbers["generator_groups"] = generator_groups
+        switches = {
+            "deformable": deformable,
+            "modulated": modulated,
+            "generator_bias": generator["bias"],
+        }
+        _check_arguments(self, numbers, switches, generator)
+        for key, activation in (
+            ("offset_activation", offset_activation),
+            ("mask_activation", mask_activation),
+        ):
+            if not (activation is None or isinstance(activation, str) or callable(activation)):
+                raise TypeError(
+                    f"{name}: {key} is {activation!r}, expected None, a Module or a callable"
+                )
         self.offset_groups = offset_groups
         self.mask_groups = mask_groups
         self._check_groups()
@@ -542,7 +679,9 @@ class _PackedDeformConvNd(_Packed, _DeformConvNd):
         device: Any = None,
         dtype: Any = None,
         generator_groups: Optional[int] = None,
+        **unknown: Any,
     ) -> None:
+        _refuse(self, unknown)
         super().__init__(
             in_channels,
             out_channels,
@@ -577,6 +716,8 @@ class _PackedDeformConvNd(_Packed, _DeformConvNd):
         )
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        if not torch.jit.is_scripting():
+            _check_input(self, input)
         return self._deform(input, self._offset(input), self._mask(input))
 
 
@@ -603,7 +744,9 @@ class _PackedDeformConvTransposeNd(_Packed, _DeformConvTransposeNd):
         device: Any = None,
         dtype: Any = None,
         generator_groups: Optional[int] = None,
+        **unknown: Any,
     ) -> None:
+        _refuse(self, unknown)
         super().__init__(
             in_channels,
             out_channels,
@@ -633,6 +776,8 @@ class _PackedDeformConvTransposeNd(_Packed, _DeformConvTransposeNd):
     def forward(  # type: ignore[override]
         self, input: Tensor, output_size: Optional[List[int]] = None
     ) -> Tensor:
+        if not torch.jit.is_scripting():
+            _check_input(self, input)
         return self._deform(input, self._offset(input), self._mask(input), output_size)
 
 

@@ -95,9 +95,7 @@ class Launch:
         parts = (self.kernel, *dtypes, _types(self.integers), *self.constants.items(), device)
         return (*parts, *self.options.values(), self.descriptor, self.programs)
 
-    def _binary(
-        self, source: Any, hashed: str, target: Any, room: int
-    ) -> tuple[bytes, _About]:
+    def _binary(self, source: Any, hashed: str, target: Any, room: int) -> tuple[bytes, _About]:
         """The machine code for a device with so many bytes of shared memory for a program, from
         disk if it is there."""
         # Triton's own cache takes 0.3 s to look at, since it hashes Triton itself.
@@ -199,9 +197,7 @@ def load(
             try:
                 source = launch._source(dtypes)
                 # Hashed here, since not every Triton can do that in two threads.
-                binaries[key] = threads.submit(
-                    launch._binary, source, source.hash(), target, room
-                )
+                binaries[key] = threads.submit(launch._binary, source, source.hash(), target, room)
             except Exception as failure:
                 failures[launch] = failure
         for key, binary in binaries.items():

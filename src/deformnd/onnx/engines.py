@@ -1,0 +1,86 @@
+"""The engines that run ONNX files, on numpy arrays.
+
+`python engines.py ENGINE FILE FOLDER` runs a file apart from whoever asks, whom an engine that
+crashes or never ends shall not take along. It needs neither torch nor this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[Sequence[Any]], list[Any]]
+
+
+def onnxruntime(path: str) -> tuple[list[set[int]], Run]:
+    """The open axes of each input of a file, and the function that runs it."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    inputs = session.get_inputs()
+
+    def run(arrays: Sequence[Any]) -> list[Any]:
+        feed = {i.name: a for i, a in zip(inputs, arrays, strict=True)}
+        return list(session.run(None, feed))
+
+    return [{a for a, s in enumerate(i.shape) if not isinstance(s, int)} for i in inputs], run
+
+
+def openvino(path: str) -> tuple[list[set[int]], Run]:
+    """The same in OpenVINO, in float32."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+
+    def run(arrays: Sequence[Any]) -> list[Any]:
+        results = request.infer(list(arrays))
+        return [results[o].copy() for o in compiled.outputs]
+
+    shapes = [i.get_partial_shape() for i in model.inputs]
+    return [{a for a, s in enumerate(shape) if s.is_dynamic} for shape in shapes], run
+
+
+ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino}
+
+
+def version(engine: str) -> str:
+    """Of an engine; raises ImportError if it is not installed."""
+    try:
+        found: str = importlib.import_module(engine).__version__
+    except ImportError as error:
+        raise ImportError(f"{engine} is not installed") from error
+    return found.split("-")[0]
+
+
+def reason(engine: str, error: Exception | str) -> str:
+    """Why an engine does not run a file, in one line, and what helps."""
+    said = " ".join(str(error).split())[:300]
+    hint = ""
+    if "DeformConv" in said:
+        hint = {
+            "onnxruntime": "; it has DeformConv from 1.25 on: target 'precise' runs in older ones",
+            "openvino": "; deformnd.onnx.read_openvino_model reads it, and so does OpenVINO itself "
+            "what is exported for target 'openvino'",
+        }[engine]
+    return said + hint
+
+
+if __name__ == "__main__":
+    import numpy as np
+
+    engine, file, folder = sys.argv[-3:]
+    given = np.load(Path(folder) / "inputs.npz")
+    try:
+        outputs = ENGINES[engine](file)[1]([given[key] for key in given.files])
+        arrays = [np.asarray(o) for o in outputs]
+        if any(a.dtype.kind not in "fiub" for a in arrays):
+            raise TypeError("an output is no tensor of numbers")
+    except Exception as error:  # each engine has its own; the message is what counts
+        sys.exit(reason(engine, error))
+    np.savez(Path(folder) / "outputs.npz", *arrays)
