@@ -29,8 +29,9 @@ ANY = 1 << 31
 # Tiles for one unit at a time (kernels.py, Note [units]), then for many, or for many kernel points
 # ("narrow").
 #
-# Some other tiles of "inverse" compile to wrong machine code for Hopper with Triton 3.6: 32/64/64/4/1
-# with many units, and 64 point channels beside 32 image channels where neither count is even.
+# Some other tiles of "inverse" compile to wrong machine code for Hopper with Triton 3.6:
+# 32/64/64/4/1 with many units, and 64 point channels beside 32 image channels where neither count
+# is even.
 # tests/test_triton.py, unset_registers, looks for that in every row it compiles.
 TABLE = (
     Row("gather", 2, 32, 128, 32, 32, 4, 2),
