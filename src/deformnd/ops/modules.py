@@ -303,7 +303,7 @@ class _DeformConvNd(_ConvNd):
         n = len(self.kernel_size)
         if self.padding_mode != "zeros":
             if not torch.jit.is_scripting():
-                _check_input(self, input)
+                _outside_a_trace(_check_input, self, input)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return deform_conv(
                 n,
@@ -400,7 +400,7 @@ class _DeformConvTransposeNd(_ConvTransposeNd):
             )
         else:
             if output_size is not None:
-                _check_input(self, input)
+                _outside_a_trace(_check_input, self, input)
                 _check_output_size(self, output_size)
             output_padding = _output_padding(
                 self.output_padding,
@@ -717,7 +717,7 @@ class _PackedDeformConvNd(_Packed, _DeformConvNd):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         if not torch.jit.is_scripting():
-            _check_input(self, input)
+            _outside_a_trace(_check_input, self, input)
         return self._deform(input, self._offset(input), self._mask(input))
 
 
@@ -777,7 +777,7 @@ class _PackedDeformConvTransposeNd(_Packed, _DeformConvTransposeNd):
         self, input: Tensor, output_size: Optional[List[int]] = None
     ) -> Tensor:
         if not torch.jit.is_scripting():
-            _check_input(self, input)
+            _outside_a_trace(_check_input, self, input)
         return self._deform(input, self._offset(input), self._mask(input), output_size)
 
 
