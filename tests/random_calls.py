@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from types import ModuleType
 from typing import Any
 
@@ -578,8 +579,13 @@ def main() -> None:
         for i in range(parts)
     ]
     start, done, wrong = time.monotonic(), 0, 0
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        for some, errors in pool.imap_unordered(_part, tasks):
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
+        for part in as_completed([pool.submit(_part, task) for task in tasks]):
+            try:
+                some, errors = part.result()
+            except BrokenExecutor as crash:
+                some, errors = 0, [f"a process crashed: {crash}"]
             done, wrong = done + some, wrong + len(errors)
             for error in errors:
                 print(error, flush=True)
