@@ -1035,6 +1035,7 @@ def test_watch_offsets_refuses():
             deformnd.watch_offsets(model, **options)
     for options, message in (
         ({"limit": "50"}, "limit is '50', expected a number"),
+        ({"limit": torch.ones(2)}, "limit is tensor"),
         ({"limit": None}, "limit is None"),
         ({"every": 1.5}, "every is 1.5, expected an int"),
         ({"every": True}, "every is True"),

@@ -103,7 +103,7 @@ def _check_number(name: str, key: str, value: Any, infinite: bool = False) -> No
     """That value is not negative, and finite."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()  # an optimizer takes a rate that is a tensor
-    if isinstance(value, (bool, str)) or not isinstance(value, SupportsFloat):
+    if isinstance(value, (bool, str, Tensor)) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name}: {key} is {value!r}, expected a number")
     if not 0 <= float(value) or (math.isinf(value) and not infinite):
         raise ValueError(f"{name}: {key} is {value!r}, expected a number of at least 0")
