@@ -104,7 +104,7 @@ class RandomCall:
 
     def geometry(self, t: Tensors) -> Geometry:
         make = conv_transpose_geometry if self.case.transposed else conv_geometry
-        return make(*(t[name] for name in NAMES), *self.case.operator_parameters())  # type: ignore[arg-type]
+        return make(*(t[name] for name in NAMES), *self.case.operator_parameters())
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -187,7 +187,7 @@ def check(
 ) -> None:
     """Every result: there or not, dtype, shape, layout, and value."""
     want = exact(call, t)
-    noise: Tensors | None = None
+    noise: dict[str, float] = {}
     for name, expected in want.items():
         actual = got[name]
         like = t["input" if name == "output" else name]
@@ -201,7 +201,7 @@ def check(
             same = memory_format(actual) == memory_format(like)
             assert same or 1 in actual.shape or 1 in like.shape, name
         coarsest = max(
-            (t[n].dtype for n in ("input", name) if t.get(n) is not None),  # type: ignore[union-attr]
+            (t[n].dtype for n in ("input", name) if t.get(n) is not None),
             key=lambda dtype: torch.finfo(dtype).eps,
         )
         limits = TF32 if call.tf32 and coarsest == torch.float32 else tolerance[coarsest]
@@ -213,11 +213,11 @@ def check(
         if not distance <= limit * norm:
             # Where terms cancel, what rounding of the arguments does is allowed, too.
             noise = noise or _noise(call, t, want, max(limits))
-            allowed = limit * norm + 4 * noise[name]  # type: ignore[operator]
+            allowed = limit * norm + 4 * noise[name]
             assert distance <= allowed, f"{name} errs by {distance / (norm or 1):.2e}"
 
 
-def _noise(call: RandomCall, t: Tensors, want: Tensors, size: float) -> dict[str, float]:  # type: ignore[misc]
+def _noise(call: RandomCall, t: Tensors, want: Tensors, size: float) -> dict[str, float]:
     """How far results move if every factor does by a relative `size`."""
     generator = torch.Generator().manual_seed(call.seed)
 
@@ -225,10 +225,7 @@ def _noise(call: RandomCall, t: Tensors, want: Tensors, size: float) -> dict[str
         return v.double() * (1 + size * torch.randn(v.shape, generator=generator).to(v.device))
 
     other = exact(call, {k: v if v is None or k == "offset" else moved(v) for k, v in t.items()})
-    return {
-        k: 0.0 if v is None else (other[k] - v).norm().item()  # type: ignore[operator]
-        for k, v in want.items()
-    }
+    return {k: 0.0 if v is None else (other[k] - v).norm().item() for k, v in want.items()}
 
 
 # The generator
@@ -491,7 +488,7 @@ def prepare_interpreter() -> None:
 
         return original(self, widen(a), widen(b), *args)
 
-    create_dot.widens = True  # type: ignore[attr-defined]
+    create_dot.widens = True
     interpreter.InterpreterBuilder.create_dot = create_dot
     call = interpreter.InterpretedFunction.__call__
 
