@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +40,39 @@ def stopped():
 
 def broken():
     raise KeyError("no such thing")
+
+class Returns(torch.nn.Module):
+    def __init__(self, *values):
+        super().__init__()
+        self.values = values
+
+    def forward(self, *_):
+        return torch.tensor(self.values)
+
+def same():
+    return Returns(torch.nan, torch.inf, 2)
+
+def near():
+    return Returns(torch.nan, torch.inf, 2.001)
+
+def far():
+    return Returns(torch.nan, torch.inf, 2.1)
+
+def finite():
+    return Returns(5, torch.inf, 2)
+
+def infinite():
+    return Returns(torch.nan, -torch.inf, 2)
+
+def nans():
+    return Returns(torch.nan, torch.nan, 2)
+
+class Item(torch.nn.Module):
+    def forward(self, x):
+        return x.sum().item()
+
+def item():
+    return Item()
 """
 
 
@@ -68,6 +106,7 @@ def files(model):
     shape = ["batch", 3, "height", "width"]
     write("fine.onnx", [tensor("x", TensorProto.FLOAT, shape)], one)
     write("huge.onnx", [tensor("x", TensorProto.FLOAT, [100000, 200000])], one)
+    write("negative.onnx", [tensor("x", TensorProto.FLOAT, [-1, 3])], one)
     write("shapeless.onnx", [tensor("x", TensorProto.FLOAT, None)], one)
     write("words.onnx", [tensor("x", TensorProto.STRING, [2])], one)
     odd = tensor("x", TensorProto.FLOAT, [2])
@@ -81,6 +120,8 @@ def files(model):
     names = ["x", *(f"t{i}" for i in range(10000))]
     chain = [helper.make_node("Relu", [a], [b]) for a, b in itertools.pairwise(names)]
     write("deep.onnx", [tensor("x", TensorProto.FLOAT, [2])], chain, [2])
+    odd = helper.make_tensor("v", TensorProto.FLOAT, [3], [math.nan, math.inf, 2.0])
+    write("notfinite.onnx", [], [helper.make_node("Constant", [], ["y"], value=odd)], [3])
     value = helper.make_tensor("v", TensorProto.FLOAT, [2], [1.0, 2.0])
     write("constant.onnx", [], [helper.make_node("Constant", [], ["y"], value=value)], [2])
     return model
@@ -108,6 +149,14 @@ def test_info_finds_wrong_kernels(monkeypatch, capsys):
     monkeypatch.setattr(reference, "gather", lambda *args: exact(*args) * 1.001)
     assert cli.main(["info"]) == 1
     assert capsys.readouterr().out.count("WRONG") == 3
+
+
+def test_info_finds_gradients_that_are_nan(monkeypatch, capsys):
+    exact = bench.relative
+    calls = itertools.count(1)
+    monkeypatch.setattr(bench, "relative", lambda *a: exact(*a) if next(calls) % 3 else math.nan)
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().out.count("WRONG") >= 6
 
 
 def test_export_and_check(model, capsys):
@@ -177,6 +226,8 @@ def test_export_and_check(model, capsys):
         (["check", "words.onnx"], "input x has type string, expected floats, ints or bools"),
         (["check", "shapeless.onnx"], "input x has no shape in the file: give it by --input"),
         (["check", "sequence.onnx"], "input x is a sequence_type, expected a tensor"),
+        (["check", "negative.onnx"], "x [-1, 3] has size -1 on axis 0, expected at least 0"),
+        (["check", "negative.onnx", "--input", "1,3"], "x [-1, 3] has size -1 on axis 0"),
         (["check", "huge.onnx"], "would be [100000, 200000], 75 GiB, expected at most"),
         (["check", "fine.onnx", "--input", "1,4,8,8"], "does not fit input x [batch, 3, height, w"),
         (["check", "fine.onnx", "--size", "30000"], "10 GiB, expected at most 268435456 values"),
@@ -208,6 +259,10 @@ def test_usage_errors(files, capsys, arguments, message):
         (["export", "model.py:layer", "--opset", "0"], "argument --opset: 0 is not from 1 to"),
         (["export", "model.py:layer", "--out", "."], "argument --out: '.' is a folder"),
         (["export", "model.py:layer", "--input", "1,3,100000,100000"], "has more than 268435456"),
+        ([], "the following arguments are required: COMMAND"),
+        (["exprot"], "invalid choice: 'exprot'"),
+        (["export"], "the following arguments are required: MODEL.py:FACTORY"),
+        (["info", "--nonsense\n"], "unrecognized arguments: --nonsense;"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -215,7 +270,9 @@ def test_values_that_argparse_refuses(model, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("deformnd") and err.count("\n") == 1
     assert [p.name for p in model.iterdir()] == ["model.py"]
 
 
@@ -228,6 +285,47 @@ def test_demo_leaves_no_folder(model, capsys):
     assert cli.main(["demo", "--out", "model.py/out"]) == 2
     assert "--out model.py/out is no folder" in capsys.readouterr().err
     assert [p.name for p in model.iterdir()] == ["model.py"]
+
+
+@pytest.mark.parametrize("name", ["same", "near", "far", "finite", "infinite", "nans"])
+def test_check_of_what_is_not_finite(files, capsys, name):
+    """NaN and infinities must be the same ones, and the rest is compared without them."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    code = cli.main(["check", "notfinite.onnx", "--model", f"model.py:{name}"])
+    out = capsys.readouterr().out
+    (line,) = [s for s in out.splitlines() if s.startswith("onnxruntime against torch: ")]
+    said = {"same": "0.0e+00 of the", "near": "5.0e-04 of the", "far": "4.8e-02 of the"}
+    assert said.get(name, "inf of the") in line
+    right = name in ("same", "near")
+    assert line.endswith("ok" if right else "DIFFERS") and code == (not right)
+
+
+def test_export_of_a_number(model, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert cli.main(["export", "model.py:item", "--input", "1,3,8,8"]) == 1
+    err = capsys.readouterr().err
+    assert "the model returns a float, expected tensors\n" in err and err.count("\n") == 1
+    assert not (model / "item.onnx").exists()
+
+
+def test_python_m_in_the_folder_of_a_file_named_as_a_package(model):
+    """The folder is on sys.path first: that file is not the package, its neighbours are found."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    (model / "onnx.py").write_text("from model import layer as build\n")
+    # Found before a module elsewhere, as for a script.
+    (model / "plain.py").write_text("from tabnanny import layer as build\n")
+    (model / "tabnanny.py").write_text(MODEL)
+    source = str(Path(deformnd.__file__).parent.parent)
+    command = [sys.executable, "-m", "deformnd", "export", "--input", "1,3,8,8", "--out", "o.onnx"]
+    for spec in ("onnx.py:build", "plain.py:build", "model:layer"):
+        environment = {**os.environ, "PYTHONPATH": source}
+        done = subprocess.run(
+            [*command, spec], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (spec, done.stderr)
 
 
 def test_model_files_named_as_modules(model, capsys):

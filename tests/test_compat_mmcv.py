@@ -69,6 +69,13 @@ def test_deform_groups_is_checked():
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_deform_groups_of_a_layer(name):
+    for value, error in ((0, ValueError), (-1, ValueError), ("a", TypeError), (None, TypeError)):
+        with pytest.raises(error, match=f"^{name}: deform_groups is {value!r}, expected an int"):
+            getattr(mmcv, name)(4, 6, 3, deform_groups=value)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_deformable_groups(name):
     kind = getattr(mmcv, name)
     with pytest.warns(DeprecationWarning, match=f"{name}: deformable_groups is deprecated"):

@@ -140,6 +140,11 @@ def test_torch_pruning(modulated, name):
     net(x).sum().backward()
 
 
+def test_torch_pruning_of_no_model():
+    with pytest.raises(TypeError, match=r"^with_packed: model is a NoneType, expected a Module"):
+        with_packed(None)
+
+
 def test_torch_pruning_refuses_groups():
     pytest.importorskip("torch_pruning")
     for options in ({"groups": 2}, {"offset_groups": 2}, {"mask_groups": 2}):

@@ -652,6 +652,33 @@ def test_a_core_without_a_version_is_not_called(tmp_path: Path) -> None:
     assert f"is of another version, expected {deformnd.__version__}" in warning
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF files")
+def test_a_core_that_was_cut_off_is_not_loaded(tmp_path: Path) -> None:
+    """Loading it would end the process, where what is missing is read."""
+    core = core_bytes()
+    for size in (0, 40, 100, 5000, 100000, len(core) // 2, len(core) * 7 // 8):
+        ops, warning = import_with(core[:size], tmp_path / str(size))
+        assert ops == "False"
+        assert "cannot be loaded (" in warning
+    # A header of nonsense.
+    for at, value in ((32, b"\xff" * 8), (54, b"\0\0"), (54, b"\xff" * 4)):
+        wrong = core[:at] + value + core[at + len(value) :]
+        ops, warning = import_with(wrong, tmp_path / f"{at}{value[0]}{len(value)}")
+        assert ops == "False"
+        assert "cannot be loaded (" in warning
+
+
+def test_a_version_that_is_no_text(tmp_path: Path) -> None:
+    version = deformnd.__version__.encode() + b"\0"
+    core = core_bytes()
+    assert version in core
+    ops, warning = import_with(
+        core.replace(version, b"\xff" * (len(version) - 1) + b"\0"), tmp_path
+    )
+    assert ops == "False"
+    assert "is of version \ufffd\ufffd" in warning
+
+
 def test_a_core_that_is_no_library_is_not_called(tmp_path: Path) -> None:
     ops, warning = import_with(b"no library", tmp_path)
     assert ops == "False"

@@ -86,9 +86,24 @@ conv2d, transpose2d = deformnd.deform_conv2d, deformnd.deform_conv_transpose2d
         ),
         (
             ValueError,
-            "offset has spatial size (6, 6), expected the output's (4, 4)",
+            "offset has spatial size (6, 6), expected the output's (4, 4) "
+            "(stride (1, 1), padding (0, 0), dilation (1, 1))",
             (X, W, torch.zeros(1, 18, 6, 6)),
             {},
+        ),
+        (
+            ValueError,
+            "expected the output's (1, 1) "
+            "(stride (2147483647, 2147483647), padding (0, 0), dilation (1, 1))",
+            (X, W, OFF),
+            {"stride": 2**31 - 1},
+        ),
+        (
+            ValueError,
+            "mask has spatial size (4, 4), expected the output's (6, 6) "
+            "(stride (1, 1), padding (1, 1), dilation (1, 1))",
+            (X, W, None, MASK),
+            {"padding": 1},
         ),
         (
             ValueError,

@@ -350,6 +350,19 @@ def test_fuse_batch_norm_refuses_other_modules():
 
 
 @pytest.mark.parametrize("n", RANKS)
+def test_padding_by_name(n):
+    for prefix in ("", "Packed", "Lazy"):
+        name, sizes = f"{prefix}DeformConv{n}d", (6, 3) if prefix == "Lazy" else (4, 6, 3)
+        make = getattr(deformnd, name)
+        with pytest.raises(ValueError, match=rf"^{name}: padding is 'same', which .* stride 1, g"):
+            make(*sizes, padding="same", stride=(1,) * (n - 1) + (2,))
+        with pytest.raises(ValueError, match=rf"^{name}: padding is 'x', expected 'same', 'valid'"):
+            make(*sizes, padding="x")
+        assert make(*sizes, padding="valid", stride=2).padding == "valid"
+        assert make(*sizes, padding="same", dilation=2).padding == "same"
+
+
+@pytest.mark.parametrize("n", RANKS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_numbers_of_numpy(n, transposed):
     kind = f"DeformConv{'Transpose' * transposed}{n}d"

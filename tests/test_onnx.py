@@ -318,6 +318,18 @@ def test_names_and_shapes_as_of_torch(tmp_path, capsys):
         export(layer.train(), x, path, verbose=False)
 
 
+class Returns(nn.Module):
+    """Of its input, whatever a function makes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, x):
+        return self.function(x)
+
+
 @pytest.mark.parametrize(
     "error, options, message",
     [
@@ -337,6 +349,19 @@ def test_names_and_shapes_as_of_torch(tmp_path, capsys):
             (ValueError, {"dynamic_shapes": shapes}, "dynamic_shapes does not fit the inputs: ")
             for shapes in ({"y": {0: "b"}}, ({7: "b"},), ({0: 1.5},), ({0: "b"},) * 2)
         ),
+        (TypeError, {"foo": 1}, "unexpected argument 'foo'"),
+        (TypeError, {"input_names": 3}, "input_names is 3, expected a list of names"),
+        (TypeError, {"output_names": [3]}, "output_names is [3], expected a list of names"),
+        *(
+            (ValueError, {"model": Returns(f)}, message)
+            for f, message in (
+                (lambda x: x.sum().item(), "the model returns a float, expected tensors"),
+                (lambda x: (x, None, 3), "the model returns a int, expected tensors"),
+                (lambda x: (2 * x, {"a": "b"}), "the model returns a str, expected tensors"),
+                (lambda x: None, "the model returns no tensor, expected at least one"),
+                (lambda x: (), "the model returns no tensor, expected at least one"),
+            )
+        ),
         (ValueError, {"args": (torch.rand(1, 2, 8, 8),)}, "the model does not take args: Packed"),
     ],
 )
@@ -346,8 +371,26 @@ def test_arguments_of_export(error, options, message, tmp_path, monkeypatch):
     given = {"model": layer, "args": (torch.rand(1, 3, 8, 8),), "path": "m.onnx", **options}
     with pytest.raises(error, match=r"deformnd\.onnx: ") as caught:
         export(**given)
-    assert message in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scripted_model(tmp_path):
+    """It is not exported, but what its source became can be compared with it."""
+    layer, x = nn.Conv2d(3, 4, 3).eval(), torch.rand(1, 3, 8, 8)
+    for scripted in (torch.jit.script(layer), torch.jit.trace(layer, x)):
+        with pytest.raises(TypeError, match=r"^deformnd\.onnx: model is a torch.jit.ScriptModule"):
+            export(scripted, x, tmp_path / "scripted.onnx", verbose=False)
+        export(layer, x, tmp_path / "m.onnx", verbose=False)
+        assert check(tmp_path / "m.onnx", scripted, x) < 1e-5
+
+
+def test_an_output_that_is_none(tmp_path):
+    model, x = Returns(lambda x: (2 * x, None)).eval(), torch.rand(2, 3)
+    export(model, x, tmp_path / "m.onnx", verbose=False)
+    assert check(tmp_path / "m.onnx", model, x) == 0
+    with pytest.raises(ValueError, match=r"m\.onnx in onnxruntime returns 1 tensors, expected 2"):
+        check(tmp_path / "m.onnx", Returns(lambda x: (2 * x, x)), x)
 
 
 def test_an_engine_that_does_not_load_the_file(tmp_path, capsys, monkeypatch):

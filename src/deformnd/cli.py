@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 
@@ -30,15 +30,21 @@ class UsageError(Exception):
     """What argparse cannot see; ends with exit code 2."""
 
 
-def _line(error: BaseException) -> str:
+def _line(error: object) -> str:
     """An error in one line: torch's and the engines' have many."""
     said = " ".join(str(error).split())
     return said if len(said) < 400 else said[:400] + " ..."
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other wrong usage, without argparse's usage before it."""
+        self.exit(2, f"{self.prog}: {_line(message)}; see {self.prog} --help\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 it failed, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deformnd",
         description="Deformable convolution for PyTorch: tools and demo.",
         epilog="Exit codes: 0 done, 1 it failed or a check did not hold, 2 wrong usage.",
@@ -316,7 +322,7 @@ def _load(spec: str) -> tuple[Any, tuple[Any, ...] | None]:
         raise UsageError(f"there is no file {source}")
     # The file's folder comes first, as for a script; but a file that is named as a module, such as
     # onnx.py, is not found in that module's place.
-    taken = python and (path.stem in sys.modules or _is_module(path.stem))
+    taken = python and (path.stem in sys.modules or _is_another_module(path))
     before = list(sys.path)
     if python:
         sys.path.insert(len(before) if taken else 0, str(path.parent))
@@ -339,8 +345,11 @@ def _load(spec: str) -> tuple[Any, tuple[Any, ...] | None]:
     return model.eval(), inputs if inputs is None or isinstance(inputs, tuple) else (inputs,)
 
 
-def _is_module(name: str) -> bool:
-    return name.isidentifier() and importlib.util.find_spec(name) is not None
+def _is_another_module(path: Path) -> bool:
+    """Whether the name of a Python file is that of a module that is found elsewhere."""
+    name = path.stem
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    return found is not None and Path(found.origin or "").resolve() != path.resolve()
 
 
 def _run_file(path: Path, name: str) -> Any:
@@ -482,6 +491,8 @@ def _add_check(commands: Any) -> None:
 def _check(options: Any) -> int:
     import onnx
 
+    from .onnx.export import difference
+
     if not options.file.is_file():
         raise UsageError(f"there is no file {options.file}")
     if options.weights and options.model is None:
@@ -525,7 +536,9 @@ def _check(options: Any) -> int:
     (first, reference), *others = results.items()
     failed = False
     for other, got in others:
-        worst = _difference(got, reference)
+        worst = math.inf
+        if len(got) == len(reference):
+            worst = max(map(difference, got, reference), default=0.0)
         ok = worst <= TOLERANCE
         failed |= not ok
         verdict = "ok" if ok else "DIFFERS"
@@ -574,12 +587,17 @@ def _random_inputs(
             for d in tensor.shape.dim
         ]
         declared = f"[{', '.join(names)}]"
+        for axis, d in enumerate(dims):
+            if d is not None and d < 0:
+                raise UsageError(
+                    f"input {name} {declared} has size {d} on axis {axis}, expected at least 0"
+                )
         if tensor.HasField("shape") and (
             len(shape) != len(dims)
             or any(d not in (None, s) for d, s in zip(dims, shape, strict=True))
         ):
             raise UsageError(f"--input {list(shape)} does not fit input {name} {declared}")
-        if min(shape, default=1) < 0 or math.prod(shape) > LARGEST_INPUT:
+        if math.prod(shape) > LARGEST_INPUT:
             gib = math.prod(shape) * dtype.itemsize / 2**30
             raise UsageError(
                 f"input {name} {declared} would be {list(shape)}, {gib:.0f} GiB, expected at most "
@@ -636,16 +654,3 @@ def _run_engine(engine: str, path: Path, inputs: list[Any], seconds: float) -> d
         outputs = [torch.from_numpy(saved[key]) for key in saved.files]
     print(f"{engine} {version}: runs it")
     return {engine: outputs}
-
-
-def _difference(got: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest, in units of the expected output's largest value; infinite for other shapes."""
-    worst = 0.0 if len(got) == len(expected) else float("inf")
-    for g, e in zip(got, expected, strict=False):
-        if g.shape != e.shape:
-            return float("inf")
-        if e.numel():
-            scale = float(e.double().abs().max()) or 1.0
-            difference = (g.double() - e.double()).abs().max()
-            worst = max(worst, float(difference.nan_to_num(float("inf"))) / scale)
-    return worst

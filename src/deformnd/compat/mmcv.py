@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .. import ops
-from ..kernels.geometry import check_call
+from ..kernels.geometry import check_call, check_ints
 from ..ops.checkpoints import joint_names
 from ..ops.functional import Padding, Size, _ints, _node, _outside_a_trace, _values
 from . import _check_groups, _first_values
@@ -179,6 +179,7 @@ class DeformConv2d(ops.DeformConv2d):
         im2col_step: int = 32,
     ) -> None:
         _check_bias("DeformConv2d", bias)
+        deform_groups = _deform_groups(self, deform_groups)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
         )
@@ -213,6 +214,7 @@ class ModulatedDeformConv2d(ops.DeformConv2d):
         deform_groups: int = 1,
         bias: bool = True,
     ) -> None:
+        deform_groups = _deform_groups(self, deform_groups)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bool(bias)
         )
@@ -249,6 +251,7 @@ class _Pack(ops.PackedDeformConv2d):
         bias: bool,
         modulated: bool,
     ) -> None:
+        deform_groups = _deform_groups(self, deform_groups)
         super().__init__(
             in_channels,
             out_channels,
@@ -329,6 +332,10 @@ class ModulatedDeformConv2dPack(_Pack):
             bool(bias),
             True,
         )
+
+
+def _deform_groups(module: Any, value: Any) -> int:
+    return check_ints(type(module).__name__, "deform_groups", value, 0, 1)[0]
 
 
 def _check_bias(name: str, bias: bool) -> None:

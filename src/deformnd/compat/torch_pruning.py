@@ -25,6 +25,7 @@ def with_packed(model: nn.Module, ignored_layers: Sequence[nn.Module] = ()) -> d
 
     Raises:
         ImportError: Torch-Pruning is not installed.
+        TypeError: model is no Module.
         ValueError: a packed layer has groups, offset groups or mask groups, which would no longer
             divide the channels.
 
@@ -43,6 +44,8 @@ def with_packed(model: nn.Module, ignored_layers: Sequence[nn.Module] = ()) -> d
         ... )
         >>> pruner.step()  # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"with_packed: model is a {type(model).__name__}, expected a Module")
     try:
         import torch_pruning
     except ModuleNotFoundError as error:

@@ -51,15 +51,16 @@ def _load() -> ctypes.CDLL | None:
     if not path.exists():
         return None
     try:
+        _check_whole(path)
         library = ctypes.CDLL(str(path))
         version = library.deformnd_version
-    except OSError as failure:
+    except (OSError, struct.error) as failure:
         problem = f"cannot be loaded ({failure})"
     except AttributeError:
         problem = f"is of another version, expected {__version__}"
     else:
         version.restype = ctypes.c_char_p
-        found = version().decode()
+        found = version().decode(errors="replace")
         if found == __version__:
             return library
         problem = f"is of version {found}, expected {__version__}"
@@ -69,6 +70,19 @@ def _load() -> ctypes.CDLL | None:
         stacklevel=2,
     )
     return None
+
+
+def _check_whole(path: Path) -> None:
+    """Raise OSError for an ELF file that was cut off: loading it would end the process (SIGBUS)."""
+    file = path.read_bytes()
+    if file[:5] != b"\x7fELF\x02":  # of 64 bits
+        return
+    (start,) = struct.unpack("=Q", file[32:40])
+    size, count = struct.unpack("=2H", file[54:58])
+    for header in range(start + 8, start + 8 + size * count, size or 1):
+        # A segment's offset in the file and its size there.
+        if sum(struct.unpack("=Q16xQ", file[header : header + 32])) > len(file):
+            raise OSError(f"the file has {len(file)} bytes and was cut off")
 
 
 _library = _load()

@@ -88,12 +88,20 @@ def conv_geometry(
     if any(size < 1 for size in point_size):
         fail(
             f"the output would have size {_show(point_size)}, expected at least 1 on every axis; "
-            f"the dilated kernel is larger than the padded input (stride {_show(stride)}, "
-            f"padding {_show(padding)}, dilation {_show(dilation)})"
+            "the dilated kernel is larger than the padded input"
+            + _parameters(stride, padding, dilation)
         )
     _check_numel(fail, (input.shape[0], points, *point_size), f"padding {_show(padding)}")
     offset_groups, mask_groups = _check_offset_mask(
-        fail, offset, mask, input.shape[0], channels, "input", point_size, kernel
+        fail,
+        offset,
+        mask,
+        input.shape[0],
+        channels,
+        "input",
+        point_size,
+        kernel,
+        (stride, padding, dilation),
     )
     _check_bias(fail, bias, points)
     return Geometry(
@@ -255,6 +263,10 @@ def _show(values: Sequence[int]) -> str:
     return "(" + ", ".join(str(v) for v in values) + ("," if len(values) == 1 else "") + ")"
 
 
+def _parameters(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> str:
+    return f" (stride {_show(stride)}, padding {_show(padding)}, dilation {_show(dilation)})"
+
+
 def _shapes(tensors: dict[str, Tensor | None]) -> str:
     return ", ".join(
         f"{k} {list(t.shape)}"
@@ -406,8 +418,12 @@ def _check_offset_mask(
     owner: str,
     point_size: tuple[int, ...],
     kernel: tuple[int, ...],
+    made_by: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None,
 ) -> tuple[int, int]:
-    """Check offset and mask against the sizes; return their numbers of groups."""
+    """Check offset and mask against the sizes; return their numbers of groups.
+
+    made_by: stride, padding and dilation, where point_size comes of them.
+    """
     n, points = len(kernel), math.prod(kernel)
     found = []
     for name, t, unit in (("offset", offset, n * points), ("mask", mask, points)):
@@ -437,6 +453,7 @@ def _check_offset_mask(
             fail(
                 f"{name} has spatial size {_show(t.shape[2:])}, "
                 f"expected the {whose} {_show(point_size)}"
+                + (_parameters(*made_by) if made_by else "")
             )
         groups = size // unit
         if channels % groups:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import math
 import os
@@ -90,6 +92,18 @@ def export(
     for ours, theirs, given in (("path", "f", path), ("opset", "opset_version", opset)):
         if theirs in options and given is not None:
             raise TypeError(f"deformnd.onnx: both {ours} and {theirs} are given, expected one")
+    known = inspect.signature(torch.onnx.export).parameters
+    for key in options:
+        if key not in known:
+            raise TypeError(
+                f"deformnd.onnx: unexpected argument {key!r}, expected one of torch.onnx.export's"
+            )
+    for key in ("input_names", "output_names"):
+        names = options.get(key)
+        if names is not None and not (
+            isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        ):
+            raise TypeError(f"deformnd.onnx: {key} is {names!r}, expected a list of names")
     path, opset = options.pop("f", path), options.pop("opset_version", opset)
     version = resolve(target, opset)
     table = translation_table(target, version)
@@ -134,11 +148,13 @@ def export(
                 **options,
             )
     except Exception as error:
-        explained = _explained(error, dynamic_shapes)
+        explained = _explained(error, model, args, kwargs, dynamic_shapes)
         raise explained from (None if explained is error else error)
     finally:
         log.setLevel(level)
     assert program is not None
+    if not program.model.graph.outputs:
+        raise ValueError("deformnd.onnx: the model returns no tensor, expected at least one")
     add_function(program)
     _check_program(program, target, version)
     said = f"deformnd.onnx: wrote {path} for target {target!r}, opset {version}"
@@ -159,7 +175,7 @@ def export(
 def _compared(path: Path, model: Any, args: Any, kwargs: Any, engine: str, target: str) -> str:
     """How well the file agrees with the model in an engine, or why that is not known."""
     try:
-        difference = check(
+        found = check(
             path, model, args, kwargs=kwargs, engine=engine, standard=target == "standard"
         )
     except ImportError as error:
@@ -168,7 +184,7 @@ def _compared(path: Path, model: Any, args: Any, kwargs: Any, engine: str, targe
         if engine == target:
             raise
         return f"not compared with torch in {engine} ({error})"
-    return f"differs from torch by {difference:.1e} of its largest value in {engine}"
+    return f"differs from torch by {found:.1e} of its largest value in {engine}"
 
 
 def _inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -211,7 +227,9 @@ def path_to_read(path: Any) -> str:
     return os.fspath(path)
 
 
-def _explained(error: Exception, dynamic_shapes: Any) -> Exception:
+def _explained(
+    error: Exception, model: Any, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any
+) -> Exception:
     """The error to raise for what torch.onnx.export raised: ours where an argument is behind it."""
     cause: BaseException | None = error
     while cause is not None:
@@ -227,6 +245,15 @@ def _explained(error: Exception, dynamic_shapes: Any) -> Exception:
         or any(words in said for words in ("dynamic_shapes", "dynamic shape", "user-specified"))
     ):
         return ValueError(f"deformnd.onnx: dynamic_shapes does not fit the inputs: {said}")
+    if isinstance(model, torch.jit.ScriptModule):
+        return TypeError(
+            "deformnd.onnx: model is a torch.jit.ScriptModule, expected the Module it was made from"
+        )
+    if type(error).__name__ == "ConversionError":
+        with contextlib.suppress(Exception):  # torch's error, then, is the one to tell
+            odd = _no_output(_returned(model, args, kwargs))
+            if odd is not None:
+                return odd
     if reason is not error and isinstance(reason, (ValueError, TypeError)):
         return ValueError(f"deformnd.onnx: the model does not take args: {said}")
     return error
@@ -323,44 +350,76 @@ def check(
     for i, open_axes in zip(tensors, inputs, strict=True):
         t = leaves[i]
         larger[i] = t.repeat([2 if axis in open_axes else 1 for axis in range(t.dim())])
-    function = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     worst = 0.0
     for given in (leaves,) if not any(inputs) else (leaves, larger):
         positional, named = torch.utils._pytree.tree_unflatten(given, structure)
         try:
-            with torch.no_grad():
-                expected = function(*positional, **named)
+            returned = _returned(model, positional, named)
         except Exception:
             if given is larger:
                 continue
             raise
-        expected = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)]
+        expected = [t for t in returned if isinstance(t, Tensor)]
         got = [torch.from_numpy(a) for a in run([given[i].detach().cpu().numpy() for i in tensors])]
+        if len(got) != len(expected):
+            raise _no_output(returned) or ValueError(
+                f"deformnd.onnx: {path} in {engine} returns {len(got)} tensors, "
+                f"expected {len(expected)} as the model"
+            )
         for g, e in zip(got, expected, strict=True):
-            worst = max(worst, _difference(g, e.cpu(), standard, engine, path))
+            worst = max(worst, _checked_difference(g, e.cpu(), standard, engine, path))
     return worst
 
 
-def _difference(got: Tensor, expected: Tensor, standard: bool, engine: str, path: str) -> float:
+def _returned(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The parts of what the model returns."""
+    function = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    with torch.no_grad():
+        leaves: list[Any] = torch.utils._pytree.tree_leaves(function(*args, **kwargs))
+    return leaves
+
+
+def _no_output(returned: list[Any]) -> ValueError | None:
+    """The error for what a model returns that no ONNX file can."""
+    for part in returned:
+        if part is not None and not isinstance(part, Tensor):
+            kind = type(part).__name__
+            return ValueError(f"deformnd.onnx: the model returns a {kind}, expected tensors")
+    return None
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest finite value expected.
+
+    Infinite for another shape, and where one is NaN or infinite and the other is not the same.
+    """
+    if got.shape != expected.shape:
+        return math.inf
+    e, g = expected.double(), got.double()
+    same = (e == g) | (e.isnan() & g.isnan())
+    error = torch.where(same, 0.0, (g - e).abs()).nan_to_num(math.inf, math.inf)
+    if not error.any():  # nor in an empty tensor
+        return 0.0
+    largest = float(torch.where(e.isfinite(), e.abs(), 0.0).max())
+    return float(error.max()) / max(largest, 1e-30)
+
+
+def _checked_difference(
+    got: Tensor, expected: Tensor, standard: bool, engine: str, path: str
+) -> float:
     if got.shape != expected.shape:
         raise ValueError(
             f"deformnd.onnx: {path} in {engine} returns shape {list(got.shape)}, "
             f"expected {list(expected.shape)}"
         )
     bound = _TOLERANCE.get(expected.dtype, 0.0) * (_TOLERANCE_OF_STANDARD if standard else 1)
-    if not expected.numel():
-        return 0.0
-    e, g = expected.double(), got.double()
-    largest = float(e[e.isfinite()].abs().max()) if e.isfinite().any() else 0.0
-    same = (e == g) | (e.isnan() & g.isnan())
-    error = torch.where(same, 0.0, (g - e).abs()).nan_to_num(math.inf, math.inf)
-    difference = float(error.max()) / max(largest, 1e-30) if error.any() else 0.0
-    if difference > bound:
+    found = difference(got, expected)
+    if found > bound:
         raise ValueError(
-            f"deformnd.onnx: {path} in {engine} differs from torch by {difference:.1e} of the "
+            f"deformnd.onnx: {path} in {engine} differs from torch by {found:.1e} of the "
             f"largest value, expected at most {bound:.0e}"
         )
-    return difference
+    return found
 
 
 _ENGINES = {

@@ -181,6 +181,14 @@ def _check_padding_mode(module: Any, mode: Any, modes: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: padding_mode is {mode!r}, expected {expected}")
 
 
+def _check_padding(module: Any, padding: str, stride: tuple[int, ...]) -> None:
+    name = type(module).__name__
+    if padding not in ("same", "valid"):
+        raise ValueError(f"{name}: padding is {padding!r}, expected 'same', 'valid' or ints")
+    if padding == "same" and max(stride) > 1:
+        raise ValueError(f"{name}: padding is 'same', which expects stride 1, got {stride}")
+
+
 def _refuse(module: Any, options: dict[str, Any]) -> None:
     """Raise TypeError for arguments that no layer has, or that this one does not need."""
     for key in options:
@@ -278,6 +286,8 @@ class _DeformConvNd(_ConvNd):
         like = {"device": device, "dtype": dtype}
         _check_arguments(self, numbers, {"bias": bias}, like)
         _check_padding_mode(self, padding_mode, _MODES)
+        if isinstance(padding, str):
+            _check_padding(self, padding, _tuple(self, "stride", stride))
         super().__init__(
             int(in_channels),
             int(out_channels),
