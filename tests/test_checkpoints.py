@@ -237,7 +237,9 @@ def test_own_names_win_over_foreign_ones(kind):
 
 
 @pytest.mark.parametrize("how", ["copy", "dict"])
-@pytest.mark.parametrize("to", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "to", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
 def test_a_shallow_copy_outlives_the_original(how, to):
     state, forward = mmcvs(4)
     first = nn.Sequential(Block(mmcv.ModulatedDeformConv2dPack(4, 4, 3, padding=1)))[0]

@@ -127,7 +127,8 @@ def convert(
     The new layers hold the same Parameter objects, so optimizers stay valid; only where one
     convolution predicted offset and mask, or the order of its channels changes, are there new ones.
     Hooks, the training flag and plain attributes come along. load_state_dict takes the old names as
-    well as the new, and `original_state_dict` gives them back.
+    well as the new, and `original_state_dict` gives them back; a layer whose old names are the new
+    ones, in another order, takes them as new, and convert warns.
 
     Args:
         model: any module; it may itself be such a layer.
@@ -375,8 +376,8 @@ def _from_rule(where: str, module: nn.Module, rule: PackRule) -> nn.Module:
     for kind in ("offset", "mask"):  # one of the layer's own modules, from a function of the layer
         activation: Any = getattr(rule, f"{kind}_activation")
         if isinstance(activation, nn.Module) and activation in names:
-            spread = "0." * (kind == "offset" and len(axes) < n)
-            parts.append(Part(f"{kind}_activation.{spread}", f"{names[activation]}."))
+            place = "0." * (kind == "offset" and len(axes) < n)
+            parts.append(Part(f"{kind}_activation.{place}", f"{names[activation]}."))
     new = layer
     if then:
         if not rule.weight:
@@ -615,9 +616,7 @@ def _compare(model: nn.Module, replaced: Mapping[str, nn.Module], check: Any) ->
                 old.register_forward_hook(compare(new, where), prepend=True, with_kwargs=True)
             )
             asleep += [
-                name or "the model"
-                for m in new.modules()
-                if isinstance(m, _Packed) and _asleep(m)
+                name or "the model" for m in new.modules() if isinstance(m, _Packed) and _asleep(m)
             ]
         for m, _ in modes:
             m.training = False

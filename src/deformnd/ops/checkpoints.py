@@ -184,7 +184,7 @@ def _take_mmdet(state_dict: dict[str, Any], prefix: str, unexpected: list[str]) 
 
 
 def take_mmdet_below(
-    children: dict[str, nn.Module], state_dict: dict[str, Any], prefix: str, *rest: Any
+    children: dict[str, Optional[nn.Module]], state_dict: dict[str, Any], prefix: str, *rest: Any
 ) -> None:
     """A load_state_dict pre-hook of a module that holds packed layers, given its `_modules`.
 

@@ -59,7 +59,7 @@ def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
     return torch.sigmoid(mask) * scale
 
 
-def _check_scale(name: str, scale: Any) -> None:
+def _check_scale(name: str, scale: Any) -> float:
     value = scale
     if isinstance(scale, Tensor) and scale.numel() == 1:  # one that is learned, or a traced size
         value = scale.item()
@@ -67,6 +67,7 @@ def _check_scale(name: str, scale: Any) -> None:
         raise TypeError(f"{name}: scale is {scale!r}, expected a number")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: scale is {scale}, expected a positive number")
+    return float(value)
 
 
 def mask_softmax1d(mask: Tensor, kernel_size: Size) -> Tensor:
@@ -160,8 +161,7 @@ class MaskSigmoid(nn.Module):
 
     def __init__(self, scale: float = 2.0) -> None:
         super().__init__()
-        _check_scale("MaskSigmoid", scale)
-        self.scale = float(scale)
+        self.scale = _check_scale("MaskSigmoid", scale)
 
     def forward(self, mask: Tensor) -> Tensor:
         return mask_sigmoid(mask, self.scale)

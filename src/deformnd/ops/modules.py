@@ -841,11 +841,11 @@ def _registered(parent: nn.Module, name: str, new: Optional[nn.Module]) -> Optio
 
     Two things can be seen only where a layer gets its place. The keys that mmdet 1.x kept beside a
     layer are the parent's to load; the hook holds the parent's _modules, since one that holds the
-    parent is dead in a shallow copy. And fusing tools, such as the fuse() of YOLO, read the geometry
-    of a convolution and put a plain one in its place, with the weights times the norm's factors:
-    without the offsets. The result keeps its weight and bias, and the layer its offsets. Where
-    weight and bias are the layer's own, there is nothing to tell a tool from a person by. Either
-    way a warning says what was done.
+    parent is dead in a shallow copy. And fusing tools, such as the fuse() of YOLO, read the
+    geometry of a convolution and put a plain one in its place, with the weights times the norm's
+    factors: without the offsets. The result keeps its weight and bias, and the layer its offsets.
+    Where weight and bias are the layer's own, there is nothing to tell a tool from a person by.
+    Either way a warning says what was done.
     """
     if isinstance(new, _Packed):
         hooks = [getattr(h, "hook", None) for h in parent._load_state_dict_pre_hooks.values()]
