@@ -506,13 +506,14 @@ def test_multiples_of_a_layers_filters_are_not_taken_silently():
     with torch.no_grad():
         plain.weight.copy_(1.01 * packed.weight)
     parent = nn.ModuleDict({"a": packed})
-    with pytest.warns(UserWarning, match="PackedDeformConv2d 'a': .* delete it first"):
+    with pytest.warns(UserWarning, match="PackedDeformConv2d 'a': .* put None there first"):
         parent["a"] = plain
     assert torch.equal(parent["a"].weight, plain.weight)
     assert type(parent["a"]) is type(packed)
-    del parent["a"]
-    parent["a"] = plain
-    assert parent["a"] is plain
+    for above, key in ((parent, "a"), (nn.Sequential(packed), 0)):
+        above[key] = None
+        above[key] = plain
+        assert above[key] is plain
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -640,4 +640,5 @@ def _compare(model: nn.Module, replaced: Mapping[str, nn.Module], check: Any) ->
 
 def _asleep(layer: Any) -> bool:
     last = None if layer.offset_generator is None else _last_affine(layer.offset_generator)
-    return last is not None and not any(p.any() for p in last.parameters())
+    parameters = [] if last is None else list(last.parameters())
+    return bool(parameters) and not any(p.any() for p in parameters)

@@ -48,7 +48,8 @@ def _keys(state_dict: dict[str, Any], prefix: str, name: Optional[str]) -> list[
     if name is None:
         return []
     rest = ".*" if name.endswith(".") else "(_(orig|mask|g|v|u))?"
-    return [k for k in state_dict if re.fullmatch(re.escape(prefix + name) + rest, k)]
+    pattern = re.compile(re.escape(prefix + name) + rest)
+    return [k for k in state_dict if pattern.fullmatch(k)]
 
 
 def take_original(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:

@@ -865,7 +865,7 @@ def _registered(parent: nn.Module, name: str, new: Optional[nn.Module]) -> Optio
                 return None
             warnings.warn(
                 f"{what} multiples of its filters is taken for itself with a norm fused: it stays, "
-                "offsets and all, with this weight and bias; delete it first to be rid of it",
+                "offsets and all, with this weight and bias; put None there first to be rid of it",
                 stacklevel=3,
             )
             fused = copy.deepcopy(old)
