@@ -573,6 +573,11 @@ def test_a_rule_may_give_the_module_itself():
     convert(model, {Yolos: lambda layer: nn.Conv2d(4, 6, 1)}, verbose=False)
     assert type(model[0]) is nn.Conv2d and not model[0].training
     assert model(x).shape == (1, 6, 5, 5)
+    around = {Yolos: lambda layer: nn.Sequential(layer, nn.Identity())}
+    assert len(convert(nn.Sequential(yolos()), around, check=x, verbose=False)[0]) == 2
+    around = {Yolos: lambda layer: nn.Sequential(layer, nn.Tanh())}
+    with pytest.raises(ValueError, match="the replacement's output is another"):
+        convert(nn.Sequential(yolos()), around, check=x)
     for rules, message in (
         ({Yolos: lambda layer: {}}, "its rule returned a dict, expected a PackRule or a Module"),
         ({Yolos: 3}, "the rule of Yolos is a int"),

@@ -576,16 +576,21 @@ def _compare(model: nn.Module, replaced: Mapping[str, nn.Module], check: Any) ->
     else:
         args = tuple(check) if isinstance(check, (tuple, list)) else (check,)
     todo = dict(zip(replaced.values(), replaced, strict=True))  # a module in several places once
-    reached = set()
+    reached, running = set(), set()
     asleep = []
 
     def compare(new: nn.Module, where: str) -> Callable[..., None]:
         def hook(old: nn.Module, args: Any, kwargs: Any, expected: Any) -> None:
+            if new in running:  # it has old inside
+                return
             reached.add(new)
+            running.add(new)
             try:
                 got = new.forward(*args, **kwargs)  # hooks are shared with old: not again
             except Exception as error:
                 raise ValueError(f"{where}: the replacement fails: {error}") from error
+            finally:
+                running.remove(new)
             if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
                 raise ValueError(
                     f"{where} gives a {type(expected).__name__}, the replacement a "
