@@ -573,6 +573,11 @@ def test_a_rule_may_give_the_module_itself():
     convert(model, {Yolos: lambda layer: nn.Conv2d(4, 6, 1)}, verbose=False)
     assert type(model[0]) is nn.Conv2d and not model[0].training
     assert model(x).shape == (1, 6, 5, 5)
+    around = {Yolos: lambda layer: nn.Sequential(layer, nn.Identity())}
+    assert len(convert(nn.Sequential(yolos()), around, check=x, verbose=False)[0]) == 2
+    around = {Yolos: lambda layer: nn.Sequential(layer, nn.Tanh())}
+    with pytest.raises(ValueError, match="the replacement's output is another"):
+        convert(nn.Sequential(yolos()), around, check=x)
     for rules, message in (
         ({Yolos: lambda layer: {}}, "its rule returned a dict, expected a PackRule or a Module"),
         ({Yolos: 3}, "the rule of Yolos is a int"),
@@ -749,6 +754,175 @@ def test_checkpoints_of_before_the_conversion():
     assert all(torch.equal(back[k], v) for k, v in layer.state_dict().items())
     with pytest.warns(UserWarning, match=r"p_conv.bias \[3\] .* not loaded: expected 18 rows"):
         ours.load_state_dict({"p_conv.bias": torch.ones(3)}, strict=False)
+
+
+class Ordered(nn.Module):
+    """Its predictor has a name of deformnd's, and another order of channels."""
+
+    def __init__(self, own_weight=False, swapped=False):
+        super().__init__()
+        if own_weight:
+            self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        else:
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.padding = 1
+        self.names = ["offset_generator", "mask_generator"][:: -1 if swapped else 1]
+        for name, channels in zip(self.names, (18, 9), strict=True):
+            setattr(self, name, nn.Conv2d(4, channels, 3, padding=1))
+        self.rule = PackRule(
+            *self.names, weight="" if own_weight else "conv", interleaved=swapped and own_weight
+        )
+
+    def forward(self, x):
+        offset, mask = (getattr(self, name)(x) for name in self.names)
+        if not self.rule.interleaved:
+            offset = offset.unflatten(1, (2, 9)).transpose(1, 2).flatten(1, 2)
+        source = self if hasattr(self, "weight") else self.conv
+        return deformnd.deform_conv2d(
+            x, source.weight, offset, mask.sigmoid(), getattr(source, "bias", None), padding=1
+        )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("own_weight", [True, False])
+def test_names_that_both_have(own_weight, swapped, strict):
+    theirs, x = nn.Sequential(Ordered(own_weight, swapped)), torch.randn(1, 4, 6, 6)
+    old, expected = copy.deepcopy(theirs.state_dict()), theirs(x)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        ours = convert(theirs, {Ordered: lambda layer: layer.rule}, check=x, verbose=False)
+    ambiguous = ["convert: Ordered '0': the names" in str(w.message) for w in seen]
+    assert ambiguous == [True] * own_weight
+    own = copy.deepcopy(ours.state_dict())
+    generators = {k: v for k, v in own.items() if "generator" in k}
+    for given in [own, *[generators] * (not strict), *[old] * (not own_weight)]:
+        ours.load_state_dict(given, strict=strict)
+        torch.testing.assert_close(ours(x), expected)
+    back = deformnd.original_state_dict(ours)
+    assert back.keys() == old.keys() and all(torch.equal(back[k], old[k]) for k in old)
+    if not own_weight:
+        found = ours.load_state_dict({**own, "0.conv.weight": old["0.conv.weight"]}, strict=False)
+        assert found.unexpected_keys == ["0.conv.weight"]
+        torch.testing.assert_close(ours(x), expected)
+
+
+class Joint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.padding = 1
+        self.offset_generator = nn.Conv2d(4, 27, 3, padding=1)
+
+    def forward(self, x):
+        offset, mask = self.offset_generator(x).split([18, 9], 1)
+        return deformnd.deform_conv2d(x, self.weight, offset, mask.sigmoid(), padding=1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_both_have_for_other_rows():
+    theirs, x = Joint(), torch.randn(1, 4, 6, 6)
+    rule = PackRule("offset_generator", "offset_generator")
+    ours = convert(copy.deepcopy(theirs), {Joint: rule}, verbose=False)
+    for given in (copy.deepcopy(ours.state_dict()), theirs.state_dict()):
+        for p in ours.parameters():
+            nn.init.zeros_(p)
+        ours.load_state_dict(given)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+class Named(nn.Module):
+    """Applies one module twice, and has modules with names of deformnd's and of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.bias = nn.Parameter(torch.randn(4))
+        self.padding = 1
+        self.p = nn.Conv2d(4, 18, 3, padding=1)
+        self.act = nn.PReLU()
+        self.deform = nn.BatchNorm2d(4)
+        self.bias_norm = nn.BatchNorm2d(4)
+        self.last = nn.PReLU()
+        self.bound = nn.PReLU()
+        self.register_buffer("grid", torch.zeros(3))
+        self.b = nn.Parameter(torch.zeros(1))
+        self.unused = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        y = deformnd.deform_conv2d(
+            x, self.weight, self.bound(self.p(x)), None, self.bias, padding=1
+        )
+        return self.last(self.act(self.bias_norm(self.deform(self.act(y)))))
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_then_and_drop():
+    theirs, x = nn.Sequential(Named()).eval(), torch.randn(1, 4, 6, 6)
+    for m in theirs.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight, m.bias, m.running_mean):
+                nn.init.normal_(t)
+    rules = {
+        Named: lambda layer: PackRule(
+            "p",
+            then=("act", "deform", "bias_norm", "act", layer.last),
+            drop=("grid", "b", "unused"),
+            offset_activation=layer.bound,
+        )
+    }
+    old, expected = copy.deepcopy(theirs.state_dict()), theirs(x)
+    ours = convert(theirs, rules, check=x, verbose=False)
+    assert len(ours[0]) == 6
+    own = copy.deepcopy(ours.state_dict())
+    for given in (own, old, copy.deepcopy(deformnd.original_state_dict(ours))):
+        for p in ours.parameters():
+            nn.init.zeros_(p)
+        ours.load_state_dict(given)
+        torch.testing.assert_close(ours(x), expected)
+    back = deformnd.original_state_dict(ours)
+    dropped = {"0.grid", "0.b", "0.unused.weight", "0.unused.bias"}
+    assert back.keys() == old.keys() - dropped and all(torch.equal(back[k], old[k]) for k in back)
+    found = ours.load_state_dict({**own, "0.grid": torch.zeros(3)}, strict=False)
+    assert found.unexpected_keys == ["0.grid"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_comes_along(wrapped):
+    """Also where a function of the layer gives the module to put there."""
+    layer, seen, x = yolos(), [], torch.randn(1, 4, 5, 5, requires_grad=True)
+    layer.type, layer.np = "models.Yolos", 123
+    layer.to = layer.to  # a method, which would move the layer of before
+    handle = layer.register_forward_hook(lambda *args: seen.append("forward"))
+    layer.register_full_backward_hook(lambda m, given, out: seen.append(len(given)))
+    if wrapped:
+        rules = {Yolos: lambda layer: nn.Sequential(layer, nn.ReLU())}
+    else:
+        rules = {Yolos: lambda layer: nn.Conv2d(4, 6, 1)}
+    for rule in (rules, {Yolos: YOLO_RULE}):
+        seen.clear()
+        new = convert(nn.Sequential(copy.copy(layer)), rule, verbose=False)[0]
+        assert (new.f, new.i, new.type, new.np) == (-1, 7, "models.Yolos", 123)
+        assert "to" not in vars(new) and not new.training
+        new(x).sum().backward()
+        assert seen == ["forward", 1]
+    handle.remove()
+    seen.clear()
+    new(x)
+    assert not seen
+    hooked = nn.Conv2d(4, 6, 1)
+    hooked.register_forward_hook(lambda *args: seen.append("new"))
+    layer.register_forward_hook(lambda *args: seen.append("old"))
+    convert(layer, {Yolos: lambda layer: hooked}, verbose=False)(x)
+    assert sorted(seen) == ["new", "old"]
+
+
+def test_check_names_the_model_itself():
+    layer = yolos()
+    for p in layer.conv_offset_mask.parameters():
+        nn.init.zeros_(p)
+    with pytest.warns(UserWarning, match="predictors of the model are zero"):
+        convert(layer, {Yolos: YOLO_RULE}, check=torch.randn(1, 4, 5, 5), verbose=False)
 
 
 # deformify
@@ -952,6 +1126,45 @@ def test_reset_offsets_after_an_initialisation_of_all_convolutions(transposed):
     nn.utils.parametrizations.weight_norm(model[0].offset_generator)
     with pytest.raises(ValueError, match="the weight of offset_generator is computed"):
         deformnd.reset_offsets(model)
+
+
+@pytest.mark.parametrize("behind", [nn.BatchNorm2d, lambda c: nn.GroupNorm(3, c), nn.Identity])
+def test_reset_offsets_of_predictors_with_something_behind(behind):
+    packed = deformnd.PackedDeformConv2d(4, 4, 3, padding=1, modulated=True)
+    after = (behind(9), nn.InstanceNorm2d(9), nn.ReLU())
+    packed.mask_generator = nn.Sequential(packed.mask_generator, *after)
+    x = torch.randn(2, 4, 6, 6)
+    for t in packed.state_dict().values():
+        if t.is_floating_point():
+            nn.init.uniform_(t)
+    for mode in (True, False):
+        packed.train(mode)
+        deformnd.reset_offsets(packed)
+        assert not packed.mask_generator(x).any() and not packed.offset_generator(x).any()
+
+
+def test_nothing_is_half_reset():
+    def packed():
+        layer = deformnd.PackedDeformConv2d(4, 4, 3, modulated=True, generator_bias=True)
+        for p in layer.parameters():
+            nn.init.normal_(p)
+        return layer
+
+    model = nn.Sequential(packed(), packed())
+    generator = model[1].mask_generator
+    computed = copy.deepcopy(generator)
+    nn.utils.parametrizations.weight_norm(computed)
+    for wrong, message in (
+        (nn.Sequential(generator, nn.BatchNorm2d(9, affine=False)), "BatchNorm2d with statistics"),
+        (nn.Sequential(nn.Conv2d(4, 4, 1), computed), "the weight of mask_generator is computed"),
+        (nn.Identity(), "mask_generator is a Identity without a convolution"),
+    ):
+        model[1].mask_generator = wrong
+        before = copy.deepcopy(model.state_dict())
+        for reset in (lambda: deformnd.reset_offsets(model), model[1].reset_parameters):
+            with pytest.raises(ValueError, match=message):
+                reset()
+        assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 
 
 def test_watch_offsets():

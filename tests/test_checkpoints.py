@@ -1,5 +1,9 @@
 """State dicts in other packages' names: what they mean is kept, or refused by name."""
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -171,7 +175,10 @@ def test_a_predictor_of_several_modules(name):
     with pytest.warns(UserWarning, match="a generator is no plain convolution"):
         ours.load_state_dict(foreign, strict=False)
     ours.reset_parameters()
-    assert not ours.offset_generator[0].weight.any() and not ours.mask_generator[0].weight.any()
+    for mode in (False, True):
+        ours.train(mode)
+        assert not ours.offset_generator(x).any() and not ours.mask_generator(x).any()
+    assert ours.offset_generator[0].weight.any()  # else it could not learn behind a norm of zero
     ours.offset_generator = nn.Identity()
     with pytest.raises(ValueError, match="offset_generator is a Identity without a convolution"):
         ours.reset_parameters()
@@ -192,3 +199,82 @@ def test_original_state_dict_of_mmcvs_layers():
     assert list(deformnd.original_state_dict(plain)) == list(plain.state_dict())
     with pytest.raises(TypeError, match="model is a dict"):
         deformnd.original_state_dict({})
+
+
+@pytest.mark.parametrize("kind", ["compat", "packed"])
+def test_own_names_win_over_foreign_ones(kind):
+    """In a checkpoint of both; what is not taken is an unexpected key."""
+
+    def layer():
+        if kind == "compat":
+            return mmcv.ModulatedDeformConv2dPack(4, 4, 3, padding=1)
+        return packed(mask_activation=torch.sigmoid)
+
+    theirs, ours = layer(), layer()
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    own, state = theirs.state_dict(), mmcvs(4)[0]
+    foreign = {k: v for k, v in state.items() if "offset" in k}
+    for model, given, beside in (
+        (ours, {**own, **foreign}, "conv_offset.weight"),
+        (ours, {**foreign, **own}, "conv_offset.weight"),
+        (
+            nn.ModuleDict({"conv2": ours}),
+            {
+                **{f"conv2.{k}": v for k, v in own.items()},
+                **{f"conv2_{k.removeprefix('conv_')}": v for k, v in foreign.items()},
+            },
+            "conv2_offset.weight",
+        ),
+    ):
+        with pytest.warns(UserWarning) as warned:
+            found = model.load_state_dict(given, strict=False)
+        assert "not loaded" in str(warned[0].message)
+        assert beside in found.unexpected_keys and not found.missing_keys
+        assert all(torch.equal(ours.state_dict()[k], own[k]) for k in own)
+        with pytest.raises(RuntimeError, match=f'Unexpected key.*"{beside}"'), pytest.warns():
+            model.load_state_dict(given)
+
+
+@pytest.mark.parametrize("how", ["copy", "dict"])
+@pytest.mark.parametrize(
+    "to", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_a_shallow_copy_outlives_the_original(how, to):
+    state, forward = mmcvs(4)
+    first = nn.Sequential(Block(mmcv.ModulatedDeformConv2dPack(4, 4, 3, padding=1)))[0]
+    if how == "copy":
+        second = copy.copy(first)
+    else:
+        second = nn.Module()
+        second.__dict__.update(first.__dict__)
+    conv1 = first.conv1
+    del first
+    gc.collect()
+    second = to(second)
+    old = {f"conv2{k.removeprefix('conv')}": v for k, v in state.items() if "offset" in k}
+    old |= {f"conv2.{k}": state[k] for k in ("weight", "bias")}
+    old |= {f"conv1.{k}": v for k, v in conv1.state_dict().items()}
+    second.load_state_dict(old)
+    x = torch.randn(1, 4, 6, 6)
+    torch.testing.assert_close(second.conv2(x), forward(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["mask", "offset"])
+def test_an_activation_that_depends_on_the_size(kind, strict):
+    scale = torch.rand(1, 1, 6, 5)
+    layer = packed(**{"mask_activation": torch.sigmoid, f"{kind}_activation": lambda t: t * scale})
+    layer(torch.randn(2, 4, 6, 5))
+    with pytest.raises(RuntimeError, match=rf"conv_offset.weight is of mmcv's layout.*{kind}s are"):
+        layer.load_state_dict(mmcvs(4)[0], strict=strict)
+
+
+def test_weights_of_generators_of_one_group():
+    state, forward = mmcvs(4, groups=2)
+    options = {"offset_groups": 2, "mask_groups": 2, "mask_activation": torch.sigmoid}
+    with pytest.raises(RuntimeError, match="build the layer with generator_groups=1"):
+        packed(**options).load_state_dict(state)
+    layer, x = packed(generator_groups=1, **options), torch.randn(1, 4, 6, 6)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), forward(x))

@@ -103,3 +103,19 @@ def test_checks_in_torchscript():
         torch.jit.script(deformnd.mask_sigmoid)(MASK, -1.0)
     with pytest.raises(torch.jit.Error, match="kernel_size is"):
         torch.jit.script(deformnd.mask_softmax2d)(MASK, (-3, -3))
+
+
+def test_a_scale_that_is_a_tensor():
+    mask, scale = torch.randn(1, 9, 4, 4), torch.tensor(2.0, requires_grad=True)
+    result = deformnd.mask_sigmoid(mask, scale)
+    assert torch.equal(result, deformnd.mask_sigmoid(mask, 2.0))
+    result.sum().backward()
+    torch.testing.assert_close(scale.grad, mask.sigmoid().sum())
+    assert deformnd.MaskSigmoid(scale).scale == 2.0
+    traced = torch.jit.trace(lambda m: deformnd.mask_sigmoid(m, m.shape[2]), mask)
+    for m in (mask, mask[:, :, :3]):
+        assert torch.equal(traced(m), deformnd.mask_sigmoid(m, m.shape[2]))
+    with pytest.raises(ValueError, match=r"mask_sigmoid: scale is -2\.0"):
+        deformnd.mask_sigmoid(mask, -scale)
+    with pytest.raises(TypeError, match="scale is tensor"):
+        deformnd.mask_sigmoid(mask, torch.ones(2))

@@ -311,7 +311,8 @@ def test_a_fusing_tool_keeps_the_offsets(transposed, bias):
         module.bn.running_var.uniform_(0.5, 2)
         module.bn.weight[0] = 0
         expected, old = module(x), module.conv
-        module.conv = yolos_fuse(module.conv, module.bn)
+        with pytest.warns(UserWarning, match="offsets and all"):
+            module.conv = yolos_fuse(module.conv, module.bn)
         del module.bn
         assert type(module.conv) is type(old) and module.conv is not old
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
@@ -334,7 +335,8 @@ def test_what_is_no_fused_convolution_takes_its_place():
     packed, plain = wake(layer(2, packed=True)), nn.Conv2d(4, 6, 3, padding=1)
     plain.load_state_dict({k: packed.state_dict()[k] for k in ("weight", "bias")})
     parent[0] = packed
-    parent[0] = plain  # the same weights: on purpose
+    with pytest.warns(UserWarning, match="without its offsets"):
+        parent[0] = plain
     assert parent[0] is plain
 
 
@@ -485,3 +487,58 @@ def test_a_lazy_layer_that_loaded_has_its_channels():
     lazy.load_state_dict(deformnd.PackedDeformConvTranspose2d(4, 6, 3, groups=2).state_dict())
     lazy(torch.zeros(1, 4, 5, 5))
     assert lazy.in_channels == 4
+
+
+def fused_in(dtype, beta):
+    """A layer, its norm behind it, and what a fusing tool makes of both."""
+    conv = wake(layer(2, packed=True)).eval().to(dtype)
+    norm = nn.BatchNorm2d(6, eps=0 if dtype == torch.float32 else 1e-5).eval().to(dtype)
+    nn.init.constant_(norm.bias, beta)
+    with torch.no_grad():
+        return conv, norm, yolos_fuse(conv, norm).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_factor_that_rounds_to_one(dtype):
+    conv, norm, fused = fused_in(dtype, 0.5)
+    assert torch.equal(conv.weight, fused.weight)
+    parent, x = nn.Sequential(conv), torch.randn(2, 4, 7, 6, dtype=dtype)
+    expected = norm(conv(x))
+    with pytest.warns(UserWarning, match="'0': a Conv2d with multiples of its filters .* stays"):
+        parent[0] = fused
+    torch.testing.assert_close(parent(x), expected, rtol=5e-2, atol=5e-2)
+    conv, _, fused = fused_in(dtype, 0.0)  # nothing to tell it by
+    parent = nn.Sequential(conv)
+    with pytest.warns(UserWarning, match="its weight and bias takes its place, without its offs"):
+        parent[0] = fused
+    assert parent[0] is fused
+
+
+def test_multiples_of_a_layers_filters_are_not_taken_silently():
+    packed, plain = wake(layer(2, packed=True)), nn.Conv2d(4, 6, 3, padding=1)
+    with torch.no_grad():
+        plain.weight.copy_(1.01 * packed.weight)
+    parent = nn.ModuleDict({"a": packed})
+    with pytest.warns(UserWarning, match="PackedDeformConv2d 'a': .* put None there first"):
+        parent["a"] = plain
+    assert torch.equal(parent["a"].weight, plain.weight)
+    assert type(parent["a"]) is type(packed)
+    for above, key in ((parent, "a"), (nn.Sequential(packed), 0)):
+        above[key] = None
+        above[key] = plain
+        assert above[key] is plain
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_that_was_pruned_by_hand(transposed):
+    for padding_mode in ("zeros",) if transposed else ("zeros", "circular"):
+        packed = wake(layer(2, transposed, packed=True, modulated=True, padding_mode=padding_mode))
+        x = torch.randn(1, 4, 7, 6)
+        x[:, 3] = 0
+        expected = packed(x)
+        for m in (packed, packed.offset_generator, packed.mask_generator):
+            rows = transposed and m is packed
+            m.weight = nn.Parameter(m.weight[:3] if rows else m.weight[:, :3])
+        torch.testing.assert_close(packed(x[:, :3]), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="input has 4 channels, expected in_channels 3"):
+            packed(x)

@@ -69,10 +69,19 @@ _HOOKS = [k for k in vars(nn.Module()) if re.match(r"_(forward|backward)_(pre_)?
 def take_place(new: nn.Module, old: nn.Module) -> None:
     """Give new the training flag, hooks and plain attributes of old, such as a YOLO layer's f."""
     new.training = old.training
-    for key in _HOOKS:
-        setattr(new, key, getattr(old, key))
+    if not any(m is old for m in new.modules()):  # where old is a part of new, it has its hooks
+        if old._is_full_backward_hook is not None:
+            new._is_full_backward_hook = old._is_full_backward_hook
+        for key in _HOOKS:
+            hooks = getattr(new, key)
+            if hooks:
+                hooks.update(getattr(old, key))
+            else:  # the same dictionary, so that what a handle removes is gone
+                setattr(new, key, getattr(old, key))
     for key, value in vars(old).items():
-        if not key.startswith("_") and not hasattr(new, key):
+        # YOLO's layers have a string `type`, which is the name of a method of all modules.
+        hidden = key not in vars(new) and hasattr(nn.Module, key) and not callable(value)
+        if not key.startswith("_") and (hidden or not hasattr(new, key)):
             setattr(new, key, value)
 
 

@@ -21,6 +21,7 @@ from ..ops.checkpoints import Part, take_original
 from ..ops.modules import (
     _DeformConvNd,
     _DeformConvTransposeNd,
+    _last_affine,
     _last_convolution,
     _module,
     _Packed,
@@ -126,7 +127,8 @@ def convert(
     The new layers hold the same Parameter objects, so optimizers stay valid; only where one
     convolution predicted offset and mask, or the order of its channels changes, are there new ones.
     Hooks, the training flag and plain attributes come along. load_state_dict takes the old names as
-    well as the new, and `original_state_dict` gives them back.
+    well as the new, and `original_state_dict` gives them back; a layer whose old names are the new
+    ones, in another order, takes them as new, and convert warns.
 
     Args:
         model: any module; it may itself be such a layer.
@@ -187,6 +189,7 @@ def convert(
                 if not isinstance(rule, PackRule):
                     made = rule(module)
                     if isinstance(made, nn.Module):
+                        take_place(made, module)
                         return made.train(module.training)
                     if not isinstance(made, PackRule):
                         raise TypeError(
@@ -369,6 +372,12 @@ def _from_rule(where: str, module: nn.Module, rule: PackRule) -> nn.Module:
         _check_size(where, name, predictor, layer)
     if rule.weight:
         parts += [Part(key, f"{rule.weight}.{key}") for key in ("weight", "bias")]
+    names = {m: name for name, m in module.named_modules()}
+    for kind in ("offset", "mask"):  # one of the layer's own modules, from a function of the layer
+        activation: Any = getattr(rule, f"{kind}_activation")
+        if isinstance(activation, nn.Module) and activation in names:
+            place = "0." * (kind == "offset" and len(axes) < n)
+            parts.append(Part(f"{kind}_activation.{place}", f"{names[activation]}."))
     new = layer
     if then:
         if not rule.weight:
@@ -377,10 +386,25 @@ def _from_rule(where: str, module: nn.Module, rule: PackRule) -> nn.Module:
         new = Converted(layer)
         for i, (said, m) in enumerate(zip(rule.then, then, strict=True)):
             name = said.replace(".", "_") if isinstance(said, str) else f"then{i}"
-            if isinstance(said, str):
-                parts.append(Part(f"{name}.", f"{said}."))
+            while hasattr(new, name):  # such as one that is applied twice
+                name = f"{name}_{i}"
+            theirs = names.get(m) if isinstance(said, nn.Module) else said
+            if isinstance(theirs, str):
+                parts.append(Part(f"{name}.", f"{theirs}."))
             new.add_module(name, _module(m))
+    submodules = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    parts += [Part(None, f"{name}." if name in submodules else name) for name in rule.drop]
     new._original = tuple(parts)
+    before = module.state_dict()
+    after = dict(before)
+    take_original(new, after, "")
+    moved = any(p.rows or p.ours not in (p.theirs, None) for p in parts)
+    if moved and all(after.get(key) is t for key, t in before.items()):
+        warnings.warn(
+            f"{where}: the names in its state_dict are also those of what replaces it, where they "
+            "mean something else; load a checkpoint of the original before convert, not after",
+            stacklevel=5,
+        )
     take_place(new, module)
     return new  # type: ignore[no-any-return]
 
@@ -552,16 +576,21 @@ def _compare(model: nn.Module, replaced: Mapping[str, nn.Module], check: Any) ->
     else:
         args = tuple(check) if isinstance(check, (tuple, list)) else (check,)
     todo = dict(zip(replaced.values(), replaced, strict=True))  # a module in several places once
-    reached = set()
+    reached, running = set(), set()
     asleep = []
 
     def compare(new: nn.Module, where: str) -> Callable[..., None]:
         def hook(old: nn.Module, args: Any, kwargs: Any, expected: Any) -> None:
+            if new in running:  # it has old inside
+                return
             reached.add(new)
+            running.add(new)
             try:
                 got = new.forward(*args, **kwargs)  # hooks are shared with old: not again
             except Exception as error:
                 raise ValueError(f"{where}: the replacement fails: {error}") from error
+            finally:
+                running.remove(new)
             if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
                 raise ValueError(
                     f"{where} gives a {type(expected).__name__}, the replacement a "
@@ -591,7 +620,9 @@ def _compare(model: nn.Module, replaced: Mapping[str, nn.Module], check: Any) ->
             handles.append(
                 old.register_forward_hook(compare(new, where), prepend=True, with_kwargs=True)
             )
-            asleep += [name for m in new.modules() if isinstance(m, _Packed) and _asleep(m)]
+            asleep += [
+                name or "the model" for m in new.modules() if isinstance(m, _Packed) and _asleep(m)
+            ]
         for m, _ in modes:
             m.training = False
         with torch.no_grad():
@@ -601,7 +632,7 @@ def _compare(model: nn.Module, replaced: Mapping[str, nn.Module], check: Any) ->
             handle.remove()
         for m, training in modes:
             m.training = training
-    missed = [name for new, name in todo.items() if new not in reached]
+    missed = [name or "the model" for new, name in todo.items() if new not in reached]
     if missed:
         raise ValueError(f"convert: check did not reach {', '.join(missed)}")
     if asleep:
@@ -613,5 +644,6 @@ def _compare(model: nn.Module, replaced: Mapping[str, nn.Module], check: Any) ->
 
 
 def _asleep(layer: Any) -> bool:
-    last = None if layer.offset_generator is None else _last_convolution(layer.offset_generator)
-    return last is not None and not any(p.any() for p in last.parameters())
+    last = None if layer.offset_generator is None else _last_affine(layer.offset_generator)
+    parameters = [] if last is None else list(last.parameters())
+    return bool(parameters) and not any(p.any() for p in parameters)

@@ -69,11 +69,14 @@ def reset_offsets(model: nn.Module) -> None:
 
     For after an initialisation that goes through all torch.nn.Conv2d of a model, since the
     predictors are such: random ones move samples by pixels. Where a predictor is made of several
-    modules, its last convolution is what becomes zero.
+    modules, the last that has weight and bias, convolution or norm, is what becomes zero. If that
+    is a norm, the convolution before it must not be zero, too, or neither learns.
 
     Raises:
         TypeError: model is no Module.
-        ValueError: the model has no packed layer of deformnd, or a predictor has no convolution.
+        ValueError: the model has no packed layer of deformnd, or a predictor has no convolution, a
+            computed weight, or a norm at its end with statistics and no weight. The model is then
+            unchanged.
 
     Example:
         >>> import torch
@@ -90,8 +93,8 @@ def reset_offsets(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, _Packed)]
     if not layers:
         raise ValueError("reset_offsets: the model has no packed layer of deformnd")
-    for layer in layers:
-        layer._reset_generators()
+    for parameter in [p for layer in layers for p in layer._to_zero()]:
+        nn.init.zeros_(parameter)
 
 
 def _check_model(name: str, model: Any) -> None:

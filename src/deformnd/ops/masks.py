@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from ..kernels.geometry import check_ints, check_tensor
-from .functional import Size, _ints, _node, _values
+from .functional import Size, _ints, _node, _outside_a_trace, _values
 
 __all__ = [
     "MaskSigmoid",
@@ -32,7 +32,7 @@ def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
 
     Args:
         mask: any shape, floating dtype.
-        scale: the largest value, above 0.
+        scale: the largest value, above 0; a number, or a Tensor of one.
 
     Raises:
         ValueError: scale is not positive, or not finite.
@@ -48,22 +48,26 @@ def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
         tensor([1., 1.])
     """
     if not torch.jit.is_scripting():
-        if has_torch_function((mask,)):
+        if has_torch_function((mask, scale)):
             node = _node(mask_sigmoid, (mask, scale))
             if node is not None:
                 return node  # type: ignore[no-any-return]
         check_tensor("mask_sigmoid", "mask", mask)
-        _check_scale("mask_sigmoid", scale)
+        _outside_a_trace(_check_scale, "mask_sigmoid", scale)
     elif not scale > 0:
         raise ValueError(f"mask_sigmoid: scale is {scale}, expected a positive number")
     return torch.sigmoid(mask) * scale
 
 
-def _check_scale(name: str, scale: Any) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat)):
+def _check_scale(name: str, scale: Any) -> float:
+    value = scale
+    if isinstance(scale, Tensor) and scale.numel() == 1:  # one that is learned, or a traced size
+        value = scale.item()
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: scale is {scale!r}, expected a number")
-    if not 0 < float(scale) < math.inf:
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: scale is {scale}, expected a positive number")
+    return float(value)
 
 
 def mask_softmax1d(mask: Tensor, kernel_size: Size) -> Tensor:
@@ -157,8 +161,7 @@ class MaskSigmoid(nn.Module):
 
     def __init__(self, scale: float = 2.0) -> None:
         super().__init__()
-        _check_scale("MaskSigmoid", scale)
-        self.scale = float(scale)
+        self.scale = _check_scale("MaskSigmoid", scale)
 
     def forward(self, mask: Tensor) -> Tensor:
         return mask_sigmoid(mask, self.scale)

@@ -6,7 +6,9 @@ device arguments and state_dict names are those of torch's own convolutions, whi
 
 # ruff: noqa: UP006, UP007, UP035, UP045
 import copy
+import functools
 import math
+import warnings
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, List, Optional, TypeVar, Union, cast
@@ -219,10 +221,12 @@ def _check_input(module: Any, input: Tensor) -> None:
     _check_rank(module, input)
     name, n = type(module).__name__, module.rank
     weight = module._parameters.get("weight")  # None if parametrized: computing it costs
-    channels, size = input.shape[-n - 1], input.shape[-n:]
-    if channels != module.in_channels:
+    channels, size, expected = input.shape[-n - 1], input.shape[-n:], module.in_channels
+    if weight is not None:  # what counts: a pruned layer's in_channels may be of before
+        expected = weight.shape[0] if module.transposed else weight.shape[1] * module.groups
+    if channels != expected:
         raise ValueError(
-            f"{name}: input has {channels} channels, expected in_channels {module.in_channels}; "
+            f"{name}: input has {channels} channels, expected in_channels {expected}; "
             f"input {list(input.shape)}"
         )
     if weight is not None:
@@ -597,29 +601,31 @@ class _Packed(_ConvNd):
 
     def reset_parameters(self) -> None:
         """Initialise the weight as torch's convolution does, and the generators with zero."""
+        zeros = self._to_zero()
         super().reset_parameters()
-        self._reset_generators()
+        for parameter in zeros:
+            nn.init.zeros_(parameter)
 
-    def _reset_generators(self) -> None:
+    def _to_zero(self) -> list[Tensor]:
+        """The parameters that make the generators' outputs zero if they are zero."""
+        found = []
         for key in ("offset_generator", "mask_generator"):
             generator = getattr(self, key, None)  # None, too, while the base class is made
-            if generator is not None:
-                last = _last_convolution(generator)
-                if last is None:
-                    raise ValueError(
-                        f"{type(self).__name__}: {key} is a {type(generator).__name__} without a "
-                        "convolution, so it cannot be reset"
-                    )
-                if is_lazy(last.weight):
-                    continue  # will begin with zeros
-                if "weight" not in last._parameters:
-                    raise ValueError(
-                        f"{type(self).__name__}: the weight of {key} is computed (parametrized?), "
-                        "so it cannot be reset"
-                    )
-                nn.init.zeros_(last.weight)
-                if last.bias is not None:
-                    nn.init.zeros_(last.bias)
+            if generator is None:
+                continue
+            last = _last_affine(generator)
+            why = ""
+            if last is None or _last_convolution(generator) is None:
+                why = f"{key} is a {type(generator).__name__} without a convolution"
+            elif last.weight is None:
+                why = f"{key} ends in a {type(last).__name__} with statistics and no weight"
+            elif not {"weight", "bias"} <= last._parameters.keys():
+                why = f"the weight of {key} is computed (parametrized?)"
+            if why:
+                raise ValueError(f"{type(self).__name__}: {why}, so it cannot be reset")
+            tensors = (last.weight, last.bias)
+            found += [t for t in tensors if t is not None and not is_lazy(t)]  # lazy begins so
+        return found
 
     def _offset(self, input: Tensor) -> Optional[Tensor]:
         if self.offset_generator is None:
@@ -665,6 +671,21 @@ class _Packed(_ConvNd):
 def _last_convolution(generator: nn.Module) -> Optional[_ConvNd]:
     convolutions = [m for m in generator.modules() if isinstance(m, _ConvNd)]
     return convolutions[-1] if convolutions else None
+
+
+def _last_affine(generator: nn.Module) -> Any:
+    """The last module with weight and bias, a convolution or norm, or None.
+
+    A norm without them counts if it has statistics: any other leaves zero as it is.
+    """
+    found = [
+        m
+        for m in generator.modules()
+        if hasattr(m, "weight")
+        and hasattr(m, "bias")
+        and not (m.weight is None and getattr(m, "running_mean", None) is None)
+    ]
+    return found[-1] if found else None
 
 
 class _PackedDeformConvNd(_Packed, _DeformConvNd):
@@ -829,19 +850,34 @@ def _registered(parent: nn.Module, name: str, new: Optional[nn.Module]) -> Optio
     """Note [what a parent does with a packed layer].
 
     Two things can be seen only where a layer gets its place. The keys that mmdet 1.x kept beside a
-    layer are the parent's to load. And fusing tools, such as the fuse() of YOLO, read the geometry
-    of a convolution and put a plain one in its place, with the weights times the norm's factors:
-    without the offsets. The result keeps its weight and bias, and the layer its offsets.
+    layer are the parent's to load; the hook holds the parent's _modules, since one that holds the
+    parent is dead in a shallow copy. And fusing tools, such as the fuse() of YOLO, read the
+    geometry of a convolution and put a plain one in its place, with the weights times the norm's
+    factors: without the offsets. The result keeps its weight and bias, and the layer its offsets.
+    Where weight and bias are the layer's own, there is nothing to tell a tool from a person by.
+    Either way a warning says what was done.
     """
     if isinstance(new, _Packed):
-        hooks = parent._load_state_dict_pre_hooks.values()
-        if not any(getattr(h, "hook", None) is checkpoints.take_mmdet_below for h in hooks):
-            parent._register_load_state_dict_pre_hook(
-                checkpoints.take_mmdet_below, with_module=True
-            )
+        hooks = [getattr(h, "hook", None) for h in parent._load_state_dict_pre_hooks.values()]
+        if not any(getattr(h, "func", None) is checkpoints.take_mmdet_below for h in hooks):
+            hook = functools.partial(checkpoints.take_mmdet_below, parent._modules)
+            parent._register_load_state_dict_pre_hook(hook)
     elif type(new) in _PLAIN and name in parent._modules:
         old, plain = parent._modules[name], cast(Any, new)
-        if isinstance(old, _Packed) and _is_fused(old, new):
+        if isinstance(old, _Packed) and _is_multiple(old, new):
+            what = f"{type(old).__name__} {name!r}: a {type(new).__name__} with"
+            if _same(old.weight, plain.weight) and _same(old.bias, plain.bias):
+                warnings.warn(
+                    f"{what} its weight and bias takes its place, without its offsets; if that is "
+                    "a norm being fused, call deformnd.fuse_batch_norm instead",
+                    stacklevel=3,
+                )
+                return None
+            warnings.warn(
+                f"{what} multiples of its filters is taken for itself with a norm fused: it stays, "
+                "offsets and all, with this weight and bias; put None there first to be rid of it",
+                stacklevel=3,
+            )
             fused = copy.deepcopy(old)
             fused.weight, fused.bias = plain.weight, plain.bias
             return fused
@@ -851,8 +887,15 @@ def _registered(parent: nn.Module, name: str, new: Optional[nn.Module]) -> Optio
 register_module_module_registration_hook(_registered)  # type: ignore[arg-type]
 
 
-def _is_fused(old: Any, new: Any) -> bool:
-    """Whether new's weight is old's with a factor for each output channel, not 1 for all."""
+def _same(a: Optional[Tensor], b: Optional[Tensor]) -> bool:
+    """Whether they have equal values; None stands for zeros."""
+    if a is None or b is None:
+        return not any(t is not None and bool(t.any()) for t in (a, b))
+    return torch.equal(a.cpu().double(), b.cpu().double())
+
+
+def _is_multiple(old: Any, new: Any) -> bool:
+    """Whether new's weight is old's with a factor for each output channel."""
     keys = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "transposed")
     if any(getattr(old, key) != getattr(new, key) for key in keys):
         return False
@@ -860,7 +903,7 @@ def _is_fused(old: Any, new: Any) -> bool:
         return False
     with torch.no_grad():
         a, b = (_by_output_channel(m, m.weight).flatten(1).double().cpu() for m in (old, new))
-        if a.shape[1] < 2 or torch.equal(a, b):  # one number is always a multiple of another
+        if a.shape[1] < 2:  # one number is always a multiple of another
             return False
         factor = ((a * b).sum(1) / a.square().sum(1)).nan_to_num(0.0)
         return bool((b - factor[:, None] * a).norm() < 1e-2 * b.norm())
