@@ -616,7 +616,9 @@ def import_with(core: bytes, tmp_path: Path, version: str | None = None) -> list
             re.sub('__version__ = ".*"', f'__version__ = "{version}"', init.read_text())
         )
     code = """
-import warnings
+import sys, warnings
+from importlib.machinery import PathFinder
+sys.meta_path.insert(0, PathFinder)  # before the finder of an editable install
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import deformnd, torch

@@ -29,8 +29,9 @@ def test_demo(tmp_path):
 
 def test_errors_have_no_traceback(tmp_path):
     done = command("demo", "--device", "nonsense", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("deformnd demo: ") and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
     done = command("demo", "--epochs", "0", cwd=tmp_path)
     assert done.returncode == 2 and "0 is not a positive number" in done.stderr
 
