@@ -33,7 +33,7 @@ def test_errors_have_no_traceback(tmp_path):
     assert done.stderr.startswith("deformnd demo: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     done = command("demo", "--epochs", "0", cwd=tmp_path)
-    assert done.returncode == 2 and "0 is not a positive number" in done.stderr
+    assert done.returncode == 2 and "argument --epochs: 0 is not from 1" in done.stderr
 
 
 def test_usage(capsys):
