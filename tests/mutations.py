@@ -116,7 +116,7 @@ MUTATIONS = (
 )
 
 
-def survives(mutation: Mutation) -> str:
+def found_by(mutation: Mutation) -> str:
     """What finds it; nothing if none does."""
     with tempfile.TemporaryDirectory() as folder:
         for part in ("src", "tests"):
@@ -152,7 +152,7 @@ def main() -> None:
     mutations = [m for m in MUTATIONS if not wanted or any(w in m.what for w in wanted)]
     missed = 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for mutation, found in zip(mutations, threads.map(survives, mutations), strict=True):
+        for mutation, found in zip(mutations, threads.map(found_by, mutations), strict=True):
             print(f"{mutation.what}: {found or 'NOT FOUND'}", flush=True)
             missed += not found
     print(f"{len(mutations) - missed} of {len(mutations)} found")

@@ -470,6 +470,8 @@ def run_gpu(call: RandomCall, rng: random.Random) -> None:
 def prepare_interpreter() -> None:
     """Have Triton's interpreter multiply bfloat16 numbers, whose bits it takes for integers, and
     patch the language once a kernel, not for every function that it calls: a third of the time.
+
+    For the whole process; a second call changes nothing.
     """
     import numpy as np
     import triton

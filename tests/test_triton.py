@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import random_calls
 from deformnd.kernels import reference
 from deformnd.kernels.geometry import (
     Geometry,
@@ -216,7 +217,6 @@ def test_in_interpreter() -> None:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's interpreter, and tiles fit for it."""
     import numpy as np
-    from triton.runtime import interpreter
 
     if not INTERPRETING:
         pytest.skip("runs in test_in_interpreter")
@@ -227,19 +227,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     monkeypatch.setattr(configs, "TABLE", rows)
 
-    # The interpreter multiplies the bits of bfloat16 numbers as integers.
-    original = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        def widen(x: Any) -> Any:
-            if x.dtype != triton.language.bfloat16:
-                return x
-            bits = x.data.astype(np.uint32) << 16
-            return interpreter.TensorHandle(bits.view(np.float32), triton.language.float32)
-
-        return original(self, widen(a), widen(b), *args)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    random_calls.prepare_interpreter()
     forget()
     yield
     forget()
