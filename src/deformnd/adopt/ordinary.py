@@ -12,17 +12,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from ..ops.modules import Activation
+from ..ops.modules import _PLAIN, Activation
 from .exchange import check_nothing_lost, layer_like, replace, replacements, take_place
-
-_TORCHS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 Chooser = Callable[[str, nn.Module], bool]
 Where = Optional[Union[str, type, Chooser, Sequence[Union[str, type]]]]
@@ -88,7 +79,7 @@ def deformify(
         model = copy.deepcopy(model)
 
     def replacement(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) not in _TORCHS or not chosen(name, module):
+        if type(module) not in _PLAIN or not chosen(name, module):
             return None
         layer: Any = layer_like(
             f"deformify: {name}",
