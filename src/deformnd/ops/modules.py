@@ -240,11 +240,11 @@ def _check_input(module: Any, input: Tensor) -> None:
             )
     # As F.pad takes them: the last axis first.
     around = [0, 0] * n if module.transposed else module._reversed_padding_repeated_twice
+    mode = module.padding_mode
     for a in range(n):
         before, after = around[2 * (n - 1 - a) : 2 * (n - a)]
-        mode = module.padding_mode
-        most = {"reflect": size[a] - 1, "circular": size[a]}.get(mode)
-        if most is not None and size[a] > 0 and max(before, after) > most:
+        most = size[a] - (mode == "reflect")
+        if mode in ("reflect", "circular") and size[a] > 0 and max(before, after) > most:
             raise ValueError(
                 f"{name}: padding is {module.padding}, expected at most {most} with padding_mode "
                 f"{mode!r}; input {list(input.shape)}"
