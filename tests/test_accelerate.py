@@ -209,7 +209,7 @@ def test_uses_are_nested_and_undone():
     second.undo()
     with counting(0, 0):
         function(*tensors)
-    assert accelerate._uses == 0 and accelerate._library is None
+    assert accelerate._uses == 0 and accelerate._undo is None
     with accelerate(), counting(1, 0):
         function(*tensors)
 

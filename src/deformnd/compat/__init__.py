@@ -1,13 +1,68 @@
 """Faces of other packages, so that their users move by changing an import."""
 
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
+import threading
 import warnings
-from typing import Any, List, Optional
+from collections.abc import Callable
+from typing import Any, ClassVar, List, Optional, Tuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..ops.functional import _ints, _outside_a_trace
+
+Use = TypeVar("Use", bound="_Acceleration")
+
+
+class _Acceleration:
+    """Something that is in effect for the whole process while any use of its class is."""
+
+    devices: Tuple[str, ...]
+    """Device types whose calls run on deformnd's kernels, such as ('cpu', 'cuda')."""
+
+    _lock: ClassVar[threading.Lock]
+    _uses: ClassVar[int]  # how many are in effect
+    _undo: ClassVar[Optional[Callable[[], None]]]  # while any is
+
+    def __init_subclass__(cls) -> None:
+        cls._lock, cls._uses, cls._undo = threading.Lock(), 0, None
+
+    def __init__(self, exchange: Callable[[], Callable[[], None]]) -> None:
+        """exchange brings it about and returns what takes it back."""
+        self._active = False
+        kind = type(self)
+        with kind._lock:
+            if kind._uses == 0:
+                kind._undo = exchange()
+            kind._uses += 1
+            self._active = True
+
+    def undo(self) -> None:
+        """Give the package its own back, unless another use is in effect. Idempotent."""
+        kind = type(self)
+        with kind._lock:
+            if not self._active:
+                return
+            self._active = False
+            kind._uses -= 1
+            undo = kind._undo
+            if kind._uses == 0 and undo is not None:
+                undo()
+                kind._undo = None
+
+    def __enter__(self: Use) -> Use:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def _check_kernels(devices: Tuple[str, ...]) -> None:
+    if not devices:
+        raise RuntimeError(
+            "accelerate: deformnd was installed without its compiled kernels, which are what "
+            "would be faster (deformnd.has_ops() is False)"
+        )
 
 
 def _check_groups(

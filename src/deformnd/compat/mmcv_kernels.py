@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-import threading
 import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..kernels import library
-from . import _check_groups, _first_values
+from . import _Acceleration, _check_groups, _check_kernels, _first_values
 
 __all__ = ["accelerate"]
 
 
-class accelerate:
+class accelerate(_Acceleration):
     """Run mmcv's deformable convolutions on deformnd's kernels.
 
     It takes effect at once, for the whole process, until `undo()` or, as a context manager, until
@@ -53,39 +53,10 @@ class accelerate:
         torch.Size([1, 4, 8, 8])
     """
 
-    devices: tuple[str, ...]
-    """Device types whose calls run on deformnd's kernels, such as ('cpu', 'cuda')."""
-
-    _lock = threading.Lock()
-    _uses = 0  # how many are in effect
-    _undo: Callable[[], None] | None = None  # while any is
-
     def __init__(self) -> None:
-        self._active = False
         _check()
         self.devices = tuple(key.lower() for key in library.compiled_keys())
-        with self._lock:
-            if accelerate._uses == 0:
-                accelerate._undo = _exchange(self.devices)
-            accelerate._uses += 1
-            self._active = True
-
-    def undo(self) -> None:
-        """Give mmcv its functions back, unless another use is in effect. Idempotent."""
-        with self._lock:
-            if not self._active:
-                return
-            self._active = False
-            accelerate._uses -= 1
-            if accelerate._uses == 0 and accelerate._undo is not None:
-                accelerate._undo()
-                accelerate._undo = None
-
-    def __enter__(self) -> accelerate:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.undo()
+        super().__init__(functools.partial(_exchange, self.devices))
 
 
 def _check() -> None:
@@ -108,11 +79,7 @@ def _exchange(devices: tuple[str, ...]) -> Callable[[], None]:
         compiled: Any = importlib.import_module("mmcv._ext")
     except ImportError:
         return _stand_in()
-    if not devices:
-        raise RuntimeError(
-            "accelerate: deformnd was installed without its compiled kernels, which are what "
-            "would be faster (deformnd.has_ops() is False)"
-        )
+    _check_kernels(devices)
     importlib.import_module("mmcv.ops")  # which fills the registry
     theirs = {name: getattr(compiled, name) for name in _FUNCTIONS}
     for name, function in _FUNCTIONS.items():
@@ -293,6 +260,22 @@ def _parameters(name: str, sizes: dict[str, int]) -> tuple[Any, ...]:
     return (*([sizes[h], sizes[w]] for h, w in _NAMES[name]), sizes["group"])
 
 
+def _checked(
+    name: str,
+    output: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    sizes: dict[str, int],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Offset and mask, of the right number of groups, as mmcv reads them for this output."""
+    _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
+    if mask is not None:
+        size = list(output.shape[2:])
+        offset, mask = _first_values(offset, size), _first_values(mask, size)
+    return offset, mask
+
+
 def _forward(
     name: str,
     output: Tensor,
@@ -303,10 +286,7 @@ def _forward(
     bias: Tensor | None,
     sizes: dict[str, int],
 ) -> None:
-    _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
-    if mask is not None:
-        size = list(output.shape[2:])
-        offset, mask = _first_values(offset, size), _first_values(mask, size)
+    offset, mask = _checked(name, output, weight, offset, mask, sizes)
     # Under autocast, too, in the dtype that mmcv has chosen.
     with torch.autocast(input.device.type, enabled=False):
         output.copy_(
@@ -326,10 +306,7 @@ def _backward(
     mask: Tensor | None,
     sizes: dict[str, int],
 ) -> None:
-    _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
-    if mask is not None:
-        size = list(grad_output.shape[2:])
-        offset, mask = _first_values(offset, size), _first_values(mask, size)
+    offset, mask = _checked(name, grad_output, weight, offset, mask, sizes)
     needs = [t is not None for t in into]
     grads = torch.ops.deformnd.deform_conv_backward.default(
         grad_output, input, weight, offset, mask, *_parameters(name, sizes), needs

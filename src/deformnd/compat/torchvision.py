@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import library
-from . import _check_groups
+from . import _Acceleration, _check_groups, _check_kernels
 
 __all__ = ["accelerate"]
 
 
-class accelerate:
+class accelerate(_Acceleration):
     """Run every call of torchvision's deform_conv2d on deformnd's kernels.
 
     It takes effect at once, for the whole process, until `undo()` or, as a context manager, until
@@ -42,53 +42,26 @@ class accelerate:
         torch.Size([1, 4, 8, 8])
     """
 
-    devices: tuple[str, ...]
-    """Device types whose calls run on deformnd's kernels, such as ('cpu', 'cuda')."""
-
-    _lock = threading.Lock()
-    _uses = 0  # how many are in effect
-    _library: torch.library.Library | None = None  # the registrations, while any is
-
     def __init__(self) -> None:
-        self._active = False
         _check()
         keys = library.compiled_keys()
-        if not keys:
-            raise RuntimeError(
-                "accelerate: deformnd was installed without its compiled kernels, which are what "
-                "would be faster (deformnd.has_ops() is False)"
-            )
         self.devices = tuple(key.lower() for key in keys)
-        with self._lock:
-            if accelerate._library is None:
-                accelerate._library = torch.library.Library("torchvision", "IMPL")
-                for key in keys:
-                    accelerate._library.impl("deform_conv2d", _forward, key)
-                    accelerate._library.impl("_deform_conv2d_backward", _backward, key)
-                    if not torch._C._dispatch_has_kernel_for_dispatch_key(
-                        "torchvision::deform_conv2d", "Autocast" + key
-                    ):
-                        rule = functools.partial(_autocast, key.lower())
-                        accelerate._library.impl("deform_conv2d", rule, "Autocast" + key)
-            accelerate._uses += 1
-            self._active = True
+        _check_kernels(self.devices)
+        super().__init__(functools.partial(_register, keys))
 
-    def undo(self) -> None:
-        """Give torchvision its kernels back, unless another use is in effect. Idempotent."""
-        with self._lock:
-            if not self._active:
-                return
-            self._active = False
-            accelerate._uses -= 1
-            if accelerate._uses == 0 and accelerate._library is not None:
-                accelerate._library._destroy()
-                accelerate._library = None
 
-    def __enter__(self) -> accelerate:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.undo()
+def _register(keys: list[str]) -> Callable[[], None]:
+    """Register our kernels; return what takes them back."""
+    ours = torch.library.Library("torchvision", "IMPL")
+    for key in keys:
+        ours.impl("deform_conv2d", _forward, key)
+        ours.impl("_deform_conv2d_backward", _backward, key)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            "torchvision::deform_conv2d", "Autocast" + key
+        ):
+            rule = functools.partial(_autocast, key.lower())
+            ours.impl("deform_conv2d", rule, "Autocast" + key)
+    return ours._destroy
 
 
 def _check() -> None:
