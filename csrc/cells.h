@@ -70,6 +70,9 @@ struct Cells {
         given[v] = nullptr;
         if (!array.data) continue;
         const i64 at = (v < ND ? offset_plane + v : mask_plane) * p.P + pixel;
+        // A tile takes a short run of each plane, too short for the processor to see what follows:
+        // the same run of the next kernel point, or of the next group's first.
+        prefetch(array, at + (v < ND ? ND : 1) * p.P, tile.length);
         if (tile.length >= N) {
           given[v] = view(array, at, tile.length, scratch);
         } else {

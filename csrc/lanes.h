@@ -6,6 +6,7 @@
 #define INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 #define RESTRICT __restrict__
+#define PREFETCH(address) __builtin_prefetch(address)
 #else
 #define DEFORMND_VECTORS 0
 #if defined(_MSC_VER)
@@ -16,6 +17,7 @@
 #define NOINLINE
 #endif
 #define RESTRICT __restrict
+#define PREFETCH(address) static_cast<void>(address)
 #endif
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
