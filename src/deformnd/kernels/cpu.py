@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import __version__
 from . import reference
-from .geometry import DTYPES, Geometry, memory_format
+from .geometry import DTYPES, Geometry, empty
 
 # The names of the levels that the core counts, see best_level in csrc/core.cpp.
 LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16")
@@ -110,7 +110,7 @@ def gather(
     """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
     if not _fits(g):
         return reference.gather(g, image, weight, offset, mask, bias)
-    out = _empty((g.batch, g.point_channels, *g.point_size), image)
+    out = empty((g.batch, g.point_channels, *g.point_size), image)
     if _call(g, True, image, out, weight, offset, mask, bias) and _infinite(mask):
         return reference.gather(g, image, weight, offset, mask, bias)
     return out
@@ -127,7 +127,7 @@ def scatter(
     """dF/dimage [B, C, *image_size]: the forward of deform_conv_transpose."""
     if not _fits(g):
         return reference.scatter(g, points, weight, offset, mask, bias)
-    out = _empty((g.batch, g.image_channels, *g.image_size), points)
+    out = empty((g.batch, g.image_channels, *g.image_size), points)
     grads = (out, None, None, None)
     if _call(g, False, None, points, weight, offset, mask, bias, grads) and _infinite(mask):
         return reference.scatter(g, points, weight, offset, mask, bias)
@@ -151,8 +151,8 @@ def gradients(
     if not _fits(g):
         return reference.gradients(g, image, points, weight, offset, mask, needs, summed)
     by_image, by_points, by_weight, by_offset, by_mask = needs
-    grad_image = _empty(image.shape, image) if by_image else None
-    grad_points = _empty(points.shape, points) if by_points else None
+    grad_image = empty(image.shape, image) if by_image else None
+    grad_points = empty(points.shape, points) if by_points else None
     grad_weight = (
         torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if by_weight else None
     )
@@ -186,13 +186,6 @@ def _fits(g: Geometry) -> bool:
                 g.point_size, g.stride, g.kernel, g.dilation, g.padding, strict=True
             )
         )
-    )
-
-
-def _empty(size: Sequence[int], like: Tensor) -> Tensor:
-    """In the dtype and memory format of the tensor that it belongs to."""
-    return torch.empty(
-        size, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
     )
 
 

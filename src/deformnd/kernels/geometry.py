@@ -58,6 +58,13 @@ def memory_format(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def empty(size: Sequence[int], like: Tensor) -> Tensor:
+    """In the dtype and memory format of the tensor that it belongs to."""
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
+    )
+
+
 def conv_geometry(
     input: Tensor,
     weight: Tensor,
@@ -184,6 +191,25 @@ def conv_transpose_geometry(
         tuple(padding),
         tuple(dilation),
     )
+
+
+class Family(NamedTuple):
+    """One of the two operators, which share every rule of Note [one bilinear form]."""
+
+    name: str
+    transposed: bool
+    geometry: Callable[..., Geometry]
+
+    def output_shape(self, g: Geometry) -> tuple[int, ...]:
+        if self.transposed:
+            return (g.batch, g.image_channels, *g.image_size)
+        return (g.batch, g.point_channels, *g.point_size)
+
+
+FAMILIES = (
+    Family("deform_conv", False, conv_geometry),
+    Family("deform_conv_transpose", True, conv_transpose_geometry),
+)
 
 
 def check_call(

@@ -7,32 +7,56 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .geometry import FAMILIES
+
 # For each sharding, placements of output, input, weight, offset, mask and bias.
 _Placements = tuple[Any, ...]
 
 
-def register(name: str, transposed: bool) -> None:
-    """Tell DTensor about the operator and its backward; imports torch.distributed.tensor."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.experimental import register_sharding
-
-    propagator: Any = DTensor._op_dispatcher.sharding_propagator
-    for suffix, rule in (("", _forward), ("_backward", _backward)):
-        operator = getattr(torch.ops.deformnd, name + suffix).default
-        register_sharding(operator)(_as_function(rule, transposed))
-        # Strides and the like, too, decide about the output's shape: no cached result without
-        # them. (register_sharding counts from the first int, which here is groups.)
-        infos = propagator.op_to_schema_info
-        infos[operator] = dataclasses.replace(infos[operator], static_argnum=5)
+# Families that DTensor does not know yet. It is told once somebody has imported it (0.5 s).
+unknown = list(FAMILIES)
+_failure = ""  # why it could not be told
 
 
-def _as_function(rule: Callable[..., Any], transposed: bool) -> Callable[..., Any]:
-    return lambda *args: rule(transposed, *args)
+def register() -> None:
+    """Tell DTensor about the operators and their backwards; imports torch.distributed.tensor.
+
+    Its private parts have to be those known here, or DTensors are refused: the public part alone
+    would take a cached result for a call with other strides.
+    """
+    global _failure
+    try:
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor.experimental import register_sharding
+
+        infos: Any = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+        while unknown:
+            family = unknown.pop()
+            for suffix, rule in (("", _forward), ("_backward", _backward)):
+                operator = getattr(torch.ops.deformnd, family.name + suffix).default
+                register_sharding(operator)(_checked(rule, family.transposed))
+                # Strides and the like, too, decide about the output's shape: no cached result
+                # without them. (register_sharding counts from the first int, which is groups.)
+                infos[operator] = dataclasses.replace(infos[operator], static_argnum=5)
+    except (AttributeError, ImportError, KeyError, TypeError) as failure:
+        unknown.clear()
+        _failure = f"deformnd: this torch's DTensor cannot run deformnd's operators ({failure})"
+        warnings.warn(_failure, stacklevel=2)
+
+
+def _checked(rule: Callable[..., Any], transposed: bool) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        if _failure:
+            raise NotImplementedError(_failure)
+        return rule(transposed, *args)
+
+    return checked
 
 
 def _shardings(

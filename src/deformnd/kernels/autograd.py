@@ -1,0 +1,273 @@
+"""The operators' derivatives: backwards, forwards, of both, and under torch.func's transforms.
+
+directional.py has the mathematics, direct.py the shortcut that a call takes where it can.
+
+Note [functorch]
+Under vmap, grad, jacrev ... torch.func's front key sees a call first. Its fallback would bring
+the call to the Autograd key with the transform half undone, where autograd.Function cannot run.
+So the operators have a kernel at that key, which hands the whole call to autograd.Function;
+torch.func peels its transforms off that one by one, by the vmap rules below or by `backward`.
+
+Note [the public way]
+Not torch.library.register_autograd, since its functions refuse torch.func's transforms (torch
+2.13) other than vmap, and know no forward mode. It is what is left, derivatives of any order
+included, should torch lose the front key or the guard that a kernel at the Autograd key needs.
+DTensor is then told only if it was imported first.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import direct, directional, sharding
+from .directional import Tensors
+from .geometry import Family, empty
+
+# Gradients by (input, weight, offset, mask, bias); None where not needed.
+Gradients = tuple[Tensor | None, ...]
+
+
+def register(
+    lib: torch.library.Library,
+    family: Family,
+    kernels: dict[str, Callable[..., Tensor]],
+    backward_kernels: dict[str, Callable[..., Gradients]],
+) -> None:
+    """Register the derivatives of the family's operator and of its backward.
+
+    Both have to be defined, and their kernels are given by dispatch key.
+    """
+    of = functools.partial
+    direct_backward = direct.kernels_by_keys(backward_kernels)
+    for name, own, saved, gradient, tangent, vmap_rule in (
+        (
+            family.name,
+            kernels,
+            4,
+            of(_forward_gradient, family, direct_backward),
+            of(_tangent, family),
+            of(_forward_vmap, family),
+        ),
+        (
+            family.name + "_backward",
+            backward_kernels,
+            5,
+            of(_backward_gradient, family),
+            of(_backward_tangent, family),
+            of(_backward_vmap, family),
+        ),
+    ):
+        _register(lib, name, own, saved, gradient, tangent, vmap_rule)
+
+
+def _register(
+    lib: torch.library.Library,
+    name: str,
+    kernels: dict[str, Callable[..., Any]],
+    saved: int,
+    gradient: Callable[..., tuple[Any, ...]],
+    tangent: Callable[[Tensors, Sequence[Any], Tensors], Any],
+    vmap_rule: Callable[..., tuple[Any, Any]],
+) -> None:
+    """For an operator of which the first five arguments are tensors; the derivatives need the
+    first `saved` of these."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with direct.below_autograd():
+                return getattr(torch.ops.deformnd, name)(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[:saved])
+            ctx.save_for_forward(*inputs[:saved])
+            ctx.parameters = inputs[5:]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradient(ctx, *grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            if direct.set_forward_mode is None:
+                raise NotImplementedError(f"deformnd::{name}: no forward mode with this torch")
+            # torch turns forward mode off in here, to spare this level; an outer one (jacfwd of
+            # jacfwd) needs it, so it is this level's tangents that go.
+            tensors = [
+                None if t is None else forward_ad.unpack_dual(t, level=0).primal
+                for t in ctx.saved_tensors
+            ]
+            with direct.set_forward_mode(True):
+                return tangent(tensors, ctx.parameters, tangents[:5])
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            return vmap_rule(info, in_dims, *args)
+
+    apply: Any = Differentiable.apply
+    if direct.below_autograd is None or not _at_front(lib, name, apply):
+        operator = f"deformnd::{name}"  # see Note [the public way]
+        setup = Differentiable.setup_context
+        torch.library.register_autograd(operator, gradient, setup_context=setup, lib=lib)
+        torch.library.register_vmap(operator, vmap_rule, lib=lib)
+        return
+
+    ways = {}
+    for keys, below in direct.kernels_by_keys(kernels).items():
+        known: Any = type("Differentiable", (Differentiable,), {"forward": staticmethod(below)})
+        ways[keys] = direct.apply(known), below
+    otherwise = apply, Differentiable.forward
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if sharding.unknown and "torch.distributed.tensor" in sys.modules:
+            sharding.register()
+        differentiated, plain = ways.get(keys.raw_repr(), otherwise) if ways else otherwise
+        if direct.forward_mode() or (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5])
+        ):
+            return differentiated(*args)
+        return plain(*args)
+
+    lib.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _at_front(lib: torch.library.Library, name: str, kernel: Callable[..., Any]) -> bool:
+    """Register the kernel as Note [functorch] has it, if torch has that key."""
+    try:
+        lib.impl(name, kernel, "FuncTorchDynamicLayerFrontMode")
+    except RuntimeError:
+        return False
+    return True
+
+
+def _operators(family: Family, parameters: Sequence[Any]) -> tuple[Any, Any]:
+    """The operator and its backward as functions of tensors only, as directional.py takes them."""
+    forward = getattr(torch.ops.deformnd, family.name)
+    backward = getattr(torch.ops.deformnd, family.name + "_backward")
+    return (
+        lambda *tensors: forward(*tensors, None, *parameters),
+        lambda *tensors_needs: backward(
+            *tensors_needs[:-1], *parameters, [*tensors_needs[-1], False]
+        ),
+    )
+
+
+def _forward_gradient(
+    family: Family,
+    kernels: dict[int, Callable[..., Gradients]],
+    ctx: Any,
+    grad_output: Tensor | None,
+) -> tuple[Any, ...]:
+    """`kernels` are the backward's own, by keys as direct.py has them."""
+    if grad_output is None:
+        return (None,) * (5 + len(ctx.parameters))
+    needs = list(ctx.needs_input_grad[:5])
+    args = (grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
+    backward = direct.backward_kernel(kernels, args[:5])
+    if backward is None:
+        backward = getattr(torch.ops.deformnd, family.name + "_backward")
+    grads = backward(*args)
+    return (*grads, *(None for _ in ctx.parameters))
+
+
+def _backward_gradient(family: Family, ctx: Any, *along: Tensor | None) -> tuple[Any, ...]:
+    """The second derivative. See Note [directions] in directional.py."""
+    grad_output, *tensors = ctx.saved_tensors
+    *parameters, _ = ctx.parameters
+    by_grad_output, *needs = ctx.needs_input_grad[:5]
+    first = _tangent(family, tensors, parameters, along) if by_grad_output else None
+    g = family.geometry(*tensors, None, *parameters)
+    _, backward = _operators(family, parameters)
+    rest = directional.gradients(backward, g, grad_output, tensors, along[:4], needs)
+    return (first, *rest, *(None for _ in ctx.parameters))
+
+
+def _tangent(
+    family: Family, tensors: Tensors, parameters: Sequence[Any], direction: Tensors
+) -> Tensor:
+    """The operator's derivative along a direction in (input, weight, offset, mask, bias)."""
+    g = family.geometry(*tensors, None, *parameters)
+    forward, _ = _operators(family, parameters)
+    total = directional.tangent(forward, g, tensors, direction[:4])
+    input, along_bias = tensors[0], direction[4]
+    assert input is not None
+    if total is None:
+        total = empty(family.output_shape(g), input).zero_()
+    if along_bias is not None:
+        total = total + along_bias.view(-1, *[1] * (total.dim() - 2))
+    return total.to(input.dtype)
+
+
+def _backward_tangent(
+    family: Family, tensors: Tensors, parameters: Sequence[Any], direction: Tensors
+) -> Gradients:
+    grad_output, *tensors = tensors
+    along_grad_output, *along = direction
+    assert grad_output is not None
+    *parameters, needs = parameters
+    g = family.geometry(*tensors, None, *parameters)
+    _, backward = _operators(family, parameters)
+    total = directional.gradients(backward, g, grad_output, tensors, along, needs[:4])
+    bias_like = grad_output.new_empty(grad_output.shape[1])
+    total.append(None)
+    if along_grad_output is not None:
+        operator = getattr(torch.ops.deformnd, family.name + "_backward")
+        grads = operator(along_grad_output, *tensors, *parameters, needs)
+        total = [directional.plus(a, b) for a, b in zip(total, grads, strict=True)]
+    return tuple(
+        torch.zeros_like(like) if need and t is None and like is not None else t
+        for need, t, like in zip(needs, total, [*tensors, bias_like], strict=True)
+    )
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int, into: int) -> Tensor | None:
+    """Merge the mapped dimension `dim` of t (None: not mapped) into dimension `into`."""
+    if t is None:
+        return None
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.movedim(0, into).flatten(into, into + 1)
+
+
+def _forward_vmap(
+    family: Family, info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Tensor, int]:
+    operator = getattr(torch.ops.deformnd, family.name)
+    size: int = info.batch_size
+    input, weight, offset, mask, bias, *parameters, groups = args
+    dims = in_dims[:5]
+    if dims[1] is None and dims[4] is None:
+        folded = [
+            _fold(t, d, size, 0) for t, d in ((input, dims[0]), (offset, dims[2]), (mask, dims[3]))
+        ]
+        output = operator(folded[0], weight, folded[1], folded[2], bias, *parameters, groups)
+        return output.unflatten(0, (size, output.shape[0] // size)), 0
+    into = (1, 0, 1, 1, 0)
+    folded = [_fold(t, d, size, i) for t, d, i in zip(args[:5], dims, into, strict=True)]
+    output = operator(*folded, *parameters, groups * size)
+    return output.unflatten(1, (size, output.shape[1] // size)), 1
+
+
+def _backward_vmap(
+    family: Family, info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    operator = getattr(torch.ops.deformnd, family.name + "_backward")
+    size: int = info.batch_size
+    *parameters, groups, needs = args[5:]
+    into = (1, 1, 0, 1, 1)
+    folded = [_fold(t, d, size, i) for t, d, i in zip(args[:5], in_dims[:5], into, strict=True)]
+    grads = operator(*folded, *parameters, groups * size, needs)
+    out_dims = (1, 0, 1, 1, 0)
+    grads = tuple(
+        None if t is None else t.unflatten(d, (size, t.shape[d] // size))
+        for t, d in zip(grads, out_dims, strict=True)
+    )
+    return grads, tuple(None if t is None else d for t, d in zip(grads, out_dims, strict=True))
