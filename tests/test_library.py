@@ -107,7 +107,7 @@ def test_each_gradient_alone_equals_it_among_all(case):
 @pytest.mark.parametrize("case", SMALL[1::3], ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_all_that_listen_to_a_call_are_heard(case, grad):
-    """library.py, Note [the direct way]: modes, subclasses, transforms, views, the profiler."""
+    """direct.py, Note [the direct way]: modes, subclasses, transforms, views, the profiler."""
     operator = case.operator()
     name = operator.name()
     args = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(case))

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from .. import ops
 from ..compat import mmcv
+from ..ops.bases import ConvNd
 from ..ops.checkpoints import Part, take_original
 from ..ops.modules import (
     _DeformConvNd,
@@ -506,7 +506,7 @@ def _out_channels(where: str, name: str, predictor: nn.Module) -> int:
 
 def _check_size(where: str, name: str | None, predictor: Any, layer: Any) -> None:
     """That a predictor which is one convolution has the output's size, whatever the input's."""
-    if not isinstance(predictor, _ConvNd) or layer.transposed or predictor.transposed:
+    if not isinstance(predictor, ConvNd) or layer.transposed or predictor.transposed:
         return
 
     def steps(convolution: Any) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import library
+from ..kernels import direct, library
 from . import _Acceleration, _check_groups, _check_kernels
 
 __all__ = ["accelerate"]
@@ -52,16 +52,23 @@ class accelerate(_Acceleration):
 
 def _register(keys: list[str]) -> Callable[[], None]:
     """Register our kernels; return what takes them back."""
-    ours = torch.library.Library("torchvision", "IMPL")
+    ours: Any = torch.library.Library("torchvision", "IMPL")
     for key in keys:
         ours.impl("deform_conv2d", _forward, key)
         ours.impl("_deform_conv2d_backward", _backward, key)
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(
-            "torchvision::deform_conv2d", "Autocast" + key
-        ):
+        if not _has_autocast(key):
             rule = functools.partial(_autocast, key.lower())
             ours.impl("deform_conv2d", rule, "Autocast" + key)
-    return ours._destroy
+    # Dropped, it takes its kernels back, too, once nothing else holds it.
+    return getattr(ours, "_destroy", [ours].clear)
+
+
+def _has_autocast(key: str) -> bool:
+    """Whether torchvision has its rule for that device."""
+    ask: Any = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+    if ask is None:  # a private name of torch
+        return key == "CUDA"
+    return bool(ask("torchvision::deform_conv2d", "Autocast" + key))
 
 
 def _check() -> None:
@@ -98,6 +105,9 @@ def _autocast(device: str, *args: Any) -> Tensor:
     return output.to(args[0].dtype)
 
 
+_below_autograd = direct.below_autograd or torch.no_grad
+
+
 # These run below autograd. Results are contiguous, whatever the input's layout, since that is what
 # torchvision's kernels give and its fakes promise to torch.compile.
 
@@ -113,7 +123,7 @@ def _forward(
     stride, padding, dilation, groups, use_mask = _parameters(parameters)
     given = mask if use_mask else None
     _check_groups("deform_conv2d", "offset_groups", parameters[7], weight, offset, given)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         output: Tensor = torch.ops.deformnd.deform_conv.default(
             input, weight, offset, given, bias, stride, padding, dilation, groups
         )
@@ -132,7 +142,7 @@ def _backward(
     stride, padding, dilation, groups, use_mask = _parameters(parameters)
     given = mask if use_mask else None
     _check_groups("deform_conv2d", "offset_groups", parameters[7], weight, offset, given)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         grads = torch.ops.deformnd.deform_conv_backward.default(
             grad,
             input,

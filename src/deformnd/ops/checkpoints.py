@@ -10,7 +10,8 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+
+from .bases import ConvNd
 
 __all__ = ["original_state_dict"]
 
@@ -207,7 +208,7 @@ def _misfit(layer: Any, generators: list[Any], parameter: str, t: Tensor) -> str
     """Why the layer's generators cannot take this parameter of one that predicts for both."""
     if layer.offset_generator is None:
         return "the layer has no offset_generator"
-    if not all(isinstance(g, _ConvNd) and "weight" in g._parameters for g in generators):
+    if not all(isinstance(g, ConvNd) and "weight" in g._parameters for g in generators):
         return "a generator is no plain convolution"
     if len(generators) == 2 and layer.offset_groups != layer.mask_groups:
         return f"offset_groups is {layer.offset_groups} and mask_groups {layer.mask_groups}"

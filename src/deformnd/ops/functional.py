@@ -296,20 +296,24 @@ def _node(function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
     return None
 
 
+# Private names of torch. Without one of the two, such warnings come.
+_GET_TRACING: Any = getattr(torch._C, "_get_tracing_state", None)
+_SET_TRACING: Any = _GET_TRACING and getattr(torch._C, "_set_tracing_state", None)
+
+
 def _outside_a_trace(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), where torch.jit.trace does not see it.
 
     While that runs, each size of a tensor is a tensor, too, and each comparison of one a warning.
     """
-    if not torch.jit.is_tracing():
+    if not torch.jit.is_tracing() or _SET_TRACING is None:
         return function(*args)
-    tracer: Any = torch._C  # whose stub knows one of the two
-    state = tracer._get_tracing_state()
-    tracer._set_tracing_state(None)
+    state = _GET_TRACING()
+    _SET_TRACING(None)
     try:
         return function(*args)
     finally:
-        tracer._set_tracing_state(state)
+        _SET_TRACING(state)
 
 
 def _ints(sizes: Any) -> Any:

@@ -4,11 +4,11 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _LazyConvXdMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from ..kernels.geometry import check_ints
 from . import modules
+from .bases import LazyConvXdMixin
 from .functional import Size
 
 __all__ = [
@@ -36,7 +36,7 @@ Example:
 _CONVOLUTIONS = {1: nn.LazyConv1d, 2: nn.LazyConv2d, 3: nn.LazyConv3d}
 
 
-class _Lazy(_LazyConvXdMixin):
+class _Lazy(LazyConvXdMixin):
     rank: int
     weight: UninitializedParameter
 

@@ -16,14 +16,13 @@ from typing import Any, List, Optional, TypeVar, Union, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..kernels.geometry import check_ints, check_tensor
 from . import checkpoints, masks
+from .bases import BatchNorm, ConvNd, ConvTransposeNd, NormBase
 from .functional import (
     Padding,
     Size,
@@ -267,7 +266,7 @@ def _check_output_size(module: Any, sizes: Any) -> None:
         raise TypeError(f"{name}: output_size is {sizes!r}, expected a list of ints")
 
 
-class _DeformConvNd(_ConvNd):
+class _DeformConvNd(ConvNd):
     rank: int
 
     def __init__(
@@ -307,6 +306,15 @@ class _DeformConvNd(_ConvNd):
             device=device,
             dtype=dtype,
         )
+        # As F.pad takes it: the last axis first. torch has the same by this name, a private one.
+        around: List[int] = []
+        for a in reversed(range(self.rank)):
+            if isinstance(self.padding, str):
+                total = (padding == "same") * self.dilation[a] * (self.kernel_size[a] - 1)
+                around += [total // 2, total - total // 2]
+            else:
+                around += [self.padding[a]] * 2
+        self._reversed_padding_repeated_twice = around
 
     def forward(
         self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
@@ -345,7 +353,7 @@ class _DeformConvNd(_ConvNd):
         )
 
 
-class _DeformConvTransposeNd(_ConvTransposeNd):
+class _DeformConvTransposeNd(ConvTransposeNd):
     rank: int
 
     def __init__(
@@ -403,15 +411,19 @@ class _DeformConvTransposeNd(_ConvTransposeNd):
     ) -> Tensor:
         n = len(self.kernel_size)
         if torch.jit.is_scripting():
-            output_padding = self._output_padding(
-                input,
-                output_size,
-                self.stride,  # type: ignore[arg-type]
-                self.padding,  # type: ignore[arg-type]
-                self.kernel_size,  # type: ignore[arg-type]
-                n,
-                self.dilation,  # type: ignore[arg-type]
-            )
+            output_padding: List[int] = []
+            if output_size is None:
+                output_padding += self.output_padding
+            else:
+                output_padding += _fill(
+                    input,
+                    output_size,
+                    self.stride,  # type: ignore[arg-type]
+                    self.padding,  # type: ignore[arg-type]
+                    self.kernel_size,  # type: ignore[arg-type]
+                    n,
+                    self.dilation,  # type: ignore[arg-type]
+                )
         else:
             if output_size is not None:
                 _outside_a_trace(_check_input, self, input)
@@ -448,9 +460,36 @@ def _output_padding(default: Any, input: Any, output_size: Any, *sizes: Any) -> 
     node = _node(_output_padding, (default, input, output_size, *sizes))
     if node is not None:
         return node
-    # torch's own needs the module only for the default.
-    choose: Any = _ConvTransposeNd._output_padding
-    return _outside_a_trace(choose, None, input, _ints(output_size), *sizes)
+    return _outside_a_trace(_fill, input, list(_ints(output_size)), *sizes)
+
+
+def _fill(
+    input: Tensor,
+    output_size: List[int],
+    stride: List[int],
+    padding: List[int],
+    kernel: List[int],
+    n: int,
+    dilation: List[int],
+) -> List[int]:
+    """What is missing from the least output up to output_size."""
+    first = input.dim() - n
+    if len(output_size) == input.dim():
+        output_size = output_size[first:]
+    extra: List[int] = []
+    if len(output_size) == n:
+        for a in range(n):
+            least = (input.size(first + a) - 1) * stride[a] - 2 * padding[a]
+            least += dilation[a] * (kernel[a] - 1) + 1
+            if least <= output_size[a] < least + stride[a]:
+                extra.append(output_size[a] - least)
+    if len(extra) != n:
+        raise ValueError(
+            f"deform_conv_transpose{n}d: output_size is {output_size}, expected {n} sizes, each "
+            f"the least one or less than the stride above; input {list(input.shape)}, stride "
+            f"{stride}, padding {padding}, dilation {dilation}"
+        )
+    return extra
 
 
 def _tuple(module: Any, name: str, size: Size) -> tuple[int, ...]:
@@ -512,7 +551,7 @@ def _module(activation: Any) -> Optional[nn.Module]:
     return _Call(activation)
 
 
-class _Packed(_ConvNd):
+class _Packed(ConvNd):
     """What the packed layers add to either family: the generators and their activations."""
 
     rank: int
@@ -668,8 +707,8 @@ class _Packed(_ConvNd):
         )
 
 
-def _last_convolution(generator: nn.Module) -> Optional[_ConvNd]:
-    convolutions = [m for m in generator.modules() if isinstance(m, _ConvNd)]
+def _last_convolution(generator: nn.Module) -> Optional[ConvNd]:
+    convolutions = [m for m in generator.modules() if isinstance(m, ConvNd)]
     return convolutions[-1] if convolutions else None
 
 
@@ -909,7 +948,7 @@ def _is_multiple(old: Any, new: Any) -> bool:
         return bool((b - factor[:, None] * a).norm() < 1e-2 * b.norm())
 
 
-def _by_output_channel(layer: _ConvNd, weight: Tensor) -> Tensor:
+def _by_output_channel(layer: ConvNd, weight: Tensor) -> Tensor:
     """The layer's weight with the output channels first, whatever its family and groups."""
     if not layer.transposed:
         return weight
@@ -917,10 +956,10 @@ def _by_output_channel(layer: _ConvNd, weight: Tensor) -> Tensor:
     return grouped.transpose(1, 2).flatten(0, 1)
 
 
-Layer = TypeVar("Layer", bound=_ConvNd)
+Layer = TypeVar("Layer", bound=ConvNd)
 
 
-def fuse_batch_norm(layer: Layer, norm: _BatchNorm) -> Layer:
+def fuse_batch_norm(layer: Layer, norm: BatchNorm) -> Layer:
     """A copy of the layer that computes norm(layer(...)) by itself, for inference.
 
     For any of the twelve layers (and torch's own convolutions, also grouped transposed ones) in
@@ -943,11 +982,11 @@ def fuse_batch_norm(layer: Layer, norm: _BatchNorm) -> Layer:
         >>> torch.allclose(fuse_batch_norm(layer, norm)(x), norm(layer(x)), atol=1e-6)
         True
     """
-    if not isinstance(layer, _ConvNd):
+    if not isinstance(layer, ConvNd):
         raise TypeError(
             f"fuse_batch_norm: layer is a {type(layer).__name__}, expected a convolution"
         )
-    if not isinstance(norm, _NormBase):  # InstanceNorm with running statistics is the same in eval
+    if not isinstance(norm, NormBase):  # InstanceNorm with running statistics is the same in eval
         raise TypeError(f"fuse_batch_norm: norm is a {type(norm).__name__}, expected a BatchNorm")
     if layer.training or norm.training:
         raise ValueError("fuse_batch_norm: expected layer and norm in eval mode")
