@@ -242,7 +242,7 @@ def _check_input(module: Any, input: Tensor) -> None:
     mode = module.padding_mode
     for a in range(n):
         before, after = around[2 * (n - 1 - a) : 2 * (n - a)]
-        most = size[a] - (mode == "reflect")
+        most = size[a] - (1 if mode == "reflect" else 0)
         if mode in ("reflect", "circular") and size[a] > 0 and max(before, after) > most:
             raise ValueError(
                 f"{name}: padding is {module.padding}, expected at most {most} with padding_mode "
