@@ -260,7 +260,7 @@ def alone(*script):
 def test_the_operators_without(name):
     hidden = f"hide_key({name!r})" if name == KEY else f"hide({name!r})" if name else ""
     check = "torchvision" if "has_kernel" in name else "operators"
-    more = ["check_torchvision()"] if name.endswith(("BelowAutograd", "has_kernel")) else []
+    more = ["check_torchvision()"] if name.endswith("BelowAutograd") else []
     alone("from test_sturdy import *", hidden, f"check_{check}()", *more)
 
 
