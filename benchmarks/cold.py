@@ -54,20 +54,21 @@ def images(rank: int, count: int) -> list[tuple[int, ...]]:
 
 
 def without_hopper() -> None:
-    from deformnd.kernels.triton import hopper
+    from deformnd.kernels.gpu import tiles
 
-    hopper.gluon = None
+    device = tiles.device_of(torch.device("cuda", torch.cuda.current_device()))
+    tiles.device_of = lambda _: device._replace(architecture="portable")
 
 
 def kernels() -> tuple[int, int]:
     """How many the disk keeps compiled by now, and how many this process has loaded."""
     if not torch.cuda.is_available():
         return 0, 0
-    from deformnd.kernels.triton import compiled
+    from deformnd.kernels.gpu import runtime
 
     # Triton writes such a file, which lists the others, for each kernel that it compiles.
     groups = Path(os.environ["TRITON_CACHE_DIR"]).glob("*/__grp__*")
-    return len(list(groups)), len(compiled._LOADED)
+    return len(list(groups)), len(runtime._LOADED)
 
 
 def network(rank: int, device: str) -> nn.Sequential:

@@ -1,12 +1,11 @@
-"""Times other rows for the tables in kernels/triton/configs.py, in the calls that use them.
+"""Times other rows for the tables in kernels/gpu/tiles.py, in the calls that use them.
 
-    python benchmarks/gpu_tune.py gather block_o=128,256 stages=2,3 --shapes big r50c4
-    python benchmarks/gpu_tune.py "spread narrow" block_p=32,64 warps=4,8 --dtypes float32
+    python benchmarks/gpu_tune.py forward_hopper block_o=128,256 stages=2,3 --shapes big r50c4
+    python benchmarks/gpu_tune.py "backward_atomic narrow" block_p=32,64 warps=4,8 --dtypes float32
 
-For every shape and dtype the row that the tables give for the operator takes each combination of
+For every shape and dtype the row that the tables give for the operation takes each combination of
 the values in turn; what the GPU's profiler then says of the call's kernels is printed, fastest
-first. Operators are those of configs.py: gather, spread, inverse, weight (or narrow) of Triton's
-kernels, and with --hopper gather, along, outer, inverse and the narrow ones of Gluon's.
+first. Operations are those of tiles.py.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from deformnd.bench import SHAPES, Problem
-from deformnd.kernels.triton import configs, hopper, launch, layouts
+from deformnd.kernels import gpu
+from deformnd.kernels.gpu import tiles, variants
 
 Choice = dict[str, int]
 
@@ -36,24 +36,20 @@ def choices(given: list[str]) -> list[Choice]:
     ]
 
 
-def changed(find: Callable[..., Any], operator: str, choice: Choice) -> Callable[..., Any]:
-    """A table's lookup, with other values in the rows of the operator."""
+def changed(find: Callable[..., Any], operation: str, choice: Choice) -> Callable[..., Any]:
+    """A table's lookup, with other values in the rows of the operation."""
 
     def lookup(*key: Any) -> Any:
         row = find(*key)
-        mine = getattr(row, "operator", "inverse") == operator
-        return dataclasses.replace(row, **choice) if mine else row
+        return dataclasses.replace(row, **choice) if row.operation == operation else row
 
     return lookup
 
 
 def forget() -> None:
     """Drop what was made with other rows."""
-    for value in (v for m in (launch, layouts, hopper) for v in vars(m).values()):
-        if hasattr(value, "cache_clear"):
-            value.cache_clear()
-    launch._PLANS.clear()
-    hopper.BROKEN.clear()
+    gpu._PLANS.clear()
+    variants.BROKEN.clear()
 
 
 def calls(problem: Problem) -> Iterator[Callable[[], Any]]:
@@ -85,24 +81,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operator")
+    parser.add_argument("operation")
     parser.add_argument("values", nargs="+", help="field=value,value ...")
-    parser.add_argument("--hopper", action="store_true", help="a row of HOPPER or INVERSE")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="*", default=["float16", "float32"])
     args = parser.parse_args()
-    table = "find"
-    if args.hopper:
-        table = "find_inverse" if args.operator == "inverse" else "find_hopper"
-    find = getattr(configs, table)
-    # Kernels of the narrow rows have their name in another form.
-    kernel = args.operator.replace(" 3d", "").replace(" ", "_") if args.hopper else args.operator
-    kernel = {"weight": "weight_gradient"}.get(kernel.split()[0], kernel.split()[0])
+    find = tiles.find
+    kernel = args.operation.split()[0]
     torch.backends.cudnn.allow_tf32 = False
     for name, dtype in itertools.product(args.shapes, args.dtypes):
         found = []
         for choice in tqdm(choices(args.values), desc=f"{name} {dtype}", disable=None):
-            setattr(configs, table, changed(find, args.operator, choice))
+            tiles.find = changed(find, args.operation, choice)
             forget()
             try:
                 problem = Problem(SHAPES[name], getattr(torch, dtype), "cuda")
@@ -116,7 +106,7 @@ def main() -> None:
                 found.append((times[kernel], sum(times.values()), choice))
         for us, total, choice in sorted(found, key=lambda f: f[0]):
             print(f"{name} {dtype} {kernel} {us:.1f} us of {total:.1f}: {choice}", flush=True)
-    setattr(configs, table, find)
+    tiles.find = find
     forget()
 
 

@@ -4,7 +4,7 @@ have the random calls of CI find each.
     python tests/mutations.py          (with Triton 3.6 and NumPy below 2.4, no GPU)
 
 A mutation is a stride, a bound or a mask that is wrong in a way that a hand might write. Each must
-be found by the interpreted calls of tests/test_random.py, or by those of tests/test_triton.py.
+be found by the interpreted calls of tests/test_random.py, or by those of tests/test_gpu.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 600  # that CI's calls take by far not; broken kernels may read and write anywhere
-TRITON = Path("src/deformnd/kernels/triton")
+HOUSE = Path("src/deformnd/kernels/gpu")
 
 
 class Mutation(NamedTuple):
@@ -34,84 +34,82 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
-        "a batch item's stride does without the padding of a unit (once a fault of ours)",
-        "layouts.py",
-        'return _strides(units, "planes" if units.narrow else "rows", math.prod(g.image_size))[0]',
-        "return math.prod(g.image_size) * units.number * units.length",
+        "a batch item's stride does without the padding of a sample group (once a fault of ours)",
+        "layout.py",
+        "item=pixels * number * padded,",
+        "item=pixels * channels,",
     ),
     Mutation(
-        "the padding of a unit is not written",
-        "layouts.py",
-        'pad = units.padded if layout_to == "planes" and units.padded != units.length else 0',
-        "pad = 0",
+        "the padding of a sample group is not written",
+        "layout.py",
+        "(j < n.padded)[None, :]",
+        "(j < n.channels)[None, :]",
     ),
     Mutation(
-        "a copy's stride of units leaves out the padding",
-        "layouts.py",
-        "return units.number * pixels * units.padded, pixels * units.padded, units.padded",
-        "return units.number * pixels * units.padded, pixels * units.length, units.padded",
+        "the stride of sample groups leaves out the padding",
+        "layout.py",
+        "plane=padded if rows else pixels * padded,",
+        "plane=padded if rows else pixels * length,",
     ),
     Mutation(
         "positions after the last one are taken for some",
-        "kernels.py",
-        "    inside = p < positions\n",
-        "    inside = p < positions + 1\n",
-        3,
+        "forward.py",
+        "    inside = p < g.positions\n",
+        "    inside = p < g.positions + 1\n",
     ),
     Mutation(
         "a corner beyond the last pixel is not weighed 0",
-        "kernels.py",
-        "has_high = low + 1 < image_size[a]",
-        "has_high = low < image_size[a]",
+        "sampling.py",
+        "has_high = low + 1 < g.image[a]",
+        "has_high = low < g.image[a]",
     ),
     Mutation(
         "the mask's groups are taken for the offset's",
-        "kernels.py",
-        "mask, b, u0 // mask_units, units // mask_units, tap, p, inside, valid, sizes",
-        "mask, b, u0 // offset_units, units // mask_units, tap, p, inside, valid, sizes",
-        3,
+        "sampling.py",
+        "place = (s // g.per_mask * g.taps + tap) * positions + p",
+        "place = (s // g.per_offset * g.taps + tap) * positions + p",
     ),
     Mutation(
-        "channels of a neighbouring group are multiplied",
-        "kernels.py",
-        "inside = inside & (column >= 0) & (column < group_in)",
-        "inside = inside & (column >= 0) & (column <= group_in)",
+        "channels of a neighbouring weight group are multiplied",
+        "columns.py",
+        "inside = inside & (column >= 0) & (column < g.group_in)",
+        "inside = inside & (column >= 0) & (column <= g.group_in)",
     ),
     Mutation(
-        "kernel points after a part's last one are taken",
-        "kernels.py",
-        "here = (u < units) & (k < stop) & inside[None, :]",
-        "here = (u < units) & inside[None, :]",
+        "taps after a part's last one are taken",
+        "columns.py",
+        "here = here & (s < g.sample_groups) & (k < stop)",
+        "here = here & (s < g.sample_groups)",
     ),
     Mutation(
-        "the lanes of a unit's padding are channels",
-        "kernels.py",
-        "c_in = (lane % BLOCK_C < unit) & (u < units) & (k < stop)",
-        "c_in = (u < units) & (k < stop)",
+        "the columns of a sample group's padding are channels",
+        "columns.py",
+        "(c < length) & (s < g.sample_groups) & (k < stop)",
+        "(s < g.sample_groups) & (k < stop)",
     ),
     Mutation(
         "a list's tile is that of the low corner alone",
-        "kernels.py",
-        "new = new & ((first != last) | (bit == 0))",
-        "new = new & (bit == 0)",
+        "backward_sorted.py",
+        "            new = new & (first != last)\n",
+        "            new = new & (first > last)\n",
     ),
     Mutation(
-        "a group's points end too early",
-        "kernels.py",
-        "o_last = ((c_stop - 1) // group_in + 1) * group_out",
-        "o_last = o_first + group_out",
+        "the points of a weight group end too early",
+        "columns.py",
+        "return first // own * other, ((stop - 1) // own + 1) * other",
+        "return first // own * other, (first // own + 1) * other",
     ),
     Mutation(
         "partial weights lie one output apart",
-        "kernels.py",
-        "row = tl.multiple_of((k % taps * group_in + k // taps) * outputs, VECTOR_O)",
-        "row = tl.multiple_of((k % taps * group_in + k // taps) * (outputs - 1), VECTOR_O)",
+        "layout.py",
+        "place = ((k % taps * group_in + k // taps) * outputs)[:, None] + o[None, :]",
+        "place = ((k % taps * group_in + k // taps) * (outputs - 1))[:, None] + o[None, :]",
     ),
     Mutation(
-        "the stride of a batch item's points is that of one channel more",
-        "kernels.py",
-        "return (b.to(tl.int64) * outputs + o)[None, :] * positions + p[:, None]",
-        "return (b.to(tl.int64) * (outputs + 1) + o)[None, :] * positions + p[:, None]",
+        "the stride of a batch item's points is that of one position more",
+        "columns.py",
+        "place = ((b.to(tl.int64) * g.positions + p) * g.points_row)[:, None] + o[None, :]",
+        "place = ((b.to(tl.int64) * (g.positions + 1) + p) * g.points_row)[:, None] + o[None, :]",
     ),
 )
 
@@ -121,7 +119,7 @@ def found_by(mutation: Mutation) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("src", "tests"):
             shutil.copytree(ROOT / part, Path(folder) / part)
-        path = Path(folder) / TRITON / mutation.file
+        path = Path(folder) / HOUSE / mutation.file
         text = path.read_text()
         assert text.count(mutation.old) == mutation.count, (mutation, text.count(mutation.old))
         path.write_text(text.replace(mutation.old, mutation.new))
@@ -142,9 +140,9 @@ def found_by(mutation: Mutation) -> str:
             if child.returncode:
                 return f"random calls, part {part}: {(printed.splitlines() or ['a crash'])[0]}"
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-x", "-q",
-                   "tests/test_triton.py", "-k", "in_interpreter"]  # fmt: skip
+                   "tests/test_gpu.py", "-k", "in_interpreter"]  # fmt: skip
         child = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        return "tests/test_triton.py" if child.returncode else ""
+        return "tests/test_gpu.py" if child.returncode else ""
 
 
 def main() -> None:

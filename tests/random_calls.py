@@ -424,9 +424,10 @@ def run_compiled(call: RandomCall, rng: random.Random) -> None:
 
 
 @contextlib.contextmanager
-def on_triton(call: RandomCall) -> Iterator[ModuleType]:
-    """The Triton backend, set up for the call."""
-    from deformnd.kernels.triton import configs, launch
+def on_gpu(call: RandomCall) -> Iterator[ModuleType]:
+    """The GPU backend, set up for the call."""
+    from deformnd.kernels import gpu
+    from deformnd.kernels.gpu import tiles
 
     before = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
     torch.backends.cudnn.allow_tf32 = call.tf32
@@ -434,13 +435,13 @@ def on_triton(call: RandomCall) -> Iterator[ModuleType]:
     try:
         if call.pieces:
             size = call.case.point_size
-            small = dict(PIECE=2 * math.prod(size), SCRATCH=1, LARGE=0)
-            launch._PLANS.clear()
-            with patched(configs, **small):
-                yield launch
-            launch._PLANS.clear()
+            small = dict(CHUNK=2 * math.prod(size), SCRATCH=1)
+            gpu._PLANS.clear()
+            with patched(tiles, **small):
+                yield gpu
+            gpu._PLANS.clear()
         else:
-            yield launch
+            yield gpu
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.use_deterministic_algorithms(before[1])
@@ -449,21 +450,21 @@ def on_triton(call: RandomCall) -> Iterator[ModuleType]:
 def run_interpreter(call: RandomCall, rng: random.Random) -> None:
     """Triton's interpreter, with the tiles that users get. It poisons by itself (Plan)."""
     t = call.tensors()
-    with on_triton(call) as launch:
-        got = by_backend(call, t, launch)
+    with on_gpu(call) as backend:
+        got = by_backend(call, t, backend)
     check(call, got, t, INTERPRETED)
 
 
 def run_gpu(call: RandomCall, rng: random.Random) -> None:
-    from deformnd.kernels.triton import plan
+    from deformnd.kernels.gpu import runtime
 
     t = call.tensors("cuda")
 
     def storage(size: int, device: torch.device) -> Any:
         return torch.full((size,), 255, dtype=torch.uint8, device=device).untyped_storage()
 
-    with on_triton(call) as launch, poison(), patched(plan, _storage=storage):
-        got = by_function(call, t) if rng.random() < 0.5 else by_backend(call, t, launch)
+    with on_gpu(call) as backend, poison(), patched(runtime, _storage=storage):
+        got = by_function(call, t) if rng.random() < 0.5 else by_backend(call, t, backend)
     check(call, got, t)
 
 
@@ -550,9 +551,10 @@ def prepare(backend: str) -> None:
     if backend == "interpreter":
         prepare_interpreter()
     elif backend == "portable":
-        from deformnd.kernels.triton import hopper
+        from deformnd.kernels.gpu import tiles
 
-        hopper._on_hopper = lambda call: False
+        device = tiles.device_of(torch.device("cuda"))._replace(architecture="portable")
+        tiles.device_of = lambda _: device
 
 
 def _part(args: tuple[Any, ...]) -> tuple[int, list[str]]:

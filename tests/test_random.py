@@ -73,5 +73,5 @@ def test_generator() -> None:
     assert any(c.deterministic for c in found) and any(not all(c.needs) for c in found)
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py starts itself so
+if os.environ.get("TRITON_INTERPRET") == "1":  # test_gpu.py starts itself so
     pytestmark = pytest.mark.skip("interprets by itself")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import deformnd
-import deformnd.kernels.triton
+import deformnd.kernels
 from deformnd.kernels import library, reference
 
 
@@ -29,8 +29,8 @@ def test_version_is_the_installed_one():
 
 
 def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deformnd.kernels.triton.launch", None)
-    monkeypatch.delattr(deformnd.kernels.triton, "launch", raising=False)
+    monkeypatch.setitem(sys.modules, "deformnd.kernels.gpu", None)
+    monkeypatch.delattr(deformnd.kernels, "gpu", raising=False)
     library._gpu.cache_clear()
     try:
         with pytest.warns(UserWarning, match="without Triton") as caught:

@@ -38,14 +38,14 @@ _PARAMETERS = {
 def _gpu() -> Any:
     """The Triton kernels, imported at the first call (0.4 s), or the reference without Triton."""
     try:
-        from .triton import launch
+        from . import gpu
     except ImportError as failure:
         warnings.warn(
             f"deformnd: without Triton GPU tensors take the slow reference ({failure})",
             stacklevel=2,
         )
         return reference
-    return launch
+    return gpu
 
 
 # What computes, by dispatch key; the first stands in wherever there is no other.

@@ -1,4 +1,4 @@
-"""The Triton backend against the float64 reference: interpreted, compiled, and on a GPU.
+"""The GPU backend against the float64 reference: interpreted, compiled, and on a GPU.
 
 Triton must know before it is imported that it is to interpret, so the interpreted tests run in
 a process of their own with TRITON_INTERPRET=1, which test_in_interpreter starts.
@@ -35,10 +35,16 @@ from deformnd.kernels.geometry import (
 
 triton = pytest.importorskip("triton")
 
-from deformnd.kernels.triton import compiled, configs, hopper, launch, layouts  # noqa: E402
-from deformnd.kernels.triton import plan as planning  # noqa: E402
-from deformnd.kernels.triton.compiled import _parameters  # noqa: E402
-from deformnd.kernels.triton.plan import GIVEN, SCRATCH, Plan  # noqa: E402
+from deformnd.kernels import gpu as backend  # noqa: E402
+from deformnd.kernels.gpu import (  # noqa: E402
+    backward_sorted,
+    hopper,
+    layout,
+    runtime,
+    tiles,
+    variants,
+)
+from deformnd.kernels.gpu.runtime import GIVEN, Launch, Plan  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU")
@@ -168,14 +174,14 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def check(problem: Problem, forward: float, backward: float) -> None:
     exact = problem.double()
-    y = problem.forward(launch)
+    y = problem.forward(backend)
     assert y.dtype == problem.x.dtype and memory_format(y) == memory_format(problem.x)
     assert close(y, exact.forward(reference), forward)
     expected = exact.backward(reference)
     bias = problem.grad[0].flatten(1)[:, 0]
     tensors = (problem.x, problem.weight, problem.offset, problem.mask, bias)
     for name, got, want, t in zip(
-        ("input", "weight", "offset", "mask", "bias"), problem.backward(launch), expected, tensors,
+        ("input", "weight", "offset", "mask", "bias"), problem.backward(backend), expected, tensors,
         strict=True,
     ):  # fmt: skip
         if want is None:
@@ -223,9 +229,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("Triton 3.6 interprets with NumPy below 2.4 only")
     rows = tuple(
-        dataclasses.replace(row, block_p=32, block_o=16, block_c=16) for row in configs.TABLE
+        dataclasses.replace(row, block_p=32, block_o=16, block_c=16) for row in tiles.PORTABLE
     )
-    monkeypatch.setattr(configs, "TABLE", rows)
+    monkeypatch.setattr(tiles, "PORTABLE", rows)
 
     random_calls.prepare_interpreter()
     forget()
@@ -233,12 +239,21 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
 
 
+def on_device(monkeypatch: pytest.MonkeyPatch, architecture: str, count: int = 132) -> None:
+    """Plan as for a GPU with so many multiprocessors."""
+    device = tiles.Device(architecture, count, 228 << 10)
+    monkeypatch.setattr(tiles, "device_of", lambda _: device)
+
+
+def repeatable(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    """As torch.use_deterministic_algorithms, which other code than ours heeds."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: on)
+
+
 def forget() -> None:
-    """Drop the launches that were made with other kernels or tables."""
-    for value in (v for m in (launch, layouts, hopper) for v in vars(m).values()):
-        if hasattr(value, "cache_clear"):
-            value.cache_clear()
-    launch._PLANS.clear()
+    """Drop what was made with other tables."""
+    layout.sizes_of.cache_clear()
+    backend._PLANS.clear()
 
 
 INTERPRETED = [
@@ -267,8 +282,8 @@ def test_interpreted(case: Case, interpreted: None) -> None:
 
 @pytest.mark.parametrize("case", [INTERPRETED[i] for i in (3, 4, 6, 9, 12)], ids=str)
 def test_interpreted_wide(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of few channels, too, one at a time."""
-    monkeypatch.setattr(configs, "NARROW", 0)
+    """Sample groups of few channels, too, one at a time."""
+    monkeypatch.setattr(tiles, "NARROW", 0)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
@@ -280,19 +295,19 @@ def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
 
 
 def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "allows_tf32", lambda: False)
-    monkeypatch.setattr(configs, "FEW", 0)
+    monkeypatch.setattr(layout, "allows_tf32", lambda: False)
+    monkeypatch.setattr(tiles, "FEW", 0)
     for case in (INTERPRETED[3], INTERPRETED[6]):
         # The interpreter truncates to bfloat16 where the hardware rounds.
         check(case.make(torch.float32, "cpu"), 3e-5, 3e-5)
 
 
 def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many units take the inverse gather too, and lists longer than a block are right."""
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    monkeypatch.setattr(configs, "LISTED", 16)
-    monkeypatch.setattr(configs, "LONG", 32)
-    monkeypatch.setattr(configs, "SHORT", 16)
+    """Many sample groups take sorted lists too, and lists longer than a block are right."""
+    repeatable(monkeypatch, True)
+    monkeypatch.setattr(tiles, "LISTED", 16)
+    monkeypatch.setattr(tiles, "LONG", 32)
+    monkeypatch.setattr(tiles, "SHORT", 16)
     for case in (
         Case((5, 4), (1, 2), offset_groups=2, mask_groups=2, batch=1),
         Case((40,), (2,), offset_groups=1, batch=1),
@@ -300,7 +315,7 @@ def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.Monkey
         check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
-PIECES = [
+CHUNKS = [
     Case((4, 5), (3, 2), batch=5),
     Case((4, 5), (2, 3), batch=4, last=True, bias=False),
     Case((4, 3), (2, 2), batch=5, image=8, points=8, groups=2, offset_groups=2, last=True),
@@ -312,73 +327,78 @@ PIECES = [
 
 
 def split(monkeypatch: pytest.MonkeyPatch, case: Case, items: int = 2) -> None:
-    """Have small batches be taken in pieces of about so many items."""
+    """Have small batches be taken in chunks of about so many items."""
     g = case.make(torch.float32, "cpu").g
-    monkeypatch.setattr(configs, "PIECE", items * math.prod(g.point_size))
-    monkeypatch.setattr(configs, "SCRATCH", 1)
-    monkeypatch.setattr(configs, "LARGE", 0)
-    launch._PLANS.clear()
+    monkeypatch.setattr(tiles, "CHUNK", items * math.prod(g.point_size))
+    monkeypatch.setattr(tiles, "SCRATCH", 1)
+    backend._PLANS.clear()
 
 
 def sources(plan: Plan) -> set[int]:
     """Where the parts of the plan's first tensor start."""
-    slots = [s for _, slots in plan.steps for s in slots if s is not None]
-    return {s.start for s in slots if (s.kind, s.number) == (GIVEN, 0)}
+    buffers = [b for step in plan.steps for b in step.buffers]
+    return {b.start for b in buffers if (b.kind, b.number) == (GIVEN, 0)}
 
 
-def in_pieces() -> bool:
-    """Whether every plan is in pieces."""
-    return all(len(sources(plan)) > 1 for plan in launch._PLANS.values())
+def in_chunks() -> bool:
+    """Whether every plan is in chunks."""
+    return all(len(sources(plan)) > 1 for plan in backend._PLANS.values())
 
 
-@pytest.mark.parametrize("case", PIECES, ids=str)
-def test_interpreted_pieces(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", CHUNKS, ids=str)
+def test_interpreted_chunks(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     split(monkeypatch, case)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
-    assert in_pieces() and len(launch._PLANS) == 2
+    assert in_chunks() and len(backend._PLANS) == 2
 
 
-def test_interpreted_many_pieces(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More pieces than gradients of the weight that are kept."""
-    monkeypatch.setattr(configs, "KEPT", 2)
+def test_interpreted_many_chunks(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More chunks than gradients of the weight that are kept."""
+    monkeypatch.setattr(tiles, "KEPT", 2)
     case = Case((4, 4), (1, 1), padding=(0, 0), batch=5)
     split(monkeypatch, case, 1)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
-    assert all(len(sources(plan)) == 5 for plan in launch._PLANS.values())
+    assert all(len(sources(plan)) == 5 for plan in backend._PLANS.values())
 
 
-def test_interpreted_pieces_inverse(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_chunks_inverse(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With lists, for half numbers and where results are to be repeatable."""
-    monkeypatch.setattr(configs, "NARROW", 4)
+    monkeypatch.setattr(tiles, "NARROW", 4)
     for name in ("LISTED", "LONG", "SHORT"):
-        monkeypatch.setattr(configs, name, 16)
+        monkeypatch.setattr(tiles, name, 16)
     case = Case((3, 4), (2, 2), image=8, batch=5)
-    for half in (case, PIECES[4]):
+    for half in (case, CHUNKS[4]):
         split(monkeypatch, half)
         check(half.make(torch.float16, "cpu", float_offset=True), 1e-2, 2e-2)
-        assert in_pieces()
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    for ordered in (case, PIECES[3], Case((3, 4), (1, 2), batch=4, offset_groups=2)):
+        assert in_chunks()
+    repeatable(monkeypatch, True)
+    for ordered in (case, CHUNKS[3], Case((3, 4), (1, 2), batch=4, offset_groups=2)):
         split(monkeypatch, ordered)
         check(ordered.make(torch.float32, "cpu"), 1e-5, 1e-5)
-        assert in_pieces()
+        assert in_chunks()
 
 
 def test_interpreted_single_pixels(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels first and last at once, and not aligned: a copy lies in the input's gradient."""
-    monkeypatch.setattr(configs, "LARGE", 0)
-    launch._PLANS.clear()
+    backend._PLANS.clear()
     problem = Case((1, 1), (1, 1), padding=(0, 0), image=8).make(torch.float32, "cpu")
     assert problem.offset is not None
     problem.offset.fmod_(1)
     problem.x = torch.randn(17)[1:].as_strided((2, 8, 1, 1), (8, 1, 8, 8))
     expected = problem.double().backward(reference)
-    for got, want in zip(problem.backward(launch), expected, strict=True):
+    for got, want in zip(problem.backward(backend), expected, strict=True):
         assert want.count_nonzero() and close(got, want, 1e-5)
 
 
 def test_interpreted_sums(interpreted: None) -> None:
     sums("cpu")
+
+
+def call_of(plan: Plan, *tensors: Tensor) -> layout.Call:
+    """A call of which only what serves every call is used."""
+    g = Geometry(1, 1, 1, 1, 0, 0, (1,), (1,), (1,), (1,), (0,), (1,))
+    weight = layout.Operand(plan.given[0], False)
+    return layout.Call(g, layout.Steps(plan), "native", weight, None, None)
 
 
 def sums(device: str) -> None:
@@ -388,9 +408,10 @@ def sums(device: str) -> None:
         x = torch.randn(shape).to(device)
         for t in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
             plan = Plan(t.device, (t,))
-            source = layouts.Operand(plan.given[0], t is not x)
-            launch._sums(plan, source, plan.result(shape[1:2], t.dtype))
-            plan.finish()
+            call = call_of(plan, t)
+            source = layout.Operand(plan.given[0], t is not x)
+            call.sums(source, plan.result(shape[1:2], t.dtype))
+            call.steps.finish()
             (got,) = plan.run((t,))
             torch.testing.assert_close(got, reference.channel_sums(x), rtol=1e-5, atol=1e-4)
 
@@ -423,7 +444,7 @@ def nan_masks(case: Case, device: str, dtype: torch.dtype = torch.float32) -> No
     problem.offset.mul_(3)
     problem.mask.view(-1)[::37] = math.nan
     exact = problem.double()
-    results = (problem.forward(launch), *problem.backward(launch))
+    results = (problem.forward(backend), *problem.backward(backend))
     expected = (exact.forward(reference), *exact.backward(reference))
     assert expected[0].isnan().any() and not expected[0].isnan().all()
     for name, got, want in zip(
@@ -450,39 +471,55 @@ def exact_positions(device: str) -> None:
 # Planned without a device
 
 
-@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to plan with")
+needs_gluon = pytest.mark.skipif(INTERPRETING or not hopper.FORWARD, reason="no Gluon")
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
+    """The plans of calls as on an H200, which are written and not run."""
+    found: list[Plan] = []
+
+    def run(plan: Plan, tensors: Any) -> list[None]:
+        found.append(plan)
+        return [None] * 6
+
+    monkeypatch.setattr(layout, "allows_tf32", lambda: False)
+    monkeypatch.setattr(backend, "allows_tf32", lambda: False)
+    on_device(monkeypatch, "sm_90")
+    monkeypatch.setattr(variants, "BROKEN", set())
+    monkeypatch.setattr(Plan, "load", lambda plan: {})
+    monkeypatch.setattr(Plan, "run", run)
+    forget()
+    yield found
+    forget()
+
+
+def names(plan: Plan) -> list[str]:
+    return [step.name for step in plan.steps]
+
+
+@needs_gluon
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_pieces_bound_memory(
-    dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+def test_chunks_bound_memory(
+    dtype: torch.dtype,
+    deterministic: bool,
+    plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On an H200 a plan's scratch memory is at most a tenth of what torchvision takes there."""
     torchvision = 352 * dtype.itemsize << 20
-    plans: list[Plan] = []
-
-    def run(plan: Plan, tensors: Any) -> list[None]:
-        plans.append(plan)
-        return [None] * 6
-
-    for module in (layouts, launch):
-        monkeypatch.setattr(module, "multiprocessors_of", lambda device: 132)
-    monkeypatch.setattr(layouts, "allows_tf32", lambda: False)
-    monkeypatch.setattr(launch, "allows_tf32", lambda: False)
-    monkeypatch.setattr(hopper, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "Plan", lambda device, given: Plan(torch.device("cuda"), given))
-    monkeypatch.setattr(Plan, "load", lambda plan: {})
-    monkeypatch.setattr(Plan, "run", run)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    repeatable(monkeypatch, deterministic)
     size, ones = (128, 128), (1, 1)
     g = Geometry(8, 256, 256, 1, 1, 1, size, size, (3, 3), ones, ones, ones)
     image, points = (torch.empty(8, 256, *size, dtype=dtype, device="meta") for _ in range(2))
     weight = torch.empty(256, 256, 3, 3, dtype=dtype, device="meta")
     offset, mask = (torch.empty(8, n, *size, dtype=dtype, device="meta") for n in (18, 9))
-    launch.gather(g, image, weight, offset, mask, None)
-    launch.scatter(g, points, weight, offset, mask, None)
+    backend.gather(g, image, weight, offset, mask, None)
+    backend.scatter(g, points, weight, offset, mask, None)
     given = (image, points, weight, offset, mask)
-    launch.gradients(g, *given, (True, False, True, True, True), points)
-    launch.gradients(g, *given, (False, True, True, True, True), image)
+    backend.gradients(g, *given, (True, False, True, True, True), points)
+    backend.gradients(g, *given, (False, True, True, True, True), image)
     assert [len(sources(plan)) for plan in plans] == [1, 2, 2, 2]
     assert all(16 * 2**20 < plan.size <= torchvision / 10 for plan in plans)
 
@@ -493,52 +530,54 @@ def test_pieces_bound_memory(
             torch.empty(batch, n, *size, dtype=dtype, device="meta") for n in (256, 256, 18, 9)
         )
         g = g._replace(batch=batch, image_size=size, point_size=size)
-        launch.gradients(g, image, points, weight, *others, (True, False, True, True, True))
+        backend.gradients(g, image, points, weight, *others, (True, False, True, True, True))
         assert (len(sources(plans[-1])) > 1) == split
         assert not split or plans[-1].size <= torchvision / 10 + 8 * 4 * weight.numel()
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_lists_are_made_aside(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory that nothing beside them touches, before the inverse gather reads them."""
-    plans: list[Plan] = []
-    monkeypatch.setattr(Plan, "load", lambda plan: {})
-    monkeypatch.setattr(Plan, "run", lambda plan, _: plans.append(plan) or [None] * 6)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    forget()
-    Case((9, 9), (3, 3), image=64, points=64).make(torch.float16, "cpu").backward(launch)
-    (plan,) = plans
-
-    def spans(steps: Iterable[int]) -> list[tuple[int, int]]:
-        slots = [s for i in steps for s in plan.steps[i][1] if s is not None and s.kind == SCRATCH]
-        starts = [plan.offsets[s.number] + s.start for s in slots]
-        return [(start, start + s.size) for start, s in zip(starts, slots, strict=True)]
-
-    kernels = [step.kernel for step, _ in plan.steps]
-    lists = ["bucket", "starts", "bucket", *["order"] * deterministic]
-    aside, (join,) = sorted(plan.asides), plan.joins
-    assert kernels[: aside[0]] == ["prepare"] and kernels[join] == "inverse"
-    assert kernels[aside[0] : aside[-1] + 1] == [kernels[i] for i in aside] == lists
-    others = range(aside[-1] + 1, join)
-    assert {"spread", "weight_gradient"} <= {kernels[i] for i in others}
-    for first, last in spans(aside):
-        assert all(stop <= first or last <= start for start, stop in spans(others))
-    forget()
+def test_no_size_compiles_anything(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's kernels, and what its first call loads, serve images of every size and batch."""
+    for deterministic in (False, True):
+        repeatable(monkeypatch, deterministic)
+        for channels, groups, dtype in (
+            *((c, g, d) for c, g in ((64, 1), (64, 16), (96, 3)) for d in TOLERANCE),
+            *((3, 1, torch.float32), (40, 1, torch.float16), (128, 1, torch.float16)),
+        ):
+            known: set[Any] = set()
+            for i, size in enumerate(((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))):
+                case = Case(
+                    size, (3, 3), batch=1 + i % 3, image=channels, points=64,
+                    offset_groups=groups, mask_groups=groups,
+                )  # fmt: skip
+                made = on_meta(case, dtype)
+                plans.clear()
+                made.forward(backend), made.backward(backend)
+                if not known:
+                    known = {x.key for plan in plans for x in (*plan.steps, *plan.spares)}
+                found = {step.key for plan in plans for step in plan.steps}
+                assert found <= known, (channels, groups, dtype, size, found - known)
 
 
-def test_plans_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_meta(case: Case, dtype: torch.dtype) -> Problem:
+    made = dataclasses.replace(case, size=(9,) * len(case.size)).make(dtype, "cpu")
+    g = made.g._replace(batch=case.batch, image_size=case.size, point_size=case.size)
+
+    def resized(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        return torch.empty(case.batch, t.shape[1], *case.size, dtype=t.dtype, device="meta")
+
+    others = {name: resized(getattr(made, name)) for name in ("x", "offset", "mask", "grad")}
+    weight, bias = (t.to("meta") for t in (made.weight, made.bias) if t is not None)
+    return dataclasses.replace(made, g=g, weight=weight, bias=bias, **others)
+
+
+def test_plans_without_gluon(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which a Triton for other devices may lack."""
-    plans: list[Plan] = []
-    monkeypatch.setattr(hopper, "gl", None, raising=False)
-    monkeypatch.setattr(layouts, "allows_tf32", lambda: False)
-    monkeypatch.setattr(Plan, "load", lambda plan: {})
-    monkeypatch.setattr(Plan, "run", lambda plan, _: plans.append(plan) or [None] * 6)
-    forget()
+    on_device(monkeypatch, "sm_80")
     problem = Case((9, 9), (3, 3), image=64, points=64).make(torch.float32, "cpu")
-    problem.backward(launch)
-    kernels = [step.kernel for step, _ in plans[0].steps]
-    assert kernels[-3:] == ["prepare", "weight_gradient", "reduce_weight"]
-    forget()
+    problem.backward(backend)
+    assert {"backward_weight", "reduce_weight", "backward_atomic"} <= set(names(plans[0]))
 
 
 def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,24 +598,34 @@ def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         def encode(self, place: int, address: int) -> None:
             word(place).value = address
 
-    monkeypatch.setattr(planning, "Invocation", invocation)
-    monkeypatch.setattr(planning, "TensorMap", TensorMap)
-    monkeypatch.setattr(planning, "_stream_of", lambda device: lambda: 0)
-    step: Any = SimpleNamespace(
-        grid=(1, 1, 1), integers=(), descriptor=SimpleNamespace(argument=2),
-        load=lambda dtypes: (None, None),
-    )  # fmt: skip
+    class Loaded(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            return True
+
+        def __missing__(self, key: Any) -> Any:
+            return None, [None]
+
+    monkeypatch.setattr(runtime, "_LOADED", Loaded())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(runtime, "Invocation", invocation)
+    monkeypatch.setattr(runtime, "TensorMap", TensorMap)
+    monkeypatch.setattr(runtime, "_stream_of", lambda device: lambda: 0)
     plan = Plan(torch.device("cpu"), [torch.empty(4, 8), None, torch.empty(2, 3)])
     given, result = plan.given[0], plan.result((4, 16), torch.float16)
     assert given is not None
     plan.scratch(3, dtype=torch.float32)
     scratch = plan.scratch(4, 64, dtype=torch.float32)
+    kernel = SimpleNamespace(arg_names=["a", "b", "c", "n"])
+
+    def launch(a: Any, b: Any, c: Any) -> None:
+        arguments = dict(a=a, b=b, c=c, n=3)
+        described = {"b": runtime.Descriptor((1,), "")}
+        plan.steps.append(Launch(kernel, (1, 1, 1), arguments, {}, 4, descriptors=described))
+
     for first in (0, 1, 3):
-        plan.launch(
-            step, given.part(first, 1), None, *(t.part(first, 1) for t in (result, scratch))
-        )
-    plan.launch(step, None, given, given.part(1, 2), None)
-    instance = planning._Instance(plan)
+        launch(*(t.part(first, 1) for t in (given, result, scratch)))
+    launch(given, given.part(1, 2), None)
+    instance = runtime._Instance(plan)
     for x, y, z in ((1000, 5000, 9000), (11000, 15000, 19000)):
         seen.clear()
         instance.run([x, 0], [y], z)
@@ -622,7 +671,10 @@ def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
     ptxas (12.8, with Triton 3.6) hoists the descriptors of some products out of a loop past what
     they are made from. The kernel then reads outside shared memory; the tables avoid such tiles.
     """
-    listing = cuobjdump("--dump-sass", cubin, tmp_path)
+    return unset_in(cuobjdump("--dump-sass", cubin, tmp_path))
+
+
+def unset_in(listing: str) -> list[str]:
     pattern = r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ +)?(\S+)(.*?);"
     instructions = [m for line in listing.splitlines() if (m := re.match(pattern, line))]
     written: set[int] = set()
@@ -650,258 +702,157 @@ def unset_registers(cubin: bytes, tmp_path: Path) -> list[str]:
     return found
 
 
-def launches(n: int, dtype: torch.dtype, offset_groups: int, groups: int) -> list[Any]:
-    """One launch of every kernel with the dtypes of its tensors."""
-    size, kernel = (16,) * n, (3,) * n
-    ones = (1,) * n
-    g = Geometry(
-        2, 64, 64, groups, offset_groups, offset_groups, size, size, kernel, ones, ones, ones
-    )
-    width, precision = dtype.itemsize, "split" if dtype == torch.float32 else "native"
-    weight = torch.bfloat16 if precision == "split" else dtype
-    single, integer = torch.float32, torch.int32
-    given = (dtype, dtype)  # offset and mask
-    key = (width, precision, True)
-    count, starts, fill, order = launch._list_plan(g, True).launches
-    of_few = g._replace(image_channels=4 * offset_groups)
-    few = (of_few, width, "ieee" if precision == "split" else precision, True)
-    wide = g._replace(point_channels=128 * groups)
-    gather, gather_few = (launch._gather_launch(*a, 132) for a in ((g, *key), few))
-    return [
-        (gather_few, (dtype, dtype, *given, dtype, single if gather_few.grid[1] > 1 else dtype)),
-        (launch._spread_launch(*few, True, True, 132),
-         (dtype, dtype, dtype, *given, *given, single)),
-        (launch._weight_launch(*few, 132)[0], (dtype, dtype, *given, single)),
-        (gather, (dtype, weight, *given, dtype, single if gather.grid[1] > 1 else dtype)),
-        (launch._spread_launch(g, *key, False, True, 132),
-         (dtype, dtype, weight, *given, *given, None)),
-        (launch._spread_launch(g, *key, True, False, 132),
-         (None, dtype, weight, *given, None, None, single)),
-        (launch._weight_launch(g, *key, 132)[0], (dtype, dtype, *given, single)),
-        (launch._weight_launch(wide, *key, 132)[0], (dtype, dtype, *given, single)),
-        (launch._inverse_launch(g, width, precision, False, 132),
-         (dtype, weight, *given, None, integer, integer, single)),
-        (launch._inverse_launch(g, width, precision, True, 0),
-         (dtype, weight, *given, None, integer, integer, dtype)),
-        (count, (dtype, integer, None)),
-        (starts, (integer,)),
-        (fill, (dtype, integer, integer)),
-        (order, (dtype, integer, integer)),
-        (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, dtype)),
-        (launch._reduce_weight_launch(g, 9), (single, dtype)),
-        *sums_of(g, dtype),
-        *prepared(g, dtype, precision),
-    ]  # fmt: skip
+def target(architecture: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
 
 
-def sums_of(g: Geometry, dtype: torch.dtype) -> list[Any]:
-    """Launches of `prepare` that sum."""
-    found = []
-    for last in (False, True):
-        shape = (g.batch, g.point_channels, *g.point_size)
-        plan = Plan(torch.device("cpu"), (torch.empty(shape, dtype=dtype),))
-        launch._sums(plan, layouts.Operand(plan.given[0], last), plan.result(shape[1:2], dtype))
-        plan.finish()
-        step, slots = plan.steps[0]
-        found.append((step, [s and s.dtype for s in slots]))
-    return found
+def different(plans: Iterable[Plan]) -> list[Launch]:
+    """One launch of every kernel that has to be compiled."""
+    return list({step.key: step for plan in plans for step in plan.steps}.values())
 
 
-def prepared(g: Geometry, dtype: torch.dtype, precision: str) -> list[Any]:
-    """Launches of `prepare` that copy, pack and write zeros."""
-    image = torch.empty(g.batch, g.image_channels, *g.image_size, dtype=dtype)
-    points = torch.empty(g.batch, g.point_channels, *g.point_size, dtype=dtype)
-    weight = torch.empty(g.point_channels, g.image_channels // g.groups, *g.kernel, dtype=dtype)
-    plan = Plan(image.device, (image, points, weight))
-    x, y, w = (layouts.Operand(slot, False) for slot in plan.given if slot is not None)
-    call = layouts.Call(g, plan, precision, w, None, None)
-    call.image(x), call.rows(y), call.weight(), call.weight("along")
-    plan.zero(plan.scratch(100, dtype=torch.int32))
-    plan.flush()
-    rows = layouts.Operand(plan.scratch(*points.shape, dtype=dtype), True)
-    bias = plan.scratch(g.point_channels, dtype=dtype)
-    whole = layouts.Units(g.point_channels, 1, False, g.point_channels)
-    layouts.copy(plan, rows.slot, plan.result(points.shape, dtype), bias, whole, "rows", "channels")
-    call.factors(y)
-    plan.flush()
-    assert len(plan.steps) == 2
-    return [(step, [s and s.dtype for s in slots]) for step, slots in plan.steps]
+# What a program may have of shared memory. Consumer chips of NVIDIA have 99 KiB.
+ROOM = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
+
+COMPILED = [
+    (Case((16,), (3,), image=64, points=64), torch.bfloat16),
+    (Case((16, 16), (3, 3), image=64, points=128, batch=8), torch.float16),
+    (Case((16, 16), (3, 3), image=64, points=64, groups=4, offset_groups=16, mask_groups=16),
+     torch.float16),
+    (Case((16, 16), (3, 3), image=64, points=64), torch.float32),
+    (Case((16, 16), (3, 3), image=33, points=5), torch.float32),
+    (Case((8, 8, 8), (3, 3, 3), image=192, points=192), torch.float16),
+    (Case((8, 8, 8), (3, 3, 3), image=64, points=64, offset_groups=8, mask_groups=8),
+     torch.float32),
+]  # fmt: skip
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("n", "dtype", "offset_groups", "groups"),
+    ("architecture", "case", "dtype"),
     [
-        (1, torch.bfloat16, 1, 1),
-        (2, torch.float16, 1, 1),
-        (2, torch.float16, 16, 4),
-        (2, torch.float32, 1, 1),
-        (3, torch.float32, 8, 1),
+        *((architecture, *some) for architecture in ("sm_80", "sm_90") for some in COMPILED),
+        *((architecture, *COMPILED[2]) for architecture in ("gfx942", "gfx1100", "sm_120")),
+        *((architecture, *COMPILED[3]) for architecture in ROOM if architecture[0] == "g"),
+        *((architecture, *COMPILED[3]) for architecture in ("sm_100", "sm_120")),
     ],
+    ids=str,
 )
 def test_compiles(
-    n: int,
+    case: Case,
     dtype: torch.dtype,
-    offset_groups: int,
-    groups: int,
-    capability: int,
+    architecture: str,
+    plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    from triton.backends.compiler import GPUTarget
+    """The portable kernels, also where results must be repeatable; ROCm's, too."""
+    on_device(monkeypatch, "portable")
+    write_all(case, dtype, monkeypatch)
+    for step in different(plans):
+        if step.name == "sort_lists" and architecture not in ("sm_80", "sm_90"):
+            continue  # for whose sorting Triton takes long
+        compiled = step.compile(target(architecture), ROOM[architecture] << 10)
+        assert compiled.metadata.shared <= ROOM[architecture] << 10
+        if architecture == "sm_90":
+            assert not unset_registers(compiled.asm["cubin"], tmp_path), step.name
 
-    for made, dtypes in launches(n, dtype, offset_groups, groups):
-        compiled = made.compile(dtypes, GPUTarget("cuda", capability, 32))
-        assert "cubin" in compiled.asm
-        # What an sm_80 has for a block; consumer chips of that line have 99 KiB.
-        assert compiled.metadata.shared <= (163 if capability == 80 else 227) * 1024
-        if capability == 90:
-            assert not unset_registers(compiled.asm["cubin"], tmp_path)
+
+def write_all(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of all that is done for a case: both families, repeatable or not."""
+    made = case.make(dtype, "cpu")
+    for deterministic in (False, True):
+        repeatable(monkeypatch, deterministic)
+        made.forward(backend), made.backward(backend)
+        backend.scatter(made.g, made.grad, made.weight, made.offset, made.mask, None)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
 @pytest.mark.parametrize("groups", [1, 4])
-def test_odd_channels_compile_right(groups: int, tmp_path: Path) -> None:
-    """Nothing is even that the compiler could use (once wrong, see configs.TABLE)."""
-    from triton.backends.compiler import GPUTarget
-
-    size, ones = (16, 16), (1, 1)
-    g = Geometry(
-        2, 5 * groups, 33 * groups, groups, groups, 1, size, size, (1, 3), ones, ones, ones
-    )
-    for dtype in (torch.float16, torch.bfloat16):
-        key = (2, "native", False, 132)
-        inverse = launch._inverse_launch(g, *key)
-        parts = torch.float32 if inverse.grid[2] > 1 else dtype
-        given, integer, single = (dtype, dtype), torch.int32, torch.float32
-        for made, dtypes in (
-            (inverse, (dtype, dtype, *given, None, integer, integer, parts)),
-            (launch._gather_launch(g, *key), (dtype, dtype, *given, dtype, dtype)),
-            (launch._weight_launch(g, *key)[0], (dtype, dtype, *given, single)),
-            (launch._spread_launch(g, *key[:3], True, True, 132),
-             (dtype, dtype, dtype, *given, *given, single)),
-        ):  # fmt: skip
-            compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
-            assert not unset_registers(compiled.asm["cubin"], tmp_path), made.constants
-
-
-@pytest.mark.skipif(INTERPRETING, reason="does not compile")
-def test_fits_into_shared_memory() -> None:
-    """In fewer stages where a device has too little, as for three dimensions on an H200 (227 KiB),
-    and for most others (99 KiB)."""
-    from triton.backends.compiler import GPUTarget
-
-    size, ones = (8, 8, 8), (1, 1, 1)
-    g = Geometry(2, 192, 192, 1, 1, 1, size, size, (3, 3, 3), ones, ones, ones)
-    made = launch._gather_launch(g, 2, "native", False, 132)
-    dtypes = [torch.float16] * 5 + [torch.float32 if made.grid[1] > 1 else torch.float16]
-    for capability, room in ((90, 227 << 10), (89, 99 << 10)):
-        compiled = made.compile(dtypes, GPUTarget("cuda", capability, 32), room)
-        assert compiled.metadata.shared <= room
-
-
-@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to compile with")
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_compiles_for_hopper(n: int, tmp_path: Path) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    size, kernel, ones = (16,) * n, (3,) * n, (1,) * n
-    g = Geometry(2, 64, 128, 1, 1, 1, size, size, kernel, ones, ones, ones)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        given = (dtype, dtype)  # offset and mask
-        along = hopper.along_launch(g, dtype, 132)
-        outer = hopper.outer_launch(g, dtype, 132)
-        assert outer is not None
-        whole = hopper.gather_launch(g, dtype, False, 0)
-        rows = hopper.gather_launch(g, dtype, True, 0)
-        parts = hopper.gather_launch(g._replace(image_channels=128), dtype, False, 132)
-        assert parts.grid[1] > 1 or n == 1
-        inverse = [dtype, None, *given, dtype, torch.int32, torch.int32]
-        kernels = [
-            (whole, [dtype, None, *given, dtype, dtype]),
-            (rows, [dtype, None, *given, None, dtype]),
-            (parts, [dtype, None, *given, None, torch.float32]),
-            (along, [dtype, dtype, None, *given, *given, None]),
-            (along, [None, dtype, None, *given, None, None, torch.float32]),
-            (outer[0], [dtype, None, *given, torch.float32]),
-            (hopper.inverse_launch(g, dtype, False, 132), [*inverse, torch.float32]),
-            (hopper.inverse_launch(g, dtype, False, 0), [*inverse, dtype]),
-            (hopper.inverse_launch(g, dtype, True, 0), [*inverse, dtype]),
-        ]
-        if n == 2:
-            wide = hopper.along_launch(g._replace(point_channels=512), dtype, 132)
-            kernels.append((wide, [dtype, dtype, None, *given, *given, torch.float32]))
-        for made, dtypes in kernels:
-            if made.kernel == "inverse" and dtype == torch.float32:
-                continue
-            assert made is not None
-            dtypes[made.descriptor.argument] = torch.bfloat16 if dtype == torch.float32 else dtype
-            compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
-            assert "wgmma" in compiled.asm["ptx"]
-            assert compiled.metadata.shared <= 227 * 1024
-            # Pointers, a descriptor, integers, and scratch memory that is not used.
-            sizes = _parameters(compiled.asm["ptx"])
-            assert sizes.count(128) == 1 and set(sizes) == {4, 8, 128} and sizes[-2:] == [8, 8]
-            if made.kernel not in ("along", "inverse"):
-                assert stack(compiled.asm["cubin"], tmp_path) == 0  # nothing spilled
-            if triton.__version__.startswith("3.6"):  # whose listings the checks are made for
-                assert not unset_registers(compiled.asm["cubin"], tmp_path)
-                if made.kernel == "outer":  # products wait in the loop and after it only
-                    listing = cuobjdump("--dump-sass", compiled.asm["cubin"], tmp_path)
-                    assert listing.count("WARPGROUP.DEPBAR") == 2
-
-
-@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon to compile with")
-@pytest.mark.parametrize(
-    ("n", "points", "offset_groups"), [(1, 128, 4), (2, 64, 16), (2, 128, 2), (3, 64, 8)]
-)
-def test_narrow_compiles_for_hopper(
-    n: int, points: int, offset_groups: int, tmp_path: Path
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_odd_channels_compile_right(
+    groups: int,
+    dtype: torch.dtype,
+    plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    size, kernel, ones = (16,) * n, (3,) * n, (1,) * n
-    g = Geometry(
-        2, 64, points, 1, offset_groups, offset_groups, size, size, kernel, ones, ones, ones
+    """Nothing is even that the compiler could use (once wrong, see tiles.PORTABLE)."""
+    case = Case(
+        (16, 16), (1, 3), image=5 * groups, points=33 * groups, groups=groups, offset_groups=groups
     )
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        given = (dtype, dtype)  # offset and mask
-        half = torch.bfloat16 if dtype == torch.float32 else dtype
-        gradients = hopper.gradients_narrow_launch(g, dtype, 132)
-        single = torch.float32
-        for made, dtypes in (
-            (hopper.gather_narrow_launch(g, dtype, False, 0), [dtype, None, *given, None, dtype]),
-            (gradients, [dtype, None, half, *given, *given, single, single]),
-            (gradients, [dtype, None, half, *given, None, dtype, None, None]),
-        ):
-            assert made is not None
-            dtypes[made.descriptor.argument] = half
-            compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
-            assert "wgmma" in compiled.asm["ptx"]
-            assert compiled.metadata.shared <= 114 * 1024  # so that there is room for two
-            if triton.__version__.startswith("3.6"):
-                # In three dimensions there are too many corners; else next to nothing is spilled.
-                assert n == 3 or stack(compiled.asm["cubin"], tmp_path) <= 16
-                assert not unset_registers(compiled.asm["cubin"], tmp_path)
+    write_all(case, dtype, monkeypatch)
+    for step in different(plans):
+        compiled = step.compile(target("sm_90"))
+        assert not unset_registers(compiled.asm["cubin"], tmp_path), step.name
 
 
-def test_finds_unset_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The check above sees what it is for, as long as ptxas does it."""
-    from triton.backends.compiler import GPUTarget
+@needs_gluon
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case((16,) * n, (3,) * n, image=64, points=128) for n in (1, 2, 3)),
+        Case((16, 16), (3, 3), image=64, points=512),
+        Case((16, 16), (3, 3), image=256, points=256, last=True),
+        Case((16,), (3,), image=64, points=128, offset_groups=4, mask_groups=4),
+        Case((16, 16), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16),
+        Case((16, 16), (3, 3), image=64, points=128, offset_groups=2, mask_groups=2),
+        Case((8, 8, 8), (3, 3, 3), image=64, points=64, offset_groups=8, mask_groups=8),
+    ],
+    ids=str,
+)
+def test_compiles_for_hopper(
+    case: Case,
+    dtype: torch.dtype,
+    plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    write_all(case, dtype, monkeypatch)
+    steps = [step for step in different(plans) if step.name.endswith("_hopper")]
+    narrow = case.offset_groups > 1
+    expected = {"forward_narrow_hopper", "backward_narrow_hopper"} if narrow else {
+        "forward_hopper", "backward_atomic_hopper", "backward_weight_hopper"}  # fmt: skip
+    assert expected <= {step.name for step in steps}
+    for step in steps:
+        compiled = step.compile(target("sm_90"))
+        assert "wgmma" in compiled.asm["ptx"]
+        # So that there is room for two of those with many sample groups.
+        assert compiled.metadata.shared <= (114 if "narrow" in step.name else 227) * 1024
+        # Pointers, a descriptor, integers, and scratch memory that is not used.
+        sizes = runtime._parameters(compiled.asm["ptx"])
+        assert sizes.count(128) == 1 and set(sizes) == {4, 8, 128} and sizes[-2:] == [8, 8]
+        spilled = stack(compiled.asm["cubin"], tmp_path)
+        if step.name in ("forward_hopper", "backward_weight_hopper"):
+            assert spilled == 0
+        elif "narrow" in step.name and len(case.size) < 3:  # else there are too many corners
+            assert spilled <= 24
+        if triton.__version__.startswith("3.6"):  # whose listings the checks are made for
+            assert not unset_registers(compiled.asm["cubin"], tmp_path)
+            if step.name == "backward_weight_hopper":  # products wait in the loop and after it only
+                listing = cuobjdump("--dump-sass", compiled.asm["cubin"], tmp_path)
+                assert listing.count("WARPGROUP.DEPBAR") == 2
 
+
+def test_finds_unset_registers(plans: list[Plan], tmp_path: Path) -> None:
+    """The check above misses an instruction that writes what a product's descriptor is made of."""
     if INTERPRETING or not triton.__version__.startswith("3.6"):
-        pytest.skip("known of Triton 3.6")
-    bad = configs.Row("inverse", 2, configs.ANY, 32, 64, 64, 4, 1)
-    monkeypatch.setattr(configs, "TABLE", (bad, *configs.TABLE))
-    forget()
-    size, ones = (180, 320), (1, 1)
-    g = Geometry(1, 64, 64, 1, 16, 16, size, size, (3, 3), ones, ones, ones)
-    half, integer = torch.float16, torch.int32
-    made = launch._inverse_launch(g, 2, "native", True, 132)
-    dtypes = (half, half, half, half, None, integer, integer, half)
-    compiled = made.compile(dtypes, GPUTarget("cuda", 90, 32))
-    forget()
-    assert unset_registers(compiled.asm["cubin"], tmp_path)
+        pytest.skip("made for the listings of Triton 3.6")
+    Case((16, 16), (3, 3), image=64, points=64, groups=2).make(torch.float16, "cpu").forward(
+        backend
+    )
+    (step,) = (step for step in plans[0].steps if step.name == "forward")
+    cubin = step.compile(target("sm_90")).asm["cubin"]
+    lines = cuobjdump("--dump-sass", cubin, tmp_path).splitlines()
+    assert not unset_in("\n".join(lines))
+    writers = [i for i, line in enumerate(lines) if re.search(r"R2UR UR|USHF\S* UR|UMOV UR", line)]
+    found = [unset_in("\n".join(lines[:i] + lines[i + 1 :])) for i in writers[:40]]
+    assert any(any("HGMMA" in line for line in unset) for unset in found)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
@@ -912,22 +863,24 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no device")
-    monkeypatch.setattr(compiled, "shared_memory", lambda: 227 << 10)
-    monkeypatch.setattr(compiled, "Function", lambda *about: about)
-    single, half = torch.float32, torch.float16
-    g = Geometry(1, 4, 4, 1, 1, 1, (9, 9), (9, 9), (1, 1), (1, 1), (0, 0), (1, 1))
-    good = [
-        (launch._reduce_launch(4, (9, 64, 64), (1, 9, 576)), (single, None, half)),
-        (launch._list_plan(g, False).launches[1], (torch.int32,)),
-    ]
-    bad = compiled.Launch("reduce", (1, 1, 1), good[0][0].integers, dict(INDEX=0, BLOCK=3), 4, 1)
+    monkeypatch.setattr(runtime, "shared_memory", lambda: 227 << 10)
+    monkeypatch.setattr(runtime, "Function", lambda *about: about)
+    plan = Plan(torch.device("cpu"), [torch.empty(4, 64), torch.empty(64)])
+    call = call_of(plan)
+    parts, out = plan.given
+    call.reduce_flat(parts, 4, out)
+    call.zero(plan.scratch(64, dtype=torch.float32))
+    call.steps.finish()
+    good = plan.steps
+    arguments = {n: v for n, v in good[0].arguments.items()}
+    bad = Launch(layout.reduce, (1, 1, 1), arguments, dict(INDEX=0, BLOCK=3), 4)
 
     def load() -> None:
-        monkeypatch.setattr(compiled, "_LOADED", {})
-        failures = compiled.load([*good, (bad, (single, None, half))])
+        monkeypatch.setattr(runtime, "_LOADED", {})
+        failures = runtime.load([*good, bad])
         assert list(failures) == [bad] and "'reduce' for no device" in str(failures[bad])
-        functions = [made.load(dtypes)[0] for made, dtypes in good]
-        assert [name for _, name, *_ in functions] == ["reduce", "starts"]
+        functions = [runtime._LOADED[made.key, 0][0] for made in good]
+        assert [name for _, name, *_ in functions] == ["reduce", "prepare"]
         assert [sizes[:2] for _, _, sizes, *_ in functions] == [[8, 8], [8, 4]]
 
     def refuse(*args: Any, **options: Any) -> Any:
@@ -946,51 +899,63 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
         load()
         monkeypatch.setattr(triton, "compile", refuse)
         load()
-    fields = [*compiled._About.__annotations__.items(), ("more", int)]
-    monkeypatch.setattr(compiled, "_About", NamedTuple("_About", fields))
-    monkeypatch.setattr(compiled, "_LOADED", {})
-    with pytest.raises(RuntimeError, match="compiles again"):
-        good[1][0].load(good[1][1])
+    # Another Triton, or another layout of what is kept, compiles anew.
+    for name, value in (
+        ("_tools", lambda: "another"),
+        ("_About", NamedTuple("_About", [*runtime._About.__annotations__.items(), ("more", int)])),
+    ):
+        with monkeypatch.context() as other:
+            other.setattr(runtime, name, value)
+            other.setattr(runtime, "_LOADED", {})
+            assert "compiles again" in str(runtime.load(good)[good[0]])
 
 
-@pytest.mark.skipif(INTERPRETING or hopper.gluon is None, reason="no Gluon")
-def test_a_plan_without_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is said once, and the general kernel is in its place; of others it is an error. Nothing
-    is loaded of a plan that takes too much memory, and so is written again in pieces."""
+@needs_gluon
+def test_a_plan_without_what_cannot_be_built(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is said once, and the next variant is in its place; where there is none it is an error.
+    Nothing is loaded of a plan that takes too much memory, and so is written again in chunks."""
     case = Case((32, 30), (3, 3), image=64, points=64, batch=4)
     problem = case.make(torch.float16, "cpu")
-    broken = {"outer"}
+    broken = {"backward_weight_hopper"}
     loaded: list[bool] = []
 
     def load(plan: Plan) -> dict[Any, Exception]:
         loaded.append(len(sources(plan)) > 1)
-        return {s: RuntimeError(s.kernel) for s, _ in plan.steps if s.kernel in broken}
+        return {s: RuntimeError(s.name) for s in plan.steps if s.name in broken}
 
-    monkeypatch.setattr(hopper, "_on_hopper", lambda call: True)
-    monkeypatch.setattr(hopper, "BROKEN", set())
     monkeypatch.setattr(Plan, "load", load)
-    monkeypatch.setattr(Plan, "run", lambda plan, _: [s.kernel for s, _ in plan.steps])
-    forget()
     split(monkeypatch, case)
 
     def kernels() -> set[str]:
-        launch._PLANS.clear()
-        given = (problem.x, problem.grad, problem.weight, problem.offset, problem.mask)
-        wanted = (True, False, True, True, True, False, True)
-        return set(launch._run(launch._plan_gradients, problem.g, *given, None, wanted))
+        backend._PLANS.clear()
+        problem.backward(backend)
+        return set(names(plans[-1]))
 
-    with pytest.warns(UserWarning, match="outer; a slower one"):
+    with pytest.warns(UserWarning, match="backward_weight_hopper; a slower one"):
         found = kernels()
-    assert {"weight_gradient", "along", "inverse", "prepare"} <= found
-    assert "outer" not in found and "spread" not in found
+    assert {"backward_weight", "backward_atomic_hopper", "backward_sorted_hopper"} <= found
+    assert "backward_weight_hopper" not in found and "backward_atomic" not in found
     assert loaded == [True, True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernels() == found
-    broken.add("starts")
-    with pytest.raises(RuntimeError, match="starts"):
+    # On any GPU: a portable kernel that cannot be built gives way to smaller tiles of its own.
+    on_device(monkeypatch, "portable")
+    before = {id(v) for v in variants.BROKEN}
+    broken = {"backward_weight"}
+    with (
+        pytest.warns(UserWarning, match="backward_weight; a slower one"),
+        pytest.raises(RuntimeError, match="backward_weight"),
+    ):
         kernels()
-    forget()
+    assert len(variants.BROKEN) > len(before)
+    broken.add("start_lists")
+    monkeypatch.setattr(variants, "BROKEN", set())
+    broken.discard("backward_weight")
+    with pytest.raises(RuntimeError, match="start_lists"):
+        kernels()
 
 
 # On a GPU
@@ -1031,7 +996,7 @@ GPU_CASES = [
 def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
     # Offsets in float32: coordinates in half of these sizes are exact only nearly.
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
-    assert not hopper.BROKEN
+    assert not variants.BROKEN
 
 
 # With fewer multiprocessors than any device has, so that small images do not need more programs.
@@ -1053,8 +1018,8 @@ NARROW_CASES = [
 def test_gpu_narrow(
     case: Case, dtype: torch.dtype, exact_float32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layouts, "multiprocessors_of", lambda device: 4)
-    launch._PLANS.clear()
+    on_device(monkeypatch, tiles.device_of(torch.device("cuda")).architecture, 4)
+    backend._PLANS.clear()
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
     if case.points == 64:
         torch.use_deterministic_algorithms(True)
@@ -1062,7 +1027,7 @@ def test_gpu_narrow(
             check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
         finally:
             torch.use_deterministic_algorithms(False)
-    assert not hopper.BROKEN
+    assert not variants.BROKEN
 
 
 @gpu
@@ -1075,11 +1040,11 @@ def test_gpu_narrow(
         Case((32, 30), (3, 3), image=64, points=64, batch=4, last=True, bias=False),
         Case((20, 23), (3, 3), image=128, points=128, batch=6, transposed=True),
         Case((20, 23), (3, 3), image=64, points=64, batch=5, offset_groups=16, mask_groups=16),
-        *PIECES,
+        *CHUNKS,
     ],
     ids=str,
 )
-def test_gpu_pieces(
+def test_gpu_chunks(
     case: Case,
     dtype: torch.dtype,
     deterministic: bool,
@@ -1087,17 +1052,17 @@ def test_gpu_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if case.offset_groups == 16:  # so that few programs do not keep a gather from Hopper's kernel
-        monkeypatch.setattr(layouts, "multiprocessors_of", lambda device: 4)
+        on_device(monkeypatch, tiles.device_of(torch.device("cuda")).architecture, 4)
     split(monkeypatch, case)
     torch.use_deterministic_algorithms(deterministic)
     try:
         check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
         if case.batch > 3 and case.image % 16 == 0:
-            assert in_pieces()
+            assert in_chunks()
     finally:
         torch.use_deterministic_algorithms(False)
-        launch._PLANS.clear()
-    assert not hopper.BROKEN
+        backend._PLANS.clear()
+    assert not variants.BROKEN
 
 
 def draw(rng: random.Random, n: int) -> Case:
@@ -1181,7 +1146,7 @@ def test_gpu_sums() -> None:
 
 @gpu
 def test_gpu_tf32() -> None:
-    if not layouts.allows_tf32():
+    if not layout.allows_tf32():
         pytest.skip("TF32 is off by default here")
     check(Case((9, 9), (3, 3), image=64, points=64).make(torch.float32, "cuda"), 2e-3, 2e-3)
 
@@ -1189,8 +1154,8 @@ def test_gpu_tf32() -> None:
 @gpu
 def test_gpu_float64_and_empty() -> None:
     problem = Case((5, 5), (3, 3)).make(torch.float64, "cuda")
-    assert torch.equal(problem.forward(launch), problem.forward(reference))
-    assert Case((5, 5), (3, 3), batch=0).make(torch.float16, "cuda").forward(launch).numel() == 0
+    assert torch.equal(problem.forward(backend), problem.forward(reference))
+    assert Case((5, 5), (3, 3), batch=0).make(torch.float16, "cuda").forward(backend).numel() == 0
 
 
 @gpu
@@ -1199,7 +1164,7 @@ def test_gpu_needs() -> None:
     problem = Case((9, 9), (3, 3)).make(torch.float16, "cuda")
     for i in range(5):
         needs = tuple(j == i for j in range(5))
-        assert [x is not None for x in problem.backward(launch, needs)] == list(needs)
+        assert [x is not None for x in problem.backward(backend, needs)] == list(needs)
 
 
 @gpu
@@ -1220,48 +1185,45 @@ def test_gpu_deterministic(
     torch.use_deterministic_algorithms(True)
     try:
         check(problem, *TOLERANCE[dtype])
-        first = (problem.forward(launch), *problem.backward(launch))
+        first = (problem.forward(backend), *problem.backward(backend))
         for _ in range(5):
-            again = (problem.forward(launch), *problem.backward(launch))
+            again = (problem.forward(backend), *problem.backward(backend))
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def run(step: Any, *tensors: Tensor | None) -> None:
-    """A launch by itself."""
-    device = next(t.device for t in tensors if t is not None)
-    plan = Plan(device, tensors)
-    plan.launch(step, *plan.given)
-    plan.run(tensors)
-
-
 @gpu
-def test_gpu_lists() -> None:
+def test_gpu_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lists in order hold what those out of order hold, each list's samples in order."""
-    size, slots = (181, 300), 18 * 23 * 38
+    size, number = (181, 300), 18 * 23 * 38
     g = Geometry(1, 32, 32, 1, 2, 0, size, size, (3, 3), (1, 1), (1, 1), (1, 1))
     offset = 3 * torch.randn(1, 36, *size, device="cuda")
     offset[0, 3:9] -= torch.arange(300.0, device="cuda") - 3.3  # long lists
+    weight = torch.empty(32, 32, 3, 3, device="cuda")
     found = []
     for ordered in (True, False):
-        lists = torch.zeros(2 * slots + 1, dtype=torch.int32, device="cuda")
-        entries = torch.full((18 * math.prod(size) * 4,), -1, dtype=torch.int32, device="cuda")
-        count, starts, fill, order = launch._list_plan(g, ordered).launches
-        run(count, offset, lists, None)
-        run(starts, lists)
-        run(fill, offset, lists, entries)
-        if order is not None:
-            run(order, offset, lists, entries)
-        lengths, total, ends = lists.split([slots, 1, slots])
-        assert (entries[:total] >= 0).all() and (entries[total:] == -1).all()
+        repeatable(monkeypatch, ordered)
+        plan = Plan(offset.device, [weight, offset])
+        given = layout.Operand(plan.given[0], False)
+        call = layout.Call(g, layout.Steps(plan), "bf16x3", given, plan.given[1], None)
+        lists, entries = backward_sorted.make_lists(call)
+        copies = [plan.result(b.shape, b.dtype) for b in (lists, entries)]
+        call.steps.finish()
+        # Where the results are, so that they can be looked at.
+        for step in plan.steps:
+            for name, value in step.arguments.items():
+                if value in (lists, entries):
+                    step.arguments[name] = copies[value == entries]
+        lists, entries = plan.run([weight, offset])
+        lengths, total, ends = lists.split([number, 1, number])
         order_of = torch.argsort(ends - lengths, stable=True)
         slot = torch.repeat_interleave(order_of, lengths[order_of].long())
         key = slot * math.prod(size) + entries[:total]
         if ordered:
             assert ((key[1:] > key[:-1]) | (slot[1:] != slot[:-1])).all()
         found.append((lengths, key.sort().values))
-        assert lengths.max() > configs.LONG
+        assert lengths.max() > tiles.LONG
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -1271,11 +1233,11 @@ def test_gpu_graph(offset_groups: int) -> None:
     """A CUDA graph captures a forward and a backward, and replays them on new values."""
     case = Case((20, 20), (3, 3), image=64, points=64, offset_groups=offset_groups)
     problem = case.make(torch.float16, "cuda")
-    problem.forward(launch), problem.backward(launch)
+    problem.forward(backend), problem.backward(backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = (problem.forward(launch), *problem.backward(launch))
+        captured = (problem.forward(backend), *problem.backward(backend))
     problem.x.copy_(torch.randn_like(problem.x))
     graph.replay()
     exact = problem.double()
@@ -1314,14 +1276,14 @@ def test_gpu_large() -> None:
     image[:, 1024:, -64:] = torch.randn(16, 64, device="cuda")
     weight = torch.randn(16, 1040, 1, device="cuda", dtype=torch.float16)
     offset = torch.full((1, 1, *size), 0.25, device="cuda", dtype=torch.float16)
-    got = launch.gather(g, image, weight, offset, None, None)[..., -64:]
+    got = backend.gather(g, image, weight, offset, None, None)[..., -64:]
     part = SimpleNamespace(image=image[..., -65:].double(), offset=offset[..., -65:].double())
     small = g._replace(image_size=(65,), point_size=(65,))
     want = reference.gather(small, part.image, weight.double(), part.offset, None, None)[..., 1:]
     assert error(got, want) <= 1e-3
     points = torch.zeros(1, 16, *size, device="cuda", dtype=torch.float16)
     points[..., -64:] = torch.randn(16, 64, device="cuda")
-    got = launch.scatter(g, points, weight, offset, None, None)[..., -60:]
+    got = backend.scatter(g, points, weight, offset, None, None)[..., -60:]
     want = reference.scatter(
         small, points[..., -65:].double(), weight.double(), part.offset, None, None
     )[..., -60:]

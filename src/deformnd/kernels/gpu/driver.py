@@ -21,8 +21,6 @@ _REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _INVALID_CONTEXT = 201
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-_NO_TIMES = 2  # CU_EVENT_DISABLE_TIMING
 _PROMOTE_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 TENSOR_MAP = 128  # bytes
 
@@ -49,10 +47,6 @@ def _driver() -> Any:
     driver.cuFuncGetAttribute.argtypes = (POINTER(c_int), c_int, c_void_p)
     driver.cuGetErrorString.argtypes = (c_int, POINTER(c_char_p))
     driver.cuLaunchKernelEx.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
-    driver.cuStreamCreateWithPriority.argtypes = (POINTER(c_void_p), c_uint, c_int)
-    driver.cuStreamWaitEvent.argtypes = (c_void_p, c_void_p, c_uint)
-    driver.cuEventCreate.argtypes = (POINTER(c_void_p), c_uint)
-    driver.cuEventRecord.argtypes = (c_void_p, c_void_p)
     driver.cuTensorMapEncodeTiled.argtypes = (
         *(c_void_p, c_int, c_uint32, c_void_p),
         *(c_void_p, c_void_p, c_void_p, c_void_p),
@@ -114,7 +108,7 @@ class Function:
         parameters: list[int],
         shared: int,
         warps: int,
-        programs: int,  # on a multiprocessor at most; 0: as many as fit
+        resident: int,  # programs on a multiprocessor at most; 0: as many as fit
     ) -> None:
         driver = _driver()
         self.module, self.handle = c_void_p(), c_void_p()
@@ -131,8 +125,8 @@ class Function:
                 driver.cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, shared),
                 f"{name} needs {shared} bytes of shared memory",
             )
-        if shared > _STATIC_SHARED or programs:
-            self._keep_cache(programs)
+        if shared > _STATIC_SHARED or resident:
+            self._keep_cache(resident)
 
     def _keep_cache(self, most: int) -> None:
         """Have no more shared memory set aside than the programs need that fit a multiprocessor,
@@ -203,37 +197,3 @@ class Invocation:
             code = self.launch(*self.call)
         if code:
             _check(code, f"launching {self.function.name}")
-
-
-class Side:
-    """A stream beside another one, for work that what follows there does not wait for.
-
-    Threads may share it: they only wait for more than they need.
-    """
-
-    def __init__(self, main: int) -> None:
-        driver = _driver()
-        side, begun, done = c_void_p(), c_void_p(), c_void_p()
-        create = driver.cuStreamCreateWithPriority
-        _check(create(byref(side), _NON_BLOCKING, -1), "a CUDA stream")
-        for event in (begun, done):
-            _check(driver.cuEventCreate(byref(event), _NO_TIMES), "a CUDA event")
-        self.main, self.stream = main, side.value or 0
-        self.begun, self.done = begun.value, done.value
-        self.record, self.wait = driver.cuEventRecord, driver.cuStreamWaitEvent
-
-    @classmethod
-    @functools.cache
-    def of(cls, main: int, device: int) -> Side:
-        """That of the device's stream `main`."""
-        return cls(main)
-
-    def fork(self) -> None:
-        """What comes here waits for what is there now."""
-        _check(self.record(self.begun, self.main), "a CUDA event")
-        _check(self.wait(self.stream, self.begun, 0), "a CUDA event")
-
-    def join(self) -> None:
-        """What comes there waits for what is here now."""
-        _check(self.record(self.done, self.stream), "a CUDA event")
-        _check(self.wait(self.main, self.done, 0), "a CUDA event")

@@ -1,0 +1,148 @@
+"""The operators on CUDA and ROCm tensors, by Triton: the functions of reference.py.
+
+Tensors of float64 take the reference. What a call does is written down in a plan (strategy.py),
+once for calls alike. docs/gpu.md says how a call goes through these files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..geometry import Geometry, memory_format
+from . import strategy
+from .layout import allows_tf32
+from .runtime import Plan
+
+
+def gather(
+    g: Geometry,
+    image: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
+    if _for_reference(g, image, offset, mask):
+        return reference.gather(g, image, weight, offset, mask, bias)
+    return _run(strategy.gather, g, image, None, weight, offset, mask, bias)[0]
+
+
+def scatter(
+    g: Geometry,
+    points: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """dF/dimage [B, C, *image_size]: the forward of deform_conv_transpose."""
+    if _for_reference(g, points, offset, mask):
+        return reference.scatter(g, points, weight, offset, mask, bias)
+    return _run(strategy.scatter, g, None, points, weight, offset, mask, bias)[0]
+
+
+def gradients(
+    g: Geometry,
+    image: Tensor,
+    points: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    needs: Sequence[bool],
+    summed: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Derivatives of F by (image, points, weight, offset, mask), None where not needed.
+
+    And the channel sums of `summed`, which is the image or the points: a bias's gradient.
+    """
+    if _for_reference(g, image, offset, mask) or not any(needs):
+        return reference.gradients(g, image, points, weight, offset, mask, needs, summed)
+    by_image, by_points, by_weight, by_offset, by_mask = needs
+    wanted = (
+        *(by_image, by_points, by_weight),
+        *(by_offset and offset is not None, by_mask and mask is not None),
+        *(summed is image, summed is points),
+    )
+    found = iter(_run(strategy.gradients, g, image, points, weight, offset, mask, None, wanted))
+    grads = [next(found) if want else None for want in wanted[:5]]
+    return (*grads, next(found, None))
+
+
+def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
+    """float64 and empty tensors take the reference."""
+    if 0 in (g.batch, g.image_channels, g.point_channels):
+        return True
+    return torch.float64 in [t.dtype for t in tensors if t is not None]
+
+
+def _run(
+    make: Any,
+    g: Geometry,
+    image: Tensor | None,
+    points: Tensor | None,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    wanted: tuple[bool, ...] = (),
+) -> list[Tensor]:
+    """Run the plan of the call, which `make` writes."""
+    device = weight.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(make, g, image, points, weight, offset, mask, bias, wanted)
+    like = points if image is None else image
+    assert like is not None
+    dtype = like.dtype
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    tensors: list[Tensor | None] = []
+    layouts: list[Any] = []
+    for t in (image, points, weight):
+        if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+            tensors.append(t)
+            layouts.append(None)
+        else:
+            usable, last = _usable(t)
+            tensors.append(usable)
+            # Not of a tensor of single pixels, which is contiguous as well.
+            layouts.append((last, memory_format(t) if last else torch.contiguous_format))
+    for t in (offset, mask, bias):
+        if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+            tensors.append(t)
+        else:
+            tensors.append(_aligned(t.contiguous()))
+    key = (
+        *(make, wanted, g, *layouts, dtype, bias is None, device.index),
+        *(None if offset is None else offset.dtype, None if mask is None else mask.dtype),
+        torch.are_deterministic_algorithms_enabled(),
+        dtype == torch.float32 and allows_tf32(),
+    )
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = Plan(device, tensors)
+        strategy.write(plan, make, g, layouts, wanted)
+        if len(_PLANS) >= 4096:
+            _PLANS.clear()
+        _PLANS[key] = plan
+    return plan.run(tensors)
+
+
+_PLANS: dict[Any, Plan] = {}
+
+
+def _usable(t: Tensor) -> tuple[Tensor, bool]:
+    """A tensor with its channels contiguous or last, and which."""
+    last = not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+    return _aligned(t if last else t.contiguous()), last
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Kernels are compiled for pointers to multiples of 16 bytes."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -1,0 +1,332 @@
+"""The image gradient without atomic additions, which also is the transposed forward.
+
+Samples are listed by the tile of 64 pixels that they touch, once for every tile in which one of
+their corners lies. A program then has a tile and a sample group, and adds what the listed samples
+bring, for each tap by two products:
+
+    out [pixels, channels] += (blend [pixels, samples] @ points [samples, outputs]) @ weight [tap]
+
+where blend is the share that a pixel had in a sample, times the mask. It is bitwise repeatable if
+the lists are in order, which deterministic algorithms ask for.
+
+Note [lists]
+There is a list for every (batch item, offset group, tap, tile), in that order: the positions of its
+samples. `lists` holds the length of every list, then a cursor, then the end of every list in
+`entries`, which holds the samples of all; a list begins its length before its end. Lists lie there
+in any order.
+
+    lists    | lengths [number] | cursor | ends [number] |
+    entries  | a list's samples | another's | ...
+"""
+
+# Tuples of Triton grow by +.
+# ruff: noqa: RUF005, RUF059
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .columns import SMALLEST, dot, dot_once, met, read_weight
+from .layout import fit
+from .sampling import (
+    cell_of,
+    locate,
+    parts_of,
+    product,
+    ravel,
+    read,
+    starts_of,
+    tiles_across,
+    unravel,
+)
+from .tiles import IMAGE_TILES, LISTED, LONG, SHORT, Tiles
+from .variants import Variant
+
+if TYPE_CHECKING:
+    from .layout import Call, Operand
+    from .runtime import Buffer
+
+
+@triton.jit
+def samples_of(offset, item, tap, p, g):
+    """The cells of positions p for an offset group of a batch item, and whether they are valid."""
+    groups = g.sample_groups // g.per_offset
+    s = item % groups * g.per_offset
+    inside = p < g.positions
+    offsets, masks = read(offset, None, item // groups, s, tap, p, inside, g)
+    starts = starts_of(unravel(p, g.point), unravel(tap, g.kernel), g)
+    return cell_of(offsets, starts, inside, g)
+
+
+@triton.jit
+def tile_of(axes, valid, q: tl.constexpr, g, TILE: tl.constexpr):
+    """The tile of corner q, and whether no corner of fewer set bits lies in the same one."""
+    new = valid
+    at = ()
+    for a in tl.static_range(len(TILE)):
+        first = axes[a][0] // TILE[a]
+        if (q >> (len(TILE) - 1 - a)) & 1:
+            last = (axes[a][0] + axes[a][1]) // TILE[a]
+            new = new & (first != last)
+            at = at + (last,)
+        else:
+            at = at + (first,)
+    return ravel(at, tiles_across(g.image, TILE)), new
+
+
+@triton.jit
+def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
+                 TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Count the samples of every list, or (FILL) write them where start_lists has put its end.
+
+    Grid: (B x offset groups x taps x blocks of positions).
+    """
+    owner = tl.program_id(0) // blocks
+    p = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    axes, valid = samples_of(offset, owner // g.taps, owner % g.taps, p, g)
+    first = owner.to(tl.int64) * product(tiles_across(g.image, TILE))
+    places = ()
+    for q in tl.static_range(2 ** len(TILE)):
+        tile, new = tile_of(axes, valid, q, g, TILE)
+        at = lists + (first + tile)
+        if FILL:
+            place = tl.atomic_add(at + number + 1, 1, mask=new, sem="relaxed")
+            places = places + ((place, new),)
+        else:
+            tl.atomic_add(at, 1, mask=new, sem="relaxed")
+    if FILL:  # Stored when all have been asked for their place, so that no place is waited for.
+        for q in tl.static_range(2 ** len(TILE)):
+            tl.store(entries + places[q][0], p, mask=places[q][1])
+
+
+@triton.jit
+def start_lists(lists, number, BLOCK: tl.constexpr):
+    """Reserve room for every list: its end, so far, is its start."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    length = tl.load(lists + i, mask=i < number, other=0)
+    ends = tl.cumsum(length, 0)
+    start = tl.atomic_add(lists + number, tl.sum(length, 0), sem="relaxed")
+    tl.store(lists + number + 1 + i, start + ends - length, mask=i < number)
+
+
+@triton.jit
+def sort_list(entries, length, SIZE: tl.constexpr):
+    e = tl.arange(0, SIZE)
+    p = tl.sort(tl.load(entries + e, mask=e < length, other=0x7FFFFFFF))
+    tl.store(entries + e, p, mask=e < length)
+
+
+@triton.jit
+def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.constexpr,
+               LONG: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Sort a list, or write it anew if it has more than LONG samples. Grid: (number of lists)."""
+    at = tl.program_id(0).to(tl.int64)
+    length = tl.load(lists + at)
+    start = tl.load(lists + number + 1 + at) - length
+    if length <= SHORT:
+        sort_list(entries + start, length, SHORT)
+    elif length <= LONG:
+        sort_list(entries + start, length, LONG)
+    else:
+        across = tiles_across(g.image, TILE)
+        owner = (at // product(across)).to(tl.int32)
+        tile = unravel((at % product(across)).to(tl.int32), across)
+        for p0 in range(0, g.positions, BLOCK):
+            p = p0 + tl.arange(0, BLOCK)
+            axes, touches = samples_of(offset, owner // g.taps, owner % g.taps, p, g)
+            for a in tl.static_range(len(TILE)):
+                low = axes[a][0] // TILE[a]
+                high = (axes[a][0] + axes[a][1]) // TILE[a]
+                touches = touches & ((low == tile[a]) | (high == tile[a]))
+            one = touches.to(tl.int32)
+            tl.store(entries + (start + tl.cumsum(one, 0) - 1), p, mask=touches)
+            start += tl.sum(one, 0)
+
+
+@triton.jit
+def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, parts, g, number,
+                    splits, LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+                    INDEX: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """dF/dimage of a tile: [B, S, C] with LAST, else [B, C, S].
+
+    With several splits a program has a share of the taps, and its sum goes to `parts`
+    [splits, B, ...]. Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
+    """
+    rank: tl.constexpr = len(TILE)
+    dtype: tl.constexpr = points.dtype.element_ty
+    across = tiles_across(g.image, TILE)
+    tiles = product(across)
+    tile = tl.program_id(0) % tiles
+    s = (tl.program_id(0) // tiles) % g.sample_groups
+    b = tl.program_id(0) // tiles // g.sample_groups
+    split = tl.program_id(2)
+    cell = unravel(tile, across)
+    local = unravel(tl.arange(0, 64), TILE)
+    pixel = ()
+    here = tl.arange(0, 64) >= 0
+    for a in tl.static_range(rank):
+        pixel = pixel + (cell[a] * TILE[a] + local[a],)
+        here = here & (pixel[a] < g.image[a])
+    # The channels of a block, and the points' channels of the weight groups that it meets.
+    c0 = tl.program_id(1) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    c_in = c < g.group_channels
+    o_first = 0
+    o_last = g.outputs
+    o_read = g.points_row  # rows end in zeros, so that loads end at a multiple of eight
+    if GROUPED:
+        last = s * g.group_channels + tl.minimum(c0 + BLOCK_C, g.group_channels)
+        o_first, o_last = met(s * g.group_channels + c0, last, g.group_in, g.group_out)
+        o_read = o_last
+    item = b.to(tl.int64)
+    points += item * g.positions * g.points_row
+    owner = (item * (g.sample_groups // g.per_offset) + s // g.per_offset) * g.taps
+    acc = tl.zeros((64, BLOCK_C), tl.float32)
+    for tap in range(split * g.taps // splits, (split + 1) * g.taps // splits):
+        at = lists + ((owner + tap) * tiles + tile)
+        stop = tl.load(at + number + 1)
+        for e0 in range(stop - tl.load(at), stop, BLOCK_E):
+            e = e0 + tl.arange(0, BLOCK_E)
+            listed = e < stop
+            p = tl.load(entries + e, mask=listed, other=0)
+            axes, amplitude, valid = locate(offset, mask, b, s, tap, p, listed, g)
+            blend = None
+            for a in tl.static_range(rank):
+                low, step, weights, inside = axes[a]
+                of_low, of_high = weights
+                of_low += tl.where(step == 0, of_high, 0.0)  # both corners are one pixel
+                if a == 0:
+                    of_low *= amplitude
+                    of_high *= amplitude
+                high = (low + step)[None, :]
+                share = tl.where(pixel[a][:, None] == high, of_high[None, :], 0.0)
+                share = tl.where(pixel[a][:, None] == low[None, :], of_low[None, :], share)
+                if a == 0:
+                    blend = share
+                else:
+                    blend *= share
+            blend = parts_of(blend, dtype, PRECISION)
+            for o0 in range(o_first, o_last, BLOCK_O):
+                o = o0 + tl.arange(0, BLOCK_O)
+                x = tl.load(
+                    points + (p.to(INDEX) * g.points_row)[:, None] + o[None, :],
+                    mask=listed[:, None] & (o < o_read)[None, :],
+                    other=0.0,
+                )
+                x = parts_of(x, dtype, PRECISION)
+                z = dot(blend, x, tl.zeros((64, BLOCK_O), tl.float32), PRECISION)
+                w = read_weight(
+                    weight, o, o < o_last, s, c0, tap, g.taps, g,
+                    GROUPED, PRECISION, 1, 1, BLOCK_C,
+                )  # fmt: skip
+                acc = dot_once(parts_of(z, dtype, PRECISION), w, acc, PRECISION)
+    place = ravel(pixel, g.image).to(INDEX)
+    c = s * g.group_channels + c
+    if LAST:
+        place = (place * g.channels)[:, None] + c[None, :]
+    else:
+        place = place[:, None] + (c.to(INDEX) * g.pixels)[None, :]
+    before = (split.to(tl.int64) * g.batch + b) * g.pixels * g.channels
+    keep = here[:, None] & c_in[None, :]
+    if splits > 1:
+        tl.store(parts + before + place, acc, mask=keep)
+    else:
+        if bias is not None:
+            acc += tl.load(bias + c, mask=c_in, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + before + place, acc.to(out.dtype.element_ty), mask=keep)
+
+
+def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
+    """The image's tile, and how many there are."""
+    tile = IMAGE_TILES[len(call.sizes.image)]
+    sizes = zip(call.sizes.image, tile, strict=True)
+    return tile, math.prod(triton.cdiv(size, part) for size, part in sizes)
+
+
+def make_lists(call: Call) -> tuple[Buffer, Buffer]:
+    """The lists and their entries, in order if algorithms must be deterministic (Note [lists])."""
+    n = call.sizes
+    tile, tiles = tiles_of(call)
+    owners = n.batch * (n.sample_groups // n.per_offset) * n.taps
+    number, blocks = owners * tiles, triton.cdiv(n.positions, LISTED)
+    most = owners * n.positions * 2 ** len(tile)
+    index = torch.int32 if most < 2**31 else torch.int64
+    lists = call.plan.scratch(2 * number + 1, dtype=index)
+    entries = call.plan.scratch(most, dtype=torch.int32)
+    call.zero(lists)
+
+    def add(kernel: Any, programs: int, warps: int, **constants: Any) -> None:
+        constants = dict(TILE=tile, BLOCK=LISTED) | constants
+        arguments = dict(lists=lists, entries=entries, number=number, blocks=blocks)
+        # Later, so that what is copied for the next launch is copied when zeros are written.
+        call.steps.then(call.make(kernel, (programs,), constants, warps=warps, **arguments))
+
+    add(list_samples, owners * blocks, 4, FILL=False)
+    add(start_lists, triton.cdiv(number, 1024), 4, BLOCK=1024)
+    add(list_samples, owners * blocks, 4, FILL=True)
+    if torch.are_deterministic_algorithms_enabled():
+        add(sort_lists, number, 1, SHORT=SHORT, LONG=LONG)
+    return lists, entries
+
+
+def launch(
+    call: Call,
+    kernel: Any,
+    grid: tuple[int, int, int],
+    constants: dict[str, Any],
+    points: Operand,
+    bias: Buffer | None,
+    out: Operand,
+    lists: tuple[Buffer, Buffer],
+    **rest: Any,
+) -> None:
+    """Launch this or Hopper's kernel of the same arguments; the last axis of the grid is that of
+    the splits."""
+    splits = grid[2]
+    shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
+    with call.frame():
+        parts = call.plan.scratch(*shape, dtype=torch.float32)
+        call.launch(
+            *(kernel, grid, dict(LAST=out.last, TILE=tiles_of(call)[0], **constants)),
+            **dict(points=call.rows(points), bias=bias, out=out.buffer, parts=parts),
+            **dict(lists=lists[0], entries=lists[1], number=lists[0].shape[0] // 2),
+            **dict(splits=splits, **rest),
+        )
+        call.reduce(parts, out, bias)
+
+
+def takes(call: Call) -> bool:
+    return True
+
+
+def write(
+    call: Call,
+    points: Operand,
+    bias: Buffer | None,
+    out: Operand,
+    lists: tuple[Buffer, Buffer],
+    tiles: Tiles | None = None,
+) -> None:
+    n = call.sizes
+    if tiles is None:
+        tiles = call.tiles("backward_sorted", n.group_channels)
+    block_o, block_c = fit(n.group_out, tiles.block_o), fit(n.group_channels, tiles.block_c)
+    programs, blocks = n.sample_groups * tiles_of(call)[1], triton.cdiv(n.group_channels, block_c)
+    splits = max(1, min(n.taps, 2 * call.multiprocessors // (n.batch * programs * blocks)))
+    launch(
+        *(call, backward_sorted, (n.batch * programs, blocks, splits)),
+        dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
+        *(points, bias, out, lists),
+        **dict(weight=call.weight(), warps=tiles.warps, stages=tiles.stages),
+    )
+
+
+VARIANT = Variant("backward_sorted", takes, write)
+LAST_RESORT = Variant("backward_sorted", takes, functools.partial(write, tiles=SMALLEST))

@@ -1,0 +1,127 @@
+"""The gradient of the weight: points^T @ columns, summed over all positions.
+
+A program samples the columns (columns.py, Note [rows]) of some taps for a block of channels, a tile
+of BLOCK_P positions after another, and multiplies by BLOCK_O channels of the points. Programs share
+the positions: each writes the sum of its share, and these are added up afterwards.
+"""
+
+# Not every kernel needs all that samples_of returns.
+# ruff: noqa: RUF059
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .columns import (
+    SMALLEST,
+    blocks_of,
+    columns_of,
+    dot_once,
+    met,
+    outputs_met,
+    read_points,
+    sample,
+    samples_of,
+    transpose,
+)
+from .layout import Call, Operand, fit
+from .runtime import Buffer
+from .sampling import parts_of
+from .tiles import Tiles
+from .variants import Variant
+
+
+@triton.jit
+def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits,
+                    GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+                    EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+                    GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Sums [splits, K, C / groups, O] over shares of the positions.
+
+    Grid: (blocks of taps x blocks of channels, blocks of the outputs that those meet, splits).
+    """
+    tap = tl.program_id(0) // blocks * TAPS
+    block = tl.program_id(0) % blocks
+    chunks = tl.cdiv(g.padded, BLOCK_C)
+    s0 = block // chunks * GROUPS
+    c0 = block % chunks * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    first = s0 * g.group_channels + c0
+    last = tl.minimum(s0 + GROUPS, g.sample_groups) * g.group_channels
+    last = tl.minimum(first + GROUPS * BLOCK_C, last)
+    o_first, o_last = met(first, last, g.group_in, g.group_out)
+    # Points lie by eights.
+    o = o_first // 8 * 8 + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    acc = tl.zeros((BLOCK_O, GROUPS * TAPS * BLOCK_C), tl.float32)
+    split = tl.program_id(2).to(tl.int64)
+    total = g.batch * tiles
+    for t in range((split * total // splits).to(tl.int32),
+                   ((split + 1) * total // splits).to(tl.int32)):  # fmt: skip
+        b = t // tiles
+        p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = p < g.positions
+        x = read_points(points, b, p, inside, o, g)
+        s, k, here, axes, amplitude, valid = samples_of(
+            offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
+        )
+        columns = sample(image + b.to(tl.int64) * g.item, axes, amplitude, s, c, g, INDEX, EVEN)
+        x = transpose(parts_of(x, points.dtype.element_ty, PRECISION), PRECISION)
+        y = parts_of(columns, image.dtype.element_ty, PRECISION)
+        acc = dot_once(x, y, acc, PRECISION)
+    k, c, c_in = columns_of(s0, c0, tap, g.taps, g.group_channels, g, GROUPS, TAPS, BLOCK_C)
+    row = c[None, :]
+    keep = (o < o_last)[:, None] & c_in[None, :]
+    if GROUPED:
+        row = row - (o // g.group_out * g.group_in)[:, None]
+        keep = keep & (row >= 0) & (row < g.group_in)
+    row = ((split * g.taps + k) * g.group_in + row) * g.outputs
+    tl.store(parts + (row + o[:, None]), acc, mask=keep)
+
+
+def takes(call: Call) -> bool:
+    return True
+
+
+def write(
+    call: Call, image: Operand, points: Operand, out: Buffer, tiles: Tiles | None = None
+) -> None:
+    sizes = call.sizes
+    if tiles is None:
+        name = "backward_weight narrow" if call.narrow else "backward_weight"
+        tiles = call.tiles(name, sizes.group_out)
+    constants = blocks_of(call, tiles)
+    groups, block_c = constants["GROUPS"], constants["BLOCK_C"]
+    outputs = outputs_met(call, groups * block_c)
+    block_o = fit(outputs, tiles.block_o)
+    # Where a weight group does not begin at a multiple of eight, up to seven outputs before it.
+    extra = 7 if sizes.outputs > outputs and sizes.group_out % 8 else 0
+    across = triton.cdiv(outputs + extra, block_o)
+    blocks = triton.cdiv(sizes.sample_groups, groups) * triton.cdiv(sizes.padded, block_c)
+    programs = triton.cdiv(sizes.taps, constants["TAPS"]) * blocks
+    total = triton.cdiv(sizes.positions, tiles.block_p)
+    splits = max(1, min(sizes.batch * total, 4 * call.multiprocessors // (programs * across)))
+    with call.frame():
+        shape = (splits, sizes.taps, sizes.group_in, sizes.outputs)
+        parts = call.plan.scratch(*shape, dtype=torch.float32)
+        call.launch(
+            backward_weight,
+            (programs, across, splits),
+            dict(BLOCK_O=block_o, **constants),
+            warps=tiles.warps,
+            stages=tiles.stages,
+            image=call.image(image),
+            points=call.rows(points),
+            parts=parts,
+            tiles=total,
+            blocks=blocks,
+            splits=splits,
+        )
+        call.reduce_weight(parts, out)
+
+
+VARIANT = Variant("backward_weight", takes, write)
+LAST_RESORT = Variant("backward_weight, small", takes, functools.partial(write, tiles=SMALLEST))

@@ -1,0 +1,198 @@
+"""What the portable kernels share: columns of samples, weights to match, and their product.
+
+Note [rows]
+A program takes the samples of ROWS = GROUPS * TAPS rows at once, a row for every pair of GROUPS
+sample groups and TAPS taps, and BLOCK_C channels of each:
+
+    [ROWS, BLOCK_P, BLOCK_C]        samples: cells and their weights are [ROWS, BLOCK_P]
+    [BLOCK_P, ROWS * BLOCK_C]       the same as a factor of a product, its `columns`
+
+    columns     | s0, tap | s0+1, tap | .. | s0, tap+1 | s0+1, tap+1 | ..      each BLOCK_C wide
+
+A wide call has one row, whose channels come a block at a time. A narrow one has several, since a
+product needs more channels than a sample group has; all channels are in one block. Rows of sample
+groups or taps that do not exist have amplitude 0 and weights 0. In a single row sample group and
+tap are scalars, so that the compiler finds once a program what depends on them alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .layout import Call, fit
+from .sampling import corner_pixel, corner_weight, locate
+from .tiles import ANY, Tiles
+
+# Of the last variant of every operation, which fits any device.
+SMALLEST = Tiles("", 0, ANY, block_p=32, block_o=32, block_c=32, warps=4, stages=1)
+
+
+def blocks_of(call: Call, tiles: Tiles) -> dict[str, Any]:
+    """The constants of Note [rows]; EVEN: the last block of channels is full as well."""
+    sizes, groups, taps = call.sizes, 1, 1
+    block_c = fit(sizes.padded, tiles.block_c)
+    if call.narrow:
+        block_c = sizes.padded
+        rows = max(tiles.block_c // block_c, 2)
+        groups = min(rows, triton.next_power_of_2(sizes.sample_groups))
+        taps = min(rows // groups, triton.next_power_of_2(sizes.taps))
+        groups = rows // taps  # as a product needs so many channels
+    even = sizes.padded % block_c == 0
+    return dict(BLOCK_P=tiles.block_p, GROUPS=groups, TAPS=taps, BLOCK_C=block_c, EVEN=even)
+
+
+def outputs_met(call: Call, channels: int) -> int:
+    """The most point channels whose weight groups a block of image channels can meet."""
+    group_in, outputs, group_out = call.sizes.group_in, call.sizes.outputs, call.sizes.group_out
+    if channels % group_in == 0 or group_in % channels == 0:
+        met = max(channels // group_in, 1)
+    else:
+        met = (channels - 1) // group_in + 2
+    return min(met * group_out, outputs)
+
+
+@triton.jit
+def met(first, stop, own, other):
+    """From channels of one side of the weight, those of the other in the same weight groups."""
+    return first // own * other, ((stop - 1) // own + 1) * other
+
+
+@triton.jit
+def channels_to(g, GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where a loop over blocks of channels stops: a narrow call's has one turn, which the compiler
+    sees."""
+    if GROUPS * TAPS > 1:
+        return BLOCK_C
+    else:
+        return g.padded
+
+
+@triton.jit
+def samples_of(offset, mask, b, s0, tap, stop, p, inside, g,
+               GROUPS: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
+    """Of the rows from sample group s0 and `tap`, and taps before `stop`: sample group and tap
+    [ROWS, 1]; whether there is such a sample, its cell, amplitude and validity [ROWS, BLOCK_P]."""
+    s = s0
+    k = tap
+    here = inside[None, :]
+    if GROUPS * TAPS > 1:
+        row = tl.arange(0, GROUPS * TAPS)[:, None]
+        s = s0 + row % GROUPS
+        k = tap + row // GROUPS
+        here = here & (s < g.sample_groups) & (k < stop)
+        s = tl.minimum(s, g.sample_groups - 1)
+        k = tl.minimum(k, stop - 1)
+    axes, amplitude, valid = locate(offset, mask, b, s, k, p[None, :], here, g)
+    return s, k, here, axes, amplitude, valid
+
+
+@triton.jit
+def corner_place(axes, q: tl.constexpr, s, c, g, INDEX: tl.constexpr):
+    """Where channels c of corner q lie in an item of the image [ROWS, BLOCK_P, BLOCK_C]."""
+    place = tl.cast(s, INDEX) * g.plane + corner_pixel(axes, q, g).to(INDEX) * g.row
+    return place[:, :, None] + c[None, None, :]
+
+
+@triton.jit
+def read_image(image, place, c, g, EVEN: tl.constexpr):
+    if EVEN:
+        value = tl.load(image + place)
+    else:
+        value = tl.load(image + place, mask=(c < g.padded)[None, None, :], other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.constexpr):
+    """Channels c of samples, as columns, in float32."""
+    total = None
+    for q in tl.static_range(2 ** len(axes)):
+        value = read_image(image, corner_place(axes, q, s, c, g, INDEX), c, g, EVEN)
+        term = value * (corner_weight(axes, q) * amplitude)[:, :, None]
+        if q == 0:
+            total = term
+        else:
+            total += term
+    rows: tl.constexpr = total.shape[0]
+    return tl.reshape(tl.permute(total, (1, 0, 2)), (total.shape[1], rows * total.shape[2]))
+
+
+@triton.jit
+def columns_of(s0, c0, tap, stop, length, g,
+               GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Of the columns of channels from c0: the tap of each [1, columns] (or one for all), the
+    channel where every sample group has `length` of them, and whether they exist [columns]."""
+    column = tl.arange(0, GROUPS * TAPS * BLOCK_C)
+    if GROUPS * TAPS == 1:
+        c = c0 + column
+        return tap, s0 * length + c, c < length
+    else:
+        s = s0 + column // BLOCK_C % GROUPS
+        k = tap + column // (BLOCK_C * GROUPS)
+        c = column % BLOCK_C
+        return k[None, :], s * length + c, (c < length) & (s < g.sample_groups) & (k < stop)
+
+
+@triton.jit
+def read_weight(weight, o, o_in, s0, c0, tap, stop, g,
+                GROUPED: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+                TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Factors of the weight [point channels o, columns], 0 where there is none."""
+    if GROUPED:  # the weight lies by real channels, else by those of the image as laid out
+        length = g.group_channels
+    else:
+        length = g.padded
+    k, c, c_in = columns_of(s0, c0, tap, stop, length, g, GROUPS, TAPS, BLOCK_C)
+    column = c[None, :]
+    inside = o_in[:, None] & c_in[None, :]
+    if GROUPED:
+        column = column - (o // g.group_out * g.group_in)[:, None]
+        inside = inside & (column >= 0) & (column < g.group_in)
+    place = (k * g.outputs + o[:, None]) * g.columns + column
+    head = tl.load(weight + place, mask=inside, other=0.0)
+    if PRECISION == "bf16x3":
+        # Not g.weights, of which the compiler would not know that it is divisible.
+        tails = weight + g.taps * g.outputs * g.columns
+        return (head, tl.load(tails + place, mask=inside, other=0.0))
+    else:
+        return (head,)
+
+
+@triton.jit
+def read_points(points, b, p, inside, o, g):
+    """Rows of points [BLOCK_P, BLOCK_O]; after the last channel they hold zeros."""
+    place = ((b.to(tl.int64) * g.positions + p) * g.points_row)[:, None] + o[None, :]
+    return tl.load(points + place, mask=inside[:, None] & (o < g.points_row)[None, :], other=0.0)
+
+
+@triton.jit
+def transpose(factors, PRECISION: tl.constexpr):
+    if PRECISION == "bf16x3":
+        return (tl.trans(factors[0]), tl.trans(factors[1]))
+    else:
+        return (tl.trans(factors[0]),)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "bf16x3":
+        acc = tl.dot(a[1], b[0], acc)
+        acc = tl.dot(a[0], b[1], acc)
+        return tl.dot(a[0], b[0], acc)
+    elif PRECISION != "native":
+        return tl.dot(a[0], b[0], acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a[0], b[0], acc)
+
+
+@triton.jit
+def dot_once(a, b, acc, PRECISION: tl.constexpr):
+    """As dot, but "bf16x3" lets tensor cores add up this one product only: they round sums toward
+    zero, so that the longest ones are ten times more accurate if they are added here."""
+    if PRECISION == "bf16x3":
+        return acc + dot(a, b, tl.zeros(acc.shape, tl.float32), PRECISION)
+    else:
+        return dot(a, b, acc, PRECISION)

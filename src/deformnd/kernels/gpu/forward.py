@@ -1,0 +1,144 @@
+"""The forward: out[b, o, p] = bias[o] + sum over taps and channels of weight * sample.
+
+A program samples BLOCK_P positions, tap after tap and a block of channels at a time, and multiplies
+each such block of columns (columns.py, Note [rows]) by BLOCK_O rows of the weight. Where there are
+few programs, several share the taps of one (split_k), write sums in parts, and these are added up.
+"""
+
+# Not every kernel needs all that samples_of returns.
+# ruff: noqa: RUF059
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .columns import (
+    SMALLEST,
+    blocks_of,
+    channels_to,
+    dot,
+    met,
+    read_weight,
+    sample,
+    samples_of,
+    transpose,
+)
+from .layout import Call, Operand, fit
+from .runtime import Buffer
+from .sampling import parts_of
+from .tiles import Tiles
+from .variants import Variant
+
+
+@triton.jit
+def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.constexpr):
+    """To an item of the result [outputs, positions], or with LAST [positions, outputs].
+
+    The places are made here, so that those of two branches do not fill registers at once.
+    """
+    if LAST:
+        place = (p.to(INDEX) * g.outputs)[:, None] + o[None, :]
+    else:
+        place = (o.to(INDEX) * g.positions)[None, :] + p[:, None]
+    keep = inside[:, None] & o_in[None, :]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, splits,
+            LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+            INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+            GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Grid: (B x tiles of positions x blocks of outputs, splits)."""
+    tile = tl.program_id(0) // blocks
+    b = tile // tiles
+    p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = p < g.positions
+    o0 = tl.program_id(0) % blocks * BLOCK_O
+    o = o0 + tl.arange(0, BLOCK_O)
+    o_in = o < g.outputs
+    # The channels of the weight groups that these outputs belong to.
+    first, last = met(o0, tl.minimum(o0 + BLOCK_O, g.outputs), g.group_out, g.group_in)
+    image += b.to(tl.int64) * g.item
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    split = tl.program_id(1)
+    stop = (split + 1) * g.taps // splits
+    for tap in range(split * g.taps // splits, stop, TAPS):
+        for s0 in range(first // g.group_channels, tl.cdiv(last, g.group_channels), GROUPS):
+            s, k, here, axes, amplitude, valid = samples_of(
+                offset, mask, b, s0, tap, stop, p, inside, g, GROUPS, TAPS
+            )
+            begin = 0
+            end = channels_to(g, GROUPS, TAPS, BLOCK_C)
+            if GROUPED and GROUPS * TAPS == 1:
+                begin = tl.maximum(first - s0 * g.group_channels, 0) // BLOCK_C * BLOCK_C
+                end = tl.minimum(last - s0 * g.group_channels, g.padded)
+            for c0 in range(begin, end, BLOCK_C):
+                c = c0 + tl.arange(0, BLOCK_C)
+                columns = sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
+                w = read_weight(
+                    weight, o, o_in, s0, c0, tap, stop, g,
+                    GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
+                )  # fmt: skip
+                x = parts_of(columns, image.dtype.element_ty, PRECISION)
+                acc = dot(x, transpose(w, PRECISION), acc, PRECISION)
+    start = b.to(tl.int64) * g.positions * g.outputs
+    if splits > 1:
+        start += split.to(tl.int64) * g.batch * g.positions * g.outputs
+        store(parts + start, acc, p, o, inside, o_in, g, LAST, INDEX)
+    else:
+        if bias is not None:
+            acc += tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
+        store(out + start, acc, p, o, inside, o_in, g, LAST, INDEX)
+
+
+def takes(call: Call) -> bool:
+    return True
+
+
+def write(
+    call: Call, image: Operand, bias: Buffer | None, out: Operand, tiles: Tiles | None = None
+) -> None:
+    sizes = call.sizes
+    if tiles is None:
+        tiles = call.tiles("forward narrow" if call.narrow else "forward", sizes.group_out)
+    constants = blocks_of(call, tiles)
+    block_o = fit(sizes.outputs, tiles.block_o)
+    across, blocks = (
+        triton.cdiv(sizes.positions, tiles.block_p),
+        triton.cdiv(sizes.outputs, block_o),
+    )
+    programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
+    splits, steps = 1, taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
+    # A short sum is not worth another kernel.
+    if 2 * programs <= call.multiprocessors and steps >= 32:
+        splits = min(taps, call.multiprocessors // programs)
+    with call.frame():
+        count = math.prod(out.buffer.shape) if splits > 1 else 1
+        parts = call.plan.scratch(splits, count, dtype=torch.float32)
+        call.launch(
+            forward,
+            (programs, splits, 1),
+            dict(LAST=out.last, BLOCK_O=block_o, **constants),
+            warps=tiles.warps,
+            stages=tiles.stages,
+            image=call.image(image),
+            weight=call.weight(),
+            bias=bias,
+            out=out.buffer,
+            parts=parts,
+            tiles=across,
+            blocks=blocks,
+            splits=splits,
+        )
+        if splits > 1:
+            call.reduce(parts, out, bias)
+
+
+VARIANT = Variant("forward", takes, write)
+LAST_RESORT = Variant("forward, small", takes, functools.partial(write, tiles=SMALLEST))

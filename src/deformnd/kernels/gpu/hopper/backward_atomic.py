@@ -1,0 +1,287 @@
+"""The gradients by offset, mask and image on Hopper, where all channels share offsets and masks.
+
+A program has a tile of positions and takes one tap after another. It multiplies the points' tile,
+which stays in shared memory, with the tap's weights; so it has, in registers, the gradient by every
+sample's channels. Those times the values of the sample's corners give the gradients by offset and
+mask; those times the corners' weights are added to the image's gradient by atomic additions.
+
+A lane has eight consecutive channels of a position at once, which it loads as 16 bytes of each
+corner. These are just its share of a product, since the weights' channels are permuted so
+(layout.py, Order.ACCUMULATOR).
+"""
+
+# Tuples of Triton grow by +.
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma_wait,
+)
+
+from ..layout import Call, Operand, Order
+from ..runtime import Buffer, Descriptor
+from ..sampling import (
+    amplitude_of,
+    cell_of,
+    contract,
+    corner_pixel,
+    corner_weight,
+    parts_of,
+    read,
+    starts_of,
+    unravel,
+)
+from ..variants import Variant
+from .common import (
+    allocate_bars,
+    barrier,
+    bring,
+    bytes_of,
+    mma_layout,
+    multiply,
+    parts_in,
+    rows_layout,
+    shared_layout,
+    takes_wide,
+)
+
+
+@gluon.jit
+def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.constexpr,
+                PRECISION: gl.constexpr):  # fmt: skip
+    """Start the copy of a block of weights. They are numbered by taps from `first` on, then blocks
+    of image channels, then blocks of point channels, of which there are BLOCKS."""
+    block_o: gl.constexpr = held.shape[1]
+    block_c: gl.constexpr = held.shape[2]
+    stages: gl.constexpr = bars.shape[0]
+    step = number // BLOCKS
+    row = (first + step // per_tap) * g.outputs + number % BLOCKS * block_o
+    bring(
+        weight, row, step % per_tap * block_c, g.taps * g.outputs, held, bars, number % stages,
+        pred, bytes_of(block_o, block_c), PRECISION,
+    )  # fmt: skip
+
+
+@gluon.jit
+def multiply_block(tile, block, held, number, bars, acc, use_acc: gl.constexpr,
+                   BLOCKS: gl.constexpr, PRECISION: gl.constexpr):  # fmt: skip
+    """Start acc + the points' block @ the weights of that number, when these are there."""
+    stages: gl.constexpr = bars.shape[0]
+    count: gl.constexpr = parts_in(PRECISION)
+    stage = number % stages
+    mbarrier.wait(bars.index(stage), (number // stages) & 1)
+    x = ()
+    w = ()
+    for part in gl.static_range(count):
+        x = x + (tile.index(part * BLOCKS + block),)
+        w = w + (held.index(stage * count + part),)
+    return multiply(x, w, acc, use_acc)
+
+
+@gluon.jit
+def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
+                           g, tiles, splits, PRECISION: gl.constexpr, BLOCK_P: gl.constexpr,
+                           BLOCK_O: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_C: gl.constexpr,
+                           STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
+                           SECTORS: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+    """The gradients by offset and mask, and by the image (float32), each unless None.
+
+    Weights come a block of point channels at a time, STAGES of them ahead. Of the next product's
+    blocks those that are there already are multiplied before this product's results are used
+    (EARLY of them); the others, whose stages it has just freed, are multiplied after that. Atomic
+    additions go by SECTORS, where two lanes fill 32 bytes.
+    Grid: (batch x tiles of positions, splits of the taps).
+    """
+    dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype.element_ty
+    parts: gl.constexpr = parts_in(PRECISION)
+    EARLY: gl.constexpr = BLOCKS if STAGES >= 2 * BLOCKS else STAGES - BLOCKS
+    rank: gl.constexpr = len(g.image)
+    by_position: gl.constexpr = grad_offset is not None or grad_mask is not None
+    at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
+    b = gl.program_id(0) // tiles
+    p0 = (gl.program_id(0) % tiles) * BLOCK_P
+    first = gl.program_id(1) * g.taps // splits
+    last = (gl.program_id(1) + 1) * g.taps // splits
+    per_tap = g.columns // BLOCK_C
+    steps = (last - first) * per_tap
+    tile = gl.allocate_shared_memory(
+        dtype, [parts * BLOCKS, BLOCK_P, BLOCK_O],
+        gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_O], dtype),
+    )  # fmt: skip
+    p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, ROWS))
+    o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, ROWS))
+    points += b.to(gl.int64) * g.positions * g.outputs
+    here = (p < g.positions)[:, None] & (o < g.outputs)[None, :]
+    for j in gl.static_range(BLOCKS):
+        source = (p * g.outputs + j * BLOCK_O)[:, None] + o[None, :]
+        x = parts_of(gl.load(points + source, mask=here, other=0.0), dtype, PRECISION)
+        for part in gl.static_range(parts):
+            tile.index(part * BLOCKS + j).store(x[part])
+    held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
+    bars = allocate_bars(STAGES)
+    fence_async_shared()
+    barrier()
+    for s in gl.static_range(STAGES):
+        bring_block(weight, s, first, per_tap, g, held, bars, s < steps * BLOCKS, BLOCKS, PRECISION)
+    p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
+    inside = p < g.positions
+    point = unravel(p, g.point)
+    item = b.to(gl.int64) * g.item
+    if by_position:
+        image += item
+        image_block = image + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS))[None, :]
+    if grad_image is not None:
+        grad_image += item
+    zero = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
+    acc = zero
+    for j in gl.static_range(BLOCKS):
+        acc = multiply_block(tile, j, held, j, bars, acc, j > 0, BLOCKS, PRECISION)
+    i = 0
+    for tap in range(first, last):
+        offsets, value = read(offset, mask, b, 0, tap, p, inside, g)
+        axes, valid = cell_of(offsets, starts_of(point, unravel(tap, g.kernel), g), inside, g)
+        amplitude = amplitude_of(value, valid)
+        dots = ()
+        for _ in gl.static_range(2**rank):
+            dots = dots + (gl.zeros([BLOCK_P], gl.float32, layout=at_row),)
+        for block in range(per_tap):
+            c0 = block * BLOCK_C
+            values = ()
+            if by_position:
+                for q in gl.static_range(2**rank):
+                    place = corner_pixel(axes, q, g) * g.row + c0
+                    values = values + (gl.load(image_block + place[:, None]),)
+            grad = warpgroup_mma_wait(0, deps=[acc])
+            barrier()
+            for j in gl.static_range(BLOCKS):
+                ahead = i * BLOCKS + j + STAGES
+                bring_block(weight, ahead, first, per_tap, g, held, bars, ahead < steps * BLOCKS,
+                            BLOCKS, PRECISION)  # fmt: skip
+            # The last turn multiplies its own blocks again, to no end, instead of branching.
+            i1 = gl.minimum(i + 1, steps - 1) * BLOCKS
+            acc = zero
+            for j in gl.static_range(EARLY):
+                acc = multiply_block(tile, j, held, i1 + j, bars, acc, j > 0, BLOCKS, PRECISION)
+            grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // 32, 4, 4, 2])
+            grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C])
+            grad = gl.convert_layout(grad, COLUMNS)
+            if by_position:
+                sums = ()
+                for q in gl.static_range(2**rank):
+                    sums = sums + (dots[q] + gl.sum(values[q].to(gl.float32) * grad, 1),)
+                dots = sums
+            if grad_image is not None:
+                c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, SECTORS))
+                for q in gl.static_range(2**rank):
+                    factor = corner_weight(axes, q) * amplitude
+                    touched = gl.convert_layout((valid & (factor != 0.0)).to(gl.int32),
+                                                gl.SliceLayout(1, SECTORS))  # fmt: skip
+                    place = corner_pixel(axes, q, g) * g.row
+                    place = gl.convert_layout(place, gl.SliceLayout(1, SECTORS))
+                    gl.atomic_add(
+                        grad_image + (place[:, None] + c[None, :]),
+                        gl.convert_layout(grad * factor[:, None], SECTORS),
+                        mask=(touched != 0)[:, None] & (c >= 0)[None, :],
+                        sem="relaxed",
+                    )
+            for j in gl.static_range(EARLY, BLOCKS):
+                acc = multiply_block(tile, j, held, i1 + j, bars, acc, True, BLOCKS, PRECISION)
+            i += 1
+        if by_position:
+            sums = contract(dots, axes)
+            base = b.to(gl.int64) * g.taps + tap
+            if grad_offset is not None:
+                for a in gl.static_range(rank):
+                    total = gl.where(valid, sums[a] * amplitude, 0.0)
+                    place = grad_offset + (base * rank + a) * g.positions
+                    gl.store(place + p, total.to(grad_offset.dtype.element_ty), mask=inside)
+            if grad_mask is not None:
+                total = gl.where(valid, sums[rank], 0.0)
+                place = grad_mask + base * g.positions
+                gl.store(place + p, total.to(grad_mask.dtype.element_ty), mask=inside)
+    warpgroup_mma_wait(0, deps=[acc])
+
+
+class Plan(NamedTuple):
+    """Blocks and stages that suit a call, and the shared memory that a program then takes."""
+
+    block_p: int
+    block_o: int
+    blocks: int  # of point channels
+    block_c: int
+    stages: int
+    warps: int
+    shared: int
+
+
+def plan_of(call: Call) -> Plan:
+    n = call.sizes
+    row = call.tiles("backward_atomic_hopper", n.outputs)
+    block_o = min(row.block_o, n.outputs & -n.outputs)
+    blocks = n.outputs // block_o
+    block_c = row.block_c if len(n.image) < 3 and n.columns % row.block_c == 0 else 32
+    stages = max(row.stages, blocks + 1)
+    size = row.block_p * n.outputs + stages * block_o * block_c
+    # A multiprocessor keeps 1024 bytes for itself beside those of a program.
+    shared = 2 * parts_in(call.precision) * size + 1024
+    return Plan(row.block_p, block_o, blocks, block_c, stages, row.warps, shared)
+
+
+def takes(call: Call) -> bool:
+    if not takes_wide(call):
+        return False
+    plan = plan_of(call)
+    return plan.blocks <= 8 and plan.shared <= call.device.shared_memory
+
+
+def write(
+    call: Call,
+    image: Operand | None,
+    points: Operand,
+    by_image: Buffer | None,
+    by_offset: Buffer | None,
+    by_mask: Buffer | None,
+) -> None:
+    n, plan = call.sizes, plan_of(call)
+    block_p, block_o, blocks, block_c, stages, warps, shared = plan
+    tiles = triton.cdiv(n.positions, block_p)
+    programs = n.batch * tiles
+    at_once = max(1, call.multiprocessors * min(2, call.device.shared_memory // shared))
+
+    def turns(splits: int) -> int:
+        """Taps that all waves of programs take, and one more for a start."""
+        waves, taps = triton.cdiv(programs * splits, at_once), triton.cdiv(n.taps, splits)
+        return int(waves * (taps + 1))
+
+    splits = min(range(1, n.taps + 1), key=turns)
+    across = min(32, block_o // 8)
+    constants: dict[str, Any] = dict(
+        **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=blocks, BLOCK_C=block_c, STAGES=stages),
+        MMA=mma_layout(block_c, warps),
+        COLUMNS=rows_layout(block_p, block_c, warps),
+        SECTORS=rows_layout(block_p, block_c, warps, run=4),
+        ROWS=gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0]),
+    )
+    by_position = by_offset is not None or by_mask is not None
+    layout = shared_layout(block_o, block_c, call.dtype)
+    if by_image is not None:
+        call.zero(by_image)
+    call.launch(
+        *(backward_atomic_hopper, (programs, splits), constants),
+        **dict(image=call.image(image) if by_position and image is not None else None),
+        **dict(points=call.rows(points), weight=call.weight(Order.ACCUMULATOR)),
+        **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
+        **dict(tiles=tiles, splits=splits, warps=warps),
+        descriptors={"weight": Descriptor((block_o, block_c), layout)},
+    )
+
+
+VARIANT = Variant("backward_atomic_hopper", takes, write)

@@ -1,0 +1,459 @@
+"""The image gradient from lists of samples, on Hopper: ../backward_sorted.py for half numbers.
+
+A program has one or two tiles of 64 pixels. A first warp group brings what the others multiply, one
+of which has each tile: the blend of the next entries of the tiles' lists and their rows of points,
+and the weight. It does not wait for them but where a ring of shared memory is full:
+
+    blends   [LISTED samples, 64 pixels]      of each tile, for LISTED entries of its list,
+    rows     [LISTED samples, 64 outputs]     of each tile, for each 64 outputs of those,
+    weights  [64 outputs, channels]           of all tiles, likewise
+
+A step is a product of 64 outputs: acc += (blend^T @ rows) @ weights. Tiles of a program take their
+lists in step, so that they share the weights, LISTED entries at a time; a list that has ended takes
+part with nothing until the longest one has. Taps are those of all sample groups, one after another:
+the weight has an array of all channels for every sample group, 0 in those of others.
+"""
+
+# Tuples of Triton grow by +.
+# ruff: noqa: RUF005, RUF059
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..backward_sorted import launch, tiles_of
+from ..layout import Call, Operand, Order
+from ..runtime import Buffer, Descriptor
+from ..sampling import product, ravel, read, starts_of, tiles_across, unravel
+from ..variants import Variant
+from .common import (
+    barrier,
+    bring,
+    bytes_of,
+    mma_layout,
+    reinterpret,
+    shared_layout,
+    takes_any,
+)
+
+# Triton 3.6's name, and that of later versions.
+load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+OUTPUTS = gl.constexpr(64)  # of a step
+SMALL = gl.constexpr(mma_layout(64, 4))  # layout of its first product
+
+
+class Work(NamedTuple):
+    """What the warp groups of a program are told: the kernel's arguments, and what to do of it."""
+
+    points: Any
+    weight: Any
+    offset: Any
+    mask: Any
+    bias: Any
+    lists: Any
+    entries: Any
+    out: Any
+    parts: Any
+    g: Any
+    number: Any
+    splits: Any
+    b: Any
+    tile: Any  # its first
+    tiles: Any  # of an image
+    c0: Any
+    split: Any
+    first: Any  # tap of all sample groups,
+    last: Any  # and before which it stops
+    rings: Any  # (rows of each tile, blends of each tile, weights)
+    bars: Any  # of these three
+
+
+@gluon.jit
+def lists_at(w, t):
+    """Of tap t of all sample groups, the list of the program's first tile."""
+    groups = w.g.sample_groups // w.g.per_offset
+    item = w.b.to(gl.int64) * groups + t // w.g.taps // w.g.per_offset
+    return w.lists + ((item * w.g.taps + t % w.g.taps) * w.tiles + w.tile)
+
+
+@gluon.jit
+def lists_of(w, t, stop, TILES: gl.constexpr):
+    """(Start, length) of the lists of tap t, of nothing from `stop` on."""
+    at = lists_at(w, t)
+    found = ()
+    for k in gl.static_range(TILES):
+        here = (t < stop) & (w.tile + k < w.tiles)
+        length = gl.load(at + k, mask=here, other=0)
+        end = gl.load(at + w.number + 1 + k, mask=here, other=0)
+        found = found + ((end - length, length.to(gl.int32)),)
+    return found
+
+
+@gluon.jit
+def advance(at, w, LISTED: gl.constexpr, TILES: gl.constexpr):
+    """From (tap, its lists, the next tap's lists) to what follows LISTED entries of each list."""
+    t, current, following = at
+    more = gl.maximum(current[0][1], current[TILES - 1][1]) > LISTED
+    t += gl.where(more, 0, 1)
+    fresh = lists_of(w, t + 1, gl.where(more, 0, w.last), TILES)
+    rest = ()
+    later = ()
+    for k in gl.static_range(TILES):
+        start = gl.where(more, current[k][0] + LISTED, following[k][0])
+        length = gl.where(more, gl.maximum(current[k][1] - LISTED, 0), following[k][1])
+        rest = rest + ((start, length),)
+        start = gl.where(more, following[k][0], fresh[k][0])
+        length = gl.where(more, following[k][1], fresh[k][1])
+        later = later + ((start, length),)
+    return t, rest, later
+
+
+@gluon.jit
+def count_turns(w, LISTED: gl.constexpr, TILES: gl.constexpr):
+    """How often `advance` reaches an end, one at least for every tap."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    total = gl.zeros_like(lane)
+    for first in range(w.first, w.last, 32):
+        t = first + lane
+        at = lists_at(w, t)
+        length = gl.load(at, mask=t < w.last, other=0)
+        if TILES == 2:
+            inside = (t < w.last) & (w.tile + 1 < w.tiles)
+            length = gl.maximum(length, gl.load(at + 1, mask=inside, other=0))
+        turns = gl.maximum((length.to(gl.int32) + LISTED - 1) // LISTED, 1)
+        total += gl.where(t < w.last, turns, 0)
+    return gl.sum(total, 0)
+
+
+@gluon.jit
+def entries_of(w, current, layout: gl.constexpr, LISTED: gl.constexpr):
+    """Of each list the first LISTED positions, 0 after its end."""
+    e = gl.arange(0, LISTED, layout=layout)
+    found = ()
+    for k in gl.static_range(len(current)):
+        found = found + (gl.load(w.entries + current[k][0] + e, mask=e < current[k][1], other=0),)
+    return found
+
+
+@gluon.jit
+def samples_of(w, t, current, listed, layout: gl.constexpr, LISTED: gl.constexpr):
+    """The offsets and the mask of entries, as they are stored."""
+    e = gl.arange(0, LISTED, layout=layout)
+    s, tap = t // w.g.taps, t % w.g.taps
+    found = ()
+    for k in gl.static_range(len(current)):
+        inside = e < current[k][1]
+        found = found + (read(w.offset, w.mask, w.b, s, tap, listed[k], inside, w.g),)
+    return found
+
+
+@gluon.jit
+def corner_of(tile, g, TILE: gl.constexpr):
+    """The first pixel of a tile."""
+    cell = unravel(tile, tiles_across(g.image, TILE))
+    corner = ()
+    for a in gl.static_range(len(TILE)):
+        corner = corner + (cell[a] * TILE[a],)
+    return corner
+
+
+@gluon.jit
+def blend_of(given, p, length, tap, corner, g, dtype: gl.constexpr, TILE: gl.constexpr,
+             layout: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
+    """Shares of pixels in samples times the mask [LISTED, 64]: a lane has an entry, and half the
+    tile or all of it. Entries are valid samples, so that nothing need be checked."""
+    inside = gl.arange(0, LISTED, layout=gl.SliceLayout(1, layout)) < length
+    pixel = unravel(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), TILE)
+    starts = starts_of(unravel(p, g.point), unravel(tap, g.kernel), g)
+    offsets, masks = given
+    amplitude = gl.where(inside, 1.0, 0.0)
+    if len(masks) > 0:
+        amplitude = gl.where(inside, masks[0].to(gl.float32), 0.0)
+    blend = amplitude[:, None]
+    for a in gl.static_range(len(TILE)):
+        value = offsets[a].to(gl.float32)
+        floor = gl.floor(value)
+        low = (starts[a] + floor.to(gl.int32) - corner[a]).to(gl.float32) + (value - floor)
+        away = gl.abs(low[:, None] - pixel[a][None, :].to(gl.float32))
+        blend = blend * gl.maximum(1.0 - away, 0.0)
+    return blend.to(dtype)
+
+
+@gluon.jit
+def bring_all(w, TILE: gl.constexpr):
+    """Blends, rows of points, weights: to shared memory."""
+    rows, blends, weights = w.rings
+    row_bars, blend_bars, weight_bars = w.bars
+    g = w.g
+    dtype: gl.constexpr = w.points.dtype.element_ty
+    TILES: gl.constexpr = len(rows)
+    ROWS: gl.constexpr = rows[0].shape[0]
+    BLENDS: gl.constexpr = blends[0].shape[0]
+    LISTED: gl.constexpr = blends[0].shape[1]
+    WEIGHTS: gl.constexpr = weights.shape[0]
+    by_entry: gl.constexpr = gl.BlockedLayout(
+        [1, LISTED // 2], [32, 1], [LISTED // 32, 128 // LISTED], [1, 0]
+    )
+    entry: gl.constexpr = gl.SliceLayout(1, by_entry)
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    size: gl.constexpr = bytes_of(OUTPUTS, weights.shape[2])
+    blocks = g.outputs // OUTPUTS
+    e = gl.arange(0, LISTED, layout=gl.SliceLayout(1, copies))
+    o = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(0, copies))
+    points = w.points + w.b.to(gl.int64) * g.positions * g.outputs
+    at = (w.first, lists_of(w, w.first, w.last, TILES), lists_of(w, w.first + 1, w.last, TILES))
+    listed = entries_of(w, at[1], entry, LISTED)
+    given = samples_of(w, w.first, at[1], listed, entry, LISTED)
+    at1 = advance(at, w, LISTED, TILES)
+    listed1 = entries_of(w, at1[1], entry, LISTED)
+    i = 0 * g.outputs
+    step = 0 * g.outputs
+    while at[0] < w.last:
+        t, current, following = at
+        at2 = advance(at1, w, LISTED, TILES)
+        listed2 = entries_of(w, at2[1], entry, LISTED)
+        given1 = samples_of(w, at1[0], at1[1], listed1, entry, LISTED)
+        sources = entries_of(w, current, gl.SliceLayout(1, copies), LISTED)
+        for k in gl.static_range(TILES):
+            blend = blend_of(given[k], listed[k], current[k][1], t % g.taps,
+                             corner_of(w.tile + k, g, TILE), g, dtype, TILE, by_entry,
+                             LISTED)  # fmt: skip
+            mbarrier.wait(blend_bars.index(BLENDS + i % BLENDS), ((i // BLENDS) & 1) ^ 1)
+            blends[k].index(i % BLENDS).store(blend)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(blend_bars.index(i % BLENDS), count=1)
+        i += 1
+        for block in range(blocks):
+            stage = step % WEIGHTS
+            mbarrier.wait(weight_bars.index(WEIGHTS + stage), ((step // WEIGHTS) & 1) ^ 1)
+            bring(w.weight, t * g.outputs + block * OUTPUTS, w.c0, 0, weights, weight_bars, stage,
+                  True, size, "native")  # fmt: skip
+            stage = step % ROWS
+            mbarrier.wait(row_bars.index(ROWS + stage), ((step // ROWS) & 1) ^ 1)
+            for k in gl.static_range(TILES):
+                place = sources[k] * g.outputs + block * OUTPUTS
+                load_rows(
+                    rows[k].index(stage), points + (place[:, None] + o[None, :]),
+                    mask=(e < current[k][1])[:, None] & (o >= 0)[None, :],
+                )  # fmt: skip
+            async_copy.mbarrier_arrive(row_bars.index(stage), increment_count=False)
+            step += 1
+        at = at1
+        at1 = at2
+        listed = listed1
+        listed1 = listed2
+        given = given1
+
+
+@gluon.jit
+def put(k: gl.constexpr, w, out, x, TILE: gl.constexpr, LAST: gl.constexpr,
+        RUN: gl.constexpr = 1):  # fmt: skip
+    """Store the result of the program's k-th tile [64, channels], RUN neighbours at once."""
+    layout: gl.constexpr = x.type.layout
+    g = w.g
+    local = unravel(gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), TILE)
+    c = w.c0 + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    corner = corner_of(w.tile + k, g, TILE)
+    here = local[0] >= 0
+    for a in gl.static_range(len(TILE)):
+        here = here & (corner[a] + local[a] < g.image[a])
+    here = here & (w.tile + k < w.tiles)
+    pixel = ravel(corner, g.image) + ravel(local, g.image)
+    out += (w.split.to(gl.int64) * g.batch + w.b) * g.pixels * g.channels
+    if LAST:
+        place = (pixel * g.channels)[:, None] + c[None, :]
+    else:
+        place = pixel[:, None] + (c * g.pixels)[None, :]
+        place = gl.max_contiguous(gl.multiple_of(place, (RUN, 1)), (RUN, 1))
+    keep = here[:, None] & (c >= 0)[None, :]
+    gl.store(out + place, x, mask=gl.max_constancy(keep, (RUN, 1)))
+
+
+@gluon.jit
+def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA: gl.constexpr):
+    """The products of the program's k-th tile, and its result."""
+    TILES: gl.constexpr = len(w.rings[0])
+    rows = w.rings[0][k]
+    blends = w.rings[1][k]
+    weights = w.rings[2]
+    row_bars, blend_bars, weight_bars = w.bars
+    g = w.g
+    dtype: gl.constexpr = rows.dtype
+    ROWS: gl.constexpr = rows.shape[0]
+    BLENDS: gl.constexpr = blends.shape[0]
+    LISTED: gl.constexpr = blends.shape[1]
+    WEIGHTS: gl.constexpr = weights.shape[0]
+    BLOCK_C: gl.constexpr = weights.shape[2]
+    operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    acc = gl.zeros([64, BLOCK_C], gl.float32, layout=MMA)
+    z = gl.zeros([64, OUTPUTS], gl.float32, layout=SMALL)
+    blocks = g.outputs // OUTPUTS
+    steps = blocks * count_turns(w, LISTED, TILES)
+    for step in range(steps):
+        turn = step // blocks
+        mbarrier.wait(
+            blend_bars.index(turn % BLENDS), (turn // BLENDS) & 1, pred=step % blocks == 0
+        )
+        stage = step % ROWS
+        mbarrier.wait(row_bars.index(stage), (step // ROWS) & 1)
+        fence_async_shared()
+        blend = blends.index(turn % BLENDS).permute((1, 0))
+        z = warpgroup_mma(blend, rows.index(stage), z, use_acc=False, is_async=True)
+        z = warpgroup_mma_wait(0, deps=[z])
+        barrier()
+        mbarrier.arrive(row_bars.index(ROWS + stage), count=1)
+        mbarrier.arrive(
+            blend_bars.index(BLENDS + turn % BLENDS), count=1, pred=(step + 1) % blocks == 0
+        )
+        factor = gl.convert_layout(z.to(dtype), operand)
+        stage = step % WEIGHTS
+        mbarrier.wait(weight_bars.index(stage), (step // WEIGHTS) & 1)
+        acc = warpgroup_mma(factor, weights.index(stage), acc, is_async=True)
+        acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
+        barrier()
+        mbarrier.arrive(weight_bars.index(WEIGHTS + stage), count=1)
+    if w.splits > 1:
+        put(k, w, w.parts, acc, TILE, LAST)
+    else:
+        if w.bias is not None:
+            c = w.c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, MMA))
+            acc += gl.load(w.bias + c).to(gl.float32)[None, :]
+        barrier()  # all have read what the rows' place held
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
+        staged = reinterpret(rows, dtype, [64, BLOCK_C], layout)
+        staged.store(acc.to(dtype))
+        barrier()
+        if LAST:
+            target: gl.constexpr = gl.BlockedLayout(
+                [1, 8], [256 // BLOCK_C, BLOCK_C // 8], [4, 1], [1, 0]
+            )
+            put(k, w, w.out, staged.load(target), TILE, LAST)
+        elif g.image[len(TILE) - 1] % 4 == 0 and TILE[len(TILE) - 1] % 4 == 0:
+            fours: gl.constexpr = gl.BlockedLayout([4, 1], [2, 16], [1, 4], [0, 1])
+            put(k, w, w.out, staged.load(fours), TILE, LAST, 4)
+        else:
+            ones: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 4], [0, 1])
+            put(k, w, w.out, staged.load(ones), TILE, LAST)
+
+
+@gluon.jit
+def allocate_ring(stages: gl.constexpr, full: gl.constexpr, empty: gl.constexpr):
+    """Barriers of a ring: of the stages that are full, then of those that are empty, and how many
+    arrivals open one."""
+    bars = gl.allocate_shared_memory(gl.int64, [2 * stages, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(stages):
+        mbarrier.init(bars.index(s), count=full)
+        mbarrier.init(bars.index(stages + s), count=empty)
+    return bars
+
+
+@gluon.jit
+def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, out, parts, g,
+                           number, splits, TILE: gl.constexpr, LAST: gl.constexpr,
+                           BLOCK_C: gl.constexpr, LISTED: gl.constexpr, TILES: gl.constexpr,
+                           RINGS: gl.constexpr, MMA: gl.constexpr, REGISTERS: gl.constexpr,
+                           num_warps: gl.constexpr):  # fmt: skip
+    """Arguments as of backward_sorted. Grid: (B x runs of TILES tiles, blocks of C, splits)."""
+    dtype: gl.constexpr = points.dtype.element_ty
+    tiles = product(tiles_across(g.image, TILE))
+    runs = (tiles + TILES - 1) // TILES
+    split = gl.program_id(2)
+    total = g.sample_groups * g.taps
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LISTED, OUTPUTS], dtype)
+    rows = ()
+    blends = ()
+    for _ in gl.static_range(TILES):
+        rows = rows + (gl.allocate_shared_memory(dtype, [RINGS[0], LISTED, OUTPUTS], layout),)
+        blends = blends + (gl.allocate_shared_memory(dtype, [RINGS[1], LISTED, 64], layout),)
+    weights = gl.allocate_shared_memory(dtype, [RINGS[2], OUTPUTS, BLOCK_C], weight.layout)
+    bars = (
+        allocate_ring(RINGS[0], 128, TILES),
+        allocate_ring(RINGS[1], 1, TILES),
+        allocate_ring(RINGS[2], 1, TILES),
+    )
+    fence_async_shared()
+    barrier()
+    w = Work(
+        *(points, weight, offset, mask, bias, lists, entries, out, parts, g, number, splits),
+        b=gl.program_id(0) // runs,
+        tile=gl.program_id(0) % runs * TILES,
+        tiles=tiles,
+        c0=gl.program_id(1) * BLOCK_C,
+        split=split,
+        first=split * total // splits,
+        last=(split + 1) * total // splits,
+        rings=(rows, blends, weights),
+        bars=bars,
+    )
+    # Constants come beside what is told, since Triton cannot join tuples with constants in them.
+    if TILES == 1:
+        gl.warp_specialize(
+            [(bring_all, (w, TILE)), (multiply_all, (0, w, TILE, LAST, MMA))], [4], [REGISTERS]
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (bring_all, (w, TILE)),
+                (multiply_all, (0, w, TILE, LAST, MMA)),
+                (multiply_all, (1, w, TILE, LAST, MMA)),
+            ],
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )
+
+
+def takes(call: Call) -> bool:
+    n = call.sizes
+    return (
+        takes_any(call)
+        and call.precision == "native"
+        and n.channels % 64 == 0
+        and n.sample_groups * n.taps * n.outputs * n.channels <= 2**24
+        and max(n.positions * n.outputs, n.item) < 2**31
+    )
+
+
+def write(
+    call: Call, points: Operand, bias: Buffer | None, out: Operand, lists: tuple[Buffer, Buffer]
+) -> None:
+    n = call.sizes
+    block_c = math.gcd(256, n.channels)
+    tiles = call.tiles("backward_sorted_hopper", block_c)
+    # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
+    listed = min(128, max(32, triton.next_power_of_2(100 // math.prod(n.stride))))
+    rows, *rings = tiles.rings
+    rings = [max(rows, block_c // listed), *rings]  # the result goes to the place of the rows
+    programs, blocks = n.batch * triton.cdiv(tiles_of(call)[1], tiles.tiles), n.channels // block_c
+    at_once = tiles.resident * call.multiprocessors
+    splits = max(1, min(n.sample_groups * n.taps, at_once // (programs * blocks)))
+    threads = tiles.resident * 128 * (1 + tiles.tiles)
+    launch(
+        *(call, backward_sorted_hopper, (programs, blocks, splits)),
+        dict(
+            **dict(BLOCK_C=block_c, LISTED=listed, TILES=tiles.tiles, RINGS=tuple(rings)),
+            **dict(MMA=mma_layout(block_c, 4), REGISTERS=tiles.registers, num_warps=tiles.warps),
+        ),
+        *(points, bias, out, lists),
+        weight=call.weight(Order.BY_GROUP),
+        descriptors={"weight": Descriptor((64, block_c), shared_layout(64, block_c, call.dtype))},
+        warps=tiles.warps,
+        # Of the 65536 of a multiprocessor.
+        registers=65536 // threads // 8 * 8 if tiles.resident > 1 else 0,
+    )
+
+
+VARIANT = Variant("backward_sorted_hopper", takes, write, order=Order.BY_GROUP)

@@ -1,0 +1,255 @@
+"""dF/dweight on Hopper: columns of samples, transposed, times points, by wgmma.
+
+A program samples a tile of 64 positions for BLOCK_C channels of one tap, stores the columns, and
+multiplies columns^T @ points while it loads the corners of its next tile. It adds up its share of
+all tiles of the batch to a partial sum. Samples are tabulated for LISTED tiles at once (tables.py),
+and the copy engine brings the points, STAGES tiles deep. In "bf16x3" tensor cores, which round
+toward zero, add up no more than a tile.
+"""
+
+# Tuples of Triton grow by +.
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma_wait,
+)
+
+from ..layout import Call, Operand
+from ..runtime import Buffer, Descriptor
+from ..sampling import product, ravel, read, starts_of, tiles_across, unravel
+from ..tiles import POSITION_TILES
+from ..variants import Variant
+from . import common, tables
+
+
+@gluon.jit
+def size_of(g, TILE: gl.constexpr):
+    """Of the positions, in a row if TILE has one axis."""
+    if len(TILE) == len(g.point):
+        return g.point
+    else:
+        return (g.positions,)
+
+
+@gluon.jit
+def start(tile, across, TILE: gl.constexpr):
+    """A tile's batch item and its first position in it."""
+    at = unravel(tile % product(across), across)
+    first = ()
+    for a in gl.static_range(len(TILE)):
+        first = first + (at[a] * TILE[a],)
+    return tile // product(across), first
+
+
+@gluon.jit
+def next_tile(b, first, across, TILE: gl.constexpr):
+    """As start, of the next tile."""
+    new = ()
+    carry = 1
+    for i in gl.static_range(len(TILE)):
+        at = first[len(TILE) - 1 - i] + carry * TILE[len(TILE) - 1 - i]
+        over = at >= across[len(TILE) - 1 - i] * TILE[len(TILE) - 1 - i]
+        carry = gl.where(over, 1, 0)
+        new = (gl.where(over, 0, at),) + new
+    return b + carry, new
+
+
+@gluon.jit
+def bring_points(points, b, first, o0, held, bars, stage, pred, g, PRECISION: gl.constexpr):
+    """Start the copy of a tile of points (of heads, then of tails) into a stage."""
+    parts: gl.constexpr = common.parts_in(PRECISION)
+    for part in gl.static_range(parts):
+        common.async_load(
+            points, (b + part * g.batch,) + first + (o0,), bars.index(stage),
+            held.index(stage * parts + part), pred=pred,
+        )  # fmt: skip
+
+
+@gluon.jit
+def read_tile(offset, mask, tile, last, tap, lane, g, across, TILE: gl.constexpr):
+    """What is known of the positions `lane` of tiles, as `tabulate` takes it."""
+    b, first = start(gl.minimum(tile, last - 1), across, TILE)
+    local = unravel(lane, TILE)
+    inside = tile < last
+    size = size_of(g, TILE)
+    point = ()
+    for a in gl.static_range(len(TILE)):
+        at = first[a] + local[a]
+        inside = inside & (at < size[a])
+        point = point + (at,)
+    p = ravel(point, size)
+    if len(TILE) != len(g.point):
+        point = unravel(p, g.point)
+    given = read(offset, mask, b, 0, tap, p, inside, g)
+    return starts_of(point, unravel(tap, g.kernel), g), given, inside, b * g.pixels
+
+
+@gluon.jit
+def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECISION: gl.constexpr,
+                           TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
+                           STAGES: gl.constexpr, LISTED: gl.constexpr, MMA: gl.constexpr,
+                           num_warps: gl.constexpr):  # fmt: skip
+    """Partial sums [splits, K, C, O] from points [B, *size, O] (in "bf16x3" of heads, then of
+    tails, [2 x B, *size, O]). Grid: (blocks of C x K x blocks of O, splits)."""
+    dtype: gl.constexpr = image.dtype.element_ty
+    factor: gl.constexpr = points.dtype
+    count: gl.constexpr = common.parts_in(PRECISION)
+    words: gl.constexpr = BLOCK_C * dtype.primitive_bitwidth // 32
+    size: gl.constexpr = count * common.bytes_of(64, BLOCK_O)
+    COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
+    across = tiles_across(size_of(g, TILE), TILE)
+    blocks = g.outputs // BLOCK_O
+    o0 = gl.program_id(0) % blocks * BLOCK_O
+    tap = gl.program_id(0) // blocks % g.taps
+    c0 = gl.program_id(0) // blocks // g.taps * BLOCK_C
+    split = gl.program_id(1)
+    total = g.batch * product(across)
+    first = split * (total // splits) + gl.minimum(split, total % splits)
+    last = first + total // splits + gl.where(split < total % splits, 1, 0)
+
+    columns = tables.allocate_columns(BLOCK_C, factor, PRECISION)
+    held = gl.allocate_shared_memory(factor, [STAGES * count] + points.block_shape, points.layout)
+    samples = tables.allocate(2 * LISTED, len(g.image), dtype)
+    bars = common.allocate_bars(STAGES)
+    fence_async_shared()
+    common.barrier()
+    b, at = start(first, across, TILE)
+    for s in gl.static_range(STAGES - 1):
+        mbarrier.expect(bars.index(s), size, pred=first + s < last)
+        bring_points(points, b, at, o0, held, bars, s, first + s < last, g, PRECISION)
+        b, at = next_tile(b, at, across, TILE)
+    lane = gl.arange(0, LISTED * 64, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+    ahead = lane // 64
+    lane = lane % 64
+    starts, given, inside, before = read_tile(
+        offset, mask, first + ahead, last, tap, lane, g, across, TILE
+    )
+    tables.tabulate(samples, 0, starts, given, inside, before, g)
+    idle = held.index((STAGES - 1) * count).reshape([64, BLOCK_O])
+    common.fill(columns[0].index(1), num_warps)
+    common.fill(idle, num_warps)
+    result = common.product_of_zeros(columns[0].index(1).permute((1, 0)), idle, MMA)
+    acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
+    image = image.to(gl.pointer_type(gl.int32), bitcast=True)
+    image = image + (c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS)))
+    image = image[None, :]
+    pitch = g.row // BLOCK_C * words
+    values = tables.fetch(image, samples, 0, 0, pitch, g, COLUMNS)
+    for i in range(last - first):
+        refill = i % LISTED == 0
+        if refill:
+            tile = first + i + LISTED + ahead
+            starts, given, inside, before = read_tile(
+                offset, mask, tile, last, tap, lane, g, across, TILE
+            )
+        mixed = tables.mix(values, samples, i % (2 * LISTED), COLUMNS)
+        tables.store_columns(columns, i % 2, mixed)
+        # The tables reach one tile on at least; what they have past the last one is not used.
+        values = tables.fetch(image, samples, (i + 1) % (2 * LISTED), 0, pitch, g, COLUMNS)
+        stage = (i + STAGES - 1) % STAGES
+        more = first + i + STAGES - 1 < last
+        mbarrier.expect(bars.index(stage), size, pred=more)
+        result = warpgroup_mma_wait(0, deps=[result])
+        if PRECISION == "bf16x3":
+            # In volatile assembly, or LLVM moves it past the start of the next product.
+            acc = gl.inline_asm_elementwise(
+                "add.f32 $0, $1, $2;", "=f,f,f", [acc, result], gl.float32, is_pure=False, pack=1
+            )
+        common.barrier()
+        bring_points(points, b, at, o0, held, bars, stage, more, g, PRECISION)
+        b, at = next_tile(b, at, across, TILE)
+        stage = i % STAGES
+        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
+        x = ()
+        y = ()
+        for part in gl.static_range(count):
+            x = x + (columns[part].index(i % 2).permute((1, 0)),)
+            y = y + (held.index(stage * count + part).reshape([64, BLOCK_O]),)
+        result = common.multiply(x, y, result, PRECISION == "native")
+        if refill:
+            tables.tabulate(samples, (i // LISTED + 1) % 2, starts, given, inside, before, g)
+    acc += warpgroup_mma_wait(0, deps=[result])
+    c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
+    o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
+    place = ((split * g.taps + tap).to(gl.int64) * g.channels + c) * g.outputs
+    gl.store(parts + (place[:, None] + o[None, :]), acc)
+
+
+def takes(call: Call) -> bool:
+    n = call.sizes
+    pixels = n.batch * n.pixels  # which a table counts through all batch items
+    return (
+        common.takes_wide(call)
+        and n.channels % 64 == 0
+        and pixels * max(n.channels, 4 ** len(n.image)) < 2**31
+    )
+
+
+def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
+    n, bf16x3 = call.sizes, call.precision == "bf16x3"
+    rank = len(n.image)
+    operation = "backward_weight_hopper 3d" if rank == 3 else "backward_weight_hopper"
+    tiles = call.tiles(operation, math.gcd(256, n.outputs))
+    block_o = math.gcd(tiles.block_o, n.outputs)
+    programs = n.taps * (n.channels // tiles.block_c) * (n.outputs // block_o)
+    kind = gl.float16 if call.dtype == torch.float16 else gl.bfloat16
+    rows = call.parts(points) if bf16x3 else call.rows(points)
+    across = tiles.warps // 4
+    mma = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, across], instr_shape=[16, block_o // across, 16]
+    )
+    constants = dict(BLOCK_O=block_o, BLOCK_C=tiles.block_c, STAGES=tiles.stages, MMA=mma)
+    constants |= dict(LISTED=tiles.warps // 2, num_warps=tiles.warps)  # a sample to every lane
+
+    def count(size: tuple[int, ...], tile: tuple[int, ...]) -> int:
+        return math.prod(triton.cdiv(s, t) for s, t in zip(size, tile, strict=True))
+
+    # Neighbours share pixels in the cache, unless too much of the tiles would stand out.
+    near = (n.point, POSITION_TILES[rank])
+    flat = ((n.positions,), (64,))
+    taken = near if count(*near) <= 1.1 * count(*flat) else flat
+    splits = _splits(call, programs, n.batch * count(*taken), call.multiprocessors * tiles.resident)
+    with call.frame():
+        parts = call.plan.scratch(splits, n.taps, n.channels, n.outputs, dtype=torch.float32)
+        for size, tile in dict.fromkeys((near, flat)):
+            block = (1, *tile, block_o)
+            layout = gl.NVMMASharedLayout.get_default_for(list(block), kind)
+            shape = (n.batch * (2 if bf16x3 else 1), *size, n.outputs)
+            launch = call.make(
+                *(backward_weight_hopper, (programs, splits), dict(TILE=tile, **constants)),
+                descriptors={"points": Descriptor(block, layout)},
+                warps=tiles.warps,
+                # Of the 65536 of a multiprocessor.
+                registers=min(255, 65536 // (32 * tiles.warps * tiles.resident) // 8 * 8),
+                **dict(image=call.image(image), points=rows._replace(shape=shape)),
+                **dict(parts=parts, splits=splits),
+            )
+            call.steps.launch(launch, (size, tile) == taken)
+        call.reduce_weight(parts, out)
+
+
+def _splits(call: Call, programs: int, tiles: int, at_once: int) -> int:
+    """Into how many partial sums it pays to split one: a program starts and ends in three tiles'
+    time, and partial sums are written and read."""
+    size = 8 * call.sizes.weights
+
+    def cost(splits: int) -> float:
+        waves = triton.cdiv(programs * splits, at_once)
+        turns = triton.cdiv(tiles, splits) + 3
+        time: float = waves * turns * call.costs.tile_us + splits * size / call.costs.bandwidth
+        return time
+
+    return min(range(1, min(tiles, 4 * at_once // programs + 1) + 1), key=cost)
+
+
+VARIANT = Variant("backward_weight_hopper", takes, write, wants_parts=True)

@@ -1,0 +1,146 @@
+"""What the Gluon kernels for Hopper share: names of Triton's versions, copies by the copy engine,
+and layouts of registers and shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+
+from ..layout import Call
+
+# Triton 3.6's names, and those of later versions.
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def reinterpret(x, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """Shared memory as other numbers."""
+    if RENAMED:
+        return x.reinterpret(dtype, shape, layout)
+    else:
+        return x._reinterpret(dtype, shape, layout)
+
+
+@gluon.constexpr_function
+def bytes_of(rows, columns):
+    """Of a block of 16-bit numbers."""
+    return 2 * rows * columns
+
+
+@gluon.constexpr_function
+def parts_in(PRECISION):
+    """How many factors stand for a number (sampling.py, Note [precision])."""
+    return 2 if PRECISION == "bf16x3" else 1
+
+
+@gluon.jit
+def bring(source, row, column, rows, held, bars, stage, pred, BYTES: gl.constexpr,
+          PRECISION: gl.constexpr):  # fmt: skip
+    """Start the copy of a block of a matrix into a stage of a ring; with "bf16x3" a block of heads,
+    then one of tails, which lie `rows` rows further on."""
+    parts: gl.constexpr = parts_in(PRECISION)
+    mbarrier.expect(bars.index(stage), parts * BYTES, pred=pred)
+    for part in gl.static_range(parts):
+        async_load(
+            source, [row + part * rows, column], bars.index(stage),
+            held.index(stage * parts + part), pred=pred,
+        )  # fmt: skip
+
+
+@gluon.jit
+def allocate_bars(count: gl.constexpr):
+    """Barriers that one arrival opens."""
+    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(count):
+        mbarrier.init(bars.index(s), count=1)
+    return bars
+
+
+@gluon.jit
+def fill(held, num_warps: gl.constexpr):
+    """Zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    rows: gl.constexpr = held.shape[0]
+    columns: gl.constexpr = held.shape[1]
+    held.store(gl.zeros([rows, columns], held.dtype, layout=layout))
+
+
+@gluon.jit
+def product_of_zeros(x, y, MMA: gl.constexpr):
+    """A first product: ptxas makes all products wait for one another if, for what it sees at a
+    loop's head, a sum may come from elsewhere than a product."""
+    fence_async_shared()
+    barrier()
+    rows: gl.constexpr = x.shape[0]
+    columns: gl.constexpr = y.shape[1]
+    acc = gl.zeros([rows, columns], gl.float32, layout=MMA)
+    return warpgroup_mma(x, y, acc, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def multiply(x, y, acc, use_acc: gl.constexpr = True):
+    """Start acc + x @ y, or x @ y, of factors' parts (sampling.py, Note [precision])."""
+    if len(x) > 1:
+        acc = warpgroup_mma(x[1], y[0], acc, use_acc=use_acc, is_async=True)
+        acc = warpgroup_mma(x[0], y[1], acc, is_async=True)
+        return warpgroup_mma(x[0], y[0], acc, is_async=True)
+    else:
+        return warpgroup_mma(x[0], y[0], acc, use_acc=use_acc, is_async=True)
+
+
+def takes_any(call: Call) -> bool:
+    """What all of the kernels need."""
+    return (
+        call.architecture == "sm_90"
+        and call.precision in ("native", "bf16x3")
+        and call.g.groups == 1
+        and call.g.offset_groups > 0
+        and call.g.point_channels % 64 == 0
+    )
+
+
+def takes_wide(call: Call) -> bool:
+    """What those need that take one wide sample group: sizes that fit into 32 bits, too."""
+    n = call.sizes
+    return (
+        takes_any(call)
+        and n.sample_groups == 1
+        and n.channels % 32 == 0
+        and max(n.item, n.positions * n.outputs) < 2**31
+        and n.pixels * 4 ** len(n.image) < 2**31
+        and 2 * n.batch * n.positions < 2**31
+    )
+
+
+def mma_layout(columns: int, warps: int) -> Any:
+    """Of a sum of products of 16 rows a warp."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16]
+    )
+
+
+def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """Of a block of a factor, which is bfloat16 where float32 numbers are written as parts."""
+    kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+
+
+def rows_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:
+    """Eight consecutive channels of a row to a lane, as a product has them if its factor's channels
+    are permuted so (layout.py, accumulator_order); or twice four, 16 apart (`run` 4)."""
+    registers = [[0, 1], [0, 2], [0, 12 - run]]
+    registers += [[0, 32 << i] for i in range((channels // 32).bit_length() - 1)] + [[8, 0]]
+    lanes = [[0, run], [0, 16], [1, 0], [2, 0], [4, 0]]
+    warp = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [rows, channels])

@@ -1,0 +1,234 @@
+"""dF/dpoints on Hopper: columns of samples times weights, by wgmma.
+
+A program takes 64 positions that lie near each other, and up to ten taps at once, whose samples it
+tabulates (tables.py). Then it samples BLOCK_C channels of one tap after the other, channels
+outside, so that most corners are found in the cache; stores the columns; and multiplies
+columns @ weights while it loads the corners of the next ones. The copy engine brings the weights,
+STAGES blocks deep.
+"""
+
+# Tuples of Triton grow by +.
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+
+from ..layout import Call, Operand
+from ..runtime import Buffer, Descriptor
+from ..sampling import ravel, read, starts_of, unravel
+from ..variants import Variant
+from . import common, tables
+
+PAIRS = gl.constexpr(5)  # of taps that are tabulated at once
+
+
+@gluon.jit
+def position(q, size):
+    """The q-th position: in strips of 4 rows of the last two axes, by columns in pairs, so that
+    those of a program lie near each other and share corners in the cache.
+
+         0  1 |  8  9 | 16 ..        The last strip may have fewer rows, and the last pair of an
+         2  3 | 10 11 |              odd width is one column.
+         4  5 | 12 13 |
+         6  7 | 14 15 |
+    """
+    if len(size) == 1:
+        return (q,)
+    else:
+        rows = size[len(size) - 2]
+        width = size[len(size) - 1]
+        lead = q // (rows * width)
+        q = q % (rows * width)
+        strip = q // (4 * width) * 4
+        q = q % (4 * width)
+        height = gl.maximum(gl.minimum(rows - strip, 4), 1)
+        column = q // (2 * height) * 2
+        q = q % (2 * height)
+        pair = gl.minimum(width - column, 2)
+        here = (strip + q // pair, column + q % pair)
+        if len(size) == 3:
+            here = (lead,) + here
+        return here
+
+
+@gluon.jit
+def next_block(tap, c0, taps, BLOCK: gl.constexpr):
+    """The next tap, or the first one and the next channels."""
+    end = tap + 1 == taps
+    return gl.where(end, 0, tap + 1), gl.where(end, c0 + BLOCK, c0)
+
+
+@gluon.jit
+def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr):
+    """Store a result's tile in one batch item, [P, O] with LAST, else [O, P]."""
+    acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
+    if LAST:
+        gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), acc, mask=inside[:, None])
+    elif g.point[len(g.point) - 1] % 2 == 0:  # two neighbours are stored at once
+        # A hint holds for all uses of what it is given: nothing of this is shared with the rest.
+        place = gl.multiple_of((o * g.positions)[None, :] + p[:, None], (2, 1))
+        pairs = gl.max_constancy(inside[:, None], (2, 1))
+        gl.store(out + gl.max_contiguous(place, (2, 1)), acc, mask=pairs)
+    else:
+        gl.store(out + ((o * g.positions)[None, :] + p[:, None]), acc, mask=inside[:, None])
+
+
+@gluon.jit
+def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
+                   LAST: gl.constexpr, PRECISION: gl.constexpr, BLOCK_O: gl.constexpr,
+                   BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
+                   STORED: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+    """Grid: (B x tiles of positions x blocks of O, splits of the taps)."""
+    dtype: gl.constexpr = image.dtype.element_ty
+    factor: gl.constexpr = weight.dtype
+    count: gl.constexpr = common.parts_in(PRECISION)
+    words: gl.constexpr = BLOCK_C * dtype.primitive_bitwidth // 32
+    size: gl.constexpr = common.bytes_of(BLOCK_C, BLOCK_O)
+    COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
+    tiles = (g.positions + 63) // 64
+    blocks = g.outputs // BLOCK_O
+    tile = gl.program_id(0) // blocks
+    o0 = (gl.program_id(0) % blocks) * BLOCK_O
+    b = tile // tiles
+    p0 = (tile % tiles) * 64
+    columns = tables.allocate_columns(BLOCK_C, factor, PRECISION)
+    held = gl.allocate_shared_memory(factor, [STAGES * count, BLOCK_O, BLOCK_C], weight.layout)
+    samples = tables.allocate(2 * PAIRS, len(g.image), dtype)
+    bars = common.allocate_bars(STAGES)
+    idle = held.index((STAGES - 1) * count)
+    common.fill(columns[0].index(1), num_warps)
+    common.fill(idle, num_warps)
+    acc = common.product_of_zeros(columns[0].index(1), idle.permute((1, 0)), MMA)
+
+    rows = g.taps * g.outputs
+    first = gl.program_id(1) * g.taps // splits
+    last = (gl.program_id(1) + 1) * g.taps // splits
+    lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+    q = p0 + lane % 64
+    point = position(q, g.point)
+    p = ravel(point, g.point)
+    inside = q < g.positions
+    pitch = g.row // BLOCK_C * words
+    image += b.to(gl.int64) * g.item
+    image = image.to(gl.pointer_type(gl.int32), bitcast=True)
+    image = image + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))[None, :]
+    chunks = (last - first + 2 * PAIRS - 1) // (2 * PAIRS)
+    done = 0  # blocks of weights so far
+    for chunk in range(chunks):
+        start = first + chunk * (last - first) // chunks
+        taps = first + (chunk + 1) * (last - first) // chunks - start
+        steps = taps * (g.channels // BLOCK_C)
+        new_tap = 0  # of the next block of weights to bring
+        new_c0 = 0
+        for s in gl.static_range(STAGES - 1):
+            row = (start + new_tap) * g.outputs + o0
+            common.bring(weight, row, new_c0, rows, held, bars, (done + s) % STAGES, s < steps,
+                         size, PRECISION)  # fmt: skip
+            new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
+        given = ()
+        for j in gl.static_range(PAIRS):
+            tap = start + gl.minimum(2 * j + lane // 64, taps - 1)
+            starts = starts_of(point, unravel(tap, g.kernel), g)
+            given = given + ((starts, read(offset, mask, b, 0, tap, p, inside, g)),)
+        for j in gl.static_range(PAIRS):
+            tables.tabulate(samples, j, given[j][0], given[j][1], inside, 0, g)
+        common.barrier()
+        values = tables.fetch(image, samples, 0, 0, pitch, g, COLUMNS)
+        tap = 0
+        c0 = 0
+        for i in range(steps):
+            now = (done + i) % 2
+            tables.store_columns(columns, now, tables.mix(values, samples, tap, COLUMNS))
+            tap, c0 = next_block(tap, c0, taps, words)
+            # The last turn loads a block in vain instead of branching.
+            block = gl.minimum(c0, pitch - words)
+            values = tables.fetch(image, samples, tap, block, pitch, g, COLUMNS)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            common.barrier()
+            ahead = i + STAGES - 1
+            row = (start + new_tap) * g.outputs + o0
+            common.bring(weight, row, new_c0, rows, held, bars, (done + ahead) % STAGES,
+                         ahead < steps, size, PRECISION)  # fmt: skip
+            new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
+            stage = (done + i) % STAGES
+            mbarrier.wait(bars.index(stage), ((done + i) // STAGES) & 1)
+            x = ()
+            w = ()
+            for part in gl.static_range(count):
+                x = x + (columns[part].index(now),)
+                w = w + (held.index(stage * count + part).permute((1, 0)),)
+            acc = common.multiply(x, w, acc)
+        done += steps
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    item = b.to(gl.int64) * g.positions * g.outputs
+    q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    p = ravel(position(q, g.point), g.point)
+    inside = q < g.positions
+    o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, STORED))
+    if splits > 1:
+        item += gl.program_id(1).to(gl.int64) * g.batch * g.positions * g.outputs
+        deliver(parts + item, acc, p, o, inside, g, LAST, STORED)
+    else:
+        if bias is not None:
+            here = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
+            acc += gl.load(bias + here).to(gl.float32)[None, :]
+        deliver(out + item, acc, p, o, inside, g, LAST, STORED)
+
+
+def _stored_layout(block_o: int, rank: int, last: bool) -> Any:
+    """Of the result's tile [64, block_o]: what is contiguous in memory, channels or positions on
+    the last axis, goes to a lane's registers (8 channels or 2 positions), then to its neighbours.
+
+    A layout lists by how much each bit of a register's, lane's and warp's number moves in the tile.
+    """
+    channels = [[0, 1 << i] for i in range(block_o.bit_length() - 1)]
+    if last:
+        along, rest = channels, [[1 << i, 0] for i in range(6)]
+        registers = 3
+    else:
+        along = [[b, 0] for b in ((1, 2, 4, 8, 16, 32) if rank == 1 else (1, 8, 16, 32))]
+        rest = [*channels, *([] if rank == 1 else [[2, 0], [4, 0]])]
+        registers = 1
+    order = [*along[registers:], *rest]
+    return gl.DistributedLinearLayout(
+        [*along[:registers], *order[7:]], order[:5], order[5:7], [], [64, block_o]
+    )
+
+
+def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
+    n = call.sizes
+    rank = len(n.image)
+    tiles = call.tiles("forward_hopper 3d" if rank == 3 else "forward_hopper", n.outputs)
+    block_o, block_c = math.gcd(tiles.block_o, n.outputs), math.gcd(tiles.block_c, n.channels)
+    programs = n.batch * triton.cdiv(n.positions, 64) * (n.outputs // block_o)
+    splits = 1
+    if programs < call.multiprocessors:
+        # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
+        at_once, steps = 2 * call.multiprocessors, n.taps * n.channels // block_c
+        splits = max(1, min(n.taps, at_once // programs, steps // 8))
+    constants = dict(LAST=out.last, BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
+    constants |= dict(MMA=common.mma_layout(block_o, tiles.warps), num_warps=tiles.warps)
+    layout = common.shared_layout(block_o, block_c, call.dtype)
+    shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
+    with call.frame():
+        parts = call.plan.scratch(*shape, dtype=torch.float32)
+        call.launch(
+            *(forward_hopper, (programs, splits)),
+            dict(**constants, STORED=_stored_layout(block_o, rank, out.last)),
+            descriptors={"weight": Descriptor((block_o, block_c), layout)},
+            **dict(warps=tiles.warps, resident=tiles.resident, registers=tiles.registers),
+            **dict(image=call.image(image), weight=call.weight(), bias=bias),
+            **dict(out=out.buffer, parts=parts, splits=splits),
+        )
+        call.reduce(parts, out, bias)
+
+
+VARIANT = Variant("forward_hopper", common.takes_wide, write)

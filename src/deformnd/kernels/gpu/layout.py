@@ -1,0 +1,730 @@
+"""How a call's tensors lie in memory: copies, padding, packed weights, sums; and what kernels are
+told.
+
+Note [layouts]
+Torch's tensors have channels first, [B, C, pixels], or last. The kernels want 16 bytes of a pixel's
+channels in a row, so images are copied, padded with zeros where their channels are no multiple of
+8:
+
+    wide    [B, pixels, C]                        if the channels of a sample group need no padding,
+            [B, sample group, pixels, padded]     else;
+    narrow  [B, sample group, pixels, padded]     padded to a power of two, so that the two corners
+                                                  of a cell on the last axis are neighbours.
+
+All have one form: element (b, s, pixel, c) lies at b * item + s * plane + pixel * row + c. Points
+are read as rows [B, positions, points_row]. A weight is packed as [taps, outputs, columns], in
+"bf16x3" twice, heads and then tails (sampling.py, Note [precision]).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import itertools
+import math
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..geometry import Geometry
+from . import tiles
+from .runtime import RETURNED, Buffer, Descriptor, Launch, Plan
+from .sampling import unravel
+
+
+class Order(enum.IntEnum):
+    """Of the channels of a packed weight; all but PLAIN for the kernels in Gluon."""
+
+    PLAIN = 0
+    OPERAND = 1  # as registers hold a factor of a product; and point channels as they hold a sum
+    ACCUMULATOR = 2  # as registers hold a sum of products
+    BY_GROUP = 3  # a whole array for every sample group, 0 in the channels of others
+
+
+@triton.jit
+def accumulator_order(i, RUN: tl.constexpr):
+    """The channel in column i of a wgmma accumulator of which each lane has RUN in a row."""
+    return i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN + (i // 8 % (RUN // 2)) * 2 + i % 2
+
+
+@triton.jit
+def operand_order(i, RUN: tl.constexpr):
+    """Likewise for the columns of an operand in registers."""
+    first = i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN
+    return first + (i // 16 % (RUN // 4)) * 4 + (i // 8 % 2) * 2 + i % 2
+
+
+# channels and padded: of a sample group, and as they lie in a row; both group_in where rows are not
+# padded. group: channels of a sample group, for BY_GROUP. weights: elements of an array.
+_PackSizes = namedtuple(
+    "_PackSizes",
+    "programs taps outputs group_in columns channels padded group weights blocks",
+)
+
+
+@triton.jit
+def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
+          ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr,
+          BLOCK_K: tl.constexpr):  # fmt: skip
+    """Weight [outputs, group_in, taps] (LAST: [outputs, taps, group_in]) to [taps, outputs,
+    columns], with `RUN` channels to a lane where registers hold them (Order)."""
+    tap = (program % ((n.taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    row = program // ((n.taps + BLOCK_K - 1) // BLOCK_K)
+    o = row // n.blocks % n.outputs
+    s = row // n.blocks // n.outputs
+    column = (row % n.blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    inside = (column < n.columns) & (tap < n.taps)
+    c = column // n.padded * n.channels + column % n.padded
+    real = inside & (column % n.padded < n.channels)
+    from_o = o
+    from_c = c
+    if ORDER == 1:
+        from_o = accumulator_order(o, 8)
+        from_c = operand_order(c, RUN)
+    if ORDER == 2:
+        from_c = accumulator_order(c, RUN)
+    if LAST:
+        place = (from_o * n.taps + tap) * n.group_in + from_c
+    else:
+        place = (from_o * n.group_in + from_c) * n.taps + tap
+    value = tl.load(weight + place, mask=real, other=0.0)
+    if ORDER == 3:
+        value = tl.where(c // n.group == s, value, 0.0)
+        out += s * n.weights
+    to = (tap * n.outputs + o) * n.columns + column
+    if BF16X3:
+        head = value.to(tl.bfloat16)
+        tl.store(out + to, head, mask=inside)
+        tl.store(out + n.weights + to, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out + to, value, mask=inside)
+
+
+# channels, of each of several groups, are read, and padded of them written, with zeros at the end.
+# from and to: elements between batch items, groups, and pixels (channels where those are not last).
+# blocks are of pixels, across counts those of channels.
+_CopySizes = namedtuple(
+    "_CopySizes",
+    "programs batch pixels groups channels padded from_item from_group from_row to_item to_group "
+    "to_row blocks across",
+)
+
+
+@triton.jit
+def _copy(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
+          FROM_C: tl.constexpr, TO_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+          BF16X3: tl.constexpr):  # fmt: skip
+    """Copy an image between layouts, add a bias, convert the dtype.
+
+    With LAST the channels are contiguous, multiples of FROM_C and TO_C of them, else the pixels
+    are. BF16X3: write heads, and after all of them tails.
+    """
+    if n.pixels % 8 == 0:  # so that several may be taken at once
+        _copy_tile(program, source, out, bias, n, FROM_LAST, TO_LAST, FROM_C, TO_C, 8, BLOCK_P,
+                   BLOCK_C, BF16X3)  # fmt: skip
+    else:
+        _copy_tile(program, source, out, bias, n, FROM_LAST, TO_LAST, FROM_C, TO_C, 1, BLOCK_P,
+                   BLOCK_C, BF16X3)  # fmt: skip
+
+
+@triton.jit
+def _copy_tile(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
+               FROM_C: tl.constexpr, TO_C: tl.constexpr, VECTOR_P: tl.constexpr,
+               BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BF16X3: tl.constexpr):  # fmt: skip
+    pixels = n.pixels // VECTOR_P * VECTOR_P  # so that the compiler knows
+    s = (program // n.blocks) % n.groups
+    j = (program // n.blocks // n.groups) % n.across * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = (program // n.blocks // n.groups // n.across).to(tl.int64)
+    p = program % n.blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    start = b * n.from_item + s.to(tl.int64) * n.from_group
+    source += tl.multiple_of(start, FROM_C if FROM_LAST else VECTOR_P)
+    start = b * n.to_item + s.to(tl.int64) * n.to_group
+    out += tl.multiple_of(start, TO_C if TO_LAST else VECTOR_P)
+    inside = (p < pixels)[:, None] & (j < n.channels)[None, :]
+    if FROM_LAST:
+        place = tl.multiple_of(p.to(tl.int64) * n.from_row, FROM_C)[:, None] + j[None, :]
+    else:
+        place = tl.multiple_of(j.to(tl.int64) * n.from_row, VECTOR_P)[None, :] + p[:, None]
+    value = tl.load(source + place, mask=inside, other=0.0)
+    if bias is not None:
+        value = value.to(tl.float32)
+        inside_c = j < n.channels
+        value += tl.load(bias + s * n.channels + j, mask=inside_c, other=0.0).to(tl.float32)[
+            None, :
+        ]
+    inside = (p < pixels)[:, None] & (j < n.padded)[None, :]
+    if TO_LAST:
+        place = tl.multiple_of(p.to(tl.int64) * n.to_row, TO_C)[:, None] + j[None, :]
+    else:
+        place = tl.multiple_of(j.to(tl.int64) * n.to_row, VECTOR_P)[None, :] + p[:, None]
+    if BF16X3:
+        head = value.to(tl.bfloat16)
+        tl.store(out + place, head, mask=inside)
+        out += n.batch.to(tl.int64) * n.to_item
+        tl.store(out + place, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+_SumSizes = namedtuple("_SumSizes", "programs batch positions outputs tiles blocks splits")
+_ZeroSizes = namedtuple("_ZeroSizes", "programs count")
+ZEROS = 4096  # that a program writes
+
+
+@triton.jit
+def _sum(program, source, out, parts, n, LAST: tl.constexpr,
+         BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
+    """Sums of points [B, O, P] or [B, P, O] (LAST) over all but O; several splits write their own
+    to parts [splits, O]. Programs: blocks of O x splits."""
+    o = program % n.blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    split = (program // n.blocks).to(tl.int64)
+    total = n.batch * n.tiles
+    first = (split * total // n.splits).to(tl.int32)
+    stop = ((split + 1) * total // n.splits).to(tl.int32)
+    if n.positions % 8 == 0:
+        result = _sum_tiles(source, first, stop, o, n, LAST, 8, BLOCK_P, BLOCK_O)
+    else:
+        result = _sum_tiles(source, first, stop, o, n, LAST, 1, BLOCK_P, BLOCK_O)
+    if n.splits > 1:
+        tl.store(parts + split * n.outputs + o, result, mask=o < n.outputs)
+    else:
+        tl.store(out + o, result.to(out.dtype.element_ty), mask=o < n.outputs)
+
+
+@triton.jit
+def _sum_tiles(source, first, stop, o, n, LAST: tl.constexpr, VECTOR_P: tl.constexpr,
+               BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
+    positions = n.positions // VECTOR_P * VECTOR_P  # so that the compiler knows
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    for next in range(first, stop, 4):
+        for i in tl.static_range(4):  # whose loads do not wait for each other
+            t = next + i
+            b = (t // n.tiles).to(tl.int64)
+            p = (t % n.tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+            here = (p < positions)[:, None] & (o < n.outputs)[None, :] & (t < stop)
+            if LAST:
+                place = ((b * positions + p) * n.outputs)[:, None] + o[None, :]
+            else:
+                place = ((b * n.outputs + o) * positions)[None, :] + p[:, None]
+            acc += tl.load(source + place, mask=here, other=0.0).to(tl.float32)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def _zero(program, out, n, BLOCK: tl.constexpr):
+    i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.zeros((BLOCK,), out.dtype.element_ty), mask=i < n.count)
+
+
+@triton.jit
+def prepare(jobs, KINDS: tl.constexpr):
+    """What other kernels need done first, in one launch: sums, copies, packed weights, zeros.
+
+    A job is its pointers and then its sizes, of which the first is its number of programs; its kind
+    is a name and the constants of the function of that name. Grid: (programs of all).
+    """
+    program = tl.program_id(0)
+    for i in tl.static_range(len(KINDS)):
+        job = jobs[i]
+        n = job[len(job) - 1]
+        if program >= 0 and program < n.programs:
+            if KINDS[i][0] == 0:
+                _sum(program, job[0], job[1], job[2], n, KINDS[i][1], KINDS[i][2], KINDS[i][3])
+            if KINDS[i][0] == 1:
+                bias = None
+                if len(job) == 4:
+                    bias = job[2]
+                _copy(program, job[0], job[1], bias, n, KINDS[i][1], KINDS[i][2], KINDS[i][3],
+                      KINDS[i][4], KINDS[i][5], KINDS[i][6], KINDS[i][7])  # fmt: skip
+            if KINDS[i][0] == 2:
+                _pack(program, job[0], job[1], n, KINDS[i][1], KINDS[i][2], KINDS[i][3],
+                      KINDS[i][4], KINDS[i][5], KINDS[i][6])  # fmt: skip
+            if KINDS[i][0] == 3:
+                _zero(program, job[0], n, KINDS[i][1])
+        program -= n.programs
+
+
+@triton.jit
+def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
+    """Sum partial results [count / inner, splits, inner], plus a bias along the middle one of the
+    three sizes of the result, to where the strides say."""
+    i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    acc = tl.zeros((BLOCK,), tl.float32)
+    place = i + i // inner * (splits - 1) * inner
+    for _ in range(splits):
+        acc += tl.load(parts + place, mask=inside, other=0.0)
+        place += inner
+    at = unravel(i, sizes)
+    if bias is not None:
+        acc += tl.load(bias + at[1], mask=inside, other=0.0).to(tl.float32)
+    place = at[0] * strides[0] + at[1] * strides[1] + at[2] * strides[2]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def reduce_weight(parts, out, taps, group_in, outputs, splits, BLOCK_K: tl.constexpr,
+                  BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+    """Sum partial weights [splits, taps, group_in, outputs] to a weight [outputs, group_in, taps].
+
+    Reads and writes runs of memory: the tile is transposed between them. Grid: (blocks of group_in
+    x taps, blocks of outputs).
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    length = group_in * taps
+    inside = (k < length)[:, None] & (o < outputs)[None, :]
+    place = ((k % taps * group_in + k // taps) * outputs)[:, None] + o[None, :]
+    acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
+    for first in range(0, splits, TOGETHER):
+        for s in tl.static_range(TOGETHER):
+            acc += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
+            parts += length * outputs
+    tl.store(out + (k[:, None] + o[None, :] * length), acc.to(out.dtype.element_ty), mask=inside)
+
+
+class Sizes(NamedTuple):
+    """What every kernel is told of a call (in kernels: g)."""
+
+    image: tuple[int, ...]
+    point: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    batch: int
+    pixels: int
+    positions: int
+    taps: int
+    channels: int  # of the image
+    outputs: int  # channels of the points
+    group_in: int  # those of a weight group
+    group_out: int
+    sample_groups: int
+    group_channels: int  # of a sample group,
+    padded: int  # and as it lies in memory
+    offset_groups: int
+    mask_groups: int
+    per_offset: int  # sample groups that share offsets,
+    per_mask: int  # and masks
+    row: int  # elements between pixels of the image as it is laid out,
+    plane: int  # between sample groups,
+    item: int  # and between batch items
+    columns: int  # elements of a row of the packed weight,
+    weights: int  # and of all its rows
+    points_row: int  # elements between positions of the points as they are read
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@functools.lru_cache(maxsize=4096)
+def sizes_of(g: Geometry) -> Sizes:
+    channels = g.image_channels
+    length = math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
+    number = channels // length
+    padded = triton.next_power_of_2(length) if is_narrow(length, number) else round_up(length, 8)
+    pixels, taps = math.prod(g.image_size), math.prod(g.kernel)
+    rows = padded == length and not (is_narrow(length, number) and number > 1)
+    columns = number * padded if g.groups == 1 else channels // g.groups
+    return Sizes(
+        *(g.image_size, g.point_size, g.kernel, g.stride, g.padding, g.dilation),
+        *(g.batch, pixels, math.prod(g.point_size), taps, channels, g.point_channels),
+        *(channels // g.groups, g.point_channels // g.groups, number, length, padded),
+        *(g.offset_groups, g.mask_groups),
+        *(number // max(g.offset_groups, 1), number // max(g.mask_groups, 1)),
+        row=channels if rows else padded,
+        plane=padded if rows else pixels * padded,
+        item=pixels * number * padded,
+        columns=columns,
+        weights=taps * g.point_channels * columns,
+        points_row=round_up(g.point_channels, 8),
+    )
+
+
+def is_narrow(length: int, number: int) -> bool:
+    return length <= (tiles.NARROW if number > 1 else tiles.NARROW // 2)
+
+
+def fit(size: int, block: int, least: int = 32) -> int:
+    """A block that is not much larger than what it holds. A product needs 16 channels, and 32 fill
+    a sector of memory."""
+    return int(min(block, max(least, triton.next_power_of_2(size))))
+
+
+def allows_tf32() -> bool:
+    """torch's own switch for convolutions. Of AMD's processors few have TF32."""
+    if torch.version.hip:
+        return False
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    precision = getattr(conv, "fp32_precision", None)
+    if precision is not None:
+        return bool(precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def precision_of(g: Geometry, dtype: torch.dtype) -> str:
+    """See sampling.py, Note [precision]."""
+    if dtype != torch.float32:
+        return "native"
+    sizes = sizes_of(g)
+    # With narrow groups the gathers cost most, and Triton 3.6 cannot compile TF32 weight gradients.
+    if allows_tf32() and not is_narrow(sizes.group_channels, sizes.sample_groups):
+        return "tf32"
+    return "ieee" if sizes.group_in * sizes.group_out < tiles.FEW else "bf16x3"
+
+
+class Operand(NamedTuple):
+    """An image or points [B, channels, *size], or a weight, as it is in memory."""
+
+    buffer: Buffer
+    last: bool  # whether the channels (of a weight, those of its second axis) are last
+
+    def part(self, first: int, count: int) -> Operand:
+        return self._replace(buffer=self.buffer.part(first, count))
+
+
+class Steps:
+    """The launches of a plan, in their order, with jobs for one `prepare` gathered before them.
+
+    Where memory is short what may wait does, jobs go one by one, and `together` is false.
+    """
+
+    def __init__(self, plan: Plan, together: bool = True) -> None:
+        self.plan, self.together = plan, together
+        self._jobs: list[tuple[Any, Any]] = []  # of `prepare`: a job and its kind
+        self._then: list[Launch] = []
+        self._last: list[Launch] = []
+
+    def first(self, kind: tuple[Any, ...], *job: Any) -> None:
+        """A job to be done before the next launch; sums, which take longest, come first."""
+        self._jobs.insert(0 if kind[0] == "sum" else len(self._jobs), (job, kind))
+
+    def then(self, launch: Launch) -> None:
+        """A launch after what is to be done before the next one."""
+        self._then.append(launch)
+
+    def last(self, launch: Launch) -> None:
+        """Something to be done when all else is."""
+        self._last.append(launch)
+
+    def launch(self, launch: Launch, runs: bool = True) -> None:
+        """What does not run is loaded only, since calls of other sizes need it."""
+        self.flush()
+        (self.plan.steps if runs else self.plan.spares).append(launch)
+
+    def finish(self) -> None:
+        self.flush()
+        self.plan.steps += self._last
+
+    def flush(self) -> None:
+        single = [self._prepare([job]) for job in self._jobs]
+        if self.together and len(single) > 1:
+            self.plan.steps.append(self._prepare(self._jobs))
+            self.plan.spares += single
+        else:
+            self.plan.steps += single
+        self.plan.steps += self._then
+        self._jobs, self._then = [], []
+
+    @staticmethod
+    def _prepare(all_jobs: list[tuple[Any, Any]]) -> Launch:
+        jobs, kinds = zip(*all_jobs, strict=True)
+        programs = sum(job[-1].programs for job in jobs)
+        return Launch(prepare, (programs, 1, 1), dict(jobs=jobs), dict(KINDS=kinds), 4)
+
+
+class Call:
+    """What the operations of one plan share: the tensors, and layouts of them made at most once."""
+
+    def __init__(
+        self,
+        g: Geometry,
+        steps: Steps,
+        precision: str,
+        weight: Operand,
+        offset: Buffer | None,
+        mask: Buffer | None,
+        chunks: int = 1,
+    ) -> None:
+        self.g, self.steps, self.plan, self.precision = g, steps, steps.plan, precision
+        self.offset, self.mask = offset, mask
+        self.sizes = sizes_of(g)
+        self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
+        self.device, self.costs = tiles.device_of(self.plan.device), tiles.COSTS
+        self.architecture, self.multiprocessors, _ = self.device
+        self.given_weight = weight
+        self.dtype = weight.buffer.dtype
+        self.number_of_chunks = chunks
+        self._made: dict[Any, Buffer] = {}
+        self._lent: dict[Operand, Buffer] = {}
+        item = max(self.sizes.item, self.sizes.positions * self.sizes.points_row)
+        self._common = dict(
+            PRECISION=precision, GROUPED=g.groups > 1, INDEX=tl.int32 if item < 2**31 else tl.int64
+        )
+        self._record = dict(g=self.sizes, offset=offset, mask=mask, weights=self.sizes.weights)
+
+    def make(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        constants: dict[str, Any],
+        *,
+        warps: int,
+        stages: int = 1,
+        descriptors: dict[str, Descriptor] | None = None,
+        resident: int = 0,
+        registers: int = 0,
+        **arguments: Any,
+    ) -> Launch:
+        """A launch whose other arguments are those of the call."""
+        common = {n: v for n, v in self._common.items() if n in kernel.arg_names}
+        return Launch(
+            kernel,
+            (*grid, 1, 1)[:3],
+            {**self._record, **arguments},
+            {n: v for n, v in (common | constants).items() if n in kernel.arg_names},
+            *(warps, stages, descriptors, resident, registers),
+        )
+
+    def launch(
+        self, kernel: Any, grid: Sequence[int], constants: dict[str, Any], **rest: Any
+    ) -> None:
+        self.steps.launch(self.make(kernel, grid, constants, **rest))
+
+    def tiles(self, operation: str, channels: int) -> tiles.Tiles:
+        return tiles.find(self.architecture, operation, self.dtype.itemsize, channels)
+
+    def chunks(self, *tensors: Operand | Buffer | None) -> Iterator[tuple[Call, list[Any]]]:
+        """The call for one chunk of the batch after another, and what of the tensors belongs to
+        it. Scratch memory of a chunk is that of the next."""
+        if self.number_of_chunks == 1:
+            yield self, list(tensors)
+            return
+        every = (*tensors, self.offset, self.mask)
+        buffers = [t.buffer if isinstance(t, Operand) else t for t in every if t is not None]
+        # So many items together begin at a multiple of 16 bytes.
+        step = max(16 // math.gcd(16, b.part(1, 1).start) for b in buffers)
+        steps = triton.cdiv(self.g.batch, step)
+        number = min(self.number_of_chunks, steps)
+        bounds = [min(step * (i * steps // number), self.g.batch) for i in range(number + 1)]
+        for first, last in itertools.pairwise(bounds):
+            parts: list[Any] = [t and t.part(first, last - first) for t in every]
+            g = self.g._replace(batch=last - first)
+            call = Call(g, self.steps, self.precision, self.given_weight, *parts[-2:])
+            with self.frame():
+                yield call, parts[:-2]
+
+    @contextlib.contextmanager
+    def frame(self) -> Iterator[None]:
+        """Layouts made within are gone after it, and their memory is free for others."""
+        before = dict(self._made)
+        with self.plan.frame():
+            yield
+            self.steps.flush()
+        self._made = before
+
+    def image(self, image: Operand) -> Buffer:
+        """As Note [layouts] says."""
+        n = self.sizes
+        if n.row == n.channels:
+            return self.rows(image, 1)
+        key = ("image", image)
+        if key not in self._made:
+            shape = (n.batch, n.sample_groups, n.pixels, n.padded)
+            self._made[key] = self._room(image, image.buffer.dtype, *shape)
+            self._copy(image, Operand(self._made[key], True), n.padded)
+        return self._made[key]
+
+    def rows(self, t: Operand, multiple: int = 8) -> Buffer:
+        """Channels last [B, positions, channels], rounded up to a multiple."""
+        batch, channels, *size = t.buffer.shape
+        padded = round_up(channels, multiple)
+        if t.last and padded == channels:
+            return t.buffer
+        key = ("rows", t, padded)
+        if key not in self._made:
+            shape = (batch, math.prod(size), padded)
+            self._made[key] = self._room(t, t.buffer.dtype, *shape)
+            self._copy_rows(t, self._made[key])
+        return self._made[key]
+
+    def parts(self, points: Operand) -> Buffer:
+        """Points as bfloat16 heads and tails of rows [2 x B x P, O]."""
+        key = ("parts", points)
+        if key not in self._made:
+            batch, channels, *size = points.buffer.shape
+            shape = (2 * batch * math.prod(size), channels)
+            self._made[key] = self._room(points, torch.bfloat16, *shape)
+            self._copy_rows(points, self._made[key])
+        return self._made[key]
+
+    def lend(self, t: Operand, result: Operand) -> None:
+        """Let a copy of t lie in a result that is written when the copy has served."""
+        self._lent[t] = result.buffer
+
+    def _room(self, t: Operand, dtype: torch.dtype, *shape: int) -> Buffer:
+        """For a copy of t."""
+        lent = self._lent.get(t)
+        taken = any(buffer.kind == RETURNED for buffer in self._made.values())
+        if lent is not None and not taken:
+            room = lent._replace(dtype=dtype, shape=shape)
+            if room.size == lent.size:
+                return room
+        return self.plan.scratch(*shape, dtype=dtype)
+
+    def deliver(self, laid: Buffer, bias: Buffer | None, out: Operand) -> None:
+        """Copy an image as it is laid out to a result."""
+        self._copy(Operand(laid, True), out, self.sizes.group_channels, bias)
+
+    def _copy(
+        self, source: Operand, out: Operand, written: int, bias: Buffer | None = None
+    ) -> None:
+        """Between an image as torch has it and as it is laid out, which is scratch memory."""
+        n = self.sizes
+        laid, rows = (n.item, n.plane, n.row), (n.channels * n.pixels, n.group_channels, n.channels)
+        first = (rows[0], n.group_channels * n.pixels, n.pixels)
+        given = source if out.buffer in self._made.values() else out
+        strides = rows if given.last else first
+        ways = (strides, laid) if given is source else (laid, strides)
+        count = (n.batch, n.pixels, n.sample_groups, n.group_channels, written)
+        self._add_copy(source, out, bias, count, *ways)
+
+    def _copy_rows(self, t: Operand, out: Buffer) -> None:
+        batch, channels, *size = t.buffer.shape
+        pixels, padded = math.prod(size), out.shape[-1]
+        strides = (channels * pixels, channels, channels if t.last else pixels)
+        count, to = (batch, pixels, 1, channels, padded), (pixels * padded, padded, padded)
+        self._add_copy(t, Operand(out, True), None, count, strides, to)
+
+    def _add_copy(
+        self,
+        source: Operand,
+        out: Operand,
+        bias: Buffer | None,
+        count: tuple[int, int, int, int, int],
+        strides: tuple[int, int, int],
+        to: tuple[int, int, int],
+    ) -> None:
+        batch, pixels, groups, channels, written = count
+        block_c = fit(max(channels, written), 64, least=1)
+        block_p = 4096 // max(block_c, 32)
+        blocks, across = triton.cdiv(pixels, block_p), triton.cdiv(max(channels, written), block_c)
+        # What divides every distance between the channels of different pixels and groups.
+        vectors = (
+            math.gcd(16, channels, *strides) if source.last else 1,
+            math.gcd(16, written, *to) if out.last else 1,
+        )
+        sizes = _CopySizes(
+            blocks * groups * across * batch, *count, *strides, *to, blocks, across
+        )  # fmt: skip
+        parts = out.buffer.dtype != source.buffer.dtype == self.dtype == torch.float32
+        kind = (1, source.last, out.last, *vectors, block_p, block_c, parts)
+        self.steps.first(kind, source.buffer, out.buffer, *([] if bias is None else [bias]), sizes)
+
+    def zero(self, buffer: Buffer) -> None:
+        count = math.prod(buffer.shape)
+        self.steps.first((3, ZEROS), buffer, _ZeroSizes(-(-count // ZEROS), count))
+
+    def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer:
+        """[taps, outputs, columns], or its bfloat16 heads and tails, as one matrix of rows."""
+        key = ("weight", order, run)
+        if key in self._made:
+            return self._made[key]
+        n, weight, bf16x3 = self.sizes, self.given_weight, self.precision == "bf16x3"
+        columns, arrays, lengths = n.columns, 1, (n.group_channels, n.padded)
+        if order == Order.BY_GROUP:
+            columns, arrays = n.channels, n.sample_groups
+        if order == Order.BY_GROUP or self.g.groups > 1:
+            lengths = (columns, columns)
+        if n.taps == 1 and not bf16x3 and order == Order.PLAIN and columns == n.group_in:
+            return weight.buffer._replace(shape=(n.outputs, columns))
+        shape = ((arrays + bf16x3) * n.taps * n.outputs, columns)
+        out = self.plan.scratch(*shape, dtype=torch.bfloat16 if bf16x3 else weight.buffer.dtype)
+        block_k = fit(n.taps, 64, least=1)
+        block_c = 2048 // max(block_k, 16)
+        blocks = triton.cdiv(columns, block_c)
+        sizes = _PackSizes(
+            arrays * n.outputs * blocks * triton.cdiv(n.taps, block_k),
+            *(n.taps, n.outputs, n.group_in, columns, *lengths, n.group_channels),
+            *(n.taps * n.outputs * columns, blocks),
+        )
+        kind = (2, weight.last, bf16x3, int(order), run, block_c, block_k)
+        self.steps.first(kind, weight.buffer, out, sizes)
+        self._made[key] = out
+        return out
+
+    def sums(self, source: Operand, out: Buffer) -> None:
+        """Sums over everything but the channels."""
+        batch, channels, *size = source.buffer.shape
+        positions = math.prod(size)
+        block_o = fit(channels, 64, least=1) if source.last else 1
+        block_p = 2048 // block_o
+        count, blocks = triton.cdiv(positions, block_p), triton.cdiv(channels, block_o)
+        at_once = 8 * self.multiprocessors
+        # A short sum is not worth another kernel.
+        splits = max(1, min(batch * count * block_p * block_o >> 15, at_once // blocks))
+        sizes = _SumSizes(blocks * splits, batch, positions, channels, count, blocks, splits)
+        parts = self.plan.scratch(splits, channels, dtype=torch.float32)
+        kind = (0, source.last, block_p, block_o)
+        self.steps.first(kind, source.buffer, out, parts, sizes)
+        launch = self._reduce(splits, (1, 1, channels), (0, 0, 1), parts, out)
+        if splits > 1:
+            self.steps.last(launch)
+        else:
+            self.plan.spares.append(launch)
+
+    def _reduce(
+        self,
+        splits: int,
+        sizes: tuple[int, int, int],
+        strides: tuple[int, int, int],
+        parts: Buffer,
+        out: Buffer,
+        bias: Buffer | None = None,
+        inner: int = 0,
+    ) -> Launch:
+        """Sums [count / inner, splits, inner] to the sizes; inner is all of them unless given."""
+        count = math.prod(sizes)
+        index = tl.int32 if count * splits < 2**31 else tl.int64
+        return self.make(
+            *(reduce, (triton.cdiv(count, 1024),), dict(INDEX=index, BLOCK=1024)),
+            **dict(parts=parts, bias=bias, out=out, count=count, splits=splits),
+            **dict(inner=inner or count, sizes=sizes, strides=strides, warps=4),
+        )
+
+    def reduce(self, parts: Buffer, out: Operand, bias: Buffer | None = None) -> None:
+        """Sum parts [splits, *out as it lies in memory] and add a bias, if there are several."""
+        batch, channels, *size = out.buffer.shape
+        positions = math.prod(size)
+        sizes = (batch * positions, channels, 1) if out.last else (batch, channels, positions)
+        strides = (sizes[1] * sizes[2], sizes[2], 1)
+        splits = parts.shape[0]
+        launch = self._reduce(splits, sizes, strides, parts, out.buffer, bias)
+        self.steps.launch(launch, splits > 1)
+
+    def reduce_flat(
+        self, parts: Buffer, splits: int, out: Buffer, inner: int = 0, runs: bool = True
+    ) -> None:
+        """Sum [numbers / inner, splits, inner] to numbers in a row; inner: all unless given."""
+        sizes = (1, 1, math.prod(out.shape))
+        launch = self._reduce(splits, sizes, (0, 0, 1), parts, out, None, inner)
+        self.steps.launch(launch, runs)
+
+    def reduce_weight(self, parts: Buffer, out: Buffer, runs: bool = True) -> None:
+        """Sum partial weights [splits, taps, group_in, outputs] to a weight."""
+        n, splits = self.sizes, parts.shape[0]
+        grid = (triton.cdiv(n.group_in * n.taps, 16), triton.cdiv(n.outputs, 32))
+        launch = self.make(
+            *(reduce_weight, grid, dict(BLOCK_K=16, BLOCK_O=32, TOGETHER=8)),
+            **dict(parts=parts, out=out, taps=n.taps, group_in=n.group_in, outputs=n.outputs),
+            **dict(splits=splits, warps=4),
+        )
+        self.steps.launch(launch, runs)

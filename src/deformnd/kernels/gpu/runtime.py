@@ -1,0 +1,587 @@
+"""Plans of launches, and the kernels that they launch: compiled side by side, kept on disk.
+
+A plan is written once for calls alike and then run for each. On the host a call costs what it takes
+to allocate its results and one block of scratch memory, and to hand the driver a list of launches
+whose arguments are made already but for the addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import sampling
+from .driver import TENSOR_MAP, Function, Invocation, TensorMap
+
+# What is no public name of Triton may change. Without what compiles a kernel ahead, the portable
+# kernels are launched by Triton itself, which takes longer on the host and compiles more often;
+# without Gluon they do all.
+try:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.cache import get_cache_manager
+except ImportError:
+    AHEAD = False
+else:
+    AHEAD = True
+try:
+    from triton.experimental.gluon._runtime import GluonASTSource
+except Exception:
+    GluonASTSource = None
+
+# Whether TRITON_INTERPRET=1 was set when Triton was imported.
+INTERPRETED = not hasattr(sampling.product, "cache_key")
+
+_ALIGNMENT = 256  # bytes, of a piece of scratch memory
+
+
+class Buffer(NamedTuple):
+    """A tensor that there is when a plan runs: given, returned, or scratch memory."""
+
+    kind: int  # which of the three
+    number: int  # among those
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int = 0  # bytes before it, if it is a part
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, first: int, count: int) -> Buffer:
+        """Items of the first axis, which no layout moves."""
+        item = math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape = (count, *self.shape[1:])
+        return self._replace(shape=shape, start=self.start + first * item)
+
+
+GIVEN, RETURNED, SCRATCH, PART = range(4)
+
+
+class Descriptor(NamedTuple):
+    """That an argument is a matrix, or more axes, which the copy engine brings in blocks."""
+
+    block: tuple[int, ...]
+    layout: Any
+
+
+# What the compiler learns of the fields of a record (layout.py, Sizes) and of arguments of these
+# names: constants; and numbers whose common divisor with 16 it is told. All depend on channels
+# only, and all else is an argument, so that no size of an image, batch, stride or padding ever
+# compiles anything.
+CONSTANT = frozenset(("per_offset", "per_mask"))
+DIVISIBLE = frozenset(
+    "channels outputs group_in group_out group_channels padded row plane item columns "
+    "points_row weights".split()
+)
+
+
+ALIGNED = {"plane": "padded", "item": "padded"}  # told of these is what divides those
+
+
+class Launch:
+    """A kernel, its grid, and its arguments by name: buffers, None, integers or nested tuples."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        arguments: dict[str, Any],
+        constants: dict[str, Any],
+        warps: int,
+        stages: int = 1,
+        descriptors: dict[str, Descriptor] | None = None,
+        resident: int = 0,  # programs on a multiprocessor at most; 0: as many as fit
+        registers: int = 0,  # of a thread at most; 0: as many as the compiler likes
+    ) -> None:
+        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.name: str = getattr(kernel, "__name__", "")
+        self.arguments = {n: arguments[n] for n in kernel.arg_names if n not in constants}
+        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+        if registers:
+            self.options["maxnreg"] = registers
+        self.descriptors = descriptors or {}
+        self.resident = resident
+        self.fallback: Any = None  # what to leave out if it cannot be built; None: an error
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        return [v for n, a in self.arguments.items() for v in _flat(n, a) if isinstance(v, Buffer)]
+
+    @functools.cached_property
+    def key(self) -> Any:
+        """What its machine code depends on."""
+        types = tuple(_describe(n, v, self.descriptors) for n, v in self.arguments.items())
+        options = (*self.options.values(), self.resident)
+        return self.name, types, tuple(self.constants.items()), options
+
+    def run(self, tensor_of: Callable[[Buffer], Tensor]) -> None:
+        """By Triton itself."""
+
+        def given(value: Any) -> Any:
+            if isinstance(value, Buffer):
+                return tensor_of(value)
+            if isinstance(value, tuple):
+                parts = map(given, value)
+                return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+            return value
+
+        arguments = {n: given(v) for n, v in self.arguments.items()}
+        self.kernel[self.grid](**arguments, **self.constants, **self.options)
+
+    def compile(self, target: Any, room: int = 1 << 30) -> Any:
+        """For devices with so many bytes of shared memory for a program; in fewer stages where so
+        many do not fit."""
+        return self._compile(self.source(), target, room)
+
+    def _compile(self, source: Any, target: Any, room: int) -> Any:
+        options = dict(self.options)
+        while True:
+            compiled = triton.compile(source, target=target, options=dict(options))
+            if compiled.metadata.shared <= room:
+                return compiled
+            if options["num_stages"] == 1:
+                raise RuntimeError(
+                    f"it needs {compiled.metadata.shared} bytes of shared memory, of {room}"
+                )
+            options["num_stages"] -= 1
+
+    def source(self) -> Any:
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        for i, name in enumerate(self.kernel.arg_names):
+            if name in self.constants:
+                signature[name], constants[(i,)] = "constexpr", self.constants[name]
+                continue
+            value = self.arguments[name]
+            described = _describe(name, value, self.descriptors)
+            signature[name] = _unwrap(described, value, (i,), constants, attributes)
+        of_gluon = type(self.kernel).__name__ == "GluonJITFunction"
+        make = GluonASTSource if of_gluon else ASTSource
+        return make(self.kernel, signature, constants, attributes)
+
+    def binary(self, source: Any, hashed: str, target: Any, room: int) -> tuple[bytes, _About]:
+        """The machine code and what is known of it, from disk if it is there."""
+        identity = (_tools(), hashed, target, self.options, room, _About._fields)
+        cache = get_cache_manager(hashlib.sha256(str(identity).encode()).hexdigest())
+        kept = _kept(cache)
+        if kept is not None:
+            return kept
+        compiled = self._compile(source, target, room)
+        known = compiled.metadata
+        if known.global_scratch_size or known.num_ctas != 1:
+            raise RuntimeError("it needs scratch memory or clusters")
+        code: bytes = compiled.asm["cubin"]
+        about = _About(
+            known.name,
+            _parameters(compiled.asm["ptx"]),
+            known.shared,
+            known.num_warps,
+            list(getattr(known, "tensordesc_meta", None) or ()),
+            hashlib.sha256(code).hexdigest(),
+        )
+        cache.put(code, "kernel.cubin")
+        cache.put(json.dumps(about._asdict()), "kernel.json", binary=False)
+        return code, about
+
+
+def _describe(name: str, value: Any, descriptors: dict[str, Descriptor], like: Any = 0) -> Any:
+    """What the compiler is told of an argument: a constant, a type, or (type, divisor); of a tuple
+    that of every element."""
+    if value is None or name in CONSTANT:
+        return ("constexpr", value)
+    if isinstance(value, Buffer):
+        pointer = _POINTERS[value.dtype]
+        if name in descriptors:
+            block, layout = descriptors[name]
+            return f"tensordesc<{pointer.removeprefix('*')}{list(block)},{layout!r}>"
+        return (pointer, 16)
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", ("",) * len(value))
+        known = [
+            (n, v, getattr(value, ALIGNED.get(n, n), v)) for n, v in zip(names, value, strict=True)
+        ]
+        return tuple(_describe(n, v, {}, like) for n, v, like in known)
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    divisor = math.gcd(16, like or value) if name in DIVISIBLE and value else 1
+    return (kind, divisor) if divisor > 1 else kind
+
+
+def _unwrap(
+    described: Any,
+    value: Any,
+    path: tuple[int, ...],
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> Any:
+    """The type of an argument as Triton takes it, its constants and divisors noted by path."""
+    if isinstance(described, str):
+        return described
+    if isinstance(value, tuple) and not isinstance(value, Buffer):
+        types = (
+            _unwrap(d, v, (*path, i), constants, attributes)
+            for i, (d, v) in enumerate(zip(described, value, strict=True))
+        )
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    kind, what = described
+    if kind == "constexpr":
+        constants[path] = what
+    else:
+        attributes[path] = [["tt.divisibility", what]]
+    return kind
+
+
+def _parameters(ptx: str) -> list[int]:
+    """The sizes in bytes of a kernel's parameters."""
+    header = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
+    found = re.findall(r"\.param (?:\.align \d+ )?\.[bu](\d+)[^,\n\[]*(?:\[(\d+)\])?", header)
+    return [int(bits) // 8 * int(count or 1) for bits, count in found]
+
+
+@functools.cache
+def _tools() -> str:
+    """What code depends on beside a kernel and its arguments: Triton, by the hashes of all of its
+    files that it was installed with, since its own hash takes .5 s, longer than all else that a
+    first call from the disk does; the tools that it is told to use; and our own files here."""
+    try:
+        files = importlib.metadata.distribution("triton").read_text("RECORD")
+    except importlib.metadata.PackageNotFoundError:
+        files = None
+    if files is None:
+        from triton.runtime.cache import triton_key
+
+        files = triton_key()
+    told = [(k, v) for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")]
+    ours = [f.read_bytes() for f in sorted(Path(__file__).parent.rglob("*.py"))]
+    return str(triton.__version__) + hashlib.sha256(repr((files, told, ours)).encode()).hexdigest()
+
+
+class _About(NamedTuple):
+    """What the disk keeps of a kernel beside its code."""
+
+    name: str
+    parameters: list[int]  # their sizes in bytes
+    shared: int
+    warps: int
+    descriptors: list[Any]
+    digest: str  # of the code
+
+
+def _kept(cache: Any) -> tuple[bytes, _About] | None:
+    """What the disk keeps, unless it is incomplete or something else."""
+    code, described = cache.get_file("kernel.cubin"), cache.get_file("kernel.json")
+    if code is None or described is None:
+        return None
+    try:
+        binary, about = Path(code).read_bytes(), _About(**json.loads(Path(described).read_text()))
+    except (OSError, TypeError, ValueError):
+        return None
+    return (binary, about) if hashlib.sha256(binary).hexdigest() == about.digest else None
+
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+# Functions on a device, with what the copy engine needs to know of their descriptors; on ROCm what
+# Triton has compiled.
+_LOADED: dict[Any, Any] = {}
+_LOADING = threading.Lock()
+
+
+def load(launches: Sequence[Launch]) -> dict[Launch, Exception]:
+    """Load what is not loaded yet onto the current CUDA device; what cannot be, and why.
+
+    Threads compile side by side: Triton lets go of the interpreter for most of it.
+    """
+    device = torch.cuda.current_device()
+    missing = {(launch.key, device): launch for launch in launches}
+    missing = {key: launch for key, launch in missing.items() if key not in _LOADED}
+    if not missing:
+        return {}
+    if torch.version.hip:
+        target = triton.runtime.driver.active.get_current_target()
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        target = GPUTarget("cuda", 10 * major + minor, 32)
+    room = shared_memory()
+    failures: dict[Launch, Exception] = {}
+    binaries: dict[Any, Any] = {}
+    with _LOADING, ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
+        # Those of Gluon, which take longest, first.
+        for key, launch in sorted(missing.items(), key=lambda kl: not kl[1].descriptors):
+            try:
+                source = launch.source()
+                if torch.version.hip:
+                    binaries[key] = threads.submit(launch.compile, target, room)
+                    continue
+                # Hashed here, since not every Triton can do that in two threads.
+                binaries[key] = threads.submit(launch.binary, source, source.hash(), target, room)
+            except Exception as failure:
+                failures[launch] = failure
+        for key, binary in binaries.items():
+            try:
+                if torch.version.hip:
+                    _LOADED[key] = binary.result()
+                    continue
+                code, about = binary.result()
+                function = Function(
+                    *(code, about.name, about.parameters, about.shared, about.warps),
+                    missing[key].resident,
+                )
+                _LOADED[key] = function, about.descriptors
+            except Exception as failure:
+                failures[missing[key]] = failure
+    for launch, reason in failures.items():
+        failures[launch] = RuntimeError(
+            f"deformnd: Triton {triton.__version__} cannot build its kernel "
+            f"{launch.name!r} for {torch.cuda.get_device_name()}: {reason}"
+        )
+        failures[launch].__cause__ = reason
+    return failures
+
+
+def _loaded(launch: Launch) -> Any:
+    """A launch's function on the current device."""
+    key = (launch.key, torch.cuda.current_device())
+    if key not in _LOADED:
+        for failure in load([launch]).values():
+            raise failure
+    return _LOADED[key]
+
+
+def shared_memory() -> int:
+    """Bytes of it that a program can have on the current device."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # torch 2.6 tells only what a multiprocessor has, of which the driver takes some.
+    whole = getattr(properties, "shared_memory_per_multiprocessor", 64 * 1024 + 1024) - 1024
+    return int(getattr(properties, "shared_memory_per_block_optin", whole))
+
+
+class _Result(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...]  # the memory format, in the words of the cheapest call that makes it
+
+
+class Plan:
+    """What a call does, for all calls with tensors of these sizes, dtypes and layouts.
+
+    A frame is a part of the plan whose scratch memory later parts may use again.
+    """
+
+    def __init__(self, device: torch.device, given: Sequence[Tensor | None]) -> None:
+        self.device = device
+        self.given: list[Buffer | None] = []
+        for t in given:
+            number = sum(b is not None for b in self.given)
+            self.given.append(None if t is None else Buffer(GIVEN, number, t.dtype, tuple(t.shape)))
+        self.clear()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.results: list[_Result] = []
+        self.offsets: list[int] = []  # of the scratch buffers, in bytes
+        self.size = 0  # of all scratch memory
+        self._top = 0
+        self.steps: list[Launch] = []
+        self.spares: list[Launch] = []  # not run, but loaded, since calls of other sizes need them
+        self._idle: list[_Instance] = []  # those that no thread runs now
+
+    def result(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        form: torch.memory_format = torch.contiguous_format,
+    ) -> Buffer:
+        strides = torch.empty(shape, memory_format=form, device="meta").stride()
+        self.results.append(_Result(tuple(shape), dtype, strides))
+        return Buffer(RETURNED, len(self.results) - 1, dtype, tuple(shape))
+
+    def scratch(self, *shape: int, dtype: torch.dtype) -> Buffer:
+        self.offsets.append(self._top)
+        size = math.prod(shape) * dtype.itemsize
+        self._top += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.size = max(self.size, self._top)
+        return Buffer(SCRATCH, len(self.offsets) - 1, dtype, shape)
+
+    @contextlib.contextmanager
+    def frame(self) -> Iterator[None]:
+        top = self._top
+        yield
+        self._top = top
+
+    def load(self) -> dict[Launch, Exception]:
+        """Load the kernels, all at once; those that cannot be, and why."""
+        if INTERPRETED or not AHEAD:
+            return {}
+        return load([*self.steps, *self.spares])
+
+    def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        given = [t for t in tensors if t is not None]
+        results = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+            for shape, dtype, strides in self.results
+        ]
+        if INTERPRETED or not AHEAD:
+            self._launch_plainly(given, results)
+            return results
+        memory = _storage(self.size, self.device)
+        try:
+            instance = self._idle.pop()
+        except IndexError:
+            instance = _Instance(self)
+        instance.run(
+            [t.data_ptr() for t in given], [t.data_ptr() for t in results], memory.data_ptr()
+        )
+        self._idle.append(instance)
+        return results
+
+    def _launch_plainly(self, given: list[Tensor], results: list[Tensor]) -> None:
+        """By Triton itself, in memory that holds NaN, which the interpreter's tests need."""
+        memory = torch.full((self.size,), 255, dtype=torch.uint8, device=self.device)
+        for t in results:
+            t.fill_(math.nan)
+
+        def tensor(buffer: Buffer) -> Tensor:
+            if buffer.kind != SCRATCH:
+                whole = (given, results)[buffer.kind][buffer.number]
+                items = math.prod(buffer.shape[1:]) * buffer.dtype.itemsize
+                return whole[buffer.start // items :] if buffer.start else whole
+            start = self.offsets[buffer.number] + buffer.start
+            return memory[start : start + buffer.size].view(buffer.dtype).view(buffer.shape)
+
+        for launch in self.steps:
+            launch.run(tensor)
+
+
+class _Instance:
+    """A plan's launches with room for the addresses of one call."""
+
+    def __init__(self, plan: Plan) -> None:
+        given = sum(b is not None for b in plan.given)
+        parts = [b for launch in plan.steps for b in launch.buffers if b.start]
+        self.parts = list(dict.fromkeys((b.kind, b.number, b.start) for b in parts))
+        counts = (given, len(plan.results), len(plan.offsets), len(self.parts))
+        self.words: list[Any] = [(ctypes.c_uint64 * n)() for n in counts]
+        self.offsets = plan.offsets
+        self.maps: list[tuple[TensorMap, int, int, int]] = []
+        self.mapped: list[int] = []  # the addresses that they were last made for
+        self.room: list[Any] = []
+        bind = self._bind_by_triton if torch.version.hip else self._bind
+        self.calls = [bind(launch) for launch in plan.steps]
+        self.stream = _stream_of(plan.device)
+
+    def run(self, given: list[int], results: list[int], memory: int) -> None:
+        words = self.words
+        words[GIVEN][:] = given
+        words[RETURNED][:] = results
+        words[SCRATCH][:] = [memory + offset for offset in self.offsets]
+        if self.parts:
+            words[PART][:] = [words[kind][number] + start for kind, number, start in self.parts]
+        for i, (tensor_map, place, kind, number) in enumerate(self.maps):
+            address = words[kind][number]
+            if address != self.mapped[i]:
+                tensor_map.encode(place, address)
+                self.mapped[i] = address
+        stream = self.stream()
+        for call in self.calls:
+            call(stream)
+
+    def _bind(self, launch: Launch) -> Callable[[int], None]:
+        function, described = _loaded(launch)
+        arguments: list[tuple[bool, int]] = []
+        maps = iter(described)
+        for name, value in launch.arguments.items():
+            if isinstance(value, Buffer) and name in launch.descriptors:
+                tensor_map = TensorMap.of(next(maps), value.shape)
+                arguments.append((True, self._room_for(tensor_map, value)))
+                strides = [math.prod(value.shape[i + 1 :]) for i in range(len(value.shape))]
+                arguments += [(False, n) for n in (*value.shape, *strides)]
+                continue
+            for part in _flat(name, value):
+                if isinstance(part, Buffer):
+                    kind, number = self._word_of(part)
+                    arguments.append((True, ctypes.addressof(self.words[kind]) + 8 * number))
+                else:
+                    arguments.append((False, part))
+        return Invocation(function, launch.grid, arguments)
+
+    def _word_of(self, buffer: Buffer) -> tuple[int, int]:
+        """Which word, of which kind, holds its address."""
+        if not buffer.start:
+            return buffer.kind, buffer.number
+        return PART, self.parts.index((buffer.kind, buffer.number, buffer.start))
+
+    def _room_for(self, tensor_map: TensorMap, buffer: Buffer) -> int:
+        room = ctypes.create_string_buffer(2 * TENSOR_MAP)
+        place = -(-ctypes.addressof(room) // TENSOR_MAP) * TENSOR_MAP
+        self.room.append(room)
+        self.maps.append((tensor_map, place, *self._word_of(buffer)))
+        self.mapped.append(0)
+        return place
+
+    def _bind_by_triton(self, launch: Launch) -> Callable[[int], None]:
+        """By Triton's own launcher, which knows drivers other than CUDA's."""
+        compiled = _loaded(launch)
+        run = compiled.run
+        head = (compiled.function, compiled.packed_metadata, None, None, None)
+
+        def word(value: Any) -> Any:
+            if isinstance(value, Buffer):
+                kind, number = self._word_of(value)
+                return self.words[kind][number]
+            return tuple(map(word, value)) if isinstance(value, tuple) else value
+
+        values = list(launch.arguments.values())
+        constants = launch.constants.values()
+
+        def call(stream: int) -> None:
+            run(*launch.grid, stream, *head, *map(word, values), *constants)
+
+        return call
+
+
+def _storage(size: int, device: torch.device) -> torch.UntypedStorage:
+    """Scratch memory. Not torch.empty, which fills tensors where algorithms are deterministic."""
+    return torch.UntypedStorage(size, device=device)
+
+
+def _flat(name: str, value: Any) -> list[Any]:
+    """The buffers and integers that a kernel is handed for an argument."""
+    if value is None or name in CONSTANT:
+        return []
+    if isinstance(value, tuple) and not isinstance(value, Buffer):
+        names = getattr(value, "_fields", ("",) * len(value))
+        return [n for m, v in zip(names, value, strict=True) for n in _flat(m, v)]
+    return [value]
+
+
+def _stream_of(device: torch.device) -> Callable[[], int]:
+    index = device.index
+    current = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as Triton and inductor do
+    if current is None:
+        return lambda: int(torch.cuda.current_stream(index).cuda_stream)
+    return lambda: int(current(index))

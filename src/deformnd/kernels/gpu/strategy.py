@@ -1,0 +1,263 @@
+"""Which operations a call takes, in which order, in which chunks of the batch, sharing which
+buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from ..geometry import Geometry
+from . import backward_atomic, backward_sorted, backward_weight, forward, hopper, tiles, variants
+from .layout import Call, Operand, Order, Steps, precision_of
+from .runtime import Buffer, Plan
+
+# What can do an operation, the fastest first; the last takes every call on every GPU.
+FORWARD = (*hopper.FORWARD, forward.VARIANT, forward.LAST_RESORT)
+ATOMIC = (*hopper.BACKWARD_ATOMIC, backward_atomic.VARIANT, backward_atomic.LAST_RESORT)
+SORTED = (*hopper.BACKWARD_SORTED, backward_sorted.VARIANT, backward_sorted.LAST_RESORT)
+WEIGHT = (*hopper.BACKWARD_WEIGHT, backward_weight.VARIANT, backward_weight.LAST_RESORT)
+
+Forms = Sequence[torch.memory_format]  # of image and points, which results take over
+
+
+def write(plan: Plan, make: Any, g: Geometry, layouts: Sequence[Any], wanted: Any) -> None:
+    """Write the plan and load its kernels.
+
+    It is written anew with less memory and in more chunks while it needs too much of it, and
+    without the variants whose kernels cannot be built.
+    """
+    operands: list[Any] = []
+    forms = []
+    for buffer, layout in zip(plan.given, layouts, strict=False):
+        last, form = layout or (False, torch.contiguous_format)
+        operands.append(None if buffer is None else Operand(buffer, last))
+        forms.append(form)
+    image, points, weight = operands
+    offset, mask, bias = plan.given[3:]
+    dtype = weight.buffer.dtype
+    most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / tiles.CHUNK)))
+    limit, chunks, room = tiles.SCRATCH * dtype.itemsize, 1, True
+    while True:
+        steps = Steps(plan, room)
+        call = Call(g, steps, precision_of(g, dtype), weight, offset, mask, chunks)
+        make(call, image, points, bias, forms, wanted)
+        steps.finish()
+        if plan.size > limit and room:
+            room = False
+        elif plan.size > limit and chunks < most:
+            chunks = min(most, triton.cdiv(chunks * plan.size, limit))
+        elif failures := plan.load():
+            variants.give_up(failures)
+        else:
+            return
+        plan.clear()
+
+
+def gather(
+    call: Call, image: Operand, points: None, bias: Buffer | None, forms: Forms, wanted: Any
+) -> None:
+    """dF/dpoints."""
+    result = _points_result(call, forms[0])
+    for chunk, (source, out) in call.chunks(image, result):
+        _forward(chunk, source, bias, out)
+
+
+def scatter(
+    call: Call, image: None, points: Operand, bias: Buffer | None, forms: Forms, wanted: Any
+) -> None:
+    """dF/dimage."""
+    result = _image_result(call, forms[1])
+    for chunk, (source, out) in call.chunks(points, result):
+        if _by_sorting(chunk):
+            with chunk.frame():
+                _sorted(chunk, source, bias, out)
+        else:
+            _atomic(chunk, None, source, bias, out, None, None)
+
+
+def gradients(
+    call: Call,
+    image: Operand,
+    points: Operand,
+    bias: None,
+    forms: Forms,
+    wanted: tuple[bool, ...],
+) -> None:
+    """Derivatives of F by all that is wanted, and sums of the image or the points."""
+    by_image, by_points, by_weight, by_offset, by_mask, sums_image, sums_points = wanted
+    plan, weight = call.plan, call.given_weight.buffer
+    # The results in their order, whatever is computed first.
+    grad_image = _image_result(call, forms[0]) if by_image else None
+    grad_points = _points_result(call, forms[1]) if by_points else None
+    grad_weight, grad_offset, grad_mask = (
+        plan.result(t.shape, t.dtype) if want and t is not None else None
+        for want, t in ((by_weight, weight), (by_offset, call.offset), (by_mask, call.mask))
+    )
+    if sums_image or sums_points:
+        summed = image if sums_image else points
+        call.sums(summed, plan.result((summed.buffer.shape[1],), call.dtype))
+    tensors = (image, points, grad_image, grad_points, grad_offset, grad_mask)
+    if grad_weight is None or call.number_of_chunks == 1:
+        for chunk, parts in call.chunks(*tensors):
+            _gradients(chunk, grad_weight, *parts)
+        if grad_weight is not None:  # what chunks would need
+            kept = grad_weight._replace(dtype=torch.float32)
+            call.reduce_flat(kept, 1, grad_weight, runs=False)
+            call.reduce_flat(kept, 1, kept, runs=False)
+            call.reduce_weight(kept, kept, runs=False)
+        return
+    # Sums of some chunks, in float32, and then of all; each begins at a multiple of 256 bytes.
+    length = -(-math.prod(weight.shape) // 64) * 64
+    room = min(call.number_of_chunks, tiles.KEPT)
+    kept = plan.scratch(room, length, dtype=torch.float32)
+    count = 0
+    for chunk, parts in call.chunks(*tensors):
+        if count == room:
+            first = kept.part(0, 1)._replace(shape=(math.prod(weight.shape),))
+            call.reduce_flat(kept, count, first, length)
+            count = 1
+        _gradients(chunk, kept.part(count, 1), *parts)
+        count += 1
+    call.reduce_flat(kept, count, grad_weight, length)
+
+
+def _gradients(
+    call: Call,
+    grad_weight: Buffer | None,
+    image: Operand,
+    points: Operand,
+    grad_image: Operand | None,
+    grad_points: Operand | None,
+    grad_offset: Buffer | None,
+    grad_mask: Buffer | None,
+) -> None:
+    by_sorting = grad_image is not None and _by_sorting(call)
+    by_position = grad_offset is not None or grad_mask is not None
+    by_atomics = None if by_sorting else grad_image
+    narrow = variants.choose(hopper.BACKWARD_NARROW, call) if by_position else None
+    weight_variant = variants.choose(WEIGHT, call)
+    wants_parts = call.precision == "bf16x3" and (
+        narrow is not None or (weight_variant is not None and weight_variant.wants_parts)
+    )
+    # The derivative by the image, or by the points, is written last: until then a copy of that
+    # tensor lies in its place. So atomic additions come after the weight's gradient.
+    if grad_image is not None and grad_points is None:
+        call.lend(image, grad_image)
+    elif grad_points is not None and grad_image is None:
+        call.lend(points, grad_points)
+    lists = None
+    if by_sorting:
+        # Before the frame, so that all kernels use the rows, and all is prepared at once.
+        sorting = variants.choose(SORTED, call)
+        call.weight(sorting.order if sorting else Order.PLAIN)
+        if not wants_parts:
+            call.rows(points)
+        if call.steps.together:
+            lists = backward_sorted.make_lists(call)
+    with call.frame():
+        if by_position or grad_weight is not None or grad_points is not None:
+            call.image(image)
+        if not wants_parts and (by_position or grad_weight is not None or by_atomics is not None):
+            call.rows(points)
+        if narrow is not None:
+            args = (image, points, by_atomics, grad_offset, grad_mask, grad_weight)
+            _atomic_like(call, hopper.BACKWARD_NARROW, *args)
+            by_atomics = grad_offset = grad_mask = grad_weight = None
+        if grad_weight is not None:
+            with call.frame():
+                variants.write(WEIGHT, call, image, points, grad_weight)
+        if by_atomics is not None or grad_offset is not None or grad_mask is not None:
+            _atomic(call, image, points, None, by_atomics, grad_offset, grad_mask)
+        if grad_points is not None:
+            _forward(call, image, None, grad_points)
+    if by_sorting and grad_image is not None:
+        _sorted(call, points, None, grad_image, lists)
+
+
+def _by_sorting(call: Call) -> bool:
+    """Whether the image gradient is gathered from sorted lists of samples.
+
+    It is bitwise repeatable if the lists are in order. For half numbers it is also faster than
+    atomic additions, unless few channels share the cost of a list; for float32 it has more
+    products to split (sampling.py, Note [precision]), so it is slower and less accurate.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return True
+    return call.precision == "native" and call.sizes.group_channels > tiles.NARROW
+
+
+def _forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
+    with call.frame():
+        variants.write(FORWARD, call, image, bias, out)
+
+
+def _sorted(
+    call: Call, points: Operand, bias: Buffer | None, out: Operand, lists: Any = None
+) -> None:
+    lists = lists or backward_sorted.make_lists(call)
+    with call.frame():
+        variants.write(SORTED, call, points, bias, out, lists)
+
+
+def _atomic(call: Call, image: Any, points: Operand, bias: Buffer | None, *wanted: Any) -> None:
+    """Derivatives by image (through atomic additions, with a bias), offset and mask."""
+    _atomic_like(call, ATOMIC, image, points, *wanted, bias=bias)
+
+
+def _atomic_like(
+    call: Call,
+    kind: Sequence[variants.Variant],
+    image: Operand | None,
+    points: Operand,
+    by_image: Operand | None,
+    by_offset: Buffer | None,
+    by_mask: Buffer | None,
+    *by_weight: Buffer | None,
+    bias: Buffer | None = None,
+) -> None:
+    n, plan = call.sizes, call.plan
+    with call.frame():
+        grad_offset = _by_sample_group(call, by_offset, n.per_offset)
+        grad_mask = _by_sample_group(call, by_mask, n.per_mask)
+        grad_image = None
+        if by_image is not None:
+            direct = by_image.last and n.row == n.channels and bias is None
+            if direct and by_image.buffer.dtype == torch.float32:
+                grad_image = by_image.buffer
+            else:
+                grad_image = plan.scratch(n.batch, n.item, dtype=torch.float32)
+        args = (image, points, grad_image, grad_offset, grad_mask, *by_weight)
+        variants.write(kind, call, *args)
+        if grad_image is not None and by_image is not None and grad_image != by_image.buffer:
+            call.deliver(grad_image, bias, by_image)
+        for grad, result, groups in (
+            (grad_offset, by_offset, n.per_offset),
+            (grad_mask, by_mask, n.per_mask),
+        ):
+            if grad is not None and result is not None and grad != result:
+                inner = math.prod(result.shape) // (n.batch * n.sample_groups // groups)
+                call.reduce_flat(grad, groups, result, inner)
+
+
+def _by_sample_group(call: Call, result: Buffer | None, groups: int) -> Buffer | None:
+    """Where a gradient goes first: that of each sample group where several share it."""
+    if result is None or groups == 1:
+        return result
+    return call.plan.scratch(math.prod(result.shape) * groups, dtype=torch.float32)
+
+
+def _image_result(call: Call, form: torch.memory_format) -> Operand:
+    return _result(call, (call.g.image_channels, *call.g.image_size), form)
+
+
+def _points_result(call: Call, form: torch.memory_format) -> Operand:
+    return _result(call, (call.g.point_channels, *call.g.point_size), form)
+
+
+def _result(call: Call, shape: tuple[int, ...], form: torch.memory_format) -> Operand:
+    buffer = call.plan.result((call.g.batch, *shape), call.dtype, form)
+    return Operand(buffer, form is not torch.contiguous_format)

@@ -1,0 +1,54 @@
+"""What can do an operation: the first variant that takes the call and can be built does it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .layout import Call, Order
+from .runtime import Launch
+
+
+class Variant(NamedTuple):
+    """A way to do an operation, on some devices for some calls."""
+
+    name: str
+    takes: Callable[[Call], bool]
+    write: Callable[..., None]  # adds its launches to the call's plan
+    wants_parts: bool = False  # whether it reads points as parts in "bf16x3", not as rows
+    order: Order = Order.PLAIN  # of the weight
+
+
+# What could not be built here: (name, architecture, precision, rank).
+BROKEN: set[tuple[Any, ...]] = set()
+
+
+def choose(variants: Sequence[Variant], call: Call) -> Variant | None:
+    """The first that takes the call and is not known not to build."""
+    return next((v for v in variants if _key(v, call) not in BROKEN and v.takes(call)), None)
+
+
+def write(variants: Sequence[Variant], call: Call, *args: Any) -> None:
+    """Have an operation done. The last variant takes every call."""
+    variant = choose(variants, call) or variants[-1]
+    steps, spares = len(call.plan.steps), len(call.plan.spares)
+    variant.write(call, *args)
+    for launch in (*call.plan.steps[steps:], *call.plan.spares[spares:]):
+        if launch.name == variant.name and variant is not variants[-1]:
+            launch.fallback = _key(variant, call)
+
+
+def give_up(failures: dict[Launch, Exception]) -> None:
+    """Leave out the variants whose kernels cannot be built, and say so once; raise if nothing is
+    there to do their work."""
+    for launch, failure in failures.items():
+        if launch.fallback is None:
+            raise failure
+        if launch.fallback not in BROKEN:
+            BROKEN.add(launch.fallback)
+            warnings.warn(f"{failure}; a slower one does its work", stacklevel=2)
+
+
+def _key(variant: Variant, call: Call) -> tuple[Any, ...]:
+    return variant.name, call.architecture, call.dtype, call.precision, len(call.g.kernel)

@@ -1,1 +1,0 @@
-"""The GPU backend: Triton kernels, their launch code and the table of their tile sizes."""
