@@ -580,6 +580,29 @@ def test_plans_without_gluon(plans: list[Plan], monkeypatch: pytest.MonkeyPatch)
     assert {"backward_weight", "reduce_weight", "backward_atomic"} <= set(names(plans[0]))
 
 
+@pytest.mark.skipif(INTERPRETING, reason="imports Triton anew")
+@pytest.mark.parametrize(
+    ("module", "name", "launches"),
+    [
+        ("triton.backends.compiler", "GPUTarget", "plainly"),
+        ("triton.compiler", "ASTSource", "plainly"),
+        ("triton.runtime.cache", "get_cache_manager", "plainly"),
+        ("triton.experimental.gluon._runtime", "GluonASTSource", "without Gluon"),
+    ],
+)
+def test_without_private_names_of_triton(module: str, name: str, launches: str) -> None:
+    """Triton itself launches, or Gluon's kernels are left out."""
+    code = f"""
+import {module}, triton, triton.compiler, triton.backends.compiler
+del {module}.{name}
+from deformnd.kernels import gpu
+from deformnd.kernels.gpu import hopper, runtime, strategy
+assert runtime.AHEAD == {launches != "plainly"}
+assert not hopper.FORWARD and len(strategy.FORWARD) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches get the addresses of parts, tensor maps too."""
     seen: list[list[int]] = []
