@@ -174,6 +174,7 @@ def _copy_tile(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: 
 _SumSizes = namedtuple("_SumSizes", "programs batch positions outputs tiles blocks splits")
 _ZeroSizes = namedtuple("_ZeroSizes", "programs count")
 ZEROS = 4096  # that a program writes
+SUM, COPY, PACK, ZERO = map(tl.constexpr, range(4))  # kinds of jobs
 
 
 @triton.jit
@@ -226,25 +227,25 @@ def prepare(jobs, KINDS: tl.constexpr):
     """What other kernels need done first, in one launch: sums, copies, packed weights, zeros.
 
     A job is its pointers and then its sizes, of which the first is its number of programs; its kind
-    is a name and the constants of the function of that name. Grid: (programs of all).
+    is SUM, COPY, PACK or ZERO and the constants of that function. Grid: (programs of all).
     """
     program = tl.program_id(0)
     for i in tl.static_range(len(KINDS)):
         job = jobs[i]
         n = job[len(job) - 1]
         if program >= 0 and program < n.programs:
-            if KINDS[i][0] == 0:
+            if KINDS[i][0] == SUM:
                 _sum(program, job[0], job[1], job[2], n, KINDS[i][1], KINDS[i][2], KINDS[i][3])
-            if KINDS[i][0] == 1:
+            if KINDS[i][0] == COPY:
                 bias = None
                 if len(job) == 4:
                     bias = job[2]
                 _copy(program, job[0], job[1], bias, n, KINDS[i][1], KINDS[i][2], KINDS[i][3],
                       KINDS[i][4], KINDS[i][5], KINDS[i][6], KINDS[i][7])  # fmt: skip
-            if KINDS[i][0] == 2:
+            if KINDS[i][0] == PACK:
                 _pack(program, job[0], job[1], n, KINDS[i][1], KINDS[i][2], KINDS[i][3],
                       KINDS[i][4], KINDS[i][5], KINDS[i][6])  # fmt: skip
-            if KINDS[i][0] == 3:
+            if KINDS[i][0] == ZERO:
                 _zero(program, job[0], n, KINDS[i][1])
         program -= n.programs
 
@@ -405,7 +406,7 @@ class Steps:
 
     def first(self, kind: tuple[Any, ...], *job: Any) -> None:
         """A job to be done before the next launch; sums, which take longest, come first."""
-        self._jobs.insert(0 if kind[0] == "sum" else len(self._jobs), (job, kind))
+        self._jobs.insert(0 if kind[0] == SUM.value else len(self._jobs), (job, kind))
 
     def then(self, launch: Launch) -> None:
         """A launch after what is to be done before the next one."""
@@ -626,12 +627,12 @@ class Call:
             blocks * groups * across * batch, *count, *strides, *to, blocks, across
         )  # fmt: skip
         parts = out.buffer.dtype != source.buffer.dtype == self.dtype == torch.float32
-        kind = (1, source.last, out.last, *vectors, block_p, block_c, parts)
+        kind = (COPY.value, source.last, out.last, *vectors, block_p, block_c, parts)
         self.steps.first(kind, source.buffer, out.buffer, *([] if bias is None else [bias]), sizes)
 
     def zero(self, buffer: Buffer) -> None:
         count = math.prod(buffer.shape)
-        self.steps.first((3, ZEROS), buffer, _ZeroSizes(-(-count // ZEROS), count))
+        self.steps.first((ZERO.value, ZEROS), buffer, _ZeroSizes(-(-count // ZEROS), count))
 
     def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer:
         """[taps, outputs, columns], or its bfloat16 heads and tails, as one matrix of rows."""
@@ -656,7 +657,7 @@ class Call:
             *(n.taps, n.outputs, n.group_in, columns, *lengths, n.group_channels),
             *(n.taps * n.outputs * columns, blocks),
         )
-        kind = (2, weight.last, bf16x3, int(order), run, block_c, block_k)
+        kind = (PACK.value, weight.last, bf16x3, int(order), run, block_c, block_k)
         self.steps.first(kind, weight.buffer, out, sizes)
         self._made[key] = out
         return out
@@ -673,7 +674,7 @@ class Call:
         splits = max(1, min(batch * count * block_p * block_o >> 15, at_once // blocks))
         sizes = _SumSizes(blocks * splits, batch, positions, channels, count, blocks, splits)
         parts = self.plan.scratch(splits, channels, dtype=torch.float32)
-        kind = (0, source.last, block_p, block_o)
+        kind = (SUM.value, source.last, block_p, block_o)
         self.steps.first(kind, source.buffer, out, parts, sizes)
         launch = self._reduce(splits, (1, 1, channels), (0, 0, 1), parts, out)
         if splits > 1:
