@@ -44,6 +44,7 @@ try:
     from triton.experimental.gluon._runtime import GluonASTSource
 except Exception:
     GluonASTSource = None
+GLUON = AHEAD and GluonASTSource is not None
 
 # Whether TRITON_INTERPRET=1 was set when Triton was imported.
 INTERPRETED = not hasattr(sampling.product, "cache_key")

@@ -6,7 +6,7 @@ portable kernels do all.
 
 from __future__ import annotations
 
-from ..runtime import AHEAD, GluonASTSource
+from ..runtime import GLUON
 from ..variants import Variant
 
 FORWARD: tuple[Variant, ...] = ()
@@ -15,7 +15,7 @@ BACKWARD_NARROW: tuple[Variant, ...] = ()
 BACKWARD_SORTED: tuple[Variant, ...] = ()
 BACKWARD_WEIGHT: tuple[Variant, ...] = ()
 try:
-    if not AHEAD or GluonASTSource is None:
+    if not GLUON:
         raise ImportError("nothing to compile them with")
     from . import backward_atomic, backward_sorted, backward_weight, forward, narrow
 except Exception:  # whatever a changed interface raises
