@@ -84,9 +84,13 @@ def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr)
 @gluon.jit
 def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
                    LAST: gl.constexpr, PRECISION: gl.constexpr, BLOCK_O: gl.constexpr,
-                   BLOCK_C: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
-                   STORED: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
-    """Grid: (B x tiles of positions x blocks of O, splits of the taps)."""
+                   BLOCK_C: gl.constexpr, STAGES: gl.constexpr, ONCE: gl.constexpr,
+                   MMA: gl.constexpr, STORED: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+    """Grid: (B x tiles of positions x blocks of O, splits of the taps).
+
+    ONCE: all taps are tabulated at once. Without a loop over chunks of them ptxas has the copy
+    engine's addresses at hand, which narrow layers feel.
+    """
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = weight.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
@@ -120,7 +124,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     image += b.to(gl.int64) * g.item
     image = image.to(gl.pointer_type(gl.int32), bitcast=True)
     image = image + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))[None, :]
-    chunks = (last - first + 2 * PAIRS - 1) // (2 * PAIRS)
+    chunks = 1 if ONCE else (last - first + 2 * PAIRS - 1) // (2 * PAIRS)
     done = 0  # blocks of weights so far
     for chunk in range(chunks):
         start = first + chunk * (last - first) // chunks
@@ -216,6 +220,7 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
         splits = max(1, min(n.taps, at_once // programs, steps // 8))
     constants = dict(LAST=out.last, BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
     constants |= dict(MMA=common.mma_layout(block_o, tiles.warps), num_warps=tiles.warps)
+    constants |= dict(ONCE=n.taps <= 2 * PAIRS.value)
     layout = common.shared_layout(block_o, block_c, call.dtype)
     shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
     with call.frame():
