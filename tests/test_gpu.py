@@ -535,8 +535,12 @@ def test_chunks_bound_memory(
         assert not split or plans[-1].size <= torchvision / 10 + 8 * 4 * weight.numel()
 
 
-def test_no_size_compiles_anything(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", ["sm_90", "portable"])
+def test_no_size_compiles_anything(
+    architecture: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A layer's kernels, and what its first call loads, serve images of every size and batch."""
+    on_device(monkeypatch, architecture)
     for deterministic in (False, True):
         repeatable(monkeypatch, deterministic)
         for channels, groups, dtype in (

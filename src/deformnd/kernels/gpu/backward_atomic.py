@@ -12,13 +12,10 @@ positions, several programs share the taps.
 
 from __future__ import annotations
 
-import functools
-
 import triton
 import triton.language as tl
 
 from .columns import (
-    SMALLEST,
     blocks_of,
     channels_to,
     corner_place,
@@ -34,7 +31,7 @@ from .layout import Call, Operand, fit
 from .runtime import Buffer
 from .sampling import contract, corner_weight, parts_of
 from .tiles import Tiles
-from .variants import Variant
+from .variants import portable
 
 
 @triton.jit
@@ -126,10 +123,6 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     tl.store(grad_mask + (base * g.positions + p[None, :]), value, mask=here)
 
 
-def takes(call: Call) -> bool:
-    return True
-
-
 def write(
     call: Call,
     image: Operand | None,
@@ -170,5 +163,4 @@ def write(
         )
 
 
-VARIANT = Variant("backward_atomic", takes, write)
-LAST_RESORT = Variant("backward_atomic, small", takes, functools.partial(write, tiles=SMALLEST))
+VARIANTS = portable("backward_atomic", write)

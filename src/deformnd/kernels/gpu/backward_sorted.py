@@ -24,7 +24,6 @@ in any order.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .columns import SMALLEST, dot, dot_once, met, read_weight
+from .columns import dot, dot_once, met, read_weight
 from .layout import fit
 from .sampling import (
     cell_of,
@@ -46,7 +45,7 @@ from .sampling import (
     unravel,
 )
 from .tiles import IMAGE_TILES, LISTED, LONG, SHORT, Tiles
-from .variants import Variant
+from .variants import portable
 
 if TYPE_CHECKING:
     from .layout import Call, Operand
@@ -302,10 +301,6 @@ def launch(
         call.reduce(parts, out, bias)
 
 
-def takes(call: Call) -> bool:
-    return True
-
-
 def write(
     call: Call,
     points: Operand,
@@ -328,5 +323,4 @@ def write(
     )
 
 
-VARIANT = Variant("backward_sorted", takes, write)
-LAST_RESORT = Variant("backward_sorted", takes, functools.partial(write, tiles=SMALLEST))
+VARIANTS = portable("backward_sorted", write)

@@ -10,14 +10,11 @@ the positions: each writes the sum of its share, and these are added up afterwar
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from .columns import (
-    SMALLEST,
     blocks_of,
     columns_of,
     dot_once,
@@ -32,7 +29,7 @@ from .layout import Call, Operand, fit
 from .runtime import Buffer
 from .sampling import parts_of
 from .tiles import Tiles
-from .variants import Variant
+from .variants import portable
 
 
 @triton.jit
@@ -82,10 +79,6 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
     tl.store(parts + (row + o[:, None]), acc, mask=keep)
 
 
-def takes(call: Call) -> bool:
-    return True
-
-
 def write(
     call: Call, image: Operand, points: Operand, out: Buffer, tiles: Tiles | None = None
 ) -> None:
@@ -123,5 +116,4 @@ def write(
         call.reduce_weight(parts, out)
 
 
-VARIANT = Variant("backward_weight", takes, write)
-LAST_RESORT = Variant("backward_weight, small", takes, functools.partial(write, tiles=SMALLEST))
+VARIANTS = portable("backward_weight", write)

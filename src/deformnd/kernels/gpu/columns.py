@@ -24,10 +24,7 @@ import triton.language as tl
 
 from .layout import Call, fit
 from .sampling import corner_pixel, corner_weight, locate
-from .tiles import ANY, Tiles
-
-# Of the last variant of every operation, which fits any device.
-SMALLEST = Tiles("", 0, ANY, block_p=32, block_o=32, block_c=32, warps=4, stages=1)
+from .tiles import Tiles
 
 
 def blocks_of(call: Call, tiles: Tiles) -> dict[str, Any]:

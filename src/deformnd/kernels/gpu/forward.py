@@ -10,7 +10,6 @@ few programs, several share the taps of one (split_k), write sums in parts, and 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -18,7 +17,6 @@ import triton
 import triton.language as tl
 
 from .columns import (
-    SMALLEST,
     blocks_of,
     channels_to,
     dot,
@@ -32,7 +30,7 @@ from .layout import Call, Operand, fit
 from .runtime import Buffer
 from .sampling import parts_of
 from .tiles import Tiles
-from .variants import Variant
+from .variants import portable
 
 
 @triton.jit
@@ -97,10 +95,6 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
         store(out + start, acc, p, o, inside, o_in, g, LAST, INDEX)
 
 
-def takes(call: Call) -> bool:
-    return True
-
-
 def write(
     call: Call, image: Operand, bias: Buffer | None, out: Operand, tiles: Tiles | None = None
 ) -> None:
@@ -136,9 +130,7 @@ def write(
             blocks=blocks,
             splits=splits,
         )
-        if splits > 1:
-            call.reduce(parts, out, bias)
+        call.reduce(parts, out, bias)
 
 
-VARIANT = Variant("forward", takes, write)
-LAST_RESORT = Variant("forward, small", takes, functools.partial(write, tiles=SMALLEST))
+VARIANTS = portable("forward", write)

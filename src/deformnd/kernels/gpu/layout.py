@@ -470,7 +470,7 @@ class Call:
         self._common = dict(
             PRECISION=precision, GROUPED=g.groups > 1, INDEX=tl.int32 if item < 2**31 else tl.int64
         )
-        self._record = dict(g=self.sizes, offset=offset, mask=mask, weights=self.sizes.weights)
+        self._record = dict(g=self.sizes, offset=offset, mask=mask)
 
     def make(
         self,
@@ -541,7 +541,7 @@ class Call:
         if key not in self._made:
             shape = (n.batch, n.sample_groups, n.pixels, n.padded)
             self._made[key] = self._room(image, image.buffer.dtype, *shape)
-            self._copy(image, Operand(self._made[key], True), n.padded)
+            self._copy(image, self._made[key], True)
         return self._made[key]
 
     def rows(self, t: Operand, multiple: int = 8) -> Buffer:
@@ -583,20 +583,19 @@ class Call:
 
     def deliver(self, laid: Buffer, bias: Buffer | None, out: Operand) -> None:
         """Copy an image as it is laid out to a result."""
-        self._copy(Operand(laid, True), out, self.sizes.group_channels, bias)
+        self._copy(out, laid, False, bias)
 
-    def _copy(
-        self, source: Operand, out: Operand, written: int, bias: Buffer | None = None
-    ) -> None:
-        """Between an image as torch has it and as it is laid out, which is scratch memory."""
+    def _copy(self, given: Operand, laid: Buffer, laying: bool, bias: Buffer | None = None) -> None:
+        """Between an image as torch has it and as it is laid out: there, or back."""
         n = self.sizes
-        laid, rows = (n.item, n.plane, n.row), (n.channels * n.pixels, n.group_channels, n.channels)
-        first = (rows[0], n.group_channels * n.pixels, n.pixels)
-        given = source if out.buffer in self._made.values() else out
-        strides = rows if given.last else first
-        ways = (strides, laid) if given is source else (laid, strides)
+        first = (n.channels * n.pixels, n.group_channels * n.pixels, n.pixels)
+        last = (n.channels * n.pixels, n.group_channels, n.channels)
+        ends = [(given, last if given.last else first)]
+        ends.insert(int(laying), (Operand(laid, True), (n.item, n.plane, n.row)))
+        (source, strides), (out, to) = ends
+        written = n.padded if laying else n.group_channels
         count = (n.batch, n.pixels, n.sample_groups, n.group_channels, written)
-        self._add_copy(source, out, bias, count, *ways)
+        self._add_copy(source, out, bias, count, strides, to)
 
     def _copy_rows(self, t: Operand, out: Buffer) -> None:
         batch, channels, *size = t.buffer.shape

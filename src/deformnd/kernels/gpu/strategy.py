@@ -16,10 +16,10 @@ from .layout import Call, Operand, Order, Steps, precision_of
 from .runtime import Buffer, Plan
 
 # What can do an operation, the fastest first; the last takes every call on every GPU.
-FORWARD = (*hopper.FORWARD, forward.VARIANT, forward.LAST_RESORT)
-ATOMIC = (*hopper.BACKWARD_ATOMIC, backward_atomic.VARIANT, backward_atomic.LAST_RESORT)
-SORTED = (*hopper.BACKWARD_SORTED, backward_sorted.VARIANT, backward_sorted.LAST_RESORT)
-WEIGHT = (*hopper.BACKWARD_WEIGHT, backward_weight.VARIANT, backward_weight.LAST_RESORT)
+FORWARD = (*hopper.FORWARD, *forward.VARIANTS)
+ATOMIC = (*hopper.BACKWARD_ATOMIC, *backward_atomic.VARIANTS)
+SORTED = (*hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
+WEIGHT = (*hopper.BACKWARD_WEIGHT, *backward_weight.VARIANTS)
 
 Forms = Sequence[torch.memory_format]  # of image and points, which results take over
 

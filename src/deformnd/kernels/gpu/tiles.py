@@ -117,6 +117,9 @@ HOPPER = (
     Tiles("backward_sorted_hopper", 2, ANY, 64, 64, 256, 4, 1, 1, 192, tiles=2, rings=(2, 2, 3)),
 )
 
+# Of the last variant of every operation, which fits any device.
+SMALLEST = Tiles("", 0, ANY, block_p=32, block_o=32, block_c=32, warps=4, stages=1)
+
 # By architecture, as torch and Triton name it ("sm_90", "gfx942").
 TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .layout import Call, Order
 from .runtime import Launch
+from .tiles import SMALLEST
 
 
 class Variant(NamedTuple):
@@ -20,7 +22,18 @@ class Variant(NamedTuple):
     order: Order = Order.PLAIN  # of the weight
 
 
-# What could not be built here: (name, architecture, precision, rank).
+def portable(name: str, write: Callable[..., None]) -> tuple[Variant, Variant]:
+    """The variants of a portable kernel, which take every call on every GPU: with the device's
+    tiles, and with the smallest."""
+    smallest = functools.partial(write, tiles=SMALLEST)
+    return Variant(name, _any, write), Variant(name + ", small", _any, smallest)
+
+
+def _any(call: Call) -> bool:
+    return True
+
+
+# What could not be built here: (name, architecture, dtype, precision, rank).
 BROKEN: set[tuple[Any, ...]] = set()
 
 
