@@ -7,9 +7,6 @@ and the copy engine brings the points, STAGES tiles deep. In "bf16x3" tensor cor
 toward zero, add up no more than a tile.
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 import math
@@ -18,15 +15,11 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from .. import sampling
 from ..layout import Call, Operand
 from ..runtime import Buffer, Descriptor
-from ..sampling import product, ravel, read, starts_of, tiles_across, unravel
 from ..tiles import POSITION_TILES
 from ..variants import Variant
 from . import common, tables
@@ -44,24 +37,11 @@ def size_of(g, TILE: gl.constexpr):
 @gluon.jit
 def start(tile, across, TILE: gl.constexpr):
     """A tile's batch item and its first position in it."""
-    at = unravel(tile % product(across), across)
+    at = sampling.unravel(tile % sampling.product(across), across)
     first = ()
     for a in gl.static_range(len(TILE)):
         first = first + (at[a] * TILE[a],)
-    return tile // product(across), first
-
-
-@gluon.jit
-def next_tile(b, first, across, TILE: gl.constexpr):
-    """As start, of the next tile."""
-    new = ()
-    carry = 1
-    for i in gl.static_range(len(TILE)):
-        at = first[len(TILE) - 1 - i] + carry * TILE[len(TILE) - 1 - i]
-        over = at >= across[len(TILE) - 1 - i] * TILE[len(TILE) - 1 - i]
-        carry = gl.where(over, 1, 0)
-        new = (gl.where(over, 0, at),) + new
-    return b + carry, new
+    return tile // sampling.product(across), first
 
 
 @gluon.jit
@@ -79,7 +59,7 @@ def bring_points(points, b, first, o0, held, bars, stage, pred, g, PRECISION: gl
 def read_tile(offset, mask, tile, last, tap, lane, g, across, TILE: gl.constexpr):
     """What is known of the positions `lane` of tiles, as `tabulate` takes it."""
     b, first = start(gl.minimum(tile, last - 1), across, TILE)
-    local = unravel(lane, TILE)
+    local = sampling.unravel(lane, TILE)
     inside = tile < last
     size = size_of(g, TILE)
     point = ()
@@ -87,11 +67,12 @@ def read_tile(offset, mask, tile, last, tap, lane, g, across, TILE: gl.constexpr
         at = first[a] + local[a]
         inside = inside & (at < size[a])
         point = point + (at,)
-    p = ravel(point, size)
+    p = sampling.ravel(point, size)
     if len(TILE) != len(g.point):
-        point = unravel(p, g.point)
-    given = read(offset, mask, b, 0, tap, p, inside, g)
-    return starts_of(point, unravel(tap, g.kernel), g), given, inside, b * g.pixels
+        point = sampling.unravel(p, g.point)
+    given = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+    starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
+    return starts, given, inside, b * g.pixels
 
 
 @gluon.jit
@@ -105,15 +86,15 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     factor: gl.constexpr = points.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
     words: gl.constexpr = BLOCK_C * dtype.primitive_bitwidth // 32
-    size: gl.constexpr = count * common.bytes_of(64, BLOCK_O)
+    size: gl.constexpr = 2 * count * 64 * BLOCK_O  # bytes of a tile of points
     COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
-    across = tiles_across(size_of(g, TILE), TILE)
+    across = sampling.tiles_across(size_of(g, TILE), TILE)
     blocks = g.outputs // BLOCK_O
     o0 = gl.program_id(0) % blocks * BLOCK_O
     tap = gl.program_id(0) // blocks % g.taps
     c0 = gl.program_id(0) // blocks // g.taps * BLOCK_C
     split = gl.program_id(1)
-    total = g.batch * product(across)
+    total = g.batch * sampling.product(across)
     first = split * (total // splits) + gl.minimum(split, total % splits)
     last = first + total // splits + gl.where(split < total % splits, 1, 0)
 
@@ -121,13 +102,14 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     held = gl.allocate_shared_memory(factor, [STAGES * count] + points.block_shape, points.layout)
     samples = tables.allocate(2 * LISTED, len(g.image), dtype)
     bars = common.allocate_bars(STAGES)
-    fence_async_shared()
-    common.barrier()
+    common.publish()
+    # The batch item and first position of the next tile to bring.
     b, at = start(first, across, TILE)
     for s in gl.static_range(STAGES - 1):
         mbarrier.expect(bars.index(s), size, pred=first + s < last)
         bring_points(points, b, at, o0, held, bars, s, first + s < last, g, PRECISION)
-        b, at = next_tile(b, at, across, TILE)
+        at, over = sampling.following(at, size_of(g, TILE), TILE)
+        b += over
     lane = gl.arange(0, LISTED * 64, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     ahead = lane // 64
     lane = lane % 64
@@ -167,13 +149,12 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
             )
         common.barrier()
         bring_points(points, b, at, o0, held, bars, stage, more, g, PRECISION)
-        b, at = next_tile(b, at, across, TILE)
-        stage = i % STAGES
-        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        x = ()
+        at, over = sampling.following(at, size_of(g, TILE), TILE)
+        b += over
+        stage = common.await_full(bars, i, STAGES)
+        x = tables.columns_at(columns, i % 2, True)
         y = ()
         for part in gl.static_range(count):
-            x = x + (columns[part].index(i % 2).permute((1, 0)),)
             y = y + (held.index(stage * count + part).reshape([64, BLOCK_O]),)
         result = common.multiply(x, y, result, PRECISION == "native")
         if refill:

@@ -32,10 +32,11 @@ def reinterpret(x, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexp
         return x._reinterpret(dtype, shape, layout)
 
 
-@gluon.constexpr_function
-def bytes_of(rows, columns):
-    """Of a block of 16-bit numbers."""
-    return 2 * rows * columns
+@gluon.jit
+def publish():
+    """What was stored in shared memory is there for all, tensor cores and the copy engine too."""
+    fence_async_shared()
+    barrier()
 
 
 @gluon.constexpr_function
@@ -45,17 +46,38 @@ def parts_in(PRECISION):
 
 
 @gluon.jit
-def bring(source, row, column, rows, held, bars, stage, pred, BYTES: gl.constexpr,
-          PRECISION: gl.constexpr):  # fmt: skip
-    """Start the copy of a block of a matrix into a stage of a ring; with "bf16x3" a block of heads,
-    then one of tails, which lie `rows` rows further on."""
+def bring(source, row, column, rows, held, bars, stage, pred, PRECISION: gl.constexpr):
+    """Start the copy of a block of 16-bit numbers of a matrix into a stage of a ring; with "bf16x3"
+    a block of heads, then one of tails, which lie `rows` rows further on."""
     parts: gl.constexpr = parts_in(PRECISION)
-    mbarrier.expect(bars.index(stage), parts * BYTES, pred=pred)
+    size: gl.constexpr = 2 * parts * held.shape[1] * held.shape[2]
+    mbarrier.expect(bars.index(stage), size, pred=pred)
     for part in gl.static_range(parts):
         async_load(
             source, [row + part * rows, column], bars.index(stage),
             held.index(stage * parts + part), pred=pred,
         )  # fmt: skip
+
+
+@gluon.jit
+def await_full(bars, i, STAGES: gl.constexpr):
+    """The stage of a ring's i-th blocks, when these are there."""
+    stage = i % STAGES
+    mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
+    return stage
+
+
+@gluon.jit
+def factor(held, i, PRECISION: gl.constexpr, TURNED: gl.constexpr = False):
+    """The parts of the i-th factor in shared memory, or (TURNED) of its transpose."""
+    count: gl.constexpr = parts_in(PRECISION)
+    parts = ()
+    for part in gl.static_range(count):
+        x = held.index(i * count + part)
+        if TURNED:
+            x = x.permute((1, 0))
+        parts = parts + (x,)
+    return parts
 
 
 @gluon.jit
@@ -80,8 +102,7 @@ def fill(held, num_warps: gl.constexpr):
 def product_of_zeros(x, y, MMA: gl.constexpr):
     """A first product: ptxas makes all products wait for one another if, for what it sees at a
     loop's head, a sum may come from elsewhere than a product."""
-    fence_async_shared()
-    barrier()
+    publish()
     rows: gl.constexpr = x.shape[0]
     columns: gl.constexpr = y.shape[1]
     acc = gl.zeros([rows, columns], gl.float32, layout=MMA)
@@ -97,6 +118,19 @@ def multiply(x, y, acc, use_acc: gl.constexpr = True):
         return warpgroup_mma(x[0], y[0], acc, is_async=True)
     else:
         return warpgroup_mma(x[0], y[0], acc, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def store_points(out, x, p, o, inside, g, LAST: gl.constexpr, VECTOR_P: gl.constexpr):
+    """Store a tile of points in one batch item, [P, O] with LAST, else [O, P]; VECTOR_P neighbours
+    may be stored at once."""
+    if LAST:
+        gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), x, mask=inside[:, None])
+    else:
+        # A hint holds for all uses of what it is given: nothing of this is shared with the rest.
+        place = gl.multiple_of((o * g.positions)[None, :] + p[:, None], (VECTOR_P, 1))
+        here = gl.max_constancy(inside[:, None], (VECTOR_P, 1))
+        gl.store(out + gl.max_contiguous(place, (VECTOR_P, 1)), x, mask=here)
 
 
 def takes_any(call: Call) -> bool:

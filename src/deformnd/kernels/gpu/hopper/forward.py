@@ -7,9 +7,6 @@ columns @ weights while it loads the corners of the next ones. The copy engine b
 STAGES blocks deep.
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 import math
@@ -19,11 +16,11 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
+from .. import sampling
 from ..layout import Call, Operand
 from ..runtime import Buffer, Descriptor
-from ..sampling import ravel, read, starts_of, unravel
 from ..variants import Variant
 from . import common, tables
 
@@ -68,17 +65,12 @@ def next_block(tap, c0, taps, BLOCK: gl.constexpr):
 
 @gluon.jit
 def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr):
-    """Store a result's tile in one batch item, [P, O] with LAST, else [O, P]."""
+    """Store a tile of a result or of a part of it."""
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
-    if LAST:
-        gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), acc, mask=inside[:, None])
-    elif g.point[len(g.point) - 1] % 2 == 0:  # two neighbours are stored at once
-        # A hint holds for all uses of what it is given: nothing of this is shared with the rest.
-        place = gl.multiple_of((o * g.positions)[None, :] + p[:, None], (2, 1))
-        pairs = gl.max_constancy(inside[:, None], (2, 1))
-        gl.store(out + gl.max_contiguous(place, (2, 1)), acc, mask=pairs)
+    if LAST or g.point[len(g.point) - 1] % 2 != 0:
+        common.store_points(out, acc, p, o, inside, g, LAST, 1)
     else:
-        gl.store(out + ((o * g.positions)[None, :] + p[:, None]), acc, mask=inside[:, None])
+        common.store_points(out, acc, p, o, inside, g, LAST, 2)
 
 
 @gluon.jit
@@ -95,7 +87,6 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     factor: gl.constexpr = weight.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
     words: gl.constexpr = BLOCK_C * dtype.primitive_bitwidth // 32
-    size: gl.constexpr = common.bytes_of(BLOCK_C, BLOCK_O)
     COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
     tiles = (g.positions + 63) // 64
     blocks = g.outputs // BLOCK_O
@@ -118,7 +109,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     q = p0 + lane % 64
     point = position(q, g.point)
-    p = ravel(point, g.point)
+    p = sampling.ravel(point, g.point)
     inside = q < g.positions
     pitch = g.row // BLOCK_C * words
     image += b.to(gl.int64) * g.item
@@ -135,13 +126,13 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
         for s in gl.static_range(STAGES - 1):
             row = (start + new_tap) * g.outputs + o0
             common.bring(weight, row, new_c0, rows, held, bars, (done + s) % STAGES, s < steps,
-                         size, PRECISION)  # fmt: skip
+                         PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
         given = ()
         for j in gl.static_range(PAIRS):
             tap = start + gl.minimum(2 * j + lane // 64, taps - 1)
-            starts = starts_of(point, unravel(tap, g.kernel), g)
-            given = given + ((starts, read(offset, mask, b, 0, tap, p, inside, g)),)
+            starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
+            given = given + ((starts, sampling.read(offset, mask, b, 0, tap, p, inside, g)),)
         for j in gl.static_range(PAIRS):
             tables.tabulate(samples, j, given[j][0], given[j][1], inside, 0, g)
         common.barrier()
@@ -160,21 +151,16 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
             ahead = i + STAGES - 1
             row = (start + new_tap) * g.outputs + o0
             common.bring(weight, row, new_c0, rows, held, bars, (done + ahead) % STAGES,
-                         ahead < steps, size, PRECISION)  # fmt: skip
+                         ahead < steps, PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
-            stage = (done + i) % STAGES
-            mbarrier.wait(bars.index(stage), ((done + i) // STAGES) & 1)
-            x = ()
-            w = ()
-            for part in gl.static_range(count):
-                x = x + (columns[part].index(now),)
-                w = w + (held.index(stage * count + part).permute((1, 0)),)
-            acc = common.multiply(x, w, acc)
+            stage = common.await_full(bars, done + i, STAGES)
+            w = common.factor(held, stage, PRECISION, True)
+            acc = common.multiply(tables.columns_at(columns, now), w, acc)
         done += steps
     acc = warpgroup_mma_wait(0, deps=[acc])
     item = b.to(gl.int64) * g.positions * g.outputs
     q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
-    p = ravel(position(q, g.point), g.point)
+    p = sampling.ravel(position(q, g.point), g.point)
     inside = q < g.positions
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, STORED))
     if splits > 1:
