@@ -132,22 +132,13 @@ def write(
     by_position = by_offset is not None or by_mask is not None
     if by_image is not None:
         call.zero(by_image)
-    with call.frame():
-        call.launch(
-            backward_atomic,
-            (programs, splits, 1),
-            dict(HOLD=hold, BLOCK_O=block_o, **constants),
-            warps=tiles.warps,
-            stages=tiles.stages,
-            image=call.image(image) if by_position and image is not None else None,
-            points=call.rows(points),
-            weight=call.weight(),
-            grad_image=by_image,
-            grad_offset=by_offset,
-            grad_mask=by_mask,
-            tiles=across,
-            splits=splits,
-        )
+    call.launch(
+        *(backward_atomic, (programs, splits), dict(HOLD=hold, BLOCK_O=block_o, **constants)),
+        **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, splits=splits),
+        image=call.image(image) if by_position and image is not None else None,
+        **dict(points=call.rows(points), weight=call.weight()),
+        **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
+    )
 
 
 VARIANTS = portable("backward_atomic", write)

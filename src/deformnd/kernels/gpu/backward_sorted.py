@@ -261,30 +261,10 @@ def make_lists(call: Call) -> tuple[Buffer, Buffer]:
     return lists, entries
 
 
-def launch(
-    call: Call,
-    kernel: Any,
-    grid: tuple[int, int, int],
-    constants: dict[str, Any],
-    points: Operand,
-    bias: Buffer | None,
-    out: Operand,
-    lists: tuple[Buffer, Buffer],
-    **rest: Any,
-) -> None:
-    """Launch this or Hopper's kernel of the same arguments; the last axis of the grid is that of
-    the splits."""
-    splits = grid[2]
-    shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
-    with call.frame():
-        parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            *(kernel, grid, dict(LAST=out.last, TILE=tiles_of(call)[0], **constants)),
-            **dict(points=call.rows(points), bias=bias, out=out.buffer, parts=parts),
-            **dict(lists=lists[0], entries=lists[1], number=lists[0].shape[0] // 2),
-            **dict(splits=splits, **rest),
-        )
-        call.reduce(parts, out, bias)
+def arguments_of(call: Call, points: Operand, lists: tuple[Buffer, Buffer]) -> dict[str, Any]:
+    """Of this kernel and Hopper's."""
+    number = lists[0].shape[0] // 2
+    return dict(points=call.rows(points), lists=lists[0], entries=lists[1], number=number)
 
 
 def write(
@@ -299,12 +279,14 @@ def write(
     if tiles is None:
         tiles = call.tiles("backward_sorted", n.group_channels)
     block_o, block_c = fit(n.group_out, tiles.block_o), fit(n.group_channels, tiles.block_c)
-    programs, blocks = n.sample_groups * tiles_of(call)[1], triton.cdiv(n.group_channels, block_c)
+    tile, count = tiles_of(call)
+    programs, blocks = n.sample_groups * count, triton.cdiv(n.group_channels, block_c)
     splits = max(1, min(n.taps, 2 * call.multiprocessors // (n.batch * programs * blocks)))
-    launch(
-        *(call, backward_sorted, (n.batch * programs, blocks, splits)),
-        dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
-        *(points, bias, out, lists),
+    call.launch_split(
+        *(backward_sorted, (n.batch * programs, blocks, splits)),
+        dict(TILE=tile, BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
+        *(out, bias),
+        **arguments_of(call, points, lists),
         **dict(weight=call.weight(), warps=tiles.warps, stages=tiles.stages),
     )
 

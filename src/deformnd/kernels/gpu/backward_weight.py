@@ -85,23 +85,14 @@ def write(
     programs = triton.cdiv(sizes.taps, constants["TAPS"]) * blocks
     total = triton.cdiv(sizes.positions, tiles.block_p)
     splits = max(1, min(sizes.batch * total, 4 * call.multiprocessors // (programs * across)))
-    with call.frame():
-        shape = (splits, sizes.taps, sizes.group_in, sizes.outputs)
-        parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            backward_weight,
-            (programs, across, splits),
-            dict(BLOCK_O=block_o, **constants),
-            warps=tiles.warps,
-            stages=tiles.stages,
-            image=call.image(image),
-            points=call.rows(points),
-            parts=parts,
-            tiles=total,
-            blocks=blocks,
-            splits=splits,
-        )
-        call.reduce_weight(parts, out)
+    shape = (splits, sizes.taps, sizes.group_in, sizes.outputs)
+    parts = call.plan.scratch(*shape, dtype=torch.float32)
+    call.launch(
+        *(backward_weight, (programs, across, splits), dict(BLOCK_O=block_o, **constants)),
+        **dict(warps=tiles.warps, stages=tiles.stages, tiles=total, blocks=blocks),
+        **dict(image=call.image(image), points=call.rows(points), parts=parts, splits=splits),
+    )
+    call.reduce_weight(parts, out)
 
 
 VARIANTS = portable("backward_weight", write)

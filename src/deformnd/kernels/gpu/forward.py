@@ -7,9 +7,6 @@ few programs, several share the taps of one (split_k), write sums in parts, and 
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
@@ -90,34 +87,18 @@ def write(
         tiles = call.tiles("forward narrow" if call.narrow else "forward", sizes.group_out)
     constants = columns.blocks_of(call, tiles)
     block_o = fit(sizes.outputs, tiles.block_o)
-    across, blocks = (
-        triton.cdiv(sizes.positions, tiles.block_p),
-        triton.cdiv(sizes.outputs, block_o),
-    )
+    across = triton.cdiv(sizes.positions, tiles.block_p)
+    blocks = triton.cdiv(sizes.outputs, block_o)
     programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
     splits, steps = 1, taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
     # A short sum is not worth another kernel.
     if 2 * programs <= call.multiprocessors and steps >= 32:
         splits = min(taps, call.multiprocessors // programs)
-    with call.frame():
-        count = math.prod(out.buffer.shape) if splits > 1 else 1
-        parts = call.plan.scratch(splits, count, dtype=torch.float32)
-        call.launch(
-            forward,
-            (programs, splits, 1),
-            dict(LAST=out.last, BLOCK_O=block_o, **constants),
-            warps=tiles.warps,
-            stages=tiles.stages,
-            image=call.image(image),
-            weight=call.weight(),
-            bias=bias,
-            out=out.buffer,
-            parts=parts,
-            tiles=across,
-            blocks=blocks,
-            splits=splits,
-        )
-        call.reduce(parts, out, bias)
+    call.launch_split(
+        *(forward, (programs, splits), dict(BLOCK_O=block_o, **constants), out, bias),
+        **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks),
+        **dict(image=call.image(image), weight=call.weight()),
+    )
 
 
 VARIANTS = portable("forward", write)

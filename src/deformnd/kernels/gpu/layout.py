@@ -486,12 +486,12 @@ class Call:
         **arguments: Any,
     ) -> Launch:
         """A launch whose other arguments are those of the call."""
-        common = {n: v for n, v in self._common.items() if n in kernel.arg_names}
+        constants = {**self._common, "num_warps": warps, **constants}
         return Launch(
             kernel,
             (*grid, 1, 1)[:3],
             {**self._record, **arguments},
-            {n: v for n, v in (common | constants).items() if n in kernel.arg_names},
+            {n: v for n, v in constants.items() if n in kernel.arg_names},
             *(warps, stages, descriptors, resident, registers),
         )
 
@@ -499,6 +499,27 @@ class Call:
         self, kernel: Any, grid: Sequence[int], constants: dict[str, Any], **rest: Any
     ) -> None:
         self.steps.launch(self.make(kernel, grid, constants, **rest))
+
+    def launch_split(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        constants: dict[str, Any],
+        out: Operand,
+        bias: Buffer | None,
+        **rest: Any,
+    ) -> None:
+        """Launch a kernel that writes a result plus a bias; or, in several splits, which are the
+        last axis of the grid, sums in parts, which are added up then."""
+        parts = self.room_for_parts(grid[-1], out)
+        constants = dict(LAST=out.last, **constants)
+        rest |= dict(bias=bias, out=out.buffer, parts=parts, splits=grid[-1])
+        self.launch(kernel, grid, constants, **rest)
+        self.reduce(parts, out, bias)
+
+    def room_for_parts(self, splits: int, out: Operand) -> Buffer:
+        shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
+        return self.plan.scratch(*shape, dtype=torch.float32)
 
     def tiles(self, operation: str, channels: int) -> tiles.Tiles:
         return tiles.find(self.architecture, operation, self.dtype.itemsize, channels)

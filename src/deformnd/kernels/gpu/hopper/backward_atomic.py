@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from .. import sampling
 from ..layout import Call, Operand, Order
-from ..runtime import Buffer, Descriptor
+from ..runtime import Buffer
 from ..variants import Variant
 from . import common
 
@@ -235,7 +235,6 @@ def write(
         ROWS=gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0]),
     )
     by_position = by_offset is not None or by_mask is not None
-    layout = common.shared_layout(block_o, block_c, call.dtype)
     if by_image is not None:
         call.zero(by_image)
     call.launch(
@@ -244,7 +243,7 @@ def write(
         **dict(points=call.rows(points), weight=call.weight(Order.ACCUMULATOR)),
         **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
         **dict(tiles=tiles, splits=splits, warps=warps),
-        descriptors={"weight": Descriptor((block_o, block_c), layout)},
+        descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
     )
 
 

@@ -31,9 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import sampling
-from ..backward_sorted import launch, tiles_of
+from ..backward_sorted import arguments_of, tiles_of
 from ..layout import Call, Operand, Order
-from ..runtime import Buffer, Descriptor
+from ..runtime import Buffer
 from ..variants import Variant
 from . import common
 
@@ -44,9 +44,9 @@ OUTPUTS = gl.constexpr(64)  # of a step
 SMALL = gl.constexpr(common.mma_layout(64, 4))  # layout of its first product
 
 
-# What the warp groups of a program are told: the kernel's arguments, and what to do of it. Its first
-# tile is `tile`, of `tiles` in an image; of the taps of all sample groups it takes those from `first`
-# on, before `last`. rings: (rows of each tile, blends of each tile, weights); bars: those of them.
+# What the warp groups of a program are told: the kernel's arguments, and what to do. Its first tile
+# is `tile`, of `tiles` in an image; its taps, of those of all sample groups, begin with `first` and
+# end before `last`. rings: (rows of each tile, blends of each tile, weights); bars: their barriers.
 Work = namedtuple(
     "Work",
     "points weight offset mask bias lists entries out parts g number splits "
@@ -400,25 +400,20 @@ def write(
     tiles = call.tiles("backward_sorted_hopper", block_c)
     # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
     listed = min(128, max(32, triton.next_power_of_2(100 // math.prod(n.stride))))
-    rows, *rings = tiles.rings
-    rings = [max(rows, block_c // listed), *rings]  # the result goes to the place of the rows
-    programs, blocks = n.batch * triton.cdiv(tiles_of(call)[1], tiles.tiles), n.channels // block_c
+    rows, *others = tiles.rings
+    rings = (max(rows, block_c // listed), *others)  # the result goes to the place of the rows
+    tile, count = tiles_of(call)
+    programs, blocks = n.batch * triton.cdiv(count, tiles.tiles), n.channels // block_c
     at_once = tiles.resident * call.multiprocessors
     splits = max(1, min(n.sample_groups * n.taps, at_once // (programs * blocks)))
     threads = tiles.resident * 128 * (1 + tiles.tiles)
-    launch(
-        *(call, backward_sorted_hopper, (programs, blocks, splits)),
-        dict(
-            **dict(BLOCK_C=block_c, LISTED=listed, TILES=tiles.tiles, RINGS=tuple(rings)),
-            **dict(MMA=common.mma_layout(block_c, 4), REGISTERS=tiles.registers),
-            num_warps=tiles.warps,
-        ),
-        *(points, bias, out, lists),
-        weight=call.weight(Order.BY_GROUP),
-        descriptors={
-            "weight": Descriptor((64, block_c), common.shared_layout(64, block_c, call.dtype))
-        },
-        warps=tiles.warps,
+    constants = dict(TILE=tile, BLOCK_C=block_c, LISTED=listed, TILES=tiles.tiles)
+    constants |= dict(MMA=common.mma_layout(block_c, 4), RINGS=rings, REGISTERS=tiles.registers)
+    call.launch_split(
+        *(backward_sorted_hopper, (programs, blocks, splits), constants, out, bias),
+        **arguments_of(call, points, lists),
+        **dict(weight=call.weight(Order.BY_GROUP), warps=tiles.warps),
+        descriptors={"weight": common.block(64, block_c, dtype=call.dtype)},
         # Of the 65536 of a multiprocessor.
         registers=65536 // threads // 8 * 8 if tiles.resident > 1 else 0,
     )

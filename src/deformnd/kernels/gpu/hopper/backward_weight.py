@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from .. import sampling
 from ..layout import Call, Operand
-from ..runtime import Buffer, Descriptor
+from ..runtime import Buffer
 from ..tiles import POSITION_TILES
 from ..variants import Variant
 from . import common, tables
@@ -183,14 +183,13 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     tiles = call.tiles(operation, math.gcd(256, n.outputs))
     block_o = math.gcd(tiles.block_o, n.outputs)
     programs = n.taps * (n.channels // tiles.block_c) * (n.outputs // block_o)
-    kind = gl.float16 if call.dtype == torch.float16 else gl.bfloat16
     rows = call.parts(points) if bf16x3 else call.rows(points)
     across = tiles.warps // 4
     mma = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, across], instr_shape=[16, block_o // across, 16]
     )
     constants = dict(BLOCK_O=block_o, BLOCK_C=tiles.block_c, STAGES=tiles.stages, MMA=mma)
-    constants |= dict(LISTED=tiles.warps // 2, num_warps=tiles.warps)  # a sample to every lane
+    constants |= dict(LISTED=tiles.warps // 2)  # a sample to every lane
 
     def count(size: tuple[int, ...], tile: tuple[int, ...]) -> int:
         return math.prod(triton.cdiv(s, t) for s, t in zip(size, tile, strict=True))
@@ -200,23 +199,20 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     flat = ((n.positions,), (64,))
     taken = near if count(*near) <= 1.1 * count(*flat) else flat
     splits = _splits(call, programs, n.batch * count(*taken), call.multiprocessors * tiles.resident)
-    with call.frame():
-        parts = call.plan.scratch(splits, n.taps, n.channels, n.outputs, dtype=torch.float32)
-        for size, tile in dict.fromkeys((near, flat)):
-            block = (1, *tile, block_o)
-            layout = gl.NVMMASharedLayout.get_default_for(list(block), kind)
-            shape = (n.batch * (2 if bf16x3 else 1), *size, n.outputs)
-            launch = call.make(
-                *(backward_weight_hopper, (programs, splits), dict(TILE=tile, **constants)),
-                descriptors={"points": Descriptor(block, layout)},
-                warps=tiles.warps,
-                # Of the 65536 of a multiprocessor.
-                registers=min(255, 65536 // (32 * tiles.warps * tiles.resident) // 8 * 8),
-                **dict(image=call.image(image), points=rows._replace(shape=shape)),
-                **dict(parts=parts, splits=splits),
-            )
-            call.steps.launch(launch, (size, tile) == taken)
-        call.reduce_weight(parts, out)
+    parts = call.plan.scratch(splits, n.taps, n.channels, n.outputs, dtype=torch.float32)
+    for size, tile in dict.fromkeys((near, flat)):
+        shape = (n.batch * (2 if bf16x3 else 1), *size, n.outputs)
+        launch = call.make(
+            *(backward_weight_hopper, (programs, splits), dict(TILE=tile, **constants)),
+            descriptors={"points": common.block(1, *tile, block_o, dtype=call.dtype)},
+            warps=tiles.warps,
+            # Of the 65536 of a multiprocessor.
+            registers=min(255, 65536 // (32 * tiles.warps * tiles.resident) // 8 * 8),
+            **dict(image=call.image(image), points=rows._replace(shape=shape)),
+            **dict(parts=parts, splits=splits),
+        )
+        call.steps.launch(launch, (size, tile) == taken)
+    call.reduce_weight(parts, out)
 
 
 def _splits(call: Call, programs: int, tiles: int, at_once: int) -> int:

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..layout import Call
+from ..runtime import Descriptor
 
 # Triton 3.6's names, and those of later versions.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -164,10 +165,10 @@ def mma_layout(columns: int, warps: int) -> Any:
     )
 
 
-def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
-    """Of a block of a factor, which is bfloat16 where float32 numbers are written as parts."""
+def block(*shape: int, dtype: torch.dtype) -> Descriptor:
+    """Of a factor, which is bfloat16 where float32 numbers are written as parts."""
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+    return Descriptor(shape, gl.NVMMASharedLayout.get_default_for(list(shape), kind))
 
 
 def rows_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from .. import sampling
 from ..layout import Call, Operand
-from ..runtime import Buffer, Descriptor
+from ..runtime import Buffer
 from ..variants import Variant
 from . import common, tables
 
@@ -67,10 +66,12 @@ def next_block(tap, c0, taps, BLOCK: gl.constexpr):
 def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr):
     """Store a tile of a result or of a part of it."""
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
-    if LAST or g.point[len(g.point) - 1] % 2 != 0:
+    if LAST:
         common.store_points(out, acc, p, o, inside, g, LAST, 1)
-    else:
+    elif g.point[len(g.point) - 1] % 2 == 0:
         common.store_points(out, acc, p, o, inside, g, LAST, 2)
+    else:
+        common.store_points(out, acc, p, o, inside, g, LAST, 1)
 
 
 @gluon.jit
@@ -204,22 +205,15 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
         # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
         at_once, steps = 2 * call.multiprocessors, n.taps * n.channels // block_c
         splits = max(1, min(n.taps, at_once // programs, steps // 8))
-    constants = dict(LAST=out.last, BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
-    constants |= dict(MMA=common.mma_layout(block_o, tiles.warps), num_warps=tiles.warps)
-    constants |= dict(ONCE=n.taps <= 2 * PAIRS.value)
-    layout = common.shared_layout(block_o, block_c, call.dtype)
-    shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
-    with call.frame():
-        parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            *(forward_hopper, (programs, splits)),
-            dict(**constants, STORED=_stored_layout(block_o, rank, out.last)),
-            descriptors={"weight": Descriptor((block_o, block_c), layout)},
-            **dict(warps=tiles.warps, resident=tiles.resident, registers=tiles.registers),
-            **dict(image=call.image(image), weight=call.weight(), bias=bias),
-            **dict(out=out.buffer, parts=parts, splits=splits),
-        )
-        call.reduce(parts, out, bias)
+    constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
+    constants |= dict(ONCE=n.taps <= 2 * PAIRS.value, MMA=common.mma_layout(block_o, tiles.warps))
+    constants |= dict(STORED=_stored_layout(block_o, rank, out.last))
+    call.launch_split(
+        *(forward_hopper, (programs, splits), constants, out, bias),
+        **dict(image=call.image(image), weight=call.weight()),
+        descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
+        **dict(warps=tiles.warps, resident=tiles.resident, registers=tiles.registers),
+    )
 
 
 VARIANT = Variant("forward_hopper", common.takes_wide, write)

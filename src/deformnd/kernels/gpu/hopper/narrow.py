@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from .. import sampling
 from ..layout import Call, Operand, Order
-from ..runtime import Buffer, Descriptor
+from ..runtime import Buffer
 from ..tiles import Tiles
 from ..variants import Variant
 from . import common
@@ -496,21 +496,18 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
         if out.last
         else gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p], [0, 1]),
     )
-    layout = common.shared_layout(block_o, block_c, call.dtype)
-    with call.frame():
-        shape = out.buffer.shape if splits > 1 else (1,)
-        parts = call.plan.scratch(splits, *shape, dtype=torch.float32)
-        for vector in (1, 2):  # widths may be odd or even; the one that is not is loaded only
-            launch = call.make(
-                *(forward_narrow_hopper, (programs, splits), dict(VECTOR_P=vector, **constants)),
-                **dict(image=call.image(image), weight=call.weight(Order.OPERAND, run), bias=bias),
-                **dict(out=out.buffer, parts=parts, tiles=tiles, blocks=blocks, splits=splits),
-                warps=row.warps,
-                registers=row.registers if run == 4 and rank < 3 else 0,  # others spill
-                descriptors={"weight": Descriptor((block_o, block_c), layout)},
-            )
-            call.steps.launch(launch, vector == math.gcd(2, n.point[-1]))
-        call.reduce(parts, out, bias)
+    parts = call.room_for_parts(splits, out)
+    for vector in (1, 2):  # widths may be odd or even; the one that is not is loaded only
+        launch = call.make(
+            *(forward_narrow_hopper, (programs, splits), dict(VECTOR_P=vector, **constants)),
+            **dict(image=call.image(image), weight=call.weight(Order.OPERAND, run), bias=bias),
+            **dict(out=out.buffer, parts=parts, tiles=tiles, blocks=blocks, splits=splits),
+            warps=row.warps,
+            registers=row.registers if run == 4 and rank < 3 else 0,  # others spill
+            descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
+        )
+        call.steps.launch(launch, vector == math.gcd(2, n.point[-1]))
+    call.reduce(parts, out, bias)
 
 
 def takes_backward(call: Call) -> bool:
@@ -549,28 +546,25 @@ def write_backward(
     )
     rows = call.parts(points) if call.precision == "bf16x3" else call.rows(points)
     rows = rows._replace(shape=(math.prod(rows.shape) // n.outputs, n.outputs))
-    layout = common.shared_layout(block_p, n.outputs, call.dtype)
-    with call.frame():
-        added, parts, second = by_image, None, (length // 4 | 1) * 4  # as add_corners has it
-        if by_image is not None:
-            if twice:
-                added = call.plan.scratch(length + second, dtype=torch.float32)
-            call.zero(added)
-        if by_weight is not None:
-            shape = (splits, n.taps, n.channels, n.outputs)
-            parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            *(backward_narrow_hopper, (programs, splits), constants),
-            **dict(image=call.image(image), points=rows),
-            weight=call.weight(Order.ACCUMULATOR, run),
-            **dict(grad_image=added, grad_offset=by_offset, grad_mask=by_mask, grad_weight=parts),
-            **dict(down=down, across=across, splits=splits, warps=row.warps),
-            descriptors={"points": Descriptor((block_p, n.outputs), layout)},
-        )
-        if by_image is not None and twice:
-            call.reduce_flat(added, 2, by_image, second)
-        if by_weight is not None:
-            call.reduce_weight(parts, by_weight)
+    added, parts, second = by_image, None, (length // 4 | 1) * 4  # as add_corners has it
+    if by_image is not None:
+        if twice:
+            added = call.plan.scratch(length + second, dtype=torch.float32)
+        call.zero(added)
+    if by_weight is not None:
+        shape = (splits, n.taps, n.channels, n.outputs)
+        parts = call.plan.scratch(*shape, dtype=torch.float32)
+    call.launch(
+        *(backward_narrow_hopper, (programs, splits), constants),
+        **dict(image=call.image(image), points=rows, weight=call.weight(Order.ACCUMULATOR, run)),
+        **dict(grad_image=added, grad_offset=by_offset, grad_mask=by_mask, grad_weight=parts),
+        **dict(down=down, across=across, splits=splits, warps=row.warps),
+        descriptors={"points": common.block(block_p, n.outputs, dtype=call.dtype)},
+    )
+    if by_image is not None and twice:
+        call.reduce_flat(added, 2, by_image, second)
+    if by_weight is not None:
+        call.reduce_weight(parts, by_weight)
 
 
 FORWARD = Variant("forward_narrow_hopper", takes, write_forward)
