@@ -152,11 +152,8 @@ def _copy_tile(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: 
         place = tl.multiple_of(j.to(tl.int64) * n.from_row, VECTOR_P)[None, :] + p[:, None]
     value = tl.load(source + place, mask=inside, other=0.0)
     if bias is not None:
-        value = value.to(tl.float32)
-        inside_c = j < n.channels
-        value += tl.load(bias + s * n.channels + j, mask=inside_c, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        added = tl.load(bias + s * n.channels + j, mask=j < n.channels, other=0.0)
+        value = value.to(tl.float32) + added.to(tl.float32)[None, :]
     inside = (p < pixels)[:, None] & (j < n.padded)[None, :]
     if TO_LAST:
         place = tl.multiple_of(p.to(tl.int64) * n.to_row, TO_C)[:, None] + j[None, :]
@@ -459,7 +456,7 @@ class Call:
         self.offset, self.mask = offset, mask
         self.sizes = sizes_of(g)
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
-        self.device, self.costs = tiles.device_of(self.plan.device), tiles.COSTS
+        self.device = tiles.device_of(self.plan.device)
         self.architecture, self.multiprocessors, _ = self.device
         self.given_weight = weight
         self.dtype = weight.buffer.dtype
@@ -643,9 +640,8 @@ class Call:
             math.gcd(16, channels, *strides) if source.last else 1,
             math.gcd(16, written, *to) if out.last else 1,
         )
-        sizes = _CopySizes(
-            blocks * groups * across * batch, *count, *strides, *to, blocks, across
-        )  # fmt: skip
+        programs = blocks * groups * across * batch
+        sizes = _CopySizes(programs, *count, *strides, *to, blocks, across)
         parts = out.buffer.dtype != source.buffer.dtype == self.dtype == torch.float32
         kind = (COPY.value, source.last, out.last, *vectors, block_p, block_c, parts)
         self.steps.first(kind, source.buffer, out.buffer, *([] if bias is None else [bias]), sizes)

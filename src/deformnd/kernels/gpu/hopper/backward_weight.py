@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from .. import sampling
 from ..layout import Call, Operand
 from ..runtime import Buffer
-from ..tiles import POSITION_TILES
+from ..tiles import BANDWIDTH, POSITION_TILES, TILE_US
 from ..variants import Variant
 from . import common, tables
 
@@ -113,10 +113,8 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     lane = gl.arange(0, LISTED * 64, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     ahead = lane // 64
     lane = lane % 64
-    starts, given, inside, before = read_tile(
-        offset, mask, first + ahead, last, tap, lane, g, across, TILE
-    )
-    tables.tabulate(samples, 0, starts, given, inside, before, g)
+    known = read_tile(offset, mask, first + ahead, last, tap, lane, g, across, TILE)
+    tables.tabulate(samples, 0, known, g)
     idle = held.index((STAGES - 1) * count).reshape([64, BLOCK_O])
     common.fill(columns[0].index(1), num_warps)
     common.fill(idle, num_warps)
@@ -131,9 +129,7 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
         refill = i % LISTED == 0
         if refill:
             tile = first + i + LISTED + ahead
-            starts, given, inside, before = read_tile(
-                offset, mask, tile, last, tap, lane, g, across, TILE
-            )
+            known = read_tile(offset, mask, tile, last, tap, lane, g, across, TILE)
         mixed = tables.mix(values, samples, i % (2 * LISTED), COLUMNS)
         tables.store_columns(columns, i % 2, mixed)
         # The tables reach one tile on at least; what they have past the last one is not used.
@@ -158,7 +154,7 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
             y = y + (held.index(stage * count + part).reshape([64, BLOCK_O]),)
         result = common.multiply(x, y, result, PRECISION == "native")
         if refill:
-            tables.tabulate(samples, (i // LISTED + 1) % 2, starts, given, inside, before, g)
+            tables.tabulate(samples, (i // LISTED + 1) % 2, known, g)
     acc += warpgroup_mma_wait(0, deps=[result])
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
@@ -221,10 +217,8 @@ def _splits(call: Call, programs: int, tiles: int, at_once: int) -> int:
     size = 8 * call.sizes.weights
 
     def cost(splits: int) -> float:
-        waves = triton.cdiv(programs * splits, at_once)
-        turns = triton.cdiv(tiles, splits) + 3
-        time: float = waves * turns * call.costs.tile_us + splits * size / call.costs.bandwidth
-        return time
+        waves, turns = triton.cdiv(programs * splits, at_once), triton.cdiv(tiles, splits) + 3
+        return float(waves * turns * TILE_US + splits * size / BANDWIDTH)
 
     return min(range(1, min(tiles, 4 * at_once // programs + 1) + 1), key=cost)
 

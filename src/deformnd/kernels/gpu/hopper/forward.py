@@ -129,13 +129,14 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
             common.bring(weight, row, new_c0, rows, held, bars, (done + s) % STAGES, s < steps,
                          PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
-        given = ()
+        known = ()
         for j in gl.static_range(PAIRS):
             tap = start + gl.minimum(2 * j + lane // 64, taps - 1)
             starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
-            given = given + ((starts, sampling.read(offset, mask, b, 0, tap, p, inside, g)),)
+            read = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+            known = known + ((starts, read, inside, 0),)
         for j in gl.static_range(PAIRS):
-            tables.tabulate(samples, j, given[j][0], given[j][1], inside, 0, g)
+            tables.tabulate(samples, j, known[j], g)
         common.barrier()
         values = tables.fetch(image, samples, 0, 0, pitch, g, COLUMNS)
         tap = 0

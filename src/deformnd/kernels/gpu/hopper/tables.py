@@ -99,9 +99,10 @@ def put(table, i, x):
 
 
 @gluon.jit
-def tabulate(tables, i, starts, given, inside, before, g):
-    """Store samples at `starts` (sampling.py, starts_of) plus the offsets in `given` (read) as the
-    i-th so many of the tables; `before` pixels come before those of their images."""
+def tabulate(tables, i, known, g):
+    """Store samples as the i-th so many of the tables. Known of them is where they start and what
+    they read (sampling.py), whether there are such, and the pixels before those of their images."""
+    starts, given, inside, before = known
     rank: gl.constexpr = len(g.image)
     axes, valid = sampling.cell_of(given[0], starts, inside, g)
     amplitude = sampling.amplitude_of(given[1], valid)
