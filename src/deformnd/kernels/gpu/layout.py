@@ -94,7 +94,7 @@ def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
         place = (from_o * n.group_in + from_c) * n.taps + tap
     value = tl.load(weight + place, mask=real, other=0.0)
     if ORDER == 3:
-        value = tl.where(c // n.group == s, value, 0.0)
+        value = tl.where((c >= s * n.group) & (c < (s + 1) * n.group), value, 0.0)
         out += s * n.weights
     to = (tap * n.outputs + o) * n.columns + column
     if BF16X3:
@@ -168,7 +168,7 @@ def _copy_tile(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: 
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-_SumSizes = namedtuple("_SumSizes", "programs batch positions outputs tiles blocks splits")
+_SumSizes = namedtuple("_SumSizes", "programs batch positions outputs blocks splits")
 _ZeroSizes = namedtuple("_ZeroSizes", "programs count")
 ZEROS = 4096  # that a program writes
 SUM, COPY, PACK, ZERO = map(tl.constexpr, range(4))  # kinds of jobs
@@ -180,30 +180,33 @@ def _sum(program, source, out, parts, n, LAST: tl.constexpr,
     """Sums of points [B, O, P] or [B, P, O] (LAST) over all but O; several splits write their own
     to parts [splits, O]. Programs: blocks of O x splits."""
     o = program % n.blocks * BLOCK_O + tl.arange(0, BLOCK_O)
-    split = (program // n.blocks).to(tl.int64)
-    total = n.batch * n.tiles
-    first = (split * total // n.splits).to(tl.int32)
-    stop = ((split + 1) * total // n.splits).to(tl.int32)
-    if n.positions % 8 == 0:
-        result = _sum_tiles(source, first, stop, o, n, LAST, 8, BLOCK_P, BLOCK_O)
+    split = program // n.blocks
+    if LAST:
+        result = _sum_tiles(source, split, o, n, LAST, 1, BLOCK_P, BLOCK_O)
+    elif n.positions % 8 == 0:
+        result = _sum_tiles(source, split, o, n, LAST, 8, BLOCK_P, BLOCK_O)
     else:
-        result = _sum_tiles(source, first, stop, o, n, LAST, 1, BLOCK_P, BLOCK_O)
+        result = _sum_tiles(source, split, o, n, LAST, 1, BLOCK_P // 4, BLOCK_O)
     if n.splits > 1:
-        tl.store(parts + split * n.outputs + o, result, mask=o < n.outputs)
+        tl.store(parts + split.to(tl.int64) * n.outputs + o, result, mask=o < n.outputs)
     else:
         tl.store(out + o, result.to(out.dtype.element_ty), mask=o < n.outputs)
 
 
 @triton.jit
-def _sum_tiles(source, first, stop, o, n, LAST: tl.constexpr, VECTOR_P: tl.constexpr,
+def _sum_tiles(source, split, o, n, LAST: tl.constexpr, VECTOR_P: tl.constexpr,
                BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
     positions = n.positions // VECTOR_P * VECTOR_P  # so that the compiler knows
+    tiles = (positions + BLOCK_P - 1) // BLOCK_P
+    total = (n.batch * tiles).to(tl.int64)
+    first = (split * total // n.splits).to(tl.int32)
+    stop = ((split + 1) * total // n.splits).to(tl.int32)
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for next in range(first, stop, 4):
         for i in tl.static_range(4):  # whose loads do not wait for each other
             t = next + i
-            b = (t // n.tiles).to(tl.int64)
-            p = (t % n.tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+            b = (t // tiles).to(tl.int64)
+            p = (t % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
             here = (p < positions)[:, None] & (o < n.outputs)[None, :] & (t < stop)
             if LAST:
                 place = ((b * positions + p) * n.outputs)[:, None] + o[None, :]
@@ -683,12 +686,12 @@ class Call:
         batch, channels, *size = source.buffer.shape
         positions = math.prod(size)
         block_o = fit(channels, 64, least=1) if source.last else 1
-        block_p = 2048 // block_o
+        block_p = 1024 // block_o
         count, blocks = triton.cdiv(positions, block_p), triton.cdiv(channels, block_o)
         at_once = 8 * self.multiprocessors
         # A short sum is not worth another kernel.
         splits = max(1, min(batch * count * block_p * block_o >> 15, at_once // blocks))
-        sizes = _SumSizes(blocks * splits, batch, positions, channels, count, blocks, splits)
+        sizes = _SumSizes(blocks * splits, batch, positions, channels, blocks, splits)
         parts = self.plan.scratch(splits, channels, dtype=torch.float32)
         kind = (SUM.value, source.last, block_p, block_o)
         self.steps.first(kind, source.buffer, out, parts, sizes)

@@ -163,6 +163,10 @@ def _gradients(
             call.image(image)
         if not wants_parts and (by_position or grad_weight is not None or by_atomics is not None):
             call.rows(points)
+        if narrow is None and (by_position or by_atomics is not None):
+            # Here, so that all weights are packed at once.
+            atomic = variants.choose(ATOMIC, call)
+            call.weight(atomic.order if atomic else Order.PLAIN)
         if narrow is not None:
             args = (image, points, by_atomics, grad_offset, grad_mask, grad_weight)
             _atomic_like(call, hopper.BACKWARD_NARROW, *args)

@@ -247,4 +247,4 @@ def write(
     )
 
 
-VARIANT = Variant("backward_atomic_hopper", takes, write)
+VARIANT = Variant("backward_atomic_hopper", takes, write, order=Order.ACCUMULATOR)
