@@ -102,14 +102,14 @@ MUTATIONS = (
     Mutation(
         "partial weights lie one output apart",
         "layout.py",
-        "place = ((k % taps * group_in + k // taps) * outputs)[:, None] + o[None, :]",
-        "place = ((k % taps * group_in + k // taps) * (outputs - 1))[:, None] + o[None, :]",
+        "place = ((k % taps * group_in + k // taps) * padded_outputs)[:, None] + o[None, :]",
+        "place = ((k % taps * group_in + k // taps) * outputs + 1)[:, None] + o[None, :]",
     ),
     Mutation(
-        "the stride of a batch item's points is that of one position more",
+        "a batch item of points is twice as far from the first",
         "columns.py",
-        "place = ((b.to(tl.int64) * g.positions + p) * g.points_row)[:, None] + o[None, :]",
-        "place = ((b.to(tl.int64) * (g.positions + 1) + p) * g.points_row)[:, None] + o[None, :]",
+        "place = ((b.to(tl.int64) * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]",
+        "place = (((b + b).to(tl.int64) * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]",
     ),
 )
 

@@ -165,13 +165,13 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
     c_in = c < g.group_channels
     o_first = 0
     o_last = g.outputs
-    o_read = g.points_row  # rows end in zeros, so that loads end at a multiple of eight
+    o_read = g.padded_outputs  # rows end in zeros, so that loads end at a multiple of eight
     if GROUPED:
         last = s * g.group_channels + tl.minimum(c0 + BLOCK_C, g.group_channels)
         o_first, o_last = columns.met(s * g.group_channels + c0, last, g.group_in, g.group_out)
         o_read = o_last
     item = b.to(tl.int64)
-    points += item * g.positions * g.points_row
+    points += item * g.positions * g.padded_outputs
     owner = (item * (g.sample_groups // g.per_offset) + s // g.per_offset) * g.taps
     acc = tl.zeros((64, BLOCK_C), tl.float32)
     for tap in range(split * g.taps // splits, (split + 1) * g.taps // splits):
@@ -201,7 +201,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
             for o0 in range(o_first, o_last, BLOCK_O):
                 o = o0 + tl.arange(0, BLOCK_O)
                 x = tl.load(
-                    points + (p.to(INDEX) * g.points_row)[:, None] + o[None, :],
+                    points + (p.to(INDEX) * g.padded_outputs)[:, None] + o[None, :],
                     mask=listed[:, None] & (o < o_read)[None, :],
                     other=0.0,
                 )

@@ -63,7 +63,7 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
     if GROUPED:
         row = row - (o // g.group_out * g.group_in)[:, None]
         keep = keep & (row >= 0) & (row < g.group_in)
-    row = ((split * g.taps + k) * g.group_in + row) * g.outputs
+    row = ((split * g.taps + k) * g.group_in + row) * g.padded_outputs
     tl.store(parts + (row + o[:, None]), acc, mask=keep)
 
 
@@ -85,7 +85,7 @@ def write(
     programs = triton.cdiv(sizes.taps, constants["TAPS"]) * blocks
     total = triton.cdiv(sizes.positions, tiles.block_p)
     splits = max(1, min(sizes.batch * total, 4 * call.multiprocessors // (programs * across)))
-    shape = (splits, sizes.taps, sizes.group_in, sizes.outputs)
+    shape = (splits, sizes.taps, sizes.group_in, sizes.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     call.launch(
         *(backward_weight, (programs, across, splits), dict(BLOCK_O=block_o, **constants)),

@@ -148,11 +148,11 @@ def read_weight(weight, o, o_in, s0, c0, tap, stop, g,
     if GROUPED:
         column = column - (o // g.group_out * g.group_in)[:, None]
         inside = inside & (column >= 0) & (column < g.group_in)
-    place = (k * g.outputs + o[:, None]) * g.columns + column
+    place = (k * g.padded_outputs + o[:, None]) * g.columns + column
     head = tl.load(weight + place, mask=inside, other=0.0)
     if PRECISION == "bf16x3":
         # Not g.weights, of which the compiler would not know that it is divisible.
-        tails = weight + g.taps * g.outputs * g.columns
+        tails = weight + g.taps * g.padded_outputs * g.columns
         return (head, tl.load(tails + place, mask=inside, other=0.0))
     else:
         return (head,)
@@ -161,8 +161,10 @@ def read_weight(weight, o, o_in, s0, c0, tap, stop, g,
 @triton.jit
 def read_points(points, b, p, inside, o, g):
     """Rows of points [BLOCK_P, BLOCK_O]; after the last channel they hold zeros."""
-    place = ((b.to(tl.int64) * g.positions + p) * g.points_row)[:, None] + o[None, :]
-    return tl.load(points + place, mask=inside[:, None] & (o < g.points_row)[None, :], other=0.0)
+    place = ((b.to(tl.int64) * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]
+    return tl.load(
+        points + place, mask=inside[:, None] & (o < g.padded_outputs)[None, :], other=0.0
+    )
 
 
 @triton.jit

@@ -12,7 +12,7 @@ channels in a row, so images are copied, padded with zeros where their channels 
                                                   of a cell on the last axis are neighbours.
 
 All have one form: element (b, s, pixel, c) lies at b * item + s * plane + pixel * row + c. Points
-are read as rows [B, positions, points_row]. A weight is packed as [taps, outputs, columns], in
+are read as rows [B, positions, padded_outputs]. A weight is packed as [taps, outputs, columns], in
 "bf16x3" twice, heads and then tails (sampling.py, Note [precision]).
 """
 
@@ -60,10 +60,11 @@ def operand_order(i, RUN: tl.constexpr):
 
 
 # channels and padded: of a sample group, and as they lie in a row; both group_in where rows are not
-# padded. group: channels of a sample group, for BY_GROUP. weights: elements of an array.
+# padded. group: channels of a sample group, for BY_GROUP. weights: elements of an array. Rows of
+# outputs that there are not are zeros.
 _PackSizes = namedtuple(
     "_PackSizes",
-    "programs taps outputs group_in columns channels padded group weights blocks",
+    "programs taps outputs padded_outputs group_in columns channels padded group weights blocks",
 )
 
 
@@ -71,32 +72,32 @@ _PackSizes = namedtuple(
 def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
           ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr,
           BLOCK_K: tl.constexpr):  # fmt: skip
-    """Weight [outputs, group_in, taps] (LAST: [outputs, taps, group_in]) to [taps, outputs,
+    """Weight [outputs, group_in, taps] (LAST: [outputs, taps, group_in]) to [taps, padded_outputs,
     columns], with `RUN` channels to a lane where registers hold them (Order)."""
     tap = (program % ((n.taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     row = program // ((n.taps + BLOCK_K - 1) // BLOCK_K)
-    o = row // n.blocks % n.outputs
-    s = row // n.blocks // n.outputs
+    o = row // n.blocks % n.padded_outputs
+    s = row // n.blocks // n.padded_outputs
     column = (row % n.blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     inside = (column < n.columns) & (tap < n.taps)
-    c = column // n.padded * n.channels + column % n.padded
-    real = inside & (column % n.padded < n.channels)
     from_o = o
-    from_c = c
+    from_c = column
     if ORDER == 1:
         from_o = accumulator_order(o, 8)
-        from_c = operand_order(c, RUN)
+        from_c = operand_order(column, RUN)
     if ORDER == 2:
-        from_c = accumulator_order(c, RUN)
+        from_c = accumulator_order(column, RUN)
+    real = inside & (from_c % n.padded < n.channels) & (from_o < n.outputs)
+    c = from_c // n.padded * n.channels + from_c % n.padded
     if LAST:
-        place = (from_o * n.taps + tap) * n.group_in + from_c
+        place = (from_o * n.taps + tap) * n.group_in + c
     else:
-        place = (from_o * n.group_in + from_c) * n.taps + tap
+        place = (from_o * n.group_in + c) * n.taps + tap
     value = tl.load(weight + place, mask=real, other=0.0)
     if ORDER == 3:
         value = tl.where((c >= s * n.group) & (c < (s + 1) * n.group), value, 0.0)
         out += s * n.weights
-    to = (tap * n.outputs + o) * n.columns + column
+    to = (tap * n.padded_outputs + o) * n.columns + column
     if BF16X3:
         head = value.to(tl.bfloat16)
         tl.store(out + to, head, mask=inside)
@@ -270,9 +271,11 @@ def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.con
 
 
 @triton.jit
-def reduce_weight(parts, out, taps, group_in, outputs, splits, BLOCK_K: tl.constexpr,
-                  BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
-    """Sum partial weights [splits, taps, group_in, outputs] to a weight [outputs, group_in, taps].
+def reduce_weight(parts, out, taps, group_in, outputs, padded_outputs, splits,
+                  BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+                  TOGETHER: tl.constexpr):  # fmt: skip
+    """Sum partial weights [splits, taps, group_in, padded_outputs] to a weight [outputs, group_in,
+    taps].
 
     Reads and writes runs of memory: the tile is transposed between them. Grid: (blocks of group_in
     x taps, blocks of outputs).
@@ -281,12 +284,12 @@ def reduce_weight(parts, out, taps, group_in, outputs, splits, BLOCK_K: tl.const
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     length = group_in * taps
     inside = (k < length)[:, None] & (o < outputs)[None, :]
-    place = ((k % taps * group_in + k // taps) * outputs)[:, None] + o[None, :]
+    place = ((k % taps * group_in + k // taps) * padded_outputs)[:, None] + o[None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
     for first in range(0, splits, TOGETHER):
         for s in tl.static_range(TOGETHER):
             acc += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
-            parts += length * outputs
+            parts += length * padded_outputs
     tl.store(out + (k[:, None] + o[None, :] * length), acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -319,7 +322,7 @@ class Sizes(NamedTuple):
     item: int  # and between batch items
     columns: int  # elements of a row of the packed weight,
     weights: int  # and of all its rows
-    points_row: int  # elements between positions of the points as they are read
+    padded_outputs: int  # channels of the points as they are read, and rows of the weight of a tap
 
 
 def round_up(n: int, to: int) -> int:
@@ -327,14 +330,24 @@ def round_up(n: int, to: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes_of(g: Geometry) -> Sizes:
+def sizes_of(g: Geometry, blocks: bool) -> Sizes:
+    """blocks: some kernels take whole blocks of channels, 32 of the image's and as many of the
+    points' as make whole tiles."""
     channels = g.image_channels
     length = math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
     number = channels // length
-    padded = triton.next_power_of_2(length) if is_narrow(length, number) else round_up(length, 8)
+    if is_narrow(length, number):
+        padded = triton.next_power_of_2(length)
+    elif blocks and number == 1:
+        padded = round_up(length, 32) if length <= 32 else max(64, round_up(length, 32))
+    else:
+        padded = round_up(length, 8)
     pixels, taps = math.prod(g.image_size), math.prod(g.kernel)
     rows = padded == length and not (is_narrow(length, number) and number > 1)
     columns = number * padded if g.groups == 1 else channels // g.groups
+    outputs = round_up(g.point_channels, 8)
+    if blocks and columns % 32 == 0:
+        outputs = whole_blocks(outputs)
     return Sizes(
         *(g.image_size, g.point_size, g.kernel, g.stride, g.padding, g.dilation),
         *(g.batch, pixels, math.prod(g.point_size), taps, channels, g.point_channels),
@@ -345,9 +358,14 @@ def sizes_of(g: Geometry) -> Sizes:
         plane=padded if rows else pixels * padded,
         item=pixels * number * padded,
         columns=columns,
-        weights=taps * g.point_channels * columns,
-        points_row=round_up(g.point_channels, 8),
+        weights=taps * outputs * columns,
+        padded_outputs=outputs,
     )
+
+
+def whole_blocks(channels: int) -> int:
+    """That many, and more: so many blocks of 64, 128 or 256."""
+    return round_up(channels, min(256, max(64, int(triton.next_power_of_2(channels)))))
 
 
 def is_narrow(length: int, number: int) -> bool:
@@ -375,7 +393,7 @@ def precision_of(g: Geometry, dtype: torch.dtype) -> str:
     """See sampling.py, Note [precision]."""
     if dtype != torch.float32:
         return "native"
-    sizes = sizes_of(g)
+    sizes = sizes_of(g, False)
     # With narrow groups the gathers cost most, and Triton 3.6 cannot compile TF32 weight gradients.
     if allows_tf32() and not is_narrow(sizes.group_channels, sizes.sample_groups):
         return "tf32"
@@ -457,16 +475,23 @@ class Call:
     ) -> None:
         self.g, self.steps, self.plan, self.precision = g, steps, steps.plan, precision
         self.offset, self.mask = offset, mask
-        self.sizes = sizes_of(g)
-        self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
         self.device = tiles.device_of(self.plan.device)
         self.architecture, self.multiprocessors, _ = self.device
+        # Whether kernels are there, for all but the channels, that take whole blocks of those.
+        self.by_blocks = (
+            self.architecture in tiles.BLOCKS
+            and precision in ("native", "bf16x3")
+            and g.groups == 1
+            and g.offset_groups > 0
+        )
+        self.sizes = sizes_of(g, self.by_blocks)
+        self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
         self.given_weight = weight
         self.dtype = weight.buffer.dtype
         self.number_of_chunks = chunks
         self._made: dict[Any, Buffer] = {}
         self._lent: dict[Operand, Buffer] = {}
-        item = max(self.sizes.item, self.sizes.positions * self.sizes.points_row)
+        item = max(self.sizes.item, self.sizes.positions * self.sizes.padded_outputs)
         self._common = dict(
             PRECISION=precision, GROUPED=g.groups > 1, INDEX=tl.int32 if item < 2**31 else tl.int64
         )
@@ -557,7 +582,7 @@ class Call:
         """As Note [layouts] says."""
         n = self.sizes
         if n.row == n.channels:
-            return self.rows(image, 1)
+            return self._rows(image, n.channels)
         key = ("image", image)
         if key not in self._made:
             shape = (n.batch, n.sample_groups, n.pixels, n.padded)
@@ -565,10 +590,13 @@ class Call:
             self._copy(image, self._made[key], True)
         return self._made[key]
 
-    def rows(self, t: Operand, multiple: int = 8) -> Buffer:
-        """Channels last [B, positions, channels], rounded up to a multiple."""
+    def rows(self, points: Operand) -> Buffer:
+        """Points [B, positions, padded_outputs]."""
+        return self._rows(points, self.sizes.padded_outputs)
+
+    def _rows(self, t: Operand, padded: int) -> Buffer:
+        """Channels last, with zeros after the last one."""
         batch, channels, *size = t.buffer.shape
-        padded = round_up(channels, multiple)
         if t.last and padded == channels:
             return t.buffer
         key = ("rows", t, padded)
@@ -579,11 +607,11 @@ class Call:
         return self._made[key]
 
     def parts(self, points: Operand) -> Buffer:
-        """Points as bfloat16 heads and tails of rows [2 x B x P, O]."""
+        """Points as bfloat16 heads and tails of rows [2 x B x P, padded_outputs]."""
         key = ("parts", points)
         if key not in self._made:
-            batch, channels, *size = points.buffer.shape
-            shape = (2 * batch * math.prod(size), channels)
+            n = self.sizes
+            shape = (2 * n.batch * n.positions, n.padded_outputs)
             self._made[key] = self._room(points, torch.bfloat16, *shape)
             self._copy_rows(points, self._made[key])
         return self._made[key]
@@ -661,20 +689,21 @@ class Call:
         n, weight, bf16x3 = self.sizes, self.given_weight, self.precision == "bf16x3"
         columns, arrays, lengths = n.columns, 1, (n.group_channels, n.padded)
         if order == Order.BY_GROUP:
-            columns, arrays = n.channels, n.sample_groups
+            columns, arrays = whole_blocks(n.channels), n.sample_groups
         if order == Order.BY_GROUP or self.g.groups > 1:
-            lengths = (columns, columns)
-        if n.taps == 1 and not bf16x3 and order == Order.PLAIN and columns == n.group_in:
+            lengths = (n.group_in, columns)
+        plain = columns == n.group_in and n.padded_outputs == n.outputs
+        if n.taps == 1 and not bf16x3 and order == Order.PLAIN and plain:
             return weight.buffer._replace(shape=(n.outputs, columns))
-        shape = ((arrays + bf16x3) * n.taps * n.outputs, columns)
+        shape = ((arrays + bf16x3) * n.taps * n.padded_outputs, columns)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if bf16x3 else weight.buffer.dtype)
         block_k = fit(n.taps, 64, least=1)
         block_c = 2048 // max(block_k, 16)
         blocks = triton.cdiv(columns, block_c)
         sizes = _PackSizes(
-            arrays * n.outputs * blocks * triton.cdiv(n.taps, block_k),
-            *(n.taps, n.outputs, n.group_in, columns, *lengths, n.group_channels),
-            *(n.taps * n.outputs * columns, blocks),
+            arrays * n.padded_outputs * blocks * triton.cdiv(n.taps, block_k),
+            *(n.taps, n.outputs, n.padded_outputs, n.group_in, columns, *lengths),
+            *(n.group_channels, n.taps * n.padded_outputs * columns, blocks),
         )
         kind = (PACK.value, weight.last, bf16x3, int(order), run, block_c, block_k)
         self.steps.first(kind, weight.buffer, out, sizes)
@@ -739,12 +768,12 @@ class Call:
         self.steps.launch(launch, runs)
 
     def reduce_weight(self, parts: Buffer, out: Buffer, runs: bool = True) -> None:
-        """Sum partial weights [splits, taps, group_in, outputs] to a weight."""
+        """Sum partial weights [splits, taps, group_in, padded_outputs] to a weight."""
         n, splits = self.sizes, parts.shape[0]
         grid = (triton.cdiv(n.group_in * n.taps, 16), triton.cdiv(n.outputs, 32))
         launch = self.make(
             *(reduce_weight, grid, dict(BLOCK_K=16, BLOCK_O=32, TOGETHER=8)),
             **dict(parts=parts, out=out, taps=n.taps, group_in=n.group_in, outputs=n.outputs),
-            **dict(splits=splits, warps=4),
+            **dict(padded_outputs=n.padded_outputs, splits=splits, warps=4),
         )
         self.steps.launch(launch, runs)

@@ -90,7 +90,7 @@ class Descriptor(NamedTuple):
 CONSTANT = frozenset(("per_offset", "per_mask"))
 DIVISIBLE = frozenset(
     "channels outputs group_in group_out group_channels padded row plane item columns "
-    "points_row weights".split()
+    "padded_outputs weights".split()
 )
 
 

@@ -119,6 +119,10 @@ TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER}
 # 4.8 TB/s at best: microseconds of a program's tile, and bytes of partial sums in a microsecond.
 TILE_US, BANDWIDTH = 1.6, 4e6
 
+# Architectures with kernels that take whole blocks of channels, and whose calls therefore pad them
+# (layout.py, sizes_of).
+BLOCKS = frozenset(("sm_90",))
+
 # Sample groups of at most so many channels are taken several at a time, a single one of half as
 # many for several taps at a time, and their image gradient goes by atomic additions.
 NARROW = 32

@@ -34,9 +34,11 @@ def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.
     block_c: gl.constexpr = held.shape[2]
     stages: gl.constexpr = bars.shape[0]
     step = number // BLOCKS
-    row = (first + step // per_tap) * g.outputs + number % BLOCKS * held.shape[1]
+    row = (first + step // per_tap) * g.padded_outputs + number % BLOCKS * held.shape[1]
     c0 = step % per_tap * block_c
-    common.bring(weight, row, c0, g.taps * g.outputs, held, bars, number % stages, pred, PRECISION)
+    common.bring(
+        weight, row, c0, g.taps * g.padded_outputs, held, bars, number % stages, pred, PRECISION
+    )
 
 
 @gluon.jit
@@ -81,10 +83,10 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     )  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, ROWS))
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, ROWS))
-    points += b.to(gl.int64) * g.positions * g.outputs
-    here = (p < g.positions)[:, None] & (o < g.outputs)[None, :]
+    points += b.to(gl.int64) * g.positions * g.padded_outputs
+    here = (p < g.positions)[:, None] & (o < g.padded_outputs)[None, :]
     for j in gl.static_range(BLOCKS):
-        source = (p * g.outputs + j * BLOCK_O)[:, None] + o[None, :]
+        source = (p * g.padded_outputs + j * BLOCK_O)[:, None] + o[None, :]
         x = sampling.parts_of(gl.load(points + source, mask=here, other=0.0), dtype, PRECISION)
         for part in gl.static_range(parts):
             tile.index(j * parts + part).store(x[part])
@@ -188,12 +190,12 @@ class Plan(NamedTuple):
 
 def plan_of(call: Call) -> Plan:
     n = call.sizes
-    row = call.tiles("backward_atomic_hopper", n.outputs)
-    block_o = min(row.block_o, n.outputs & -n.outputs)
-    blocks = n.outputs // block_o
+    row = call.tiles("backward_atomic_hopper", n.padded_outputs)
+    block_o = min(row.block_o, n.padded_outputs & -n.padded_outputs)
+    blocks = n.padded_outputs // block_o
     block_c = row.block_c if len(n.image) < 3 and n.columns % row.block_c == 0 else 32
     stages = max(row.stages, blocks + 1)
-    size = row.block_p * n.outputs + stages * block_o * block_c
+    size = row.block_p * n.padded_outputs + stages * block_o * block_c
     # A multiprocessor keeps 1024 bytes for itself beside those of a program.
     shared = 2 * common.parts_in(call.precision) * size + 1024
     return Plan(row.block_p, block_o, blocks, block_c, stages, row.warps, shared)

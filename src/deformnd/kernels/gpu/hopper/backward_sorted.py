@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .. import sampling
 from ..backward_sorted import arguments_of, tiles_of
-from ..layout import Call, Operand, Order
+from ..layout import Call, Operand, Order, whole_blocks
 from ..runtime import Buffer
 from ..variants import Variant
 from . import common
@@ -181,10 +181,10 @@ def bring_all(w, TILE: gl.constexpr):
     )
     entry: gl.constexpr = gl.SliceLayout(1, by_entry)
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    blocks = g.outputs // OUTPUTS
+    blocks = (g.outputs + OUTPUTS - 1) // OUTPUTS
     e = gl.arange(0, LISTED, layout=gl.SliceLayout(1, copies))
     o = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(0, copies))
-    points = w.points + w.b.to(gl.int64) * g.positions * g.outputs
+    points = w.points + w.b.to(gl.int64) * g.positions * g.padded_outputs
     at = (w.first, lists_of(w, w.first, w.last, TILES), lists_of(w, w.first + 1, w.last, TILES))
     listed = entries_of(w, at[1], entry, LISTED)
     given = samples_of(w, w.first, at[1], listed, entry, LISTED)
@@ -209,11 +209,11 @@ def bring_all(w, TILE: gl.constexpr):
         i += 1
         for block in range(blocks):
             stage = await_empty(weight_bars, step, WEIGHTS)
-            row = t * g.outputs + block * OUTPUTS
+            row = t * g.padded_outputs + block * OUTPUTS
             common.bring(w.weight, row, w.c0, 0, weights, weight_bars, stage, True, "native")
             stage = await_empty(row_bars, step, ROWS)
             for k in gl.static_range(TILES):
-                place = sources[k] * g.outputs + block * OUTPUTS
+                place = sources[k] * g.padded_outputs + block * OUTPUTS
                 load_rows(
                     rows[k].index(stage), points + (place[:, None] + o[None, :]),
                     mask=(e < current[k][1])[:, None] & (o >= 0)[None, :],
@@ -247,7 +247,7 @@ def put(k: gl.constexpr, w, out, x, TILE: gl.constexpr, LAST: gl.constexpr,
     else:
         place = pixel[:, None] + (c * g.pixels)[None, :]
         place = gl.max_contiguous(gl.multiple_of(place, (RUN, 1)), (RUN, 1))
-    keep = here[:, None] & (c >= 0)[None, :]
+    keep = here[:, None] & (c < g.channels)[None, :]
     gl.store(out + place, x, mask=gl.max_constancy(keep, (RUN, 1)))
 
 
@@ -269,7 +269,7 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     acc = gl.zeros([64, BLOCK_C], gl.float32, layout=MMA)
     z = gl.zeros([64, OUTPUTS], gl.float32, layout=SMALL)
-    blocks = g.outputs // OUTPUTS
+    blocks = (g.outputs + OUTPUTS - 1) // OUTPUTS
     steps = blocks * count_turns(w, LISTED, TILES)
     for step in range(steps):
         turn = step // blocks
@@ -297,7 +297,7 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
     else:
         if w.bias is not None:
             c = w.c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, MMA))
-            acc += gl.load(w.bias + c).to(gl.float32)[None, :]
+            acc += gl.load(w.bias + c, mask=c < g.channels, other=0.0).to(gl.float32)[None, :]
         common.barrier()  # all have read what the rows' place held
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
         staged = common.reinterpret(rows, dtype, [64, BLOCK_C], layout)
@@ -386,9 +386,8 @@ def takes(call: Call) -> bool:
     return (
         common.takes_any(call)
         and call.precision == "native"
-        and n.channels % 64 == 0
-        and n.sample_groups * n.taps * n.outputs * n.channels <= 2**24
-        and max(n.positions * n.outputs, n.item) < 2**31
+        and n.sample_groups * n.taps * n.padded_outputs * whole_blocks(n.channels) <= 2**24
+        and max(n.positions * n.padded_outputs, n.item) < 2**31
     )
 
 
@@ -396,14 +395,14 @@ def write(
     call: Call, points: Operand, bias: Buffer | None, out: Operand, lists: tuple[Buffer, Buffer]
 ) -> None:
     n = call.sizes
-    block_c = math.gcd(256, n.channels)
+    block_c = math.gcd(256, whole_blocks(n.channels))
     tiles = call.tiles("backward_sorted_hopper", block_c)
     # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
     listed = min(128, max(32, triton.next_power_of_2(100 // math.prod(n.stride))))
     rows, *others = tiles.rings
     rings = (max(rows, block_c // listed), *others)  # the result goes to the place of the rows
     tile, count = tiles_of(call)
-    programs, blocks = n.batch * triton.cdiv(count, tiles.tiles), n.channels // block_c
+    programs, blocks = n.batch * triton.cdiv(count, tiles.tiles), triton.cdiv(n.channels, block_c)
     at_once = tiles.resident * call.multiprocessors
     splits = max(1, min(n.sample_groups * n.taps, at_once // (programs * blocks)))
     threads = tiles.resident * 128 * (1 + tiles.tiles)

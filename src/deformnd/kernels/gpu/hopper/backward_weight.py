@@ -89,10 +89,12 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     size: gl.constexpr = 2 * count * 64 * BLOCK_O  # bytes of a tile of points
     COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
     across = sampling.tiles_across(size_of(g, TILE), TILE)
-    blocks = g.outputs // BLOCK_O
+    blocks = g.padded_outputs // BLOCK_O
     o0 = gl.program_id(0) % blocks * BLOCK_O
     tap = gl.program_id(0) // blocks % g.taps
-    c0 = gl.program_id(0) // blocks // g.taps * BLOCK_C
+    # The last block of channels ends where they do, and so may begin within the one before.
+    new = gl.program_id(0) // blocks // g.taps * BLOCK_C
+    c0 = gl.minimum(new, g.columns - BLOCK_C) // 32 * 32
     split = gl.program_id(1)
     total = g.batch * sampling.product(across)
     first = split * (total // splits) + gl.minimum(split, total % splits)
@@ -121,9 +123,11 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     result = common.product_of_zeros(columns[0].index(1).permute((1, 0)), idle, MMA)
     acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
     image = image.to(gl.pointer_type(gl.int32), bitcast=True)
-    image = image + (c0 // BLOCK_C * words + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS)))
+    image = image + (
+        c0 // 32 * (words * 32 // BLOCK_C) + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
+    )
     image = image[None, :]
-    pitch = g.row // BLOCK_C * words
+    pitch = g.row // 32 * (words * 32 // BLOCK_C)
     values = tables.fetch(image, samples, 0, 0, pitch, g, COLUMNS)
     for i in range(last - first):
         refill = i % LISTED == 0
@@ -158,8 +162,9 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     acc += warpgroup_mma_wait(0, deps=[result])
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
-    place = ((split * g.taps + tap).to(gl.int64) * g.channels + c) * g.outputs
-    gl.store(parts + (place[:, None] + o[None, :]), acc)
+    place = ((split * g.taps + tap).to(gl.int64) * g.channels + c) * g.padded_outputs
+    here = (c >= new) & (c < g.channels)
+    gl.store(parts + (place[:, None] + o[None, :]), acc, mask=here[:, None] & (o >= 0)[None, :])
 
 
 def takes(call: Call) -> bool:
@@ -167,8 +172,8 @@ def takes(call: Call) -> bool:
     pixels = n.batch * n.pixels  # which a table counts through all batch items
     return (
         common.takes_wide(call)
-        and n.channels % 64 == 0
-        and pixels * max(n.channels, 4 ** len(n.image)) < 2**31
+        and n.columns >= 64
+        and pixels * max(n.row, 4 ** len(n.image)) < 2**31
     )
 
 
@@ -176,9 +181,9 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     n, bf16x3 = call.sizes, call.precision == "bf16x3"
     rank = len(n.image)
     operation = "backward_weight_hopper 3d" if rank == 3 else "backward_weight_hopper"
-    tiles = call.tiles(operation, math.gcd(256, n.outputs))
-    block_o = math.gcd(tiles.block_o, n.outputs)
-    programs = n.taps * (n.channels // tiles.block_c) * (n.outputs // block_o)
+    tiles = call.tiles(operation, math.gcd(256, n.padded_outputs))
+    block_o = math.gcd(tiles.block_o, n.padded_outputs)
+    programs = n.taps * triton.cdiv(n.channels, tiles.block_c) * (n.padded_outputs // block_o)
     rows = call.parts(points) if bf16x3 else call.rows(points)
     across = tiles.warps // 4
     mma = gl.NVMMADistributedLayout(
@@ -195,9 +200,9 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     flat = ((n.positions,), (64,))
     taken = near if count(*near) <= 1.1 * count(*flat) else flat
     splits = _splits(call, programs, n.batch * count(*taken), call.multiprocessors * tiles.resident)
-    parts = call.plan.scratch(splits, n.taps, n.channels, n.outputs, dtype=torch.float32)
+    parts = call.plan.scratch(splits, n.taps, n.channels, n.padded_outputs, dtype=torch.float32)
     for size, tile in dict.fromkeys((near, flat)):
-        shape = (n.batch * (2 if bf16x3 else 1), *size, n.outputs)
+        shape = (n.batch * (2 if bf16x3 else 1), *size, n.padded_outputs)
         launch = call.make(
             *(backward_weight_hopper, (programs, splits), dict(TILE=tile, **constants)),
             descriptors={"points": common.block(1, *tile, block_o, dtype=call.dtype)},

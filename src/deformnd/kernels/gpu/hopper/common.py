@@ -125,24 +125,19 @@ def multiply(x, y, acc, use_acc: gl.constexpr = True):
 def store_points(out, x, p, o, inside, g, LAST: gl.constexpr, VECTOR_P: gl.constexpr):
     """Store a tile of points in one batch item, [P, O] with LAST, else [O, P]; VECTOR_P neighbours
     may be stored at once."""
+    inside = inside[:, None] & (o < g.outputs)[None, :]
     if LAST:
-        gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), x, mask=inside[:, None])
+        gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), x, mask=inside)
     else:
         # A hint holds for all uses of what it is given: nothing of this is shared with the rest.
         place = gl.multiple_of((o * g.positions)[None, :] + p[:, None], (VECTOR_P, 1))
-        here = gl.max_constancy(inside[:, None], (VECTOR_P, 1))
+        here = gl.max_constancy(inside, (VECTOR_P, 1))
         gl.store(out + gl.max_contiguous(place, (VECTOR_P, 1)), x, mask=here)
 
 
 def takes_any(call: Call) -> bool:
     """What all of the kernels need."""
-    return (
-        call.architecture == "sm_90"
-        and call.precision in ("native", "bf16x3")
-        and call.g.groups == 1
-        and call.g.offset_groups > 0
-        and call.g.point_channels % 64 == 0
-    )
+    return call.by_blocks and call.sizes.padded_outputs % 64 == 0
 
 
 def takes_wide(call: Call) -> bool:
@@ -151,8 +146,8 @@ def takes_wide(call: Call) -> bool:
     return (
         takes_any(call)
         and n.sample_groups == 1
-        and n.channels % 32 == 0
-        and max(n.item, n.positions * n.outputs) < 2**31
+        and n.columns % 32 == 0
+        and max(n.item, n.positions * n.padded_outputs) < 2**31
         and n.pixels * 4 ** len(n.image) < 2**31
         and 2 * n.batch * n.positions < 2**31
     )

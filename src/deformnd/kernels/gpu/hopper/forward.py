@@ -90,7 +90,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     words: gl.constexpr = BLOCK_C * dtype.primitive_bitwidth // 32
     COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
     tiles = (g.positions + 63) // 64
-    blocks = g.outputs // BLOCK_O
+    blocks = g.padded_outputs // BLOCK_O
     tile = gl.program_id(0) // blocks
     o0 = (gl.program_id(0) % blocks) * BLOCK_O
     b = tile // tiles
@@ -104,7 +104,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     common.fill(idle, num_warps)
     acc = common.product_of_zeros(columns[0].index(1), idle.permute((1, 0)), MMA)
 
-    rows = g.taps * g.outputs
+    rows = g.taps * g.padded_outputs
     first = gl.program_id(1) * g.taps // splits
     last = (gl.program_id(1) + 1) * g.taps // splits
     lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
@@ -121,11 +121,11 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     for chunk in range(chunks):
         start = first + chunk * (last - first) // chunks
         taps = first + (chunk + 1) * (last - first) // chunks - start
-        steps = taps * (g.channels // BLOCK_C)
+        steps = taps * (g.columns // BLOCK_C)
         new_tap = 0  # of the next block of weights to bring
         new_c0 = 0
         for s in gl.static_range(STAGES - 1):
-            row = (start + new_tap) * g.outputs + o0
+            row = (start + new_tap) * g.padded_outputs + o0
             common.bring(weight, row, new_c0, rows, held, bars, (done + s) % STAGES, s < steps,
                          PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
@@ -151,7 +151,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
             acc = warpgroup_mma_wait(0, deps=[acc])
             common.barrier()
             ahead = i + STAGES - 1
-            row = (start + new_tap) * g.outputs + o0
+            row = (start + new_tap) * g.padded_outputs + o0
             common.bring(weight, row, new_c0, rows, held, bars, (done + ahead) % STAGES,
                          ahead < steps, PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
@@ -171,7 +171,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     else:
         if bias is not None:
             here = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
-            acc += gl.load(bias + here).to(gl.float32)[None, :]
+            acc += gl.load(bias + here, mask=here < g.outputs, other=0.0).to(gl.float32)[None, :]
         deliver(out + item, acc, p, o, inside, g, LAST, STORED)
 
 
@@ -198,13 +198,13 @@ def _stored_layout(block_o: int, rank: int, last: bool) -> Any:
 def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
     n = call.sizes
     rank = len(n.image)
-    tiles = call.tiles("forward_hopper 3d" if rank == 3 else "forward_hopper", n.outputs)
-    block_o, block_c = math.gcd(tiles.block_o, n.outputs), math.gcd(tiles.block_c, n.channels)
-    programs = n.batch * triton.cdiv(n.positions, 64) * (n.outputs // block_o)
+    tiles = call.tiles("forward_hopper 3d" if rank == 3 else "forward_hopper", n.padded_outputs)
+    block_o, block_c = math.gcd(tiles.block_o, n.padded_outputs), math.gcd(tiles.block_c, n.columns)
+    programs = n.batch * triton.cdiv(n.positions, 64) * (n.padded_outputs // block_o)
     splits = 1
     if programs < call.multiprocessors:
         # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
-        at_once, steps = 2 * call.multiprocessors, n.taps * n.channels // block_c
+        at_once, steps = 2 * call.multiprocessors, n.taps * n.columns // block_c
         splits = max(1, min(n.taps, at_once // programs, steps // 8))
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
     constants |= dict(ONCE=n.taps <= 2 * PAIRS.value, MMA=common.mma_layout(block_o, tiles.warps))

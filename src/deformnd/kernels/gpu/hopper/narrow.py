@@ -166,13 +166,13 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
     held = gl.allocate_shared_memory(dtype, [STAGES * count, BLOCK_O, BLOCK_C], weight.layout)
     bars = common.allocate_bars(STAGES)
     common.publish()
-    rows = g.taps * g.outputs
+    rows = g.taps * g.padded_outputs
     at = (sampling.unravel(first % g.taps, g.kernel), first // g.taps * BLOCK_C)
     new = at  # of the next weights to bring
     for s in gl.static_range(STAGES):
         if s > 0:
             new = advance(new, g, BLOCK_C)
-        row = sampling.ravel(new[0], g.kernel) * g.outputs + o0
+        row = sampling.ravel(new[0], g.kernel) * g.padded_outputs + o0
         common.bring(weight, row, new[1], rows, held, bars, s, first + s < last, PRECISION)
     near = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))
     point, p, inside = positions_of(near, tile, tiles, g, TILE, VECTOR_P)
@@ -200,7 +200,7 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
         given = read_at(offset, mask, b, at, chunk, p, inside, g, PADDED, VECTOR_P)
         common.barrier()
         ahead = i + STAGES - 1
-        row = sampling.ravel(new[0], g.kernel) * g.outputs + o0
+        row = sampling.ravel(new[0], g.kernel) * g.padded_outputs + o0
         common.bring(weight, row, new[1], rows, held, bars, ahead % STAGES,
                      (first + ahead < last) & (i > 0), PRECISION)  # fmt: skip
         new = advance(new, g, BLOCK_C)
@@ -216,7 +216,7 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
     else:
         if bias is not None:
             o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, acc.type.layout))
-            acc += gl.load(bias + o).to(gl.float32)[None, :]
+            acc += gl.load(bias + o, mask=o < g.outputs, other=0.0).to(gl.float32)[None, :]
         result = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
         store_tile(out, result, b, o0, tile, tiles, g, LAST, TILE, VECTOR_P)
 
@@ -318,7 +318,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, ROWS))
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, ROWS))
     for part in gl.static_range(count):
-        start = (part * g.taps + tap) * g.outputs + o
+        start = (part * g.taps + tap) * g.padded_outputs + o
         factor.index(part).store(gl.load(weight + ((start * g.columns)[:, None] + c[None, :])))
     w = common.factor(factor, 0, PRECISION)
     common.publish()
@@ -410,7 +410,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
         real = c % PADDED < g.group_channels
         c = c // PADDED * g.group_channels + c % PADDED
         start = (split * g.taps + tap).to(gl.int64) * g.channels + c
-        gl.store(grad_weight + ((start * g.outputs)[None, :] + o[:, None]), product,
+        gl.store(grad_weight + ((start * g.padded_outputs)[None, :] + o[:, None]), product,
                  mask=real[None, :] & (o >= 0)[:, None])  # fmt: skip
 
 
@@ -464,10 +464,10 @@ def takes(call: Call) -> bool:
     return (
         common.takes_any(call)
         and call.narrow
-        and n.padded == n.group_channels >= 4
+        and n.padded >= 4
         and n.columns % 32 == 0
         and max(*n.image, *reach) < 2**21  # sampling.py, floor_of
-        and max(n.item, n.positions * n.outputs) < 2**31
+        and max(n.item, n.positions * n.padded_outputs) < 2**31
         and n.sample_groups * n.taps * len(n.image) * n.positions < 2**31
         and 2 * n.batch * n.positions < 2**31
     )
@@ -475,14 +475,14 @@ def takes(call: Call) -> bool:
 
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
     n, rank = call.sizes, len(call.sizes.image)
-    row = call.tiles("forward_narrow_hopper", n.outputs)
+    row = call.tiles("forward_narrow_hopper", n.padded_outputs)
     fixed = blocks_of(call, row)
     block_p, block_c, run = fixed["BLOCK_P"], fixed["BLOCK_C"], fixed["RUN"]
-    block_o = math.gcd(row.block_o, n.outputs)
+    block_o = math.gcd(row.block_o, n.padded_outputs)
     # Tiles of two dimensions sample a smaller neighbourhood, of which more stays in the cache.
     tile = (block_p,) if rank == 1 else (1, block_p // 16, 16)[-rank:]
     tiles = tuple(triton.cdiv(s, t) for s, t in zip(n.point, tile, strict=True))
-    blocks = n.outputs // block_o
+    blocks = n.padded_outputs // block_o
     programs, steps = n.batch * math.prod(tiles) * blocks, n.taps * n.columns // block_c
     splits = 1
     if programs < call.multiprocessors:
@@ -513,7 +513,8 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
 def takes_backward(call: Call) -> bool:
     """All point channels are in one block."""
     n = call.sizes
-    return takes(call) and n.outputs <= call.tiles("backward_narrow_hopper", n.outputs).block_o
+    operation, outputs = "backward_narrow_hopper", n.padded_outputs
+    return takes(call) and outputs <= call.tiles(operation, outputs).block_o
 
 
 def write_backward(
@@ -526,7 +527,7 @@ def write_backward(
     by_weight: Buffer | None,
 ) -> None:
     n = call.sizes
-    row = call.tiles("backward_narrow_hopper", n.outputs)
+    row = call.tiles("backward_narrow_hopper", n.padded_outputs)
     fixed = blocks_of(call, row)
     block_p, block_c, run = fixed["BLOCK_P"], fixed["BLOCK_C"], fixed["RUN"]
     across = max(1, round(n.point[-1] / block_p))
@@ -538,28 +539,28 @@ def write_backward(
     length = n.batch * n.item
     twice = n.padded == 4 and 2 * length < 2**31
     constants: dict[str, Any] = dict(
-        **dict(BLOCK_O=n.outputs, TWICE=twice, **fixed),
+        **dict(BLOCK_O=n.padded_outputs, TWICE=twice, **fixed),
         MMA=common.mma_layout(block_c, row.warps),
         COLUMNS=chunks_layout(*chunks, row.warps, False),
         SECTORS=sectors_layout(*chunks, n.padded, row.warps),
         ROWS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1], [1, 0]),
     )
     rows = call.parts(points) if call.precision == "bf16x3" else call.rows(points)
-    rows = rows._replace(shape=(math.prod(rows.shape) // n.outputs, n.outputs))
+    rows = rows._replace(shape=(math.prod(rows.shape) // n.padded_outputs, n.padded_outputs))
     added, parts, second = by_image, None, (length // 4 | 1) * 4  # as add_corners has it
     if by_image is not None:
         if twice:
             added = call.plan.scratch(length + second, dtype=torch.float32)
         call.zero(added)
     if by_weight is not None:
-        shape = (splits, n.taps, n.channels, n.outputs)
+        shape = (splits, n.taps, n.channels, n.padded_outputs)
         parts = call.plan.scratch(*shape, dtype=torch.float32)
     call.launch(
         *(backward_narrow_hopper, (programs, splits), constants),
         **dict(image=call.image(image), points=rows, weight=call.weight(Order.ACCUMULATOR, run)),
         **dict(grad_image=added, grad_offset=by_offset, grad_mask=by_mask, grad_weight=parts),
         **dict(down=down, across=across, splits=splits, warps=row.warps),
-        descriptors={"points": common.block(block_p, n.outputs, dtype=call.dtype)},
+        descriptors={"points": common.block(block_p, n.padded_outputs, dtype=call.dtype)},
     )
     if by_image is not None and twice:
         call.reduce_flat(added, 2, by_image, second)
