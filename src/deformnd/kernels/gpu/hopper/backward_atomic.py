@@ -43,7 +43,7 @@ def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.
 def multiply_block(tile, block, held, number, bars, acc, use_acc: gl.constexpr,
                    PRECISION: gl.constexpr):  # fmt: skip
     """Start acc + the points' block @ the weights of that number, when these are there."""
-    stage = common.await_full(bars, number, bars.shape[0])
+    stage = common.await_full(bars, number)
     x = common.factor(tile, block, PRECISION)
     w = common.factor(held, stage, PRECISION)
     return common.multiply(x, w, acc, use_acc)
