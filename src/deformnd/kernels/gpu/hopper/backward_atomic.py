@@ -109,9 +109,8 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     i = 0
     for tap in range(first, last):
         offsets, value = sampling.read(offset, mask, b, 0, tap, p, inside, g)
-        axes, valid = sampling.cell_of(
-            offsets, sampling.starts_of(point, sampling.unravel(tap, g.kernel), g), inside, g
-        )
+        starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
+        axes, valid = sampling.cell_of(offsets, starts, inside, g)
         amplitude = sampling.amplitude_of(value, valid)
         dots = ()
         for _ in gl.static_range(2**rank):

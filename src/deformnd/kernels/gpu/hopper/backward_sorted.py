@@ -46,8 +46,8 @@ SMALL = gl.constexpr(common.mma_layout(64, 4))  # layout of its first product
 
 # What the warp groups of a program are told: the kernel's arguments, and what to do. Its first tile
 # is `tile`, of `tiles` in an image; its taps, of those of all sample groups, begin with `first` and
-# end before `last`. rings: (rows of each tile, blends of each tile, weights). bars: of these, each
-# the barriers of full stages and those of empty ones.
+# end before `last`. rings: (rows of each tile, blends of each tile, weights). bars: of each the
+# barriers of full stages and those of empty ones.
 Work = namedtuple(
     "Work",
     "points weight offset mask bias lists entries out parts g number splits "
