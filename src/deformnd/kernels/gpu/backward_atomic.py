@@ -7,29 +7,14 @@ times the corners' weights it is added to the image's gradient. Where there are 
 positions, several programs share the taps.
 """
 
-# Tuples of Triton grow by +, and not every kernel needs all that samples_of returns.
-# ruff: noqa: RUF005, B007
-
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .columns import (
-    blocks_of,
-    channels_to,
-    corner_place,
-    dot,
-    met,
-    outputs_met,
-    read_image,
-    read_points,
-    read_weight,
-    samples_of,
-)
+from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .sampling import contract, corner_weight, parts_of
 from .tiles import Tiles
 from .variants import portable
 
@@ -54,53 +39,53 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
         grad_image += b.to(tl.int64) * g.item
     if HOLD:
         o = tl.arange(0, BLOCK_O)
-        held = read_points(points, b, p, inside, o, g)
-        held = parts_of(held, points.dtype.element_ty, PRECISION)
+        held = columns.read_points(points, b, p, inside, o, g)
+        held = sampling.parts_of(held, points.dtype.element_ty, PRECISION)
     split = tl.program_id(1)
     stop = (split + 1) * g.taps // splits
     for tap in range(split * g.taps // splits, stop, TAPS):
         for s0 in range(0, g.sample_groups, GROUPS):
-            s, k, here, axes, amplitude, valid = samples_of(
+            s, k, here, axes, amplitude, valid = columns.samples_of(
                 offset, mask, b, s0, tap, stop, p, inside, g, GROUPS, TAPS
             )
             dots = ()
             for q in tl.static_range(2**rank):
                 dots = dots + (tl.zeros((GROUPS * TAPS, BLOCK_P), tl.float32),)
-            for c0 in range(0, channels_to(g, GROUPS, TAPS, BLOCK_C), BLOCK_C):
+            for c0 in range(0, columns.channels_to(g, GROUPS, TAPS, BLOCK_C), BLOCK_C):
                 grad = tl.zeros((BLOCK_P, GROUPS * TAPS * BLOCK_C), tl.float32)
                 if HOLD:
                     o = tl.arange(0, BLOCK_O)
-                    w = read_weight(
+                    w = columns.read_weight(
                         weight, o, o < g.outputs, s0, c0, tap, stop, g,
                         GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
                     )  # fmt: skip
-                    grad = dot(held, w, grad, PRECISION)
+                    grad = columns.dot(held, w, grad, PRECISION)
                 else:
                     first = s0 * g.group_channels + c0
                     last = tl.minimum(s0 + GROUPS, g.sample_groups) * g.group_channels
                     last = tl.minimum(first + GROUPS * BLOCK_C, last)
-                    o_first, o_last = met(first, last, g.group_in, g.group_out)
+                    o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
                     for o0 in range(o_first // 8 * 8, o_last, BLOCK_O):  # points lie by eights
                         o = o0 + tl.arange(0, BLOCK_O)
-                        x = read_points(points, b, p, inside, o, g)
-                        x = parts_of(x, points.dtype.element_ty, PRECISION)
-                        w = read_weight(
+                        x = columns.read_points(points, b, p, inside, o, g)
+                        x = sampling.parts_of(x, points.dtype.element_ty, PRECISION)
+                        w = columns.read_weight(
                             weight, o, o < o_last, s0, c0, tap, stop, g,
                             GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
                         )  # fmt: skip
-                        grad = dot(x, w, grad, PRECISION)
+                        grad = columns.dot(x, w, grad, PRECISION)
                 grad = tl.reshape(grad, (BLOCK_P, GROUPS * TAPS, BLOCK_C))
                 grad = tl.permute(grad, (1, 0, 2))
                 c = c0 + tl.arange(0, BLOCK_C)
                 sums = ()
                 for q in tl.static_range(2**rank):
-                    place = corner_place(axes, q, s, c, g, INDEX)
+                    place = columns.corner_place(axes, q, s, c, g, INDEX)
                     total = dots[q]
                     if by_position:
-                        total += tl.sum(read_image(image, place, c, g, EVEN) * grad, 2)
+                        total += tl.sum(columns.read_image(image, place, c, g, EVEN) * grad, 2)
                     sums = sums + (total,)
                     if grad_image is not None:
-                        w = amplitude * corner_weight(axes, q)
+                        w = amplitude * sampling.corner_weight(axes, q)
                         touched = (valid & (w != 0.0))[:, :, None] & (c < g.group_channels)[
                             None, None, :
                         ]
@@ -109,7 +94,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                         )
                 dots = sums
             if by_position:
-                sums = contract(dots, axes)
+                sums = sampling.contract(dots, axes)
                 base = (b.to(tl.int64) * g.sample_groups + s) * g.taps + k
                 if grad_offset is not None:
                     for a in tl.static_range(rank):
@@ -136,8 +121,9 @@ def write(
     if tiles is None:
         name = "backward_atomic narrow" if call.narrow else "backward_atomic"
         tiles = call.tiles(name, sizes.group_out)
-    constants = blocks_of(call, tiles)
-    block_o = fit(outputs_met(call, constants["GROUPS"] * constants["BLOCK_C"]), tiles.block_o)
+    constants = columns.blocks_of(call, tiles)
+    outputs = columns.outputs_met(call, constants["GROUPS"] * constants["BLOCK_C"])
+    block_o = fit(outputs, tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
     programs, taps = sizes.batch * across, triton.cdiv(sizes.taps, constants["TAPS"])
     splits = max(1, min(taps, 4 * call.multiprocessors // programs))
@@ -145,22 +131,13 @@ def write(
     by_position = by_offset is not None or by_mask is not None
     if by_image is not None:
         call.zero(by_image)
-    with call.frame():
-        call.launch(
-            backward_atomic,
-            (programs, splits, 1),
-            dict(HOLD=hold, BLOCK_O=block_o, **constants),
-            warps=tiles.warps,
-            stages=tiles.stages,
-            image=call.image(image) if by_position and image is not None else None,
-            points=call.rows(points),
-            weight=call.weight(),
-            grad_image=by_image,
-            grad_offset=by_offset,
-            grad_mask=by_mask,
-            tiles=across,
-            splits=splits,
-        )
+    call.launch(
+        *(backward_atomic, (programs, splits), dict(HOLD=hold, BLOCK_O=block_o, **constants)),
+        **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, splits=splits),
+        image=call.image(image) if by_position and image is not None else None,
+        **dict(points=call.rows(points), weight=call.weight()),
+        **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
+    )
 
 
 VARIANTS = portable("backward_atomic", write)

@@ -19,9 +19,6 @@ in any order.
     entries  | a list's samples | another's | ...
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005, RUF059
-
 from __future__ import annotations
 
 import math
@@ -31,19 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .columns import dot, dot_once, met, read_weight
+from . import columns, sampling
 from .layout import fit
-from .sampling import (
-    cell_of,
-    locate,
-    parts_of,
-    product,
-    ravel,
-    read,
-    starts_of,
-    tiles_across,
-    unravel,
-)
 from .tiles import IMAGE_TILES, LISTED, LONG, SHORT, Tiles
 from .variants import portable
 
@@ -58,9 +44,9 @@ def samples_of(offset, item, tap, p, g):
     groups = g.sample_groups // g.per_offset
     s = item % groups * g.per_offset
     inside = p < g.positions
-    offsets, masks = read(offset, None, item // groups, s, tap, p, inside, g)
-    starts = starts_of(unravel(p, g.point), unravel(tap, g.kernel), g)
-    return cell_of(offsets, starts, inside, g)
+    offsets, masks = sampling.read(offset, None, item // groups, s, tap, p, inside, g)
+    starts = sampling.starts_of(sampling.unravel(p, g.point), sampling.unravel(tap, g.kernel), g)
+    return sampling.cell_of(offsets, starts, inside, g)
 
 
 @triton.jit
@@ -76,7 +62,7 @@ def tile_of(axes, valid, q: tl.constexpr, g, TILE: tl.constexpr):
             at = at + (last,)
         else:
             at = at + (first,)
-    return ravel(at, tiles_across(g.image, TILE)), new
+    return sampling.ravel(at, sampling.tiles_across(g.image, TILE)), new
 
 
 @triton.jit
@@ -89,7 +75,7 @@ def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
     owner = tl.program_id(0) // blocks
     p = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     axes, valid = samples_of(offset, owner // g.taps, owner % g.taps, p, g)
-    first = owner.to(tl.int64) * product(tiles_across(g.image, TILE))
+    first = owner.to(tl.int64) * sampling.product(sampling.tiles_across(g.image, TILE))
     places = ()
     for q in tl.static_range(2 ** len(TILE)):
         tile, new = tile_of(axes, valid, q, g, TILE)
@@ -133,9 +119,9 @@ def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.
     elif length <= LONG:
         sort_list(entries + start, length, LONG)
     else:
-        across = tiles_across(g.image, TILE)
-        owner = (at // product(across)).to(tl.int32)
-        tile = unravel((at % product(across)).to(tl.int32), across)
+        across = sampling.tiles_across(g.image, TILE)
+        owner = (at // sampling.product(across)).to(tl.int32)
+        tile = sampling.unravel((at % sampling.product(across)).to(tl.int32), across)
         for p0 in range(0, g.positions, BLOCK):
             p = p0 + tl.arange(0, BLOCK)
             axes, touches = samples_of(offset, owner // g.taps, owner % g.taps, p, g)
@@ -160,14 +146,14 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
     """
     rank: tl.constexpr = len(TILE)
     dtype: tl.constexpr = points.dtype.element_ty
-    across = tiles_across(g.image, TILE)
-    tiles = product(across)
+    across = sampling.tiles_across(g.image, TILE)
+    tiles = sampling.product(across)
     tile = tl.program_id(0) % tiles
     s = (tl.program_id(0) // tiles) % g.sample_groups
     b = tl.program_id(0) // tiles // g.sample_groups
     split = tl.program_id(2)
-    cell = unravel(tile, across)
-    local = unravel(tl.arange(0, 64), TILE)
+    cell = sampling.unravel(tile, across)
+    local = sampling.unravel(tl.arange(0, 64), TILE)
     pixel = ()
     here = tl.arange(0, 64) >= 0
     for a in tl.static_range(rank):
@@ -182,7 +168,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
     o_read = g.points_row  # rows end in zeros, so that loads end at a multiple of eight
     if GROUPED:
         last = s * g.group_channels + tl.minimum(c0 + BLOCK_C, g.group_channels)
-        o_first, o_last = met(s * g.group_channels + c0, last, g.group_in, g.group_out)
+        o_first, o_last = columns.met(s * g.group_channels + c0, last, g.group_in, g.group_out)
         o_read = o_last
     item = b.to(tl.int64)
     points += item * g.positions * g.points_row
@@ -195,7 +181,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
             e = e0 + tl.arange(0, BLOCK_E)
             listed = e < stop
             p = tl.load(entries + e, mask=listed, other=0)
-            axes, amplitude, valid = locate(offset, mask, b, s, tap, p, listed, g)
+            axes, amplitude, valid = sampling.locate(offset, mask, b, s, tap, p, listed, g)
             blend = None
             for a in tl.static_range(rank):
                 low, step, weights, inside = axes[a]
@@ -211,7 +197,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                     blend = share
                 else:
                     blend *= share
-            blend = parts_of(blend, dtype, PRECISION)
+            blend = sampling.parts_of(blend, dtype, PRECISION)
             for o0 in range(o_first, o_last, BLOCK_O):
                 o = o0 + tl.arange(0, BLOCK_O)
                 x = tl.load(
@@ -219,14 +205,14 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                     mask=listed[:, None] & (o < o_read)[None, :],
                     other=0.0,
                 )
-                x = parts_of(x, dtype, PRECISION)
-                z = dot(blend, x, tl.zeros((64, BLOCK_O), tl.float32), PRECISION)
-                w = read_weight(
+                x = sampling.parts_of(x, dtype, PRECISION)
+                z = columns.dot(blend, x, tl.zeros((64, BLOCK_O), tl.float32), PRECISION)
+                w = columns.read_weight(
                     weight, o, o < o_last, s, c0, tap, g.taps, g,
                     GROUPED, PRECISION, 1, 1, BLOCK_C,
                 )  # fmt: skip
-                acc = dot_once(parts_of(z, dtype, PRECISION), w, acc, PRECISION)
-    place = ravel(pixel, g.image).to(INDEX)
+                acc = columns.dot_once(sampling.parts_of(z, dtype, PRECISION), w, acc, PRECISION)
+    place = sampling.ravel(pixel, g.image).to(INDEX)
     c = s * g.group_channels + c
     if LAST:
         place = (place * g.channels)[:, None] + c[None, :]
@@ -275,30 +261,10 @@ def make_lists(call: Call) -> tuple[Buffer, Buffer]:
     return lists, entries
 
 
-def launch(
-    call: Call,
-    kernel: Any,
-    grid: tuple[int, int, int],
-    constants: dict[str, Any],
-    points: Operand,
-    bias: Buffer | None,
-    out: Operand,
-    lists: tuple[Buffer, Buffer],
-    **rest: Any,
-) -> None:
-    """Launch this or Hopper's kernel of the same arguments; the last axis of the grid is that of
-    the splits."""
-    splits = grid[2]
-    shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
-    with call.frame():
-        parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            *(kernel, grid, dict(LAST=out.last, TILE=tiles_of(call)[0], **constants)),
-            **dict(points=call.rows(points), bias=bias, out=out.buffer, parts=parts),
-            **dict(lists=lists[0], entries=lists[1], number=lists[0].shape[0] // 2),
-            **dict(splits=splits, **rest),
-        )
-        call.reduce(parts, out, bias)
+def arguments_of(call: Call, points: Operand, lists: tuple[Buffer, Buffer]) -> dict[str, Any]:
+    """Of this kernel and Hopper's."""
+    number = lists[0].shape[0] // 2
+    return dict(points=call.rows(points), lists=lists[0], entries=lists[1], number=number)
 
 
 def write(
@@ -313,12 +279,14 @@ def write(
     if tiles is None:
         tiles = call.tiles("backward_sorted", n.group_channels)
     block_o, block_c = fit(n.group_out, tiles.block_o), fit(n.group_channels, tiles.block_c)
-    programs, blocks = n.sample_groups * tiles_of(call)[1], triton.cdiv(n.group_channels, block_c)
+    tile, count = tiles_of(call)
+    programs, blocks = n.sample_groups * count, triton.cdiv(n.group_channels, block_c)
     splits = max(1, min(n.taps, 2 * call.multiprocessors // (n.batch * programs * blocks)))
-    launch(
-        *(call, backward_sorted, (n.batch * programs, blocks, splits)),
-        dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
-        *(points, bias, out, lists),
+    call.launch_split(
+        *(backward_sorted, (n.batch * programs, blocks, splits)),
+        dict(TILE=tile, BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
+        *(out, bias),
+        **arguments_of(call, points, lists),
         **dict(weight=call.weight(), warps=tiles.warps, stages=tiles.stages),
     )
 

@@ -5,29 +5,15 @@ of BLOCK_P positions after another, and multiplies by BLOCK_O channels of the po
 the positions: each writes the sum of its share, and these are added up afterwards.
 """
 
-# Not every kernel needs all that samples_of returns.
-# ruff: noqa: RUF059
-
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-from .columns import (
-    blocks_of,
-    columns_of,
-    dot_once,
-    met,
-    outputs_met,
-    read_points,
-    sample,
-    samples_of,
-    transpose,
-)
+from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .sampling import parts_of
 from .tiles import Tiles
 from .variants import portable
 
@@ -50,7 +36,7 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
     first = s0 * g.group_channels + c0
     last = tl.minimum(s0 + GROUPS, g.sample_groups) * g.group_channels
     last = tl.minimum(first + GROUPS * BLOCK_C, last)
-    o_first, o_last = met(first, last, g.group_in, g.group_out)
+    o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
     # Points lie by eights.
     o = o_first // 8 * 8 + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     acc = tl.zeros((BLOCK_O, GROUPS * TAPS * BLOCK_C), tl.float32)
@@ -61,15 +47,16 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
         b = t // tiles
         p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < g.positions
-        x = read_points(points, b, p, inside, o, g)
-        s, k, here, axes, amplitude, valid = samples_of(
+        x = columns.read_points(points, b, p, inside, o, g)
+        s, k, here, axes, amplitude, valid = columns.samples_of(
             offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
         )
-        columns = sample(image + b.to(tl.int64) * g.item, axes, amplitude, s, c, g, INDEX, EVEN)
-        x = transpose(parts_of(x, points.dtype.element_ty, PRECISION), PRECISION)
-        y = parts_of(columns, image.dtype.element_ty, PRECISION)
-        acc = dot_once(x, y, acc, PRECISION)
-    k, c, c_in = columns_of(s0, c0, tap, g.taps, g.group_channels, g, GROUPS, TAPS, BLOCK_C)
+        item = image + b.to(tl.int64) * g.item
+        samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
+        x = columns.transpose(sampling.parts_of(x, points.dtype.element_ty, PRECISION), PRECISION)
+        y = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
+        acc = columns.dot_once(x, y, acc, PRECISION)
+    k, c, c_in = columns.columns_of(s0, c0, tap, g.taps, g.group_channels, g, GROUPS, TAPS, BLOCK_C)
     row = c[None, :]
     keep = (o < o_last)[:, None] & c_in[None, :]
     if GROUPED:
@@ -86,9 +73,9 @@ def write(
     if tiles is None:
         name = "backward_weight narrow" if call.narrow else "backward_weight"
         tiles = call.tiles(name, sizes.group_out)
-    constants = blocks_of(call, tiles)
+    constants = columns.blocks_of(call, tiles)
     groups, block_c = constants["GROUPS"], constants["BLOCK_C"]
-    outputs = outputs_met(call, groups * block_c)
+    outputs = columns.outputs_met(call, groups * block_c)
     block_o = fit(outputs, tiles.block_o)
     # Where a weight group does not begin at a multiple of eight, up to seven outputs before it.
     extra = 7 if sizes.outputs > outputs and sizes.group_out % 8 else 0
@@ -97,23 +84,14 @@ def write(
     programs = triton.cdiv(sizes.taps, constants["TAPS"]) * blocks
     total = triton.cdiv(sizes.positions, tiles.block_p)
     splits = max(1, min(sizes.batch * total, 4 * call.multiprocessors // (programs * across)))
-    with call.frame():
-        shape = (splits, sizes.taps, sizes.group_in, sizes.outputs)
-        parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            backward_weight,
-            (programs, across, splits),
-            dict(BLOCK_O=block_o, **constants),
-            warps=tiles.warps,
-            stages=tiles.stages,
-            image=call.image(image),
-            points=call.rows(points),
-            parts=parts,
-            tiles=total,
-            blocks=blocks,
-            splits=splits,
-        )
-        call.reduce_weight(parts, out)
+    shape = (splits, sizes.taps, sizes.group_in, sizes.outputs)
+    parts = call.plan.scratch(*shape, dtype=torch.float32)
+    call.launch(
+        *(backward_weight, (programs, across, splits), dict(BLOCK_O=block_o, **constants)),
+        **dict(warps=tiles.warps, stages=tiles.stages, tiles=total, blocks=blocks),
+        **dict(image=call.image(image), points=call.rows(points), parts=parts, splits=splits),
+    )
+    call.reduce_weight(parts, out)
 
 
 VARIANTS = portable("backward_weight", write)

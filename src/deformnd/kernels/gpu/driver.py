@@ -86,14 +86,10 @@ class TensorMap(NamedTuple):
         rank = len(self.size)
         size, block = self.size[::-1], self.block[::-1]  # the last axis first
         pitches = [self.width * math.prod(size[: i + 1]) for i in range(rank - 1)]
+        long, short = c_uint64 * rank, c_uint32 * rank
         code = _driver().cuTensorMapEncodeTiled(
-            *(place, self.kind, rank, address, (c_uint64 * rank)(*size)),
-            *(
-                (c_uint64 * rank)(*pitches),
-                (c_uint32 * rank)(*block),
-                (c_uint32 * rank)(*[1] * rank),
-            ),
-            *(0, self.swizzle, _PROMOTE_128_BYTES, 0),
+            *(place, self.kind, rank, address, long(*size), long(*pitches)),
+            *(short(*block), short(*[1] * rank), 0, self.swizzle, _PROMOTE_128_BYTES, 0),
         )
         _check(code, "a tensor map")
 
@@ -116,15 +112,11 @@ class Function:
         self.shared, self.threads = shared, 32 * warps
         ensure_context()
         _check(driver.cuModuleLoadData(byref(self.module), cubin), f"loading {name}")
-        _check(
-            driver.cuModuleGetFunction(byref(self.handle), self.module, name.encode()),
-            f"loading {name}",
-        )
+        found = driver.cuModuleGetFunction(byref(self.handle), self.module, name.encode())
+        _check(found, f"loading {name}")
         if shared > _STATIC_SHARED:
-            _check(
-                driver.cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, shared),
-                f"{name} needs {shared} bytes of shared memory",
-            )
+            given = driver.cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, shared)
+            _check(given, f"{name} needs {shared} bytes of shared memory")
         if shared > _STATIC_SHARED or resident:
             self._keep_cache(resident)
 

@@ -5,30 +5,14 @@ each such block of columns (columns.py, Note [rows]) by BLOCK_O rows of the weig
 few programs, several share the taps of one (split_k), write sums in parts, and these are added up.
 """
 
-# Not every kernel needs all that samples_of returns.
-# ruff: noqa: RUF059
-
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
-from .columns import (
-    blocks_of,
-    channels_to,
-    dot,
-    met,
-    read_weight,
-    sample,
-    samples_of,
-    transpose,
-)
+from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .sampling import parts_of
 from .tiles import Tiles
 from .variants import portable
 
@@ -61,30 +45,30 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
     o = o0 + tl.arange(0, BLOCK_O)
     o_in = o < g.outputs
     # The channels of the weight groups that these outputs belong to.
-    first, last = met(o0, tl.minimum(o0 + BLOCK_O, g.outputs), g.group_out, g.group_in)
+    first, last = columns.met(o0, tl.minimum(o0 + BLOCK_O, g.outputs), g.group_out, g.group_in)
     image += b.to(tl.int64) * g.item
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     split = tl.program_id(1)
     stop = (split + 1) * g.taps // splits
     for tap in range(split * g.taps // splits, stop, TAPS):
         for s0 in range(first // g.group_channels, tl.cdiv(last, g.group_channels), GROUPS):
-            s, k, here, axes, amplitude, valid = samples_of(
+            s, k, here, axes, amplitude, valid = columns.samples_of(
                 offset, mask, b, s0, tap, stop, p, inside, g, GROUPS, TAPS
             )
             begin = 0
-            end = channels_to(g, GROUPS, TAPS, BLOCK_C)
+            end = columns.channels_to(g, GROUPS, TAPS, BLOCK_C)
             if GROUPED and GROUPS * TAPS == 1:
                 begin = tl.maximum(first - s0 * g.group_channels, 0) // BLOCK_C * BLOCK_C
                 end = tl.minimum(last - s0 * g.group_channels, g.padded)
             for c0 in range(begin, end, BLOCK_C):
                 c = c0 + tl.arange(0, BLOCK_C)
-                columns = sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
-                w = read_weight(
+                samples = columns.sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
+                w = columns.read_weight(
                     weight, o, o_in, s0, c0, tap, stop, g,
                     GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
                 )  # fmt: skip
-                x = parts_of(columns, image.dtype.element_ty, PRECISION)
-                acc = dot(x, transpose(w, PRECISION), acc, PRECISION)
+                x = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
+                acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
     start = b.to(tl.int64) * g.positions * g.outputs
     if splits > 1:
         start += split.to(tl.int64) * g.batch * g.positions * g.outputs
@@ -101,36 +85,20 @@ def write(
     sizes = call.sizes
     if tiles is None:
         tiles = call.tiles("forward narrow" if call.narrow else "forward", sizes.group_out)
-    constants = blocks_of(call, tiles)
+    constants = columns.blocks_of(call, tiles)
     block_o = fit(sizes.outputs, tiles.block_o)
-    across, blocks = (
-        triton.cdiv(sizes.positions, tiles.block_p),
-        triton.cdiv(sizes.outputs, block_o),
-    )
+    across = triton.cdiv(sizes.positions, tiles.block_p)
+    blocks = triton.cdiv(sizes.outputs, block_o)
     programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
     splits, steps = 1, taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
     # A short sum is not worth another kernel.
     if 2 * programs <= call.multiprocessors and steps >= 32:
         splits = min(taps, call.multiprocessors // programs)
-    with call.frame():
-        count = math.prod(out.buffer.shape) if splits > 1 else 1
-        parts = call.plan.scratch(splits, count, dtype=torch.float32)
-        call.launch(
-            forward,
-            (programs, splits, 1),
-            dict(LAST=out.last, BLOCK_O=block_o, **constants),
-            warps=tiles.warps,
-            stages=tiles.stages,
-            image=call.image(image),
-            weight=call.weight(),
-            bias=bias,
-            out=out.buffer,
-            parts=parts,
-            tiles=across,
-            blocks=blocks,
-            splits=splits,
-        )
-        call.reduce(parts, out, bias)
+    call.launch_split(
+        *(forward, (programs, splits), dict(BLOCK_O=block_o, **constants), out, bias),
+        **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks),
+        **dict(image=call.image(image), weight=call.weight()),
+    )
 
 
 VARIANTS = portable("forward", write)

@@ -152,11 +152,8 @@ def _copy_tile(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: 
         place = tl.multiple_of(j.to(tl.int64) * n.from_row, VECTOR_P)[None, :] + p[:, None]
     value = tl.load(source + place, mask=inside, other=0.0)
     if bias is not None:
-        value = value.to(tl.float32)
-        inside_c = j < n.channels
-        value += tl.load(bias + s * n.channels + j, mask=inside_c, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        added = tl.load(bias + s * n.channels + j, mask=j < n.channels, other=0.0)
+        value = value.to(tl.float32) + added.to(tl.float32)[None, :]
     inside = (p < pixels)[:, None] & (j < n.padded)[None, :]
     if TO_LAST:
         place = tl.multiple_of(p.to(tl.int64) * n.to_row, TO_C)[:, None] + j[None, :]
@@ -462,7 +459,7 @@ class Call:
         self.offset, self.mask = offset, mask
         self.sizes = sizes_of(g)
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
-        self.device, self.costs = tiles.device_of(self.plan.device), tiles.COSTS
+        self.device = tiles.device_of(self.plan.device)
         self.architecture, self.multiprocessors, _ = self.device
         self.given_weight = weight
         self.dtype = weight.buffer.dtype
@@ -489,12 +486,12 @@ class Call:
         **arguments: Any,
     ) -> Launch:
         """A launch whose other arguments are those of the call."""
-        common = {n: v for n, v in self._common.items() if n in kernel.arg_names}
+        constants = {**self._common, "num_warps": warps, **constants}
         return Launch(
             kernel,
             (*grid, 1, 1)[:3],
             {**self._record, **arguments},
-            {n: v for n, v in (common | constants).items() if n in kernel.arg_names},
+            {n: v for n, v in constants.items() if n in kernel.arg_names},
             *(warps, stages, descriptors, resident, registers),
         )
 
@@ -502,6 +499,27 @@ class Call:
         self, kernel: Any, grid: Sequence[int], constants: dict[str, Any], **rest: Any
     ) -> None:
         self.steps.launch(self.make(kernel, grid, constants, **rest))
+
+    def launch_split(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        constants: dict[str, Any],
+        out: Operand,
+        bias: Buffer | None,
+        **rest: Any,
+    ) -> None:
+        """Launch a kernel that writes a result plus a bias; or, in several splits, which are the
+        last axis of the grid, sums in parts, which are added up then."""
+        parts = self.room_for_parts(grid[-1], out)
+        constants = dict(LAST=out.last, **constants)
+        rest |= dict(bias=bias, out=out.buffer, parts=parts, splits=grid[-1])
+        self.launch(kernel, grid, constants, **rest)
+        self.reduce(parts, out, bias)
+
+    def room_for_parts(self, splits: int, out: Operand) -> Buffer:
+        shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
+        return self.plan.scratch(*shape, dtype=torch.float32)
 
     def tiles(self, operation: str, channels: int) -> tiles.Tiles:
         return tiles.find(self.architecture, operation, self.dtype.itemsize, channels)
@@ -625,9 +643,8 @@ class Call:
             math.gcd(16, channels, *strides) if source.last else 1,
             math.gcd(16, written, *to) if out.last else 1,
         )
-        sizes = _CopySizes(
-            blocks * groups * across * batch, *count, *strides, *to, blocks, across
-        )  # fmt: skip
+        programs = blocks * groups * across * batch
+        sizes = _CopySizes(programs, *count, *strides, *to, blocks, across)
         parts = out.buffer.dtype != source.buffer.dtype == self.dtype == torch.float32
         kind = (COPY.value, source.last, out.last, *vectors, block_p, block_c, parts)
         self.steps.first(kind, source.buffer, out.buffer, *([] if bias is None else [bias]), sizes)

@@ -25,9 +25,6 @@ bfloat16 and adds three products: relative error 4e-6 in a sum of many terms, at
 cost of one half product. All sums are in float32.
 """
 
-# Tuples of Triton grow by +, and a name of an outer loop must not be taken for another type.
-# ruff: noqa: RUF005
-
 import triton
 import triton.language as tl
 
@@ -56,6 +53,21 @@ def ravel(point, size):
     for a in tl.static_range(1, len(size)):
         index = index * size[a] + point[a]
     return index
+
+
+SINGLE = tl.constexpr((1, 1, 1))
+
+
+@triton.jit
+def following(point, size, STEPS: tl.constexpr = SINGLE):
+    """The next row-major point of a grid, in steps, and 1 if it is the first one again, else 0."""
+    new = ()
+    carry = 1
+    for a in tl.static_range(len(size) - 1, -1, -1):
+        at = point[a] + carry * STEPS[a]
+        carry = tl.where(at >= size[a], 1, 0)
+        new = (tl.where(carry > 0, 0, at),) + new
+    return new, carry
 
 
 @triton.jit

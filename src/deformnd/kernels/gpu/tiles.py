@@ -31,14 +31,6 @@ class Tiles:
     rings: tuple[int, ...] = ()  # and stages of points, interpolation weights and weights
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a launch weighs against each other."""
-
-    tile_us: float  # backward_weight_hopper: of one tile of a program
-    bandwidth: float  # bytes a microsecond, of writing and reading partial sums
-
-
 ANY = 1 << 31
 
 # Some other tiles of "backward_sorted" compile to wrong machine code for Hopper with Triton 3.6:
@@ -123,8 +115,9 @@ SMALLEST = Tiles("", 0, ANY, block_p=32, block_o=32, block_c=32, warps=4, stages
 # By architecture, as torch and Triton name it ("sm_90", "gfx942").
 TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER}
 
-# Measured on an H200, whose memory moves 4.8 TB/s at best.
-COSTS = Costs(tile_us=1.6, bandwidth=4e6)
+# What backward_weight_hopper weighs against each other, measured on an H200, whose memory moves
+# 4.8 TB/s at best: microseconds of a program's tile, and bytes of partial sums in a microsecond.
+TILE_US, BANDWIDTH = 1.6, 4e6
 
 # Sample groups of at most so many channels are taken several at a time, a single one of half as
 # many for several taps at a time, and their image gradient goes by atomic additions.

@@ -10,9 +10,6 @@ corner. These are just its share of a product, since the weights' channels are p
 (layout.py, Order.ACCUMULATOR).
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -20,38 +17,13 @@ from typing import Any, NamedTuple
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
+from .. import sampling
 from ..layout import Call, Operand, Order
-from ..runtime import Buffer, Descriptor
-from ..sampling import (
-    amplitude_of,
-    cell_of,
-    contract,
-    corner_pixel,
-    corner_weight,
-    parts_of,
-    read,
-    starts_of,
-    unravel,
-)
+from ..runtime import Buffer
 from ..variants import Variant
-from .common import (
-    allocate_bars,
-    barrier,
-    bring,
-    bytes_of,
-    mma_layout,
-    multiply,
-    parts_in,
-    rows_layout,
-    shared_layout,
-    takes_wide,
-)
+from . import common
 
 
 @gluon.jit
@@ -59,31 +31,22 @@ def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.
                 PRECISION: gl.constexpr):  # fmt: skip
     """Start the copy of a block of weights. They are numbered by taps from `first` on, then blocks
     of image channels, then blocks of point channels, of which there are BLOCKS."""
-    block_o: gl.constexpr = held.shape[1]
     block_c: gl.constexpr = held.shape[2]
     stages: gl.constexpr = bars.shape[0]
     step = number // BLOCKS
-    row = (first + step // per_tap) * g.outputs + number % BLOCKS * block_o
-    bring(
-        weight, row, step % per_tap * block_c, g.taps * g.outputs, held, bars, number % stages,
-        pred, bytes_of(block_o, block_c), PRECISION,
-    )  # fmt: skip
+    row = (first + step // per_tap) * g.outputs + number % BLOCKS * held.shape[1]
+    c0 = step % per_tap * block_c
+    common.bring(weight, row, c0, g.taps * g.outputs, held, bars, number % stages, pred, PRECISION)
 
 
 @gluon.jit
 def multiply_block(tile, block, held, number, bars, acc, use_acc: gl.constexpr,
-                   BLOCKS: gl.constexpr, PRECISION: gl.constexpr):  # fmt: skip
+                   PRECISION: gl.constexpr):  # fmt: skip
     """Start acc + the points' block @ the weights of that number, when these are there."""
-    stages: gl.constexpr = bars.shape[0]
-    count: gl.constexpr = parts_in(PRECISION)
-    stage = number % stages
-    mbarrier.wait(bars.index(stage), (number // stages) & 1)
-    x = ()
-    w = ()
-    for part in gl.static_range(count):
-        x = x + (tile.index(part * BLOCKS + block),)
-        w = w + (held.index(stage * count + part),)
-    return multiply(x, w, acc, use_acc)
+    stage = common.await_full(bars, number)
+    x = common.factor(tile, block, PRECISION)
+    w = common.factor(held, stage, PRECISION)
+    return common.multiply(x, w, acc, use_acc)
 
 
 @gluon.jit
@@ -101,7 +64,7 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     Grid: (batch x tiles of positions, splits of the taps).
     """
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype.element_ty
-    parts: gl.constexpr = parts_in(PRECISION)
+    parts: gl.constexpr = common.parts_in(PRECISION)
     EARLY: gl.constexpr = BLOCKS if STAGES >= 2 * BLOCKS else STAGES - BLOCKS
     rank: gl.constexpr = len(g.image)
     by_position: gl.constexpr = grad_offset is not None or grad_mask is not None
@@ -122,18 +85,17 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     here = (p < g.positions)[:, None] & (o < g.outputs)[None, :]
     for j in gl.static_range(BLOCKS):
         source = (p * g.outputs + j * BLOCK_O)[:, None] + o[None, :]
-        x = parts_of(gl.load(points + source, mask=here, other=0.0), dtype, PRECISION)
+        x = sampling.parts_of(gl.load(points + source, mask=here, other=0.0), dtype, PRECISION)
         for part in gl.static_range(parts):
-            tile.index(part * BLOCKS + j).store(x[part])
+            tile.index(j * parts + part).store(x[part])
     held = gl.allocate_shared_memory(dtype, [STAGES * parts, BLOCK_O, BLOCK_C], weight.layout)
-    bars = allocate_bars(STAGES)
-    fence_async_shared()
-    barrier()
+    bars = common.allocate_bars(STAGES)
+    common.publish()
     for s in gl.static_range(STAGES):
         bring_block(weight, s, first, per_tap, g, held, bars, s < steps * BLOCKS, BLOCKS, PRECISION)
     p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
     inside = p < g.positions
-    point = unravel(p, g.point)
+    point = sampling.unravel(p, g.point)
     item = b.to(gl.int64) * g.item
     if by_position:
         image += item
@@ -143,12 +105,13 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     zero = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
     acc = zero
     for j in gl.static_range(BLOCKS):
-        acc = multiply_block(tile, j, held, j, bars, acc, j > 0, BLOCKS, PRECISION)
+        acc = multiply_block(tile, j, held, j, bars, acc, j > 0, PRECISION)
     i = 0
     for tap in range(first, last):
-        offsets, value = read(offset, mask, b, 0, tap, p, inside, g)
-        axes, valid = cell_of(offsets, starts_of(point, unravel(tap, g.kernel), g), inside, g)
-        amplitude = amplitude_of(value, valid)
+        offsets, value = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+        starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
+        axes, valid = sampling.cell_of(offsets, starts, inside, g)
+        amplitude = sampling.amplitude_of(value, valid)
         dots = ()
         for _ in gl.static_range(2**rank):
             dots = dots + (gl.zeros([BLOCK_P], gl.float32, layout=at_row),)
@@ -157,10 +120,10 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
             values = ()
             if by_position:
                 for q in gl.static_range(2**rank):
-                    place = corner_pixel(axes, q, g) * g.row + c0
+                    place = sampling.corner_pixel(axes, q, g) * g.row + c0
                     values = values + (gl.load(image_block + place[:, None]),)
             grad = warpgroup_mma_wait(0, deps=[acc])
-            barrier()
+            common.barrier()
             for j in gl.static_range(BLOCKS):
                 ahead = i * BLOCKS + j + STAGES
                 bring_block(weight, ahead, first, per_tap, g, held, bars, ahead < steps * BLOCKS,
@@ -169,7 +132,7 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
             i1 = gl.minimum(i + 1, steps - 1) * BLOCKS
             acc = zero
             for j in gl.static_range(EARLY):
-                acc = multiply_block(tile, j, held, i1 + j, bars, acc, j > 0, BLOCKS, PRECISION)
+                acc = multiply_block(tile, j, held, i1 + j, bars, acc, j > 0, PRECISION)
             grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // 32, 4, 4, 2])
             grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C])
             grad = gl.convert_layout(grad, COLUMNS)
@@ -181,10 +144,10 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
             if grad_image is not None:
                 c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, SECTORS))
                 for q in gl.static_range(2**rank):
-                    factor = corner_weight(axes, q) * amplitude
+                    factor = sampling.corner_weight(axes, q) * amplitude
                     touched = gl.convert_layout((valid & (factor != 0.0)).to(gl.int32),
                                                 gl.SliceLayout(1, SECTORS))  # fmt: skip
-                    place = corner_pixel(axes, q, g) * g.row
+                    place = sampling.corner_pixel(axes, q, g) * g.row
                     place = gl.convert_layout(place, gl.SliceLayout(1, SECTORS))
                     gl.atomic_add(
                         grad_image + (place[:, None] + c[None, :]),
@@ -193,10 +156,10 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
                         sem="relaxed",
                     )
             for j in gl.static_range(EARLY, BLOCKS):
-                acc = multiply_block(tile, j, held, i1 + j, bars, acc, True, BLOCKS, PRECISION)
+                acc = multiply_block(tile, j, held, i1 + j, bars, acc, True, PRECISION)
             i += 1
         if by_position:
-            sums = contract(dots, axes)
+            sums = sampling.contract(dots, axes)
             base = b.to(gl.int64) * g.taps + tap
             if grad_offset is not None:
                 for a in gl.static_range(rank):
@@ -231,12 +194,12 @@ def plan_of(call: Call) -> Plan:
     stages = max(row.stages, blocks + 1)
     size = row.block_p * n.outputs + stages * block_o * block_c
     # A multiprocessor keeps 1024 bytes for itself beside those of a program.
-    shared = 2 * parts_in(call.precision) * size + 1024
+    shared = 2 * common.parts_in(call.precision) * size + 1024
     return Plan(row.block_p, block_o, blocks, block_c, stages, row.warps, shared)
 
 
 def takes(call: Call) -> bool:
-    if not takes_wide(call):
+    if not common.takes_wide(call):
         return False
     plan = plan_of(call)
     return plan.blocks <= 8 and plan.shared <= call.device.shared_memory
@@ -265,13 +228,12 @@ def write(
     across = min(32, block_o // 8)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=blocks, BLOCK_C=block_c, STAGES=stages),
-        MMA=mma_layout(block_c, warps),
-        COLUMNS=rows_layout(block_p, block_c, warps),
-        SECTORS=rows_layout(block_p, block_c, warps, run=4),
+        MMA=common.mma_layout(block_c, warps),
+        COLUMNS=common.rows_layout(block_p, block_c, warps),
+        SECTORS=common.rows_layout(block_p, block_c, warps, run=4),
         ROWS=gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0]),
     )
     by_position = by_offset is not None or by_mask is not None
-    layout = shared_layout(block_o, block_c, call.dtype)
     if by_image is not None:
         call.zero(by_image)
     call.launch(
@@ -280,7 +242,7 @@ def write(
         **dict(points=call.rows(points), weight=call.weight(Order.ACCUMULATOR)),
         **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
         **dict(tiles=tiles, splits=splits, warps=warps),
-        descriptors={"weight": Descriptor((block_o, block_c), layout)},
+        descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
     )
 
 

@@ -14,13 +14,10 @@ part with nothing until the longest one has. Taps are those of all sample groups
 the weight has an array of all channels for every sample group, 0 in those of others.
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005, RUF059
-
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import triton
 from triton.experimental import gluon
@@ -33,66 +30,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..backward_sorted import launch, tiles_of
+from .. import sampling
+from ..backward_sorted import arguments_of, tiles_of
 from ..layout import Call, Operand, Order
-from ..runtime import Buffer, Descriptor
-from ..sampling import product, ravel, read, starts_of, tiles_across, unravel
+from ..runtime import Buffer
 from ..variants import Variant
-from .common import (
-    barrier,
-    bring,
-    bytes_of,
-    mma_layout,
-    reinterpret,
-    shared_layout,
-    takes_any,
-)
+from . import common
 
 # Triton 3.6's name, and that of later versions.
 load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 OUTPUTS = gl.constexpr(64)  # of a step
-SMALL = gl.constexpr(mma_layout(64, 4))  # layout of its first product
+SMALL = gl.constexpr(common.mma_layout(64, 4))  # layout of its first product
 
 
-class Work(NamedTuple):
-    """What the warp groups of a program are told: the kernel's arguments, and what to do of it."""
-
-    points: Any
-    weight: Any
-    offset: Any
-    mask: Any
-    bias: Any
-    lists: Any
-    entries: Any
-    out: Any
-    parts: Any
-    g: Any
-    number: Any
-    splits: Any
-    b: Any
-    tile: Any  # its first
-    tiles: Any  # of an image
-    c0: Any
-    split: Any
-    first: Any  # tap of all sample groups,
-    last: Any  # and before which it stops
-    rings: Any  # (rows of each tile, blends of each tile, weights)
-    bars: Any  # of these three
+# What the warp groups of a program are told: the kernel's arguments, and what to do. Its first tile
+# is `tile`, of `tiles` in an image; its taps, of those of all sample groups, begin with `first` and
+# end before `last`. rings: (rows of each tile, blends of each tile, weights). bars: of each the
+# barriers of full stages and those of empty ones.
+Work = namedtuple(
+    "Work",
+    "points weight offset mask bias lists entries out parts g number splits "
+    "b tile tiles c0 split first last rings bars",
+)
 
 
 @gluon.jit
-def lists_at(w, t):
-    """Of tap t of all sample groups, the list of the program's first tile."""
-    groups = w.g.sample_groups // w.g.per_offset
-    item = w.b.to(gl.int64) * groups + t // w.g.taps // w.g.per_offset
-    return w.lists + ((item * w.g.taps + t % w.g.taps) * w.tiles + w.tile)
+def await_empty(bars, i):
+    """The stage of a ring for its i-th blocks, when those before are used up."""
+    stage = i % bars.shape[0]
+    mbarrier.wait(bars.index(stage), ((i // bars.shape[0]) & 1) ^ 1)
+    return stage
 
 
 @gluon.jit
 def lists_of(w, t, stop, TILES: gl.constexpr):
-    """(Start, length) of the lists of tap t, of nothing from `stop` on."""
-    at = lists_at(w, t)
+    """(Start, length) of the tiles' lists for taps t, of nothing from `stop` on."""
+    groups = w.g.sample_groups // w.g.per_offset
+    item = w.b.to(gl.int64) * groups + t // w.g.taps // w.g.per_offset
+    at = w.lists + ((item * w.g.taps + t % w.g.taps) * w.tiles + w.tile)
     found = ()
     for k in gl.static_range(TILES):
         here = (t < stop) & (w.tile + k < w.tiles)
@@ -128,12 +104,9 @@ def count_turns(w, LISTED: gl.constexpr, TILES: gl.constexpr):
     total = gl.zeros_like(lane)
     for first in range(w.first, w.last, 32):
         t = first + lane
-        at = lists_at(w, t)
-        length = gl.load(at, mask=t < w.last, other=0)
-        if TILES == 2:
-            inside = (t < w.last) & (w.tile + 1 < w.tiles)
-            length = gl.maximum(length, gl.load(at + 1, mask=inside, other=0))
-        turns = gl.maximum((length.to(gl.int32) + LISTED - 1) // LISTED, 1)
+        found = lists_of(w, t, w.last, TILES)
+        length = gl.maximum(found[0][1], found[TILES - 1][1])
+        turns = gl.maximum((length + LISTED - 1) // LISTED, 1)
         total += gl.where(t < w.last, turns, 0)
     return gl.sum(total, 0)
 
@@ -156,14 +129,14 @@ def samples_of(w, t, current, listed, layout: gl.constexpr, LISTED: gl.constexpr
     found = ()
     for k in gl.static_range(len(current)):
         inside = e < current[k][1]
-        found = found + (read(w.offset, w.mask, w.b, s, tap, listed[k], inside, w.g),)
+        found = found + (sampling.read(w.offset, w.mask, w.b, s, tap, listed[k], inside, w.g),)
     return found
 
 
 @gluon.jit
 def corner_of(tile, g, TILE: gl.constexpr):
     """The first pixel of a tile."""
-    cell = unravel(tile, tiles_across(g.image, TILE))
+    cell = sampling.unravel(tile, sampling.tiles_across(g.image, TILE))
     corner = ()
     for a in gl.static_range(len(TILE)):
         corner = corner + (cell[a] * TILE[a],)
@@ -176,8 +149,8 @@ def blend_of(given, p, length, tap, corner, g, dtype: gl.constexpr, TILE: gl.con
     """Shares of pixels in samples times the mask [LISTED, 64]: a lane has an entry, and half the
     tile or all of it. Entries are valid samples, so that nothing need be checked."""
     inside = gl.arange(0, LISTED, layout=gl.SliceLayout(1, layout)) < length
-    pixel = unravel(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), TILE)
-    starts = starts_of(unravel(p, g.point), unravel(tap, g.kernel), g)
+    pixel = sampling.unravel(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), TILE)
+    starts = sampling.starts_of(sampling.unravel(p, g.point), sampling.unravel(tap, g.kernel), g)
     offsets, masks = given
     amplitude = gl.where(inside, 1.0, 0.0)
     if len(masks) > 0:
@@ -200,16 +173,12 @@ def bring_all(w, TILE: gl.constexpr):
     g = w.g
     dtype: gl.constexpr = w.points.dtype.element_ty
     TILES: gl.constexpr = len(rows)
-    ROWS: gl.constexpr = rows[0].shape[0]
-    BLENDS: gl.constexpr = blends[0].shape[0]
     LISTED: gl.constexpr = blends[0].shape[1]
-    WEIGHTS: gl.constexpr = weights.shape[0]
     by_entry: gl.constexpr = gl.BlockedLayout(
         [1, LISTED // 2], [32, 1], [LISTED // 32, 128 // LISTED], [1, 0]
     )
     entry: gl.constexpr = gl.SliceLayout(1, by_entry)
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    size: gl.constexpr = bytes_of(OUTPUTS, weights.shape[2])
     blocks = g.outputs // OUTPUTS
     e = gl.arange(0, LISTED, layout=gl.SliceLayout(1, copies))
     o = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(0, copies))
@@ -231,26 +200,23 @@ def bring_all(w, TILE: gl.constexpr):
             blend = blend_of(given[k], listed[k], current[k][1], t % g.taps,
                              corner_of(w.tile + k, g, TILE), g, dtype, TILE, by_entry,
                              LISTED)  # fmt: skip
-            mbarrier.wait(blend_bars.index(BLENDS + i % BLENDS), ((i // BLENDS) & 1) ^ 1)
-            blends[k].index(i % BLENDS).store(blend)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(blend_bars.index(i % BLENDS), count=1)
+            stage = await_empty(blend_bars[1], i)
+            blends[k].index(stage).store(blend)
+        common.publish()
+        mbarrier.arrive(blend_bars[0].index(i % blend_bars[0].shape[0]), count=1)
         i += 1
         for block in range(blocks):
-            stage = step % WEIGHTS
-            mbarrier.wait(weight_bars.index(WEIGHTS + stage), ((step // WEIGHTS) & 1) ^ 1)
-            bring(w.weight, t * g.outputs + block * OUTPUTS, w.c0, 0, weights, weight_bars, stage,
-                  True, size, "native")  # fmt: skip
-            stage = step % ROWS
-            mbarrier.wait(row_bars.index(ROWS + stage), ((step // ROWS) & 1) ^ 1)
+            stage = await_empty(weight_bars[1], step)
+            row = t * g.outputs + block * OUTPUTS
+            common.bring(w.weight, row, w.c0, 0, weights, weight_bars[0], stage, True, "native")
+            stage = await_empty(row_bars[1], step)
             for k in gl.static_range(TILES):
                 place = sources[k] * g.outputs + block * OUTPUTS
                 load_rows(
                     rows[k].index(stage), points + (place[:, None] + o[None, :]),
                     mask=(e < current[k][1])[:, None] & (o >= 0)[None, :],
                 )  # fmt: skip
-            async_copy.mbarrier_arrive(row_bars.index(stage), increment_count=False)
+            async_copy.mbarrier_arrive(row_bars[0].index(stage), increment_count=False)
             step += 1
         at = at1
         at1 = at2
@@ -265,14 +231,14 @@ def put(k: gl.constexpr, w, out, x, TILE: gl.constexpr, LAST: gl.constexpr,
     """Store the result of the program's k-th tile [64, channels], RUN neighbours at once."""
     layout: gl.constexpr = x.type.layout
     g = w.g
-    local = unravel(gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), TILE)
+    local = sampling.unravel(gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), TILE)
     c = w.c0 + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
     corner = corner_of(w.tile + k, g, TILE)
     here = local[0] >= 0
     for a in gl.static_range(len(TILE)):
         here = here & (corner[a] + local[a] < g.image[a])
     here = here & (w.tile + k < w.tiles)
-    pixel = ravel(corner, g.image) + ravel(local, g.image)
+    pixel = sampling.ravel(corner, g.image) + sampling.ravel(local, g.image)
     out += (w.split.to(gl.int64) * g.batch + w.b) * g.pixels * g.channels
     if LAST:
         place = (pixel * g.channels)[:, None] + c[None, :]
@@ -293,10 +259,7 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
     row_bars, blend_bars, weight_bars = w.bars
     g = w.g
     dtype: gl.constexpr = rows.dtype
-    ROWS: gl.constexpr = rows.shape[0]
-    BLENDS: gl.constexpr = blends.shape[0]
     LISTED: gl.constexpr = blends.shape[1]
-    WEIGHTS: gl.constexpr = weights.shape[0]
     BLOCK_C: gl.constexpr = weights.shape[2]
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     acc = gl.zeros([64, BLOCK_C], gl.float32, layout=MMA)
@@ -304,39 +267,32 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
     blocks = g.outputs // OUTPUTS
     steps = blocks * count_turns(w, LISTED, TILES)
     for step in range(steps):
-        turn = step // blocks
-        mbarrier.wait(
-            blend_bars.index(turn % BLENDS), (turn // BLENDS) & 1, pred=step % blocks == 0
-        )
-        stage = step % ROWS
-        mbarrier.wait(row_bars.index(stage), (step // ROWS) & 1)
+        at = common.await_full(blend_bars[0], step // blocks, step % blocks == 0)
+        stage = common.await_full(row_bars[0], step)
         fence_async_shared()
-        blend = blends.index(turn % BLENDS).permute((1, 0))
+        blend = blends.index(at).permute((1, 0))
         z = warpgroup_mma(blend, rows.index(stage), z, use_acc=False, is_async=True)
         z = warpgroup_mma_wait(0, deps=[z])
-        barrier()
-        mbarrier.arrive(row_bars.index(ROWS + stage), count=1)
-        mbarrier.arrive(
-            blend_bars.index(BLENDS + turn % BLENDS), count=1, pred=(step + 1) % blocks == 0
-        )
+        common.barrier()
+        mbarrier.arrive(row_bars[1].index(stage), count=1)
+        mbarrier.arrive(blend_bars[1].index(at), count=1, pred=(step + 1) % blocks == 0)
         factor = gl.convert_layout(z.to(dtype), operand)
-        stage = step % WEIGHTS
-        mbarrier.wait(weight_bars.index(stage), (step // WEIGHTS) & 1)
+        stage = common.await_full(weight_bars[0], step)
         acc = warpgroup_mma(factor, weights.index(stage), acc, is_async=True)
         acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
-        barrier()
-        mbarrier.arrive(weight_bars.index(WEIGHTS + stage), count=1)
+        common.barrier()
+        mbarrier.arrive(weight_bars[1].index(stage), count=1)
     if w.splits > 1:
         put(k, w, w.parts, acc, TILE, LAST)
     else:
         if w.bias is not None:
             c = w.c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, MMA))
             acc += gl.load(w.bias + c).to(gl.float32)[None, :]
-        barrier()  # all have read what the rows' place held
+        common.barrier()  # all have read what the rows' place held
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
-        staged = reinterpret(rows, dtype, [64, BLOCK_C], layout)
+        staged = common.reinterpret(rows, dtype, [64, BLOCK_C], layout)
         staged.store(acc.to(dtype))
-        barrier()
+        common.barrier()
         if LAST:
             target: gl.constexpr = gl.BlockedLayout(
                 [1, 8], [256 // BLOCK_C, BLOCK_C // 8], [4, 1], [1, 0]
@@ -351,17 +307,6 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
 
 
 @gluon.jit
-def allocate_ring(stages: gl.constexpr, full: gl.constexpr, empty: gl.constexpr):
-    """Barriers of a ring: of the stages that are full, then of those that are empty, and how many
-    arrivals open one."""
-    bars = gl.allocate_shared_memory(gl.int64, [2 * stages, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(stages):
-        mbarrier.init(bars.index(s), count=full)
-        mbarrier.init(bars.index(stages + s), count=empty)
-    return bars
-
-
-@gluon.jit
 def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, out, parts, g,
                            number, splits, TILE: gl.constexpr, LAST: gl.constexpr,
                            BLOCK_C: gl.constexpr, LISTED: gl.constexpr, TILES: gl.constexpr,
@@ -369,7 +314,7 @@ def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, o
                            num_warps: gl.constexpr):  # fmt: skip
     """Arguments as of backward_sorted. Grid: (B x runs of TILES tiles, blocks of C, splits)."""
     dtype: gl.constexpr = points.dtype.element_ty
-    tiles = product(tiles_across(g.image, TILE))
+    tiles = sampling.product(sampling.tiles_across(g.image, TILE))
     runs = (tiles + TILES - 1) // TILES
     split = gl.program_id(2)
     total = g.sample_groups * g.taps
@@ -381,12 +326,11 @@ def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, o
         blends = blends + (gl.allocate_shared_memory(dtype, [RINGS[1], LISTED, 64], layout),)
     weights = gl.allocate_shared_memory(dtype, [RINGS[2], OUTPUTS, BLOCK_C], weight.layout)
     bars = (
-        allocate_ring(RINGS[0], 128, TILES),
-        allocate_ring(RINGS[1], 1, TILES),
-        allocate_ring(RINGS[2], 1, TILES),
+        (common.allocate_bars(RINGS[0], 128), common.allocate_bars(RINGS[0], TILES)),
+        (common.allocate_bars(RINGS[1]), common.allocate_bars(RINGS[1], TILES)),
+        (common.allocate_bars(RINGS[2]), common.allocate_bars(RINGS[2], TILES)),
     )
-    fence_async_shared()
-    barrier()
+    common.publish()
     w = Work(
         *(points, weight, offset, mask, bias, lists, entries, out, parts, g, number, splits),
         b=gl.program_id(0) // runs,
@@ -419,7 +363,7 @@ def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, o
 def takes(call: Call) -> bool:
     n = call.sizes
     return (
-        takes_any(call)
+        common.takes_any(call)
         and call.precision == "native"
         and n.channels % 64 == 0
         and n.sample_groups * n.taps * n.outputs * n.channels <= 2**24
@@ -435,22 +379,20 @@ def write(
     tiles = call.tiles("backward_sorted_hopper", block_c)
     # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
     listed = min(128, max(32, triton.next_power_of_2(100 // math.prod(n.stride))))
-    rows, *rings = tiles.rings
-    rings = [max(rows, block_c // listed), *rings]  # the result goes to the place of the rows
-    programs, blocks = n.batch * triton.cdiv(tiles_of(call)[1], tiles.tiles), n.channels // block_c
+    rows, *others = tiles.rings
+    rings = (max(rows, block_c // listed), *others)  # the result goes to the place of the rows
+    tile, count = tiles_of(call)
+    programs, blocks = n.batch * triton.cdiv(count, tiles.tiles), n.channels // block_c
     at_once = tiles.resident * call.multiprocessors
     splits = max(1, min(n.sample_groups * n.taps, at_once // (programs * blocks)))
     threads = tiles.resident * 128 * (1 + tiles.tiles)
-    launch(
-        *(call, backward_sorted_hopper, (programs, blocks, splits)),
-        dict(
-            **dict(BLOCK_C=block_c, LISTED=listed, TILES=tiles.tiles, RINGS=tuple(rings)),
-            **dict(MMA=mma_layout(block_c, 4), REGISTERS=tiles.registers, num_warps=tiles.warps),
-        ),
-        *(points, bias, out, lists),
-        weight=call.weight(Order.BY_GROUP),
-        descriptors={"weight": Descriptor((64, block_c), shared_layout(64, block_c, call.dtype))},
-        warps=tiles.warps,
+    constants = dict(TILE=tile, BLOCK_C=block_c, LISTED=listed, TILES=tiles.tiles)
+    constants |= dict(MMA=common.mma_layout(block_c, 4), RINGS=rings, REGISTERS=tiles.registers)
+    call.launch_split(
+        *(backward_sorted_hopper, (programs, blocks, splits), constants, out, bias),
+        **arguments_of(call, points, lists),
+        **dict(weight=call.weight(Order.BY_GROUP), warps=tiles.warps),
+        descriptors={"weight": common.block(64, block_c, dtype=call.dtype)},
         # Of the 65536 of a multiprocessor.
         registers=65536 // threads // 8 * 8 if tiles.resident > 1 else 0,
     )

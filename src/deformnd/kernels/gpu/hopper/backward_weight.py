@@ -7,9 +7,6 @@ and the copy engine brings the points, STAGES tiles deep. In "bf16x3" tensor cor
 toward zero, add up no more than a tile.
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 import math
@@ -18,16 +15,12 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from .. import sampling
 from ..layout import Call, Operand
-from ..runtime import Buffer, Descriptor
-from ..sampling import product, ravel, read, starts_of, tiles_across, unravel
-from ..tiles import POSITION_TILES
+from ..runtime import Buffer
+from ..tiles import BANDWIDTH, POSITION_TILES, TILE_US
 from ..variants import Variant
 from . import common, tables
 
@@ -44,24 +37,11 @@ def size_of(g, TILE: gl.constexpr):
 @gluon.jit
 def start(tile, across, TILE: gl.constexpr):
     """A tile's batch item and its first position in it."""
-    at = unravel(tile % product(across), across)
+    at = sampling.unravel(tile % sampling.product(across), across)
     first = ()
     for a in gl.static_range(len(TILE)):
         first = first + (at[a] * TILE[a],)
-    return tile // product(across), first
-
-
-@gluon.jit
-def next_tile(b, first, across, TILE: gl.constexpr):
-    """As start, of the next tile."""
-    new = ()
-    carry = 1
-    for i in gl.static_range(len(TILE)):
-        at = first[len(TILE) - 1 - i] + carry * TILE[len(TILE) - 1 - i]
-        over = at >= across[len(TILE) - 1 - i] * TILE[len(TILE) - 1 - i]
-        carry = gl.where(over, 1, 0)
-        new = (gl.where(over, 0, at),) + new
-    return b + carry, new
+    return tile // sampling.product(across), first
 
 
 @gluon.jit
@@ -79,7 +59,7 @@ def bring_points(points, b, first, o0, held, bars, stage, pred, g, PRECISION: gl
 def read_tile(offset, mask, tile, last, tap, lane, g, across, TILE: gl.constexpr):
     """What is known of the positions `lane` of tiles, as `tabulate` takes it."""
     b, first = start(gl.minimum(tile, last - 1), across, TILE)
-    local = unravel(lane, TILE)
+    local = sampling.unravel(lane, TILE)
     inside = tile < last
     size = size_of(g, TILE)
     point = ()
@@ -87,11 +67,12 @@ def read_tile(offset, mask, tile, last, tap, lane, g, across, TILE: gl.constexpr
         at = first[a] + local[a]
         inside = inside & (at < size[a])
         point = point + (at,)
-    p = ravel(point, size)
+    p = sampling.ravel(point, size)
     if len(TILE) != len(g.point):
-        point = unravel(p, g.point)
-    given = read(offset, mask, b, 0, tap, p, inside, g)
-    return starts_of(point, unravel(tap, g.kernel), g), given, inside, b * g.pixels
+        point = sampling.unravel(p, g.point)
+    given = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+    starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
+    return starts, given, inside, b * g.pixels
 
 
 @gluon.jit
@@ -105,15 +86,15 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     factor: gl.constexpr = points.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
     words: gl.constexpr = BLOCK_C * dtype.primitive_bitwidth // 32
-    size: gl.constexpr = count * common.bytes_of(64, BLOCK_O)
+    size: gl.constexpr = 2 * count * 64 * BLOCK_O  # bytes of a tile of points
     COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
-    across = tiles_across(size_of(g, TILE), TILE)
+    across = sampling.tiles_across(size_of(g, TILE), TILE)
     blocks = g.outputs // BLOCK_O
     o0 = gl.program_id(0) % blocks * BLOCK_O
     tap = gl.program_id(0) // blocks % g.taps
     c0 = gl.program_id(0) // blocks // g.taps * BLOCK_C
     split = gl.program_id(1)
-    total = g.batch * product(across)
+    total = g.batch * sampling.product(across)
     first = split * (total // splits) + gl.minimum(split, total % splits)
     last = first + total // splits + gl.where(split < total % splits, 1, 0)
 
@@ -121,20 +102,19 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     held = gl.allocate_shared_memory(factor, [STAGES * count] + points.block_shape, points.layout)
     samples = tables.allocate(2 * LISTED, len(g.image), dtype)
     bars = common.allocate_bars(STAGES)
-    fence_async_shared()
-    common.barrier()
+    common.publish()
+    # The batch item and first position of the next tile to bring.
     b, at = start(first, across, TILE)
     for s in gl.static_range(STAGES - 1):
         mbarrier.expect(bars.index(s), size, pred=first + s < last)
         bring_points(points, b, at, o0, held, bars, s, first + s < last, g, PRECISION)
-        b, at = next_tile(b, at, across, TILE)
+        at, over = sampling.following(at, size_of(g, TILE), TILE)
+        b += over
     lane = gl.arange(0, LISTED * 64, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     ahead = lane // 64
     lane = lane % 64
-    starts, given, inside, before = read_tile(
-        offset, mask, first + ahead, last, tap, lane, g, across, TILE
-    )
-    tables.tabulate(samples, 0, starts, given, inside, before, g)
+    known = read_tile(offset, mask, first + ahead, last, tap, lane, g, across, TILE)
+    tables.tabulate(samples, 0, known, g)
     idle = held.index((STAGES - 1) * count).reshape([64, BLOCK_O])
     common.fill(columns[0].index(1), num_warps)
     common.fill(idle, num_warps)
@@ -149,9 +129,7 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
         refill = i % LISTED == 0
         if refill:
             tile = first + i + LISTED + ahead
-            starts, given, inside, before = read_tile(
-                offset, mask, tile, last, tap, lane, g, across, TILE
-            )
+            known = read_tile(offset, mask, tile, last, tap, lane, g, across, TILE)
         mixed = tables.mix(values, samples, i % (2 * LISTED), COLUMNS)
         tables.store_columns(columns, i % 2, mixed)
         # The tables reach one tile on at least; what they have past the last one is not used.
@@ -167,17 +145,16 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
             )
         common.barrier()
         bring_points(points, b, at, o0, held, bars, stage, more, g, PRECISION)
-        b, at = next_tile(b, at, across, TILE)
-        stage = i % STAGES
-        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        x = ()
+        at, over = sampling.following(at, size_of(g, TILE), TILE)
+        b += over
+        stage = common.await_full(bars, i)
+        x = tables.columns_at(columns, i % 2, True)
         y = ()
         for part in gl.static_range(count):
-            x = x + (columns[part].index(i % 2).permute((1, 0)),)
             y = y + (held.index(stage * count + part).reshape([64, BLOCK_O]),)
         result = common.multiply(x, y, result, PRECISION == "native")
         if refill:
-            tables.tabulate(samples, (i // LISTED + 1) % 2, starts, given, inside, before, g)
+            tables.tabulate(samples, (i // LISTED + 1) % 2, known, g)
     acc += warpgroup_mma_wait(0, deps=[result])
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
@@ -202,14 +179,13 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     tiles = call.tiles(operation, math.gcd(256, n.outputs))
     block_o = math.gcd(tiles.block_o, n.outputs)
     programs = n.taps * (n.channels // tiles.block_c) * (n.outputs // block_o)
-    kind = gl.float16 if call.dtype == torch.float16 else gl.bfloat16
     rows = call.parts(points) if bf16x3 else call.rows(points)
     across = tiles.warps // 4
     mma = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, across], instr_shape=[16, block_o // across, 16]
     )
     constants = dict(BLOCK_O=block_o, BLOCK_C=tiles.block_c, STAGES=tiles.stages, MMA=mma)
-    constants |= dict(LISTED=tiles.warps // 2, num_warps=tiles.warps)  # a sample to every lane
+    constants |= dict(LISTED=tiles.warps // 2)  # a sample to every lane
 
     def count(size: tuple[int, ...], tile: tuple[int, ...]) -> int:
         return math.prod(triton.cdiv(s, t) for s, t in zip(size, tile, strict=True))
@@ -219,23 +195,20 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     flat = ((n.positions,), (64,))
     taken = near if count(*near) <= 1.1 * count(*flat) else flat
     splits = _splits(call, programs, n.batch * count(*taken), call.multiprocessors * tiles.resident)
-    with call.frame():
-        parts = call.plan.scratch(splits, n.taps, n.channels, n.outputs, dtype=torch.float32)
-        for size, tile in dict.fromkeys((near, flat)):
-            block = (1, *tile, block_o)
-            layout = gl.NVMMASharedLayout.get_default_for(list(block), kind)
-            shape = (n.batch * (2 if bf16x3 else 1), *size, n.outputs)
-            launch = call.make(
-                *(backward_weight_hopper, (programs, splits), dict(TILE=tile, **constants)),
-                descriptors={"points": Descriptor(block, layout)},
-                warps=tiles.warps,
-                # Of the 65536 of a multiprocessor.
-                registers=min(255, 65536 // (32 * tiles.warps * tiles.resident) // 8 * 8),
-                **dict(image=call.image(image), points=rows._replace(shape=shape)),
-                **dict(parts=parts, splits=splits),
-            )
-            call.steps.launch(launch, (size, tile) == taken)
-        call.reduce_weight(parts, out)
+    parts = call.plan.scratch(splits, n.taps, n.channels, n.outputs, dtype=torch.float32)
+    for size, tile in dict.fromkeys((near, flat)):
+        shape = (n.batch * (2 if bf16x3 else 1), *size, n.outputs)
+        launch = call.make(
+            *(backward_weight_hopper, (programs, splits), dict(TILE=tile, **constants)),
+            descriptors={"points": common.block(1, *tile, block_o, dtype=call.dtype)},
+            warps=tiles.warps,
+            # Of the 65536 of a multiprocessor.
+            registers=min(255, 65536 // (32 * tiles.warps * tiles.resident) // 8 * 8),
+            **dict(image=call.image(image), points=rows._replace(shape=shape)),
+            **dict(parts=parts, splits=splits),
+        )
+        call.steps.launch(launch, (size, tile) == taken)
+    call.reduce_weight(parts, out)
 
 
 def _splits(call: Call, programs: int, tiles: int, at_once: int) -> int:
@@ -244,10 +217,8 @@ def _splits(call: Call, programs: int, tiles: int, at_once: int) -> int:
     size = 8 * call.sizes.weights
 
     def cost(splits: int) -> float:
-        waves = triton.cdiv(programs * splits, at_once)
-        turns = triton.cdiv(tiles, splits) + 3
-        time: float = waves * turns * call.costs.tile_us + splits * size / call.costs.bandwidth
-        return time
+        waves, turns = triton.cdiv(programs * splits, at_once), triton.cdiv(tiles, splits) + 3
+        return float(waves * turns * TILE_US + splits * size / BANDWIDTH)
 
     return min(range(1, min(tiles, 4 * at_once // programs + 1) + 1), key=cost)
 

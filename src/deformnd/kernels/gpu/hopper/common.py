@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..layout import Call
+from ..runtime import Descriptor
 
 # Triton 3.6's names, and those of later versions.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -32,10 +33,11 @@ def reinterpret(x, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexp
         return x._reinterpret(dtype, shape, layout)
 
 
-@gluon.constexpr_function
-def bytes_of(rows, columns):
-    """Of a block of 16-bit numbers."""
-    return 2 * rows * columns
+@gluon.jit
+def publish():
+    """What was stored in shared memory is there for all, tensor cores and the copy engine too."""
+    fence_async_shared()
+    barrier()
 
 
 @gluon.constexpr_function
@@ -45,12 +47,12 @@ def parts_in(PRECISION):
 
 
 @gluon.jit
-def bring(source, row, column, rows, held, bars, stage, pred, BYTES: gl.constexpr,
-          PRECISION: gl.constexpr):  # fmt: skip
-    """Start the copy of a block of a matrix into a stage of a ring; with "bf16x3" a block of heads,
-    then one of tails, which lie `rows` rows further on."""
+def bring(source, row, column, rows, held, bars, stage, pred, PRECISION: gl.constexpr):
+    """Start the copy of a block of 16-bit numbers of a matrix into a stage of a ring; with "bf16x3"
+    a block of heads, then one of tails, which lie `rows` rows further on."""
     parts: gl.constexpr = parts_in(PRECISION)
-    mbarrier.expect(bars.index(stage), parts * BYTES, pred=pred)
+    size: gl.constexpr = 2 * parts * held.shape[1] * held.shape[2]
+    mbarrier.expect(bars.index(stage), size, pred=pred)
     for part in gl.static_range(parts):
         async_load(
             source, [row + part * rows, column], bars.index(stage),
@@ -59,11 +61,32 @@ def bring(source, row, column, rows, held, bars, stage, pred, BYTES: gl.constexp
 
 
 @gluon.jit
-def allocate_bars(count: gl.constexpr):
-    """Barriers that one arrival opens."""
+def await_full(bars, i, pred=True):
+    """The stage of a ring's i-th blocks, when these are there."""
+    stage = i % bars.shape[0]
+    mbarrier.wait(bars.index(stage), (i // bars.shape[0]) & 1, pred=pred)
+    return stage
+
+
+@gluon.jit
+def factor(held, i, PRECISION: gl.constexpr, TURNED: gl.constexpr = False):
+    """The parts of the i-th factor in shared memory, or (TURNED) of its transpose."""
+    count: gl.constexpr = parts_in(PRECISION)
+    parts = ()
+    for part in gl.static_range(count):
+        x = held.index(i * count + part)
+        if TURNED:
+            x = x.permute((1, 0))
+        parts = parts + (x,)
+    return parts
+
+
+@gluon.jit
+def allocate_bars(count: gl.constexpr, arrivals: gl.constexpr = 1):
+    """Barriers that so many arrivals open."""
     bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(count):
-        mbarrier.init(bars.index(s), count=1)
+        mbarrier.init(bars.index(s), count=arrivals)
     return bars
 
 
@@ -80,8 +103,7 @@ def fill(held, num_warps: gl.constexpr):
 def product_of_zeros(x, y, MMA: gl.constexpr):
     """A first product: ptxas makes all products wait for one another if, for what it sees at a
     loop's head, a sum may come from elsewhere than a product."""
-    fence_async_shared()
-    barrier()
+    publish()
     rows: gl.constexpr = x.shape[0]
     columns: gl.constexpr = y.shape[1]
     acc = gl.zeros([rows, columns], gl.float32, layout=MMA)
@@ -97,6 +119,19 @@ def multiply(x, y, acc, use_acc: gl.constexpr = True):
         return warpgroup_mma(x[0], y[0], acc, is_async=True)
     else:
         return warpgroup_mma(x[0], y[0], acc, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def store_points(out, x, p, o, inside, g, LAST: gl.constexpr, VECTOR_P: gl.constexpr):
+    """Store a tile of points in one batch item, [P, O] with LAST, else [O, P]; VECTOR_P neighbours
+    may be stored at once."""
+    if LAST:
+        gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), x, mask=inside[:, None])
+    else:
+        # A hint holds for all uses of what it is given: nothing of this is shared with the rest.
+        place = gl.multiple_of((o * g.positions)[None, :] + p[:, None], (VECTOR_P, 1))
+        here = gl.max_constancy(inside[:, None], (VECTOR_P, 1))
+        gl.store(out + gl.max_contiguous(place, (VECTOR_P, 1)), x, mask=here)
 
 
 def takes_any(call: Call) -> bool:
@@ -130,10 +165,10 @@ def mma_layout(columns: int, warps: int) -> Any:
     )
 
 
-def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
-    """Of a block of a factor, which is bfloat16 where float32 numbers are written as parts."""
+def block(*shape: int, dtype: torch.dtype) -> Descriptor:
+    """Of a factor, which is bfloat16 where float32 numbers are written as parts."""
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+    return Descriptor(shape, gl.NVMMASharedLayout.get_default_for(list(shape), kind))
 
 
 def rows_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:

@@ -7,23 +7,19 @@ columns @ weights while it loads the corners of the next ones. The copy engine b
 STAGES blocks deep.
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
+from .. import sampling
 from ..layout import Call, Operand
-from ..runtime import Buffer, Descriptor
-from ..sampling import ravel, read, starts_of, unravel
+from ..runtime import Buffer
 from ..variants import Variant
 from . import common, tables
 
@@ -68,17 +64,14 @@ def next_block(tap, c0, taps, BLOCK: gl.constexpr):
 
 @gluon.jit
 def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr):
-    """Store a result's tile in one batch item, [P, O] with LAST, else [O, P]."""
+    """Store a tile of a result or of a part of it."""
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
     if LAST:
-        gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), acc, mask=inside[:, None])
-    elif g.point[len(g.point) - 1] % 2 == 0:  # two neighbours are stored at once
-        # A hint holds for all uses of what it is given: nothing of this is shared with the rest.
-        place = gl.multiple_of((o * g.positions)[None, :] + p[:, None], (2, 1))
-        pairs = gl.max_constancy(inside[:, None], (2, 1))
-        gl.store(out + gl.max_contiguous(place, (2, 1)), acc, mask=pairs)
+        common.store_points(out, acc, p, o, inside, g, LAST, 1)
+    elif g.point[len(g.point) - 1] % 2 == 0:
+        common.store_points(out, acc, p, o, inside, g, LAST, 2)
     else:
-        gl.store(out + ((o * g.positions)[None, :] + p[:, None]), acc, mask=inside[:, None])
+        common.store_points(out, acc, p, o, inside, g, LAST, 1)
 
 
 @gluon.jit
@@ -95,7 +88,6 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     factor: gl.constexpr = weight.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
     words: gl.constexpr = BLOCK_C * dtype.primitive_bitwidth // 32
-    size: gl.constexpr = common.bytes_of(BLOCK_C, BLOCK_O)
     COLUMNS: gl.constexpr = tables.columns_layout(words, num_warps)
     tiles = (g.positions + 63) // 64
     blocks = g.outputs // BLOCK_O
@@ -118,7 +110,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     q = p0 + lane % 64
     point = position(q, g.point)
-    p = ravel(point, g.point)
+    p = sampling.ravel(point, g.point)
     inside = q < g.positions
     pitch = g.row // BLOCK_C * words
     image += b.to(gl.int64) * g.item
@@ -135,15 +127,16 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
         for s in gl.static_range(STAGES - 1):
             row = (start + new_tap) * g.outputs + o0
             common.bring(weight, row, new_c0, rows, held, bars, (done + s) % STAGES, s < steps,
-                         size, PRECISION)  # fmt: skip
+                         PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
-        given = ()
+        known = ()
         for j in gl.static_range(PAIRS):
             tap = start + gl.minimum(2 * j + lane // 64, taps - 1)
-            starts = starts_of(point, unravel(tap, g.kernel), g)
-            given = given + ((starts, read(offset, mask, b, 0, tap, p, inside, g)),)
+            starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
+            read = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+            known = known + ((starts, read, inside, 0),)
         for j in gl.static_range(PAIRS):
-            tables.tabulate(samples, j, given[j][0], given[j][1], inside, 0, g)
+            tables.tabulate(samples, j, known[j], g)
         common.barrier()
         values = tables.fetch(image, samples, 0, 0, pitch, g, COLUMNS)
         tap = 0
@@ -160,21 +153,16 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
             ahead = i + STAGES - 1
             row = (start + new_tap) * g.outputs + o0
             common.bring(weight, row, new_c0, rows, held, bars, (done + ahead) % STAGES,
-                         ahead < steps, size, PRECISION)  # fmt: skip
+                         ahead < steps, PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
-            stage = (done + i) % STAGES
-            mbarrier.wait(bars.index(stage), ((done + i) // STAGES) & 1)
-            x = ()
-            w = ()
-            for part in gl.static_range(count):
-                x = x + (columns[part].index(now),)
-                w = w + (held.index(stage * count + part).permute((1, 0)),)
-            acc = common.multiply(x, w, acc)
+            stage = common.await_full(bars, done + i)
+            w = common.factor(held, stage, PRECISION, True)
+            acc = common.multiply(tables.columns_at(columns, now), w, acc)
         done += steps
     acc = warpgroup_mma_wait(0, deps=[acc])
     item = b.to(gl.int64) * g.positions * g.outputs
     q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
-    p = ravel(position(q, g.point), g.point)
+    p = sampling.ravel(position(q, g.point), g.point)
     inside = q < g.positions
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, STORED))
     if splits > 1:
@@ -218,22 +206,15 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
         # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
         at_once, steps = 2 * call.multiprocessors, n.taps * n.channels // block_c
         splits = max(1, min(n.taps, at_once // programs, steps // 8))
-    constants = dict(LAST=out.last, BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
-    constants |= dict(MMA=common.mma_layout(block_o, tiles.warps), num_warps=tiles.warps)
-    constants |= dict(ONCE=n.taps <= 2 * PAIRS.value)
-    layout = common.shared_layout(block_o, block_c, call.dtype)
-    shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
-    with call.frame():
-        parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            *(forward_hopper, (programs, splits)),
-            dict(**constants, STORED=_stored_layout(block_o, rank, out.last)),
-            descriptors={"weight": Descriptor((block_o, block_c), layout)},
-            **dict(warps=tiles.warps, resident=tiles.resident, registers=tiles.registers),
-            **dict(image=call.image(image), weight=call.weight(), bias=bias),
-            **dict(out=out.buffer, parts=parts, splits=splits),
-        )
-        call.reduce(parts, out, bias)
+    constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
+    constants |= dict(ONCE=n.taps <= 2 * PAIRS.value, MMA=common.mma_layout(block_o, tiles.warps))
+    constants |= dict(STORED=_stored_layout(block_o, rank, out.last))
+    call.launch_split(
+        *(forward_hopper, (programs, splits), constants, out, bias),
+        **dict(image=call.image(image), weight=call.weight()),
+        descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
+        **dict(warps=tiles.warps, resident=tiles.resident, registers=tiles.registers),
+    )
 
 
 VARIANT = Variant("forward_hopper", common.takes_wide, write)

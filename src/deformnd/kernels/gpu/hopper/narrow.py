@@ -8,9 +8,6 @@ chunks lie in registers as products have them (layout.py, Order):
     [BLOCK_P, BLOCK_C // RUN, RUN]   the same by chunks: cells and weights are [BLOCK_P, chunks]
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 import math
@@ -20,46 +17,21 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
+from .. import sampling
 from ..layout import Call, Operand, Order
-from ..runtime import Buffer, Descriptor
-from ..sampling import (
-    amplitude_of,
-    cell_of,
-    contract,
-    parts_of,
-    product,
-    ravel,
-    read,
-    starts_of,
-    unravel,
-)
+from ..runtime import Buffer
 from ..tiles import Tiles
 from ..variants import Variant
-from .common import (
-    allocate_bars,
-    barrier,
-    bring,
-    bytes_of,
-    mma_layout,
-    multiply,
-    parts_in,
-    rows_layout,
-    shared_layout,
-    takes_any,
-)
+from . import common
 
 
 @gluon.jit
 def corners_of(given, starts, inside, s, g):
     """From what `read` gives of samples [BLOCK_P, chunks] of sample groups s: their cells, every
     corner's pixel, counted from the first of all sample groups' planes, amplitude, and validity."""
-    axes, valid = cell_of(given[0], starts, inside, g, True)
+    axes, valid = sampling.cell_of(given[0], starts, inside, g, True)
     pixel = axes[0][0]
     for a in gl.static_range(1, len(axes)):
         pixel = pixel * g.image[a] + axes[a][0]
@@ -74,7 +46,7 @@ def corners_of(given, starts, inside, s, g):
         for i in gl.static_range(len(pixels)):
             finer = finer + (pixels[i], pixels[i] + steps[a])
         pixels = finer
-    return axes, pixels, amplitude_of(given[1], valid), valid
+    return axes, pixels, sampling.amplitude_of(given[1], valid), valid
 
 
 @gluon.jit
@@ -109,8 +81,8 @@ def blend(values, weights):
 @gluon.jit
 def positions_of(lane, tile, tiles, g, TILE: gl.constexpr, VECTOR_P: gl.constexpr):
     """Of a tile of positions: their coordinates, their numbers, and whether there are such."""
-    at = unravel(tile, tiles)
-    local = unravel(lane, TILE)
+    at = sampling.unravel(tile, tiles)
+    local = sampling.unravel(lane, TILE)
     point = ()
     p = 0 * lane
     inside = p == 0
@@ -125,36 +97,45 @@ def positions_of(lane, tile, tiles, g, TILE: gl.constexpr, VECTOR_P: gl.constexp
 
 
 @gluon.jit
-def advance(shift, c0, g, BLOCK_C: gl.constexpr):
-    """The coordinates of the next tap; after the last one those of the first, and the next block
-    of channels; after that all over again.
+def advance(at, g, BLOCK_C: gl.constexpr):
+    """From (coordinates of a tap, first channel) to the next tap; after the last one to the first,
+    and the next block of channels; after that to the start.
 
     In this order a multiprocessor's cache holds the neighbourhood that a block is sampled from.
     """
-    carry = 1
-    taps = ()
-    for a in gl.static_range(len(shift) - 1, -1, -1):
-        tap = shift[a] + carry
-        carry = gl.where(tap >= g.kernel[a], 1, 0)
-        taps = (gl.where(carry > 0, 0, tap),) + taps
-    c0 += carry * BLOCK_C
-    return taps, gl.where(c0 >= g.columns, 0, c0)
+    tap, over = sampling.following(at[0], g.kernel)
+    c0 = at[1] + over * BLOCK_C
+    return tap, gl.where(c0 >= g.columns, 0, c0)
 
 
 @gluon.jit
-def store_points(out, acc, b, o0, tile, tiles, g, LAST: gl.constexpr, TILE: gl.constexpr,
-                 VECTOR_P: gl.constexpr):  # fmt: skip
+def read_at(offset, mask, b, at, chunk, p, inside, g, PADDED: gl.constexpr, VECTOR_P: gl.constexpr):
+    """What `read` gives of the samples of a tap and a block of channels (advance)."""
+    s = (at[1] // PADDED + chunk // PADDED)[None, :]
+    tap = sampling.ravel(at[0], g.kernel)
+    return sampling.read(offset, mask, b, s, tap, p, inside, g, gl.int32, VECTOR_P)
+
+
+@gluon.jit
+def fetch_at(image, at, chunk, given, point, inside, lane, g, PADDED: gl.constexpr):
+    """The values of these samples' corners, and their weights."""
+    s = (at[1] // PADDED + chunk // PADDED)[None, :]
+    starts = sampling.starts_of(point, at[0], g)
+    axes, pixels, amplitude, _ = corners_of(given, starts, inside, s, g)
+    weights = weights_of(axes, amplitude)
+    return fetch(image, pixels, lane, PADDED), weights
+
+
+@gluon.jit
+def store_tile(out, acc, b, o0, tile, tiles, g, LAST: gl.constexpr, TILE: gl.constexpr,
+               VECTOR_P: gl.constexpr):  # fmt: skip
     """Store a tile of points [BLOCK_P, BLOCK_O] of batch item b."""
     layout: gl.constexpr = acc.type.layout
     lane = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
     _, p, inside = positions_of(lane, tile, tiles, g, TILE, VECTOR_P)
     o = o0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
     out += b.to(gl.int64) * g.positions * g.outputs
-    if LAST:
-        place = (p * g.outputs)[:, None] + o[None, :]
-    else:
-        place = gl.multiple_of(o * g.positions, [VECTOR_P])[None, :] + p[:, None]
-    gl.store(out + place, acc, mask=inside[:, None] & (o < g.outputs)[None, :])
+    common.store_points(out, acc, p, o, inside, g, LAST, VECTOR_P)
 
 
 @gluon.jit
@@ -172,91 +153,72 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
     blocks of image channels x taps).
     """
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else image.dtype.element_ty
-    count: gl.constexpr = parts_in(PRECISION)
-    size: gl.constexpr = bytes_of(BLOCK_C, BLOCK_O)
-    rank: gl.constexpr = len(g.image)
+    count: gl.constexpr = common.parts_in(PRECISION)
     at_chunk: gl.constexpr = gl.SliceLayout(2, COLUMNS)
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     o0 = (gl.program_id(0) % blocks) * BLOCK_O
     tile = gl.program_id(0) // blocks
-    b = tile // product(tiles)
-    tile = tile % product(tiles)
+    b = tile // sampling.product(tiles)
+    tile = tile % sampling.product(tiles)
     steps = g.taps * (g.columns // BLOCK_C)
     first = gl.program_id(1) * steps // splits
     last = (gl.program_id(1) + 1) * steps // splits
     held = gl.allocate_shared_memory(dtype, [STAGES * count, BLOCK_O, BLOCK_C], weight.layout)
-    bars = allocate_bars(STAGES)
-    fence_async_shared()
-    barrier()
-    rows_of_weight = g.taps * g.outputs
-    next_tap = unravel(first % g.taps, g.kernel)
-    next_c0 = first // g.taps * BLOCK_C
+    bars = common.allocate_bars(STAGES)
+    common.publish()
+    rows = g.taps * g.outputs
+    at = (sampling.unravel(first % g.taps, g.kernel), first // g.taps * BLOCK_C)
+    new = at  # of the next weights to bring
     for s in gl.static_range(STAGES):
         if s > 0:
-            next_tap, next_c0 = advance(next_tap, next_c0, g, BLOCK_C)
-        bring(
-            weight, ravel(next_tap, g.kernel) * g.outputs + o0, next_c0, rows_of_weight, held, bars,
-            s, first + s < last, size, PRECISION,
-        )  # fmt: skip
+            new = advance(new, g, BLOCK_C)
+        row = sampling.ravel(new[0], g.kernel) * g.outputs + o0
+        common.bring(weight, row, new[1], rows, held, bars, s, first + s < last, PRECISION)
     near = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))
     point, p, inside = positions_of(near, tile, tiles, g, TILE, VECTOR_P)
     chunk = gl.arange(0, BLOCK_C // RUN, layout=gl.SliceLayout(0, at_chunk)) * RUN
     lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
     lane = (chunk % PADDED)[None, :, None] + lane
     inside = inside[:, None] & (chunk >= 0)[None, :]
-    rows = ()
-    for a in gl.static_range(rank):
-        rows = rows + (point[a][:, None],)
-    point, p = rows, p[:, None]
+    column = ()
+    for a in gl.static_range(len(point)):
+        column = column + (point[a][:, None],)
+    point, p = column, p[:, None]
     image += b.to(gl.int64) * g.item
     acc = gl.zeros([BLOCK_P, BLOCK_O], gl.float32, layout=MMA)
-    tap = unravel(first % g.taps, g.kernel)
-    c0 = first // g.taps * BLOCK_C
-    s = (c0 // PADDED + chunk // PADDED)[None, :]
-    given = read(offset, mask, b, s, ravel(tap, g.kernel), p, inside, g, gl.int32, VECTOR_P)
-    axes, pixels, amplitude, _ = corners_of(given, starts_of(point, tap, g), inside, s, g)
-    weights = weights_of(axes, amplitude)
-    values = fetch(image, pixels, lane, PADDED)
-    tap, c0 = advance(tap, c0, g, BLOCK_C)
-    s = (c0 // PADDED + chunk // PADDED)[None, :]
-    given = read(offset, mask, b, s, ravel(tap, g.kernel), p, inside, g, gl.int32, VECTOR_P)
+    given = read_at(offset, mask, b, at, chunk, p, inside, g, PADDED, VECTOR_P)
+    values, weights = fetch_at(image, at, chunk, given, point, inside, lane, g, PADDED)
+    at = advance(at, g, BLOCK_C)
+    given = read_at(offset, mask, b, at, chunk, p, inside, g, PADDED, VECTOR_P)
     for i in range(last - first):
         x = blend(values, weights)
         x = gl.reshape(x, [BLOCK_P // 16, 8, 2, BLOCK_C // (4 * RUN), 4, RUN // 4, 2, 2])
         x = gl.reshape(gl.permute(x, (0, 2, 1, 3, 5, 6, 4, 7)), [BLOCK_P, BLOCK_C])
-        x = parts_of(gl.convert_layout(x, operand), dtype, PRECISION)
-        s = (c0 // PADDED + chunk // PADDED)[None, :]
-        axes, pixels, amplitude, _ = corners_of(given, starts_of(point, tap, g), inside, s, g)
-        weights = weights_of(axes, amplitude)
-        values = fetch(image, pixels, lane, PADDED)
-        tap, c0 = advance(tap, c0, g, BLOCK_C)
-        s = (c0 // PADDED + chunk // PADDED)[None, :]
-        given = read(offset, mask, b, s, ravel(tap, g.kernel), p, inside, g, gl.int32, VECTOR_P)
-        barrier()
+        x = sampling.parts_of(gl.convert_layout(x, operand), dtype, PRECISION)
+        values, weights = fetch_at(image, at, chunk, given, point, inside, lane, g, PADDED)
+        at = advance(at, g, BLOCK_C)
+        given = read_at(offset, mask, b, at, chunk, p, inside, g, PADDED, VECTOR_P)
+        common.barrier()
         ahead = i + STAGES - 1
-        bring(
-            weight, ravel(next_tap, g.kernel) * g.outputs + o0, next_c0, rows_of_weight, held, bars,
-            ahead % STAGES, (first + ahead < last) & (i > 0), size, PRECISION,
-        )  # fmt: skip
-        next_tap, next_c0 = advance(next_tap, next_c0, g, BLOCK_C)
-        stage = i % STAGES
-        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
-        y = ()
-        for part in gl.static_range(count):
-            y = y + (held.index(stage * count + part).permute((1, 0)),)
+        row = sampling.ravel(new[0], g.kernel) * g.outputs + o0
+        common.bring(weight, row, new[1], rows, held, bars, ahead % STAGES,
+                     (first + ahead < last) & (i > 0), PRECISION)  # fmt: skip
+        new = advance(new, g, BLOCK_C)
+        stage = common.await_full(bars, i)
+        y = common.factor(held, stage, PRECISION, True)
         # Registers must not be overwritten before they are multiplied, so the wait names them.
-        acc = warpgroup_mma_wait(0, deps=(multiply(x, y, acc),) + x)[0]
+        acc = warpgroup_mma_wait(0, deps=(common.multiply(x, y, acc),) + x)[0]
     acc = gl.reshape(acc, [BLOCK_P // 16, 2, 8, BLOCK_O // 32, 4, 4, 2])
     acc = gl.reshape(gl.permute(acc, (0, 2, 1, 3, 5, 4, 6)), [BLOCK_P, BLOCK_O])
     if splits > 1:
         parts += gl.program_id(1).to(gl.int64) * g.batch * g.positions * g.outputs
-        store_points(parts, acc, b, o0, tile, tiles, g, LAST, TILE, VECTOR_P)
+        store_tile(parts, acc, b, o0, tile, tiles, g, LAST, TILE, VECTOR_P)
     else:
         if bias is not None:
             o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, acc.type.layout))
             acc += gl.load(bias + o).to(gl.float32)[None, :]
         result = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
-        store_points(out, result, b, o0, tile, tiles, g, LAST, TILE, VECTOR_P)
+        store_tile(out, result, b, o0, tile, tiles, g, LAST, TILE, VECTOR_P)
 
 
 @gluon.jit
@@ -333,14 +295,13 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
     Grid: (taps x blocks of channels, splits of the tiles).
     """
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype
-    count: gl.constexpr = parts_in(PRECISION)
-    size: gl.constexpr = bytes_of(BLOCK_P, BLOCK_O)
+    count: gl.constexpr = common.parts_in(PRECISION)
     rank: gl.constexpr = len(g.image)
     by_position: gl.constexpr = grad_offset is not None or grad_mask is not None
     at_chunk: gl.constexpr = gl.SliceLayout(2, COLUMNS)
     per_tap = g.columns // BLOCK_C
     tap = gl.program_id(0) // per_tap
-    shift = unravel(tap, g.kernel)
+    shift = sampling.unravel(tap, g.kernel)
     c0 = (gl.program_id(0) % per_tap) * BLOCK_C
     split = gl.program_id(1)
     tiles = down * across
@@ -353,22 +314,19 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
         dtype, [count, BLOCK_O, BLOCK_C],
         gl.NVMMASharedLayout.get_default_for([BLOCK_O, BLOCK_C], dtype),
     )  # fmt: skip
-    bars = allocate_bars(2)
+    bars = common.allocate_bars(2)
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, ROWS))
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, ROWS))
-    w = ()
     for part in gl.static_range(count):
         start = (part * g.taps + tap) * g.outputs + o
         factor.index(part).store(gl.load(weight + ((start * g.columns)[:, None] + c[None, :])))
-        w = w + (factor.index(part),)
-    fence_async_shared()
-    barrier()
+    w = common.factor(factor, 0, PRECISION)
+    common.publish()
     rows = g.batch * g.positions
     b = first // tiles
-    column = first % tiles // down
-    step = first % tiles % down
-    p0 = (step * across + column) * BLOCK_P
-    bring(points, b * g.positions + p0, 0, rows, held, bars, 0, first < last, size, PRECISION)
+    at = (first % tiles // down, first % tiles % down)
+    p0 = (at[1] * across + at[0]) * BLOCK_P
+    common.bring(points, b * g.positions + p0, 0, rows, held, bars, 0, first < last, PRECISION)
     near = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, at_chunk))[:, None]
     chunk = gl.arange(0, BLOCK_C // RUN, layout=gl.SliceLayout(0, at_chunk)) * RUN
     lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
@@ -387,51 +345,39 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
         product = gl.zeros([BLOCK_O, BLOCK_C], gl.float32, layout=MMA)
     p = p0 + near
     inside = (p < g.positions) & (chunk >= 0)[None, :]
-    given = read(offset, mask, b, s, tap, p, inside, g, gl.int32)
+    given = sampling.read(offset, mask, b, s, tap, p, inside, g, gl.int32)
     for t in range(first, last):
-        i = t - first
-        stage = i % 2
-        mbarrier.wait(bars.index(stage), (i // 2) & 1)
-        x = ()
-        for part in gl.static_range(count):
-            x = x + (held.index(stage * count + part),)
-        grad = multiply(x, w, zero, False)
+        stage = common.await_full(bars, t - first)
+        x = common.factor(held, stage, PRECISION)
+        grad = common.multiply(x, w, zero, False)
         item = b
-        starts = starts_of(unravel(p, g.point), shift, g)
+        starts = sampling.starts_of(sampling.unravel(p, g.point), shift, g)
         axes, pixels, amplitude, valid = corners_of(given, starts, inside, s, g)
         if by_position or grad_weight is not None:
             values = fetch(image + item.to(gl.int64) * g.item, pixels, lane, PADDED)
         # The next tile; after the last one some other, to no end.
         tile0 = p0
-        step += 1
-        over = step >= down
-        step = gl.where(over, 0, step)
-        column += gl.where(over, 1, 0)
-        over = column >= across
-        column = gl.where(over, 0, column)
-        b = gl.minimum(b + gl.where(over, 1, 0), g.batch - 1)
-        p0 = (step * across + column) * BLOCK_P
+        at, over = sampling.following(at, (across, down))
+        b = gl.minimum(b + over, g.batch - 1)
+        p0 = (at[1] * across + at[0]) * BLOCK_P
         p = p0 + near
         inside = (p < g.positions) & (chunk >= 0)[None, :]
-        given = read(offset, mask, b, s, tap, p, inside, g, gl.int32)
+        given = sampling.read(offset, mask, b, s, tap, p, inside, g, gl.int32)
         weights = weights_of(axes, amplitude)
         grad = warpgroup_mma_wait(0, deps=[grad])
-        barrier()
-        bring(points, b * g.positions + p0, 0, rows, held, bars, 1 - stage, t + 1 < last, size,
-              PRECISION)  # fmt: skip
+        common.barrier()
+        common.bring(points, b * g.positions + p0, 0, rows, held, bars, 1 - stage, t + 1 < last,
+                     PRECISION)  # fmt: skip
         if grad_weight is not None:
             y = gl.reshape(blend(values, weights), [BLOCK_P, BLOCK_C])
-            y = parts_of(y, dtype, PRECISION)
-            left = ()
-            right = ()
+            y = sampling.parts_of(y, dtype, PRECISION)
             for part in gl.static_range(count):
                 columns.index(part).store(y[part])
-                left = left + (x[part].permute((1, 0)),)
-                right = right + (columns.index(part),)
-            fence_async_shared()
-            barrier()
+            left = common.factor(held, stage, PRECISION, True)
+            right = common.factor(columns, 0, PRECISION)
+            common.publish()
             # Tensor cores round toward zero: with "bf16x3" they add up no more than a tile.
-            product = multiply(left, right, product, PRECISION != "bf16x3")
+            product = common.multiply(left, right, product, PRECISION != "bf16x3")
         grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // (4 * RUN), RUN // 2, 4, 2])
         grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C // RUN, RUN])
         grad = gl.convert_layout(grad, COLUMNS)
@@ -439,7 +385,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
             dots = ()
             for q in gl.static_range(2**rank):
                 dots = dots + (gl.sum(values[q].to(gl.float32) * grad, 2),)
-            sums = contract(dots, axes)
+            sums = sampling.contract(dots, axes)
             s0 = c0 // PADDED
             if grad_offset is not None:
                 for a in gl.static_range(rank):
@@ -516,7 +462,7 @@ def takes(call: Call) -> bool:
         for p, s, t, k, d in zip(n.point, n.stride, n.padding, n.kernel, n.dilation, strict=True)
     ]
     return (
-        takes_any(call)
+        common.takes_any(call)
         and call.narrow
         and n.padded == n.group_channels >= 4
         and n.columns % 32 == 0
@@ -544,27 +490,24 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
         splits = max(1, min(2 * call.multiprocessors // programs, steps // 8))
     constants: dict[str, Any] = dict(
         **dict(LAST=out.last, BLOCK_O=block_o, STAGES=row.stages, TILE=tile, **fixed),
-        MMA=mma_layout(block_o, row.warps),
+        MMA=common.mma_layout(block_o, row.warps),
         COLUMNS=chunks_layout(block_p, run, block_c // run, row.warps, True),
-        STORED=rows_layout(block_p, block_o, row.warps)
+        STORED=common.rows_layout(block_p, block_o, row.warps)
         if out.last
         else gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p], [0, 1]),
     )
-    layout = shared_layout(block_o, block_c, call.dtype)
-    with call.frame():
-        shape = out.buffer.shape if splits > 1 else (1,)
-        parts = call.plan.scratch(splits, *shape, dtype=torch.float32)
-        for vector in (1, 2):  # widths may be odd or even; the one that is not is loaded only
-            launch = call.make(
-                *(forward_narrow_hopper, (programs, splits), dict(VECTOR_P=vector, **constants)),
-                **dict(image=call.image(image), weight=call.weight(Order.OPERAND, run), bias=bias),
-                **dict(out=out.buffer, parts=parts, tiles=tiles, blocks=blocks, splits=splits),
-                warps=row.warps,
-                registers=row.registers if run == 4 and rank < 3 else 0,  # others spill
-                descriptors={"weight": Descriptor((block_o, block_c), layout)},
-            )
-            call.steps.launch(launch, vector == math.gcd(2, n.point[-1]))
-        call.reduce(parts, out, bias)
+    parts = call.room_for_parts(splits, out)
+    for vector in (1, 2):  # widths may be odd or even; the one that is not is loaded only
+        launch = call.make(
+            *(forward_narrow_hopper, (programs, splits), dict(VECTOR_P=vector, **constants)),
+            **dict(image=call.image(image), weight=call.weight(Order.OPERAND, run), bias=bias),
+            **dict(out=out.buffer, parts=parts, tiles=tiles, blocks=blocks, splits=splits),
+            warps=row.warps,
+            registers=row.registers if run == 4 and rank < 3 else 0,  # others spill
+            descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
+        )
+        call.steps.launch(launch, vector == math.gcd(2, n.point[-1]))
+    call.reduce(parts, out, bias)
 
 
 def takes_backward(call: Call) -> bool:
@@ -596,35 +539,32 @@ def write_backward(
     twice = n.padded == 4 and 2 * length < 2**31
     constants: dict[str, Any] = dict(
         **dict(BLOCK_O=n.outputs, TWICE=twice, **fixed),
-        MMA=mma_layout(block_c, row.warps),
+        MMA=common.mma_layout(block_c, row.warps),
         COLUMNS=chunks_layout(*chunks, row.warps, False),
         SECTORS=sectors_layout(*chunks, n.padded, row.warps),
         ROWS=gl.BlockedLayout([1, 8], [256 // block_c, block_c // 8], [row.warps, 1], [1, 0]),
     )
     rows = call.parts(points) if call.precision == "bf16x3" else call.rows(points)
     rows = rows._replace(shape=(math.prod(rows.shape) // n.outputs, n.outputs))
-    layout = shared_layout(block_p, n.outputs, call.dtype)
-    with call.frame():
-        added, parts, second = by_image, None, (length // 4 | 1) * 4  # as add_corners has it
-        if by_image is not None:
-            if twice:
-                added = call.plan.scratch(length + second, dtype=torch.float32)
-            call.zero(added)
-        if by_weight is not None:
-            shape = (splits, n.taps, n.channels, n.outputs)
-            parts = call.plan.scratch(*shape, dtype=torch.float32)
-        call.launch(
-            *(backward_narrow_hopper, (programs, splits), constants),
-            **dict(image=call.image(image), points=rows),
-            weight=call.weight(Order.ACCUMULATOR, run),
-            **dict(grad_image=added, grad_offset=by_offset, grad_mask=by_mask, grad_weight=parts),
-            **dict(down=down, across=across, splits=splits, warps=row.warps),
-            descriptors={"points": Descriptor((block_p, n.outputs), layout)},
-        )
-        if by_image is not None and twice:
-            call.reduce_flat(added, 2, by_image, second)
-        if by_weight is not None:
-            call.reduce_weight(parts, by_weight)
+    added, parts, second = by_image, None, (length // 4 | 1) * 4  # as add_corners has it
+    if by_image is not None:
+        if twice:
+            added = call.plan.scratch(length + second, dtype=torch.float32)
+        call.zero(added)
+    if by_weight is not None:
+        shape = (splits, n.taps, n.channels, n.outputs)
+        parts = call.plan.scratch(*shape, dtype=torch.float32)
+    call.launch(
+        *(backward_narrow_hopper, (programs, splits), constants),
+        **dict(image=call.image(image), points=rows, weight=call.weight(Order.ACCUMULATOR, run)),
+        **dict(grad_image=added, grad_offset=by_offset, grad_mask=by_mask, grad_weight=parts),
+        **dict(down=down, across=across, splits=splits, warps=row.warps),
+        descriptors={"points": common.block(block_p, n.outputs, dtype=call.dtype)},
+    )
+    if by_image is not None and twice:
+        call.reduce_flat(added, 2, by_image, second)
+    if by_weight is not None:
+        call.reduce_weight(parts, by_weight)
 
 
 FORWARD = Variant("forward_narrow_hopper", takes, write_forward)

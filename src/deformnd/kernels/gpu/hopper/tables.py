@@ -16,15 +16,12 @@ All numbers of an image are read as words of 32 bits: one float32 number or two 
 would take a register each if they were alone.
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from ..sampling import amplitude_of, cell_of, corner_weight, parts_of
-from .common import parts_in, reinterpret
+from .. import sampling
+from . import common
 
 SAMPLES = gl.constexpr(64)  # of a row
 
@@ -98,16 +95,17 @@ def put(table, i, x):
     """Store the i-th so many samples."""
     shape: gl.constexpr = rows_together(table.shape, x.shape[0])
     layout: gl.constexpr = table.layout
-    reinterpret(table, gl.int32, shape, layout).index(i).store(x.to(gl.int32, bitcast=True))
+    common.reinterpret(table, gl.int32, shape, layout).index(i).store(x.to(gl.int32, bitcast=True))
 
 
 @gluon.jit
-def tabulate(tables, i, starts, given, inside, before, g):
-    """Store samples at `starts` (sampling.py, starts_of) plus the offsets in `given` (read) as the
-    i-th so many of the tables; `before` pixels come before those of their images."""
+def tabulate(tables, i, known, g):
+    """Store samples as the i-th so many of the tables. Known of them is where they start and what
+    they read (sampling.py), whether there are such, and the pixels before those of their images."""
+    starts, given, inside, before = known
     rank: gl.constexpr = len(g.image)
-    axes, valid = cell_of(given[0], starts, inside, g)
-    amplitude = amplitude_of(given[1], valid)
+    axes, valid = sampling.cell_of(given[0], starts, inside, g)
+    amplitude = sampling.amplitude_of(given[1], valid)
     ordered = ()
     pixel = 0
     steps = 0
@@ -122,7 +120,7 @@ def tabulate(tables, i, starts, given, inside, before, g):
     put(tables[0], i, (before + pixel) * 4**rank + steps)
     weights = ()
     for q in gl.static_range(2**rank):
-        weights = weights + (corner_weight(ordered, q) * amplitude,)
+        weights = weights + (sampling.corner_weight(ordered, q) * amplitude,)
     words = weights
     if tables[1].shape[2] < 2**rank:
         words = ()
@@ -232,23 +230,35 @@ def sum_of_products(count, half):
 def allocate_columns(channels: gl.constexpr, factor: gl.constexpr, PRECISION: gl.constexpr):
     """Room for two columns' parts (sampling.py, Note [precision]), since one is multiplied while
     the next one is stored."""
-    shape: gl.constexpr = [SAMPLES.value, channels]
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, factor)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SAMPLES.value, channels], factor)
     columns = ()
-    for _ in gl.static_range(parts_in(PRECISION)):
+    # Apart, or Triton takes the store of one part for one of the other, too, and waits between.
+    for _ in gl.static_range(common.parts_in(PRECISION)):
         columns = columns + (gl.allocate_shared_memory(factor, [2, SAMPLES, channels], layout),)
     return columns
+
+
+@gluon.jit
+def columns_at(columns, i, TURNED: gl.constexpr = False):
+    """The parts of one of the two as a factor, or (TURNED) of its transpose."""
+    parts = ()
+    for part in gl.static_range(len(columns)):
+        x = columns[part].index(i)
+        if TURNED:
+            x = x.permute((1, 0))
+        parts = parts + (x,)
+    return parts
 
 
 @gluon.jit
 def store_columns(columns, i, x):
     """Store columns, as mix made them, as a factor's parts."""
     if len(columns) > 1:
-        parts = parts_of(x, gl.bfloat16, "bf16x3")
+        parts = sampling.parts_of(x, gl.bfloat16, "bf16x3")
         columns[0].index(i).store(parts[0])
         columns[1].index(i).store(parts[1])
     else:
         shape: gl.constexpr = [2, x.shape[0], x.shape[1]]
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape[1:], gl.int32)
-        reinterpret(columns[0], gl.int32, shape, layout).index(i).store(x)
+        common.reinterpret(columns[0], gl.int32, shape, layout).index(i).store(x)
     fence_async_shared()
