@@ -487,7 +487,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
     monkeypatch.setattr(backend, "allows_tf32", lambda: False)
     on_device(monkeypatch, "sm_90")
     monkeypatch.setattr(variants, "BROKEN", set())
-    monkeypatch.setattr(Plan, "load", lambda plan: {})
+    monkeypatch.setattr(Plan, "load", lambda plan, *more: {})
     monkeypatch.setattr(Plan, "run", run)
     forget()
     yield found
@@ -949,7 +949,7 @@ def test_a_plan_without_what_cannot_be_built(
     broken = {"backward_weight_hopper"}
     loaded: list[bool] = []
 
-    def load(plan: Plan) -> dict[Any, Exception]:
+    def load(plan: Plan, *more: Any) -> dict[Any, Exception]:
         loaded.append(len(sources(plan)) > 1)
         return {s: RuntimeError(s.name) for s in plan.steps if s.name in broken}
 
