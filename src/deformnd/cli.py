@@ -103,7 +103,7 @@ def _positive(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    return _whole(text, 0, 10**6)
+    return _whole(text, 1, 10**6)
 
 
 def _threads(text: str) -> int:
@@ -256,11 +256,11 @@ def _add_bench(commands: Any) -> None:
 def _bench(options: Any) -> int:
     import torch
 
-    from . import bench
+    from . import bench, sweep
 
     known = {**bench.SHAPES, **bench.CPU_SHAPES}
     if options.list:
-        for name, shape in known.items():
+        for name, shape in (sweep.MODELS if options.models else known).items():
             print(f"{name:7}", ", ".join(f"{k} {v}" for k, v in shape._asdict().items()))
         return 0
     cpu = options.device == "cpu"
@@ -278,14 +278,17 @@ def _bench(options: Any) -> int:
         return chosen
 
     shapes = choose("shape", options.shapes, bench.CPU_SHAPES if cpu else bench.SHAPES, known)
-    sweep = options.models or options.sweep is not None
-    default = ["float32"] if cpu else bench.DTYPES[: 3 : 2 if sweep else 1]
+    others = options.models or options.sweep is not None
+    default = ["float32"] if cpu else bench.DTYPES[: 3 : 2 if others else 1]
     dtypes = choose("dtype", options.dtypes, default, bench.DTYPES)
-    few = ["dense", "torchvision"] if sweep else list(bench.PEERS)
+    few = ["dense", "torchvision"] if others else list(bench.PEERS)
     peers = choose("peer", options.peers, few, bench.PEERS)
     phases = choose("phase", options.phases, bench.PHASES, bench.PHASES)
-    if sweep:
+    if others:
         return _sweep(options, dtypes, peers, phases)
+    for given in ("processes", "cold", "portable", "against"):
+        if getattr(options, given):
+            raise UsageError(f"--{given} needs --sweep or --models")
     if options.plot:
         from matplotlib.backend_bases import FigureCanvasBase
 
@@ -294,9 +297,9 @@ def _bench(options: Any) -> int:
             raise UsageError(f"--plot {options.plot}, expected a file of {', '.join(kinds)}")
     if options.threads:
         torch.set_num_threads(options.threads)
+    seconds = 1.0 if options.seconds is None else options.seconds
     report = bench.run(
-        *(shapes, dtypes, peers, phases, options.device),
-        *(options.seconds or 1.0, not options.no_memory),
+        shapes, dtypes, peers, phases, options.device, seconds, not options.no_memory
     )
     print(bench.table(report))
     if options.json:
@@ -312,9 +315,9 @@ def _sweep(options: Any, dtypes: list[str], peers: list[str], phases: list[str])
     cpu = options.device == "cpu"
     if options.portable and cpu:
         raise UsageError("--portable leaves out kernels for GPUs, expected --device cuda")
-    for given in ("shapes", "plot"):
+    for given in ("shapes", "plot", "no_memory"):
         if getattr(options, given):
-            raise UsageError(f"--{given} is not for --sweep and --models")
+            raise UsageError(f"--{given.replace('_', '-')} is not for --sweep and --models")
     if options.against:
         try:
             sweep.tree_of(options.against)
@@ -322,8 +325,6 @@ def _sweep(options: Any, dtypes: list[str], peers: list[str], phases: list[str])
             raise UsageError(f"--against {error}") from None
     drawn = sweep.draw(options.sweep or 0, options.seed, sweep.SAMPLES["cpu" if cpu else "cuda"])
     layers = {**(sweep.MODELS if options.models else {}), **{sweep.describe(s): s for s in drawn}}
-    if not layers:
-        raise UsageError("--sweep 0 without --models has no layers")
     report = sweep.run(
         *(layers, dtypes, peers, phases, options.device),
         seconds=options.seconds or math.inf,

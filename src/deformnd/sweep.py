@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -302,7 +303,8 @@ def tree_of(path: Path) -> Path:
 class Worker:
     """A process that answers, started when it is first asked and anew when it has died."""
 
-    def __init__(self, tree: Path, options: dict[str, Any]) -> None:
+    def __init__(self, tree: Path, options: dict[str, Any], cache: Path | None = None) -> None:
+        self.environment = {**os.environ, **({"TRITON_CACHE_DIR": str(cache)} if cache else {})}
         here = str(Path(__file__).parent)
         self.command = [sys.executable, "-c", _BOOT, str(tree), here, json.dumps(options)]
         self.process: subprocess.Popen[str] | None = None
@@ -311,7 +313,11 @@ class Worker:
         """The answer; {"failed": why} if there is none."""
         if self.process is None:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                self.command,
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
         process = self.process
         assert process.stdin is not None and process.stdout is not None
@@ -431,7 +437,7 @@ def run(
     device: str = "cpu",
     *,
     seconds: float = math.inf,
-    row_seconds: float = 0.3,
+    row_seconds: float = 1.0,
     threads: int | None = None,
     processes: int = 0,
     portable: bool = False,
@@ -467,50 +473,41 @@ def run(
     jobs = [(name, shape, dtype) for name, shape in layers.items() for dtype in dtypes]
     options = {"device": device, "threads": threads, "portable": portable}
     trees = [Path(__file__).resolve().parents[1], *([tree_of(against)] if against else [])]
-    workers: list[Worker] = []
+    with ExitStack() as stack:
+        empty = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-    def worker(tree: Path) -> Worker:
-        workers.append(Worker(tree, options))
-        return workers[-1]
+        def worker(tree: Path) -> Worker:
+            cache = empty / str(trees.index(tree)) if cold else None
+            return stack.enter_context(closing(Worker(tree, options, cache)))
 
-    kept = dict(os.environ)
-    with tempfile.TemporaryDirectory() as empty:
-        try:
-            if cold:
-                os.environ["TRITON_CACHE_DIR"] = empty
-                processes = 0
-            timers = [worker(tree) for tree in trees]
-            ahead = [[worker(tree) for _ in range(processes)] for tree in trees]
-            report: dict[str, Any] = {**_introduce(timers, trees), **(about or {})}
-            report |= {"portable": portable, "cold": cold, "layers": len(layers), "warm s": 0.0}
-            chosen = [p for p in peers if p in report["peers"] and p != "deformnd"]
-            report |= {"peers": chosen, "rows": []}
-            block = 4 * processes or len(jobs)
-            tqdm.write(_head(bool(against), cold))
-            with tqdm(total=len(jobs), unit="layer", disable=None) as progress:
-                for at, (name, shape, dtype) in enumerate(jobs):
-                    if at % block == 0 and processes:
-                        progress.set_description("compile")
-                        report["warm s"] += _compile(
-                            ahead, jobs[at : at + block], phases, start + seconds
-                        )
-                    if time.monotonic() - start > seconds:
-                        break
-                    progress.set_description(f"{name} {dtype}")
-                    asked: dict[str, Any] = {"do": "time", "sizes": shape._asdict(), "dtype": dtype}
-                    asked |= {"phases": list(phases), "seconds": row_seconds}
-                    row = _row(timers, asked, chosen)
-                    report["rows"].append({"name": name, **row})
-                    tqdm.write(show(report["rows"][-1], bool(against), cold))
-                    report["seconds"] = time.monotonic() - start
-                    if path:
-                        _write(report, path)
-                    progress.update()
-        finally:
-            os.environ.clear()
-            os.environ.update(kept)
-            for each in workers:
-                each.close()
+        timers = [worker(tree) for tree in trees]
+        ahead = [[worker(tree) for _ in range(0 if cold else processes)] for tree in trees]
+        block = 4 * len(ahead[0]) or len(jobs)
+        report: dict[str, Any] = {**_introduce(timers, trees), **(about or {})}
+        report |= {"portable": portable, "cold": cold, "layers": len(layers)}
+        report["peers"] = [p for p in peers if p in report["peers"] and p != "deformnd"]
+        report |= {"compile s": 0.0, "seconds": 0.0, "rows": []}
+        if path:
+            _write(report, path)
+        tqdm.write(_head(bool(against), cold))
+        progress = stack.enter_context(tqdm(total=len(jobs), unit="layer", disable=None))
+        for at, (name, shape, dtype) in enumerate(jobs):
+            if at % block == 0 and ahead[0]:
+                progress.set_description("compile")
+                part = jobs[at : at + block]
+                report["compile s"] += _compile(ahead, part, phases, start + seconds)
+            if time.monotonic() - start > seconds:
+                break
+            progress.set_description(f"{name} {dtype}")
+            asked: dict[str, Any] = {"do": "time", "sizes": shape._asdict(), "dtype": dtype}
+            asked |= {"phases": list(phases), "seconds": row_seconds}
+            row = {"name": name, **_row(timers, asked, report["peers"])}
+            tqdm.write(show(row, bool(against), cold))
+            report["rows"].append(row)
+            report["seconds"] = time.monotonic() - start
+            if path:
+                _write(report, path)
+            progress.update()
     return report
 
 
@@ -658,9 +655,9 @@ def text(report: dict[str, Any], most: int = 25) -> str:
     lines[0] += report["kernels"] + " without Hopper's" * report["portable"]
     lines.append(", ".join(f"{k} {v}" for k, v in report["versions"].items()))
     count = len({(row["name"], row["layer"]) for row in rows})
-    lines.append(f"{count} of {report['layers']} layers in {report.get('seconds', 0):.0f} s")
-    if report["warm s"]:
-        lines[-1] += f", {report['warm s']:.0f} s of it to compile ahead"
+    lines.append(f"{count} of {report['layers']} layers in {report['seconds']:.0f} s")
+    if report["compile s"]:
+        lines[-1] += f", {report['compile s']:.0f} s of it to compile ahead"
     lines.append("Geometric means (the least) of the peers' times in units of deformnd's:")
     kinds = [(d, f) for d in dict.fromkeys(r["dtype"] for r in rows) for f in bench.PHASES]
     for peer in (*report["peers"], *(["against"] if "against" in report else [])):
