@@ -13,6 +13,7 @@ from deformnd.bench import Shape
 
 ROOT = Path(sweep.__file__).parents[1]
 SMALL = Shape(2, 6, (7, 8), 4, 3, 2)
+ABOUT = {"do": "about", "peers": []}
 OPTIONS = {"device": "cpu", "threads": 1, "portable": False}
 
 
@@ -130,7 +131,7 @@ def test_kernels_are_compiled_ahead(worker):
     jobs = [(str(i), shape, "float32") for i, shape in enumerate((SMALL, bad, SMALL, SMALL))]
     workers = [worker(), worker()]
     assert sweep._compile([workers], jobs, bench.PHASES, math.inf) > 0
-    assert all(w.ask({"do": "about"})["from"] == str(ROOT) for w in workers)
+    assert all(w.ask(ABOUT)["from"] == str(ROOT) for w in workers)
 
 
 @pytest.fixture
@@ -197,19 +198,17 @@ def deform_conv2d(input, *rest, **options):
 def test_an_error_of_a_peer_is_recorded(worker, changed, fault):
     tree = changed(f"def deform_conv2d(*args, **options):\n    {fault}\n", "torchvision/ops.py")
     (tree / "torchvision" / "__init__.py").touch()
-    timer = worker(tree)
-    for _ in range(2):
-        row = sweep._row([timer], asked(), ["dense", "torchvision"])
-        assert "failed" not in row and not row["wrong"]
-        assert row["forward"]["deformnd"]["ms"] > 0
-        assert row["forward"]["torchvision"]["failed"].endswith(("no Half", "code 3"))
+    row = sweep._row([worker(tree)], asked(), ["dense", "torchvision"])
+    assert "failed" not in row and not row["wrong"]
+    assert row["forward"]["deformnd"]["ms"] > 0
+    assert row["forward"]["torchvision"]["failed"].endswith(("no Half", "code 3"))
     assert "torchvision failed 2 times in float32: " in "\n".join(sweep._failed_peers([row]))
 
 
 def test_a_process_that_does_not_answer_is_ended(worker):
     one = worker()
-    assert one.ask({"do": "about"}, patience=0.01)["failed"].endswith("no answer in 0.01 s")
-    assert one.ask({"do": "about"})["from"] == str(ROOT)
+    assert one.ask(ABOUT, patience=0.01)["failed"].endswith("no answer in 0.01 s")
+    assert one.ask(ABOUT)["from"] == str(ROOT)
 
 
 def _report(*rows):

@@ -377,7 +377,7 @@ def _without_hopper() -> None:
     tiles.device_of = lambda _: device._replace(architecture="portable")  # type: ignore[assignment]
 
 
-def _about(device: str) -> dict[str, Any]:
+def _about(peers: Sequence[str], device: str) -> dict[str, Any]:
     import deformnd
 
     from .kernels import cpu
@@ -390,8 +390,8 @@ def _about(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deformnd": deformnd.__version__,
         "kernels": "Triton" if cuda else "C++ core" if cpu.available() else "reference",
-        "versions": bench.versions(),
-        "peers": [peer for peer in bench.PEERS if bench.has(peer)],
+        "versions": bench.versions(peers),
+        "peers": [peer for peer in peers if bench.has(peer) and peer != "deformnd"],
     }
 
 
@@ -483,9 +483,8 @@ def run(
         timers = [worker(tree) for tree in trees]
         ahead = [[worker(tree) for _ in range(0 if cold else processes)] for tree in trees]
         block = 4 * len(ahead[0]) or len(jobs)
-        report: dict[str, Any] = {**_introduce(timers, trees), **(about or {})}
+        report: dict[str, Any] = {**_introduce(timers, trees, peers), **(about or {})}
         report |= {"portable": portable, "cold": cold, "layers": len(layers)}
-        report["peers"] = [p for p in peers if p in report["peers"] and p != "deformnd"]
         report |= {"compile s": 0.0, "seconds": 0.0, "rows": []}
         if path:
             _write(report, path)
@@ -518,9 +517,11 @@ def _write(report: dict[str, Any], path: Path) -> None:
     part.replace(path)
 
 
-def _introduce(timers: Sequence[Worker], trees: Sequence[Path]) -> dict[str, Any]:
+def _introduce(
+    timers: Sequence[Worker], trees: Sequence[Path], peers: Sequence[str]
+) -> dict[str, Any]:
     """What the report says of the device and the versions."""
-    said = [timer.ask({"do": "about"}) for timer in timers]
+    said = [timer.ask({"do": "about", "peers": list(peers)}) for timer in timers]
     for answer, tree in zip(said, trees, strict=True):
         if "failed" in answer:
             raise RuntimeError(f"deformnd of {tree} does not run: {answer['failed']}")
