@@ -679,10 +679,10 @@ def text(report: dict[str, Any], most: int = 25) -> str:
 
 
 def _means(counted: Sequence[float], apart: Sequence[float]) -> str:
-    found = f" {mean(counted):.2f} ({min(counted):.2f}), {len(counted)} layers" if counted else ""
-    if apart:
-        found += f"; depthwise {mean(apart):.2f} ({min(apart):.2f}), {len(apart)} layers"
-    return found
+    parts = [("", counted), ("depthwise ", apart)]
+    return " " + "; ".join(
+        f"{what}{mean(q):.2f} ({min(q):.2f}), {len(q)} layers" for what, q in parts if q
+    )
 
 
 def _listed(
