@@ -3,10 +3,11 @@
     python benchmarks/cold.py [--out benchmarks/results/cold_h200.json] [--ranks 1 2 3] ...
 
 A network of two packed layers (64 to 128 channels, then 128 to 128 in 8 offset groups, 3 kernel
-points along each axis) is trained for 24 steps, each with a batch of other images: random sizes,
-one to four at once. It runs in two fresh processes, the first with an empty disk cache, the second
-with what the first has left there. Of every step stand the seconds that forward and backward
-take, how many kernels Triton compiled and how many came to be loaded.
+points along each axis), or with `--layers` of one of them, is trained for 24 steps, each with a
+batch of other images: random sizes, one to four at once. It runs in two fresh processes, the first
+with an empty disk cache, the second with what the first has left there. Of every step stand the
+seconds that forward and backward take, how many kernels Triton compiled and how many came to be
+loaded.
 
 `ordinary` are the seconds that the same step takes right before with ordinary convolutions instead,
 whose first step starts CUDA and cuDNN. float16 and bfloat16 are autocast of float32 parameters,
@@ -17,6 +18,7 @@ nothing is compiled: that run only shows that the script works.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -71,12 +73,21 @@ def kernels() -> tuple[int, int]:
     return len(list(groups)), len(runtime._LOADED)
 
 
-def network(rank: int, device: str) -> nn.Sequential:
+# The layers, by their numbers.
+LAYERS = {
+    1: {"in_channels": 64},
+    2: {"in_channels": 128, "offset_groups": 8, "mask_groups": 8},
+}
+
+
+def network(rank: int, numbers: Sequence[int], device: str) -> nn.Sequential:
     layer = getattr(deformnd, f"PackedDeformConv{rank}d")
     torch.manual_seed(0)
-    first = layer(64, 128, 3, padding=1, modulated=True)
-    second = layer(128, 128, 3, padding=1, modulated=True, offset_groups=8, mask_groups=8)
-    return nn.Sequential(first, second).to(device)
+    layers = [
+        layer(out_channels=128, kernel_size=3, padding=1, modulated=True, **LAYERS[number])
+        for number in numbers
+    ]
+    return nn.Sequential(*layers).to(device)
 
 
 def ordinary(layers: nn.Sequential, x: Tensor) -> Tensor:
@@ -107,13 +118,15 @@ def timed(loss: Callable[[], Tensor], device: str, dtype: torch.dtype) -> tuple[
     return middle - start, clock(device) - middle
 
 
-def train(rank: int, dtype: torch.dtype, device: str, count: int) -> list[Step]:
+def train(
+    rank: int, dtype: torch.dtype, device: str, count: int, numbers: Sequence[int]
+) -> list[Step]:
     """In this process, which has not run a kernel yet."""
     torch.backends.cudnn.allow_tf32 = False
-    layers = network(rank, device)
+    layers, channels = network(rank, numbers, device), LAYERS[numbers[0]]["in_channels"]
     steps = []
     for batch, *size in images(rank, count):
-        x = torch.randn(batch, 64, *size, device=device, requires_grad=True)
+        x = torch.randn(batch, channels, *size, device=device, requires_grad=True)
         plain = timed(lambda x=x: ordinary(layers, x), device, dtype)
         before = kernels()
         forward, backward = timed(lambda x=x: layers(x).sum(), device, dtype)
@@ -141,15 +154,16 @@ def in_fresh_process(cache: str, *arguments: Any) -> list[Step]:
     return steps
 
 
-def measure(rank: int, dtype: str, variants: str, device: str, count: int) -> list[dict[str, Any]]:
+def measure(
+    rank: int, dtype: str, variants: str, device: str, count: int, layers: str
+) -> list[dict[str, Any]]:
     """A row with an empty disk cache and one with what that left."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         for state in ("empty", "filled"):
-            steps = in_fresh_process(cache, rank, dtype, variants, device, count)
-            rows.append(
-                {"rank": rank, "dtype": dtype, "kernels": variants, "cache": state, "steps": steps}
-            )
+            steps = in_fresh_process(cache, rank, dtype, variants, device, count, layers)
+            row = {"rank": rank, "layers": layers, "dtype": dtype, "kernels": variants}
+            rows.append({**row, "cache": state, "steps": steps})
     return rows
 
 
@@ -158,7 +172,7 @@ def show(row: dict[str, Any]) -> str:
     seconds = [step["forward"] + step["backward"] for step in row["steps"]]
     first, *others = row["steps"]
     return (
-        f"{row['rank']}-D {row['dtype']:8} {row['kernels']:8} {row['cache']:6}"
+        f"{row['rank']}-D {row['layers']:2} {row['dtype']:8} {row['kernels']:8} {row['cache']:6}"
         f" {first['forward']:8.3f} {first['backward']:8.3f} {seconds[0]:8.3f}"
         f" {first['compiled']:8} {first['loaded']:6}"
         f" {max(seconds[1:], default=0):8.3f} {sum(step['compiled'] for step in others):8}"
@@ -177,14 +191,17 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--kernels", nargs="*", default=variants, choices=variants)
     parser.add_argument("--device", default=device, choices=["cuda", "cpu"])
+    parser.add_argument("--layers", nargs="*", default=["12"], choices=["1", "2", "12"],
+                        help="those of a network: one, the other, both")  # fmt: skip
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        rank, dtype, chosen, place, count = args.child
+        rank, dtype, chosen, place, count, layers = args.child
         if chosen == "portable" and place == "cuda":
             without_hopper()
-        print(json.dumps(train(int(rank), DTYPES[dtype], place, int(count))))
+        numbers = [int(digit) for digit in layers]
+        print(json.dumps(train(int(rank), DTYPES[dtype], place, int(count), numbers)))
         return
     if args.device == "cpu":
         print("On a CPU nothing is compiled: these seconds are those of the steps alone.")
@@ -196,16 +213,15 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/cold.py", *sys.argv[1:]]),
         "rows": rows,
     }
-    print(f"{'':28}first step{'':34}other steps")
-    print(f"{'':28}forward backward      all compiled loaded  slowest compiled    in loaded")
-    for rank in args.ranks:
-        for dtype in args.dtypes:
-            for chosen in args.kernels:
-                for row in measure(rank, dtype, chosen, args.device, args.steps):
-                    rows.append(row)
-                    print(show(row), flush=True)
-                    if args.out:
-                        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{'':31}first step{'':34}other steps")
+    print(f"{'':31}forward backward      all compiled loaded  slowest compiled    in loaded")
+    for case in itertools.product(args.ranks, args.layers, args.dtypes, args.kernels):
+        rank, layers, dtype, chosen = case
+        for row in measure(rank, dtype, chosen, args.device, args.steps, layers):
+            rows.append(row)
+            print(show(row), flush=True)
+            if args.out:
+                Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

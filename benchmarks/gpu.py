@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,19 +55,6 @@ def peak(
     y = call(leaves)
     backward = bench.gpu_peak(lambda: torch.autograd.grad(y, leaves, grad, allow_unused=True))
     return max(forward, backward)
-
-
-def host_us(call: Callable[[], Any]) -> float:
-    """Microseconds that the host needs to issue a call (best of five)."""
-    best = math.inf
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(100):
-            call()
-        best = min(best, (time.perf_counter() - start) / 100)
-        torch.cuda.synchronize()
-    return best * 1e6
 
 
 def errors(problem: Problem) -> dict[str, float]:
@@ -137,13 +123,14 @@ def measure(
                 calls["torchvision "] = problem.torchvision
             for key, call in calls.items():
                 with torch.no_grad():
-                    row[key + "host forward"] = host_us(call)
+                    row[key + "host forward"] = bench.host_us(call, 100)
                 leaves = tuple(t.detach().requires_grad_() for t in ours)
                 y = call(leaves)
-                row[key + "host backward"] = host_us(
+                row[key + "host backward"] = bench.host_us(
                     lambda y=y, leaves=leaves: torch.autograd.grad(
                         y, leaves, problem.grad, retain_graph=True
-                    )
+                    ),
+                    100,
                 )
     return row
 

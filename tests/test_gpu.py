@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import math
 import os
 import random
 import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,8 +26,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import deformnd
 import random_calls
-from deformnd.kernels import reference
+from deformnd.kernels import autograd, reference
 from deformnd.kernels.geometry import (
     Geometry,
     conv_geometry,
@@ -487,7 +490,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
     monkeypatch.setattr(backend, "allows_tf32", lambda: False)
     on_device(monkeypatch, "sm_90")
     monkeypatch.setattr(variants, "BROKEN", set())
-    monkeypatch.setattr(Plan, "load", lambda plan: {})
+    monkeypatch.setattr(Plan, "load", lambda plan, *more: {})
     monkeypatch.setattr(Plan, "run", run)
     forget()
     yield found
@@ -574,6 +577,70 @@ def on_meta(case: Case, dtype: torch.dtype) -> Problem:
     others = {name: resized(getattr(made, name)) for name in ("x", "offset", "mask", "grad")}
     weight, bias = (t.to("meta") for t in (made.weight, made.bias) if t is not None)
     return dataclasses.replace(made, g=g, weight=weight, bias=bias, **others)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "portable"])
+def test_forward_loads_the_kernels_of_its_backward(
+    architecture: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If there will be one: those that are not loaded then are all there are."""
+    on_device(monkeypatch, architecture)
+    found: list[Any] = []
+    monkeypatch.setattr(Plan, "load", lambda plan, *more: found.extend(more) or {})
+    every = itertools.product(TOLERANCE, (False, True), (False, True), (1, 8), (True, False))
+    for dtype, transposed, last, groups, learns in every:
+        case = Case(
+            (9, 9), (3, 3), transposed, image=64, points=64, offset_groups=groups, last=last
+        )
+        made = case.make(dtype, "cpu")
+        if last:
+            made.grad = made.grad.to(memory_format=torch.channels_last)
+        needs = (learns, True, True, learns, True)
+        for t, need in zip(
+            (made.x, made.weight, made.offset, made.mask, made.bias), needs, strict=True
+        ):
+            assert t is not None and t.requires_grad_(need) is t
+        plans.clear(), found.clear(), backend._PLANS.clear()
+        monkeypatch.setattr(autograd.call, "differentiated", False)
+        made.forward(backend)
+        assert not found[0]()
+        monkeypatch.setattr(autograd.call, "differentiated", True)
+        more = {launch.key for launch in found[0]()}
+        made.backward(backend, needs)
+        assert {x.key for x in (*plans[-1].steps, *plans[-1].spares)} == more
+        assert not found[1]()
+
+
+def test_whether_a_call_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the backend of a device sees it."""
+    cpu = pytest.importorskip("deformnd.kernels.cpu")
+    if not cpu.available():
+        pytest.skip("no core")
+    seen: list[bool] = []
+    exact = cpu.gather
+
+    def gather(*args: Any) -> Tensor:
+        seen.append(autograd.call.differentiated)
+        if len(seen) == 4:
+            raise RuntimeError("out of memory")
+        result: Tensor = exact(*args)
+        return result
+
+    monkeypatch.setattr(cpu, "gather", gather)
+    x, offset = torch.rand(1, 2, 4, 4), torch.rand(1, 18, 4, 4)
+    weight = torch.rand(2, 2, 3, 3, requires_grad=True)
+
+    def run(weight: Tensor) -> Tensor:
+        return deformnd.deform_conv2d(x, weight, offset, padding=1)
+
+    run(weight)
+    run(weight.detach())
+    with torch.no_grad():
+        run(weight)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(weight)
+    run(weight.detach())
+    assert seen == [True, False, False, True, False]
 
 
 def test_plans_without_gluon(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -900,6 +967,19 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     call.zero(plan.scratch(64, dtype=torch.float32))
     call.steps.finish()
     good = plan.steps
+    begun: list[int] = []
+    make_ir = runtime.ASTSource.make_ir
+
+    def counted(*args: Any) -> Any:
+        begun.append(1)
+        time.sleep(0.05)  # enough for another thread to come in
+        try:
+            return make_ir(*args)
+        finally:
+            begun.append(-1)
+
+    # What Python does of a compile is done in one thread at a time.
+    monkeypatch.setattr(runtime.ASTSource, "make_ir", counted)
     arguments = {n: v for n, v in good[0].arguments.items()}
     bad = Launch(layout.reduce, (1, 1, 1), arguments, dict(INDEX=0, BLOCK=3), 4)
 
@@ -915,6 +995,12 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
         raise RuntimeError("compiles again")
 
     load()
+    assert begun == [1, -1] * (len(begun) // 2) and len(begun) >= 4
+    # What may be loaded with them is, and its failure is nothing of theirs.
+    monkeypatch.setattr(runtime, "_LOADED", {})
+    assert runtime.load(good[:1], lambda: [bad, good[1]]) == {}
+    assert {key for key, _ in runtime._LOADED} == {made.key for made in good}
+    assert runtime.load(good, lambda: pytest.fail("nothing is missing")) == {}
     original = triton.compile
     monkeypatch.setattr(triton, "compile", refuse)
     load()
@@ -949,7 +1035,7 @@ def test_a_plan_without_what_cannot_be_built(
     broken = {"backward_weight_hopper"}
     loaded: list[bool] = []
 
-    def load(plan: Plan) -> dict[Any, Exception]:
+    def load(plan: Plan, *more: Any) -> dict[Any, Exception]:
         loaded.append(len(sources(plan)) > 1)
         return {s: RuntimeError(s.name) for s in plan.steps if s.name in broken}
 
@@ -1261,6 +1347,32 @@ def test_gpu_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append((lengths, key.sort().values))
         assert lengths.max() > tiles.LONG
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("offset_groups", [1, 8])
+def test_gpu_backward_is_compiled_with_its_forward(
+    offset_groups: int, transposed: bool, exact_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget()
+    monkeypatch.setattr(runtime, "_LOADED", {})
+    function = deformnd.deform_conv_transpose2d if transposed else deformnd.deform_conv2d
+    case = Case((20, 22), (3, 3), transposed, image=64, points=64, offset_groups=offset_groups)
+    made = case.make(torch.float32, "cuda")
+    given = [
+        t.requires_grad_() for t in (made.x, made.weight, made.offset, made.mask) if t is not None
+    ]
+    with torch.no_grad():
+        function(*given, padding=1)
+    alone = set(runtime._LOADED)
+    forget()
+    result = function(*given, padding=1)
+    loaded = set(runtime._LOADED)
+    result.sum().backward()
+    torch.cuda.synchronize()
+    assert set(runtime._LOADED) == loaded > alone
+    forget()
 
 
 @gpu

@@ -1,9 +1,10 @@
 """The benchmark: deformnd beside every peer that is installed, in one run.
 
 `deformnd bench` runs it; the scripts in benchmarks/ measure more of one device with the same
-parts. All calls go through the public functions with NCHW tensors (the dense convolution gets
-channels last on CUDA, which cuDNN likes best). Times are medians of rounds in which the peers take
-turns. Errors are relative L2 norms against the definition in float64 on the first image.
+parts, and sweep.py times layers that nobody chose. All calls go through the public functions with
+NCHW tensors (the dense convolution gets channels last on CUDA, which cuDNN likes best). Times are
+medians of rounds in which the peers take turns. Errors are relative L2 norms against the definition
+in float64, of the first image; the weight's gradient has terms of all.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # in the order of the f
 Call = Callable[[], Any]
 
 
+def every(value: tuple[int, ...] | int, n: int) -> tuple[int, ...]:
+    """One number for each axis."""
+    return (value,) * n if isinstance(value, int) else value
+
+
 class Problem:
     """The tensors of a shape, and the calls that are timed."""
 
@@ -91,17 +97,14 @@ class Problem:
         self.flat = n == 2 and not shape.transposed  # what the 2-D peers compute
         generator = torch.Generator(device).manual_seed(0)
 
-        def every(value: tuple[int, ...] | int) -> tuple[int, ...]:
-            return (value,) * n if isinstance(value, int) else value
-
         def randn(*size: int) -> Tensor:
             return torch.randn(*size, device=device, generator=generator)
 
         padding = shape.kernel // 2 if shape.padding < 0 else shape.padding
         self.parameters: dict[str, Any] = {
-            "stride": every(shape.stride),
-            "padding": every(padding),
-            "dilation": every(shape.dilation),
+            "stride": every(shape.stride, n),
+            "padding": every(padding, n),
+            "dilation": every(shape.dilation, n),
             "groups": shape.groups,
         }
         taps = shape.kernel**n
@@ -190,14 +193,15 @@ class Problem:
         )
         return grads
 
-    def exact(self, images: int = 1) -> Problem:
-        """The first images of it, in float64."""
+    def exact(self, images: int = 1, first: int = 0) -> Problem:
+        """So many images of it from the given one on, in float64."""
         p = object.__new__(Problem)
         p.__dict__.update(self.__dict__)
         p.__dict__.pop("geometry", None)
         p.shape = self.shape._replace(batch=images)
         p.input, p.offset, p.mask, p.grad = (
-            t[:images].double() for t in (self.input, self.offset, self.mask, self.grad)
+            t[first : first + images].double()
+            for t in (self.input, self.offset, self.mask, self.grad)
         )
         p.weight, p.bias = self.weight.double(), self.bias.double()
         return p
@@ -374,6 +378,22 @@ def gpu_rounds(group: dict[str, Call], count: int = 3) -> dict[str, list[float]]
     return times
 
 
+def host_us(call: Call, calls: int = 10) -> float:
+    """Microseconds that the host needs to issue a call on a GPU, best of five rounds.
+
+    So few calls that the GPU's queue, of 1024 kernels, does not make the host wait.
+    """
+    best = math.inf
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls)
+        torch.cuda.synchronize()
+    return best * 1e6
+
+
 def nbytes(x: Any) -> int:
     """Bytes of the tensors and arrays in a result."""
     if isinstance(x, (tuple, list)):
@@ -482,7 +502,7 @@ def run(
             progress.set_description(f"{name} {dtype} {phase}")
             p = Problem({**SHAPES, **CPU_SHAPES}[name], getattr(torch, dtype), device)
             row: dict[str, Any] = {"shape": name, "sizes": p.shape._asdict(), "dtype": dtype}
-            row |= {"phase": phase, "peers": _measure(p, phase, installed, threads, seconds)}
+            row |= {"phase": phase, "peers": measure(p, phase, installed, threads, seconds)}
             for peer, found in row["peers"].items():
                 if memory and "ms" in found:
                     found["memory MiB"] = (
@@ -495,30 +515,33 @@ def run(
     return report
 
 
-def _measure(
+def measure(
     p: Problem, phase: str, peers: Sequence[str], threads: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
+    """Of each peer that has the operator: its times and error, or why it failed."""
     found: dict[str, dict[str, Any]] = {}
     # An engine's pool of threads would spin beside the others: it stands alone.
     groups: list[dict[str, Call]] = [{}]
-    exact = p.exact()
-    want: Any = exact.kernel(reference) if phase == "forward" else exact.kernel_backward(reference)
+    want: Any = p.exact().kernel(reference) if phase == "forward" else _exact_gradients(p)
     for peer in peers:
         if not fits(peer, p, phase):
             continue
         try:
+            start = time.perf_counter()
             call = prepare(peer, p, phase, threads)
             result = call()
+            if p.device != "cpu":
+                torch.cuda.synchronize()
+            found[peer] = {"first s": time.perf_counter() - start}
+            if peer != "dense":
+                found[peer]["error"] = (
+                    relative(result[:1], want)
+                    if isinstance(want, Tensor)
+                    else _gradient_error(result, want)
+                )
         except Exception as error:  # each peer has its own way to say that it lacks a dtype
-            found[peer] = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
+            found[peer] = {"failed": failure(error)}
             continue
-        found[peer] = {}
-        if peer != "dense":
-            found[peer]["error"] = (
-                relative(result[:1], want)
-                if isinstance(want, Tensor)
-                else _gradient_error(p, result, want)
-            )
         if PEERS[peer].engine:
             groups.append({peer: call})
         else:
@@ -527,14 +550,31 @@ def _measure(
         times = gpu_rounds(group) if p.device != "cpu" else rounds(group, seconds / len(groups))
         for peer, t in times.items():
             found[peer] |= {"ms": statistics.median(t), "best ms": min(t), "rounds": len(t)}
+            if p.device != "cpu":
+                found[peer]["host us"] = host_us(group[peer])
     return found
 
 
-def _gradient_error(p: Problem, grads: Any, want: Any) -> float:
-    """The worst of input, offset and mask; those of the weight need the whole batch."""
-    by_input = want[1] if p.shape.transposed else want[0]
-    pairs = ((grads[0], by_input), (grads[2], want[3]), (grads[3], want[4]))
-    return max(relative(a[:1], b) for a, b in pairs)
+def failure(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _exact_gradients(p: Problem) -> tuple[Any, ...]:
+    """By (input, weight, offset, mask): of the first image, but the weight's, of all."""
+    grads: tuple[Any, ...] = p.exact().kernel_backward(reference)
+    image, points, weight, offset, mask, _ = grads
+    for i in range(1, p.shape.batch):
+        weight = weight + p.exact(first=i).kernel_backward(reference)[2]
+    return points if p.shape.transposed else image, weight, offset, mask
+
+
+def _gradient_error(grads: Any, want: Any) -> float:
+    """The worst of input, weight, offset and mask."""
+    found = (grads[0][:1], grads[1], grads[2][:1], grads[3][:1])
+    # A comparison with NaN says no, so that max would keep what came before it.
+    errors = [relative(a, b) for a, b in zip(found, want, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def _fresh_peak(name: str, dtype: str, phase: str, peer: str) -> float | None:

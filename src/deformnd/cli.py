@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 import json
 import math
+import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add in (_add_demo, _add_info, _add_bench, _add_export, _add_check):
         add(commands)
     options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = f"deformnd {options.command}"
     try:
         code: int = options.run(options)
@@ -97,6 +100,10 @@ def _whole(text: str, least: int, most: int) -> int:
 
 def _positive(text: str) -> int:
     return _whole(text, 1, 2**31 - 1)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, 10**6)
 
 
 def _threads(text: str) -> int:
@@ -218,26 +225,42 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--shapes", help="names, with commas; unset: all of the device's")
     bench.add_argument(
         "--dtypes",
-        help="names with commas, or all; unset: float32 on a CPU, else float16,bfloat16,float32",
+        help="names with commas, or all; unset: float32 on a CPU, all but float64 on a GPU",
     )
     bench.add_argument("--peers", help="names, with commas; unset: all")
     bench.add_argument("--phases", default="forward,backward", help="either or both")
-    bench.add_argument("--seconds", type=_seconds, default=1.0, help="for each row, on a CPU")
+    bench.add_argument(
+        "--seconds",
+        type=_seconds,
+        help="for each row, on a CPU; unset: 1. With --sweep or --models, of the whole run",
+    )
     bench.add_argument("--threads", type=_threads, help="on a CPU; unset: torch's own number")
     bench.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     bench.add_argument("--json", type=_file, help="write the results, device and versions")
     bench.add_argument("--plot", type=_file, help="write a picture of the ratios")
     bench.add_argument("--list", action="store_true", help="list the shapes, and do nothing")
+    sweep = bench.add_argument_group("sweep", "Other layers than the named ones, a line each.")
+    sweep.add_argument("--sweep", type=_count, metavar="N", help="time N random realistic layers")
+    sweep.add_argument("--seed", type=_seed, default=0, help="of the random layers")
+    sweep.add_argument("--models", action="store_true", help="time layers of public models first")
+    sweep.add_argument(
+        "--processes", type=_threads, help="that compile ahead on a GPU; unset: 8, or the cores"
+    )
+    sweep.add_argument(
+        "--cold", action="store_true", help="do not compile ahead: time it, from an empty cache"
+    )
+    sweep.add_argument("--portable", action="store_true", help="without the kernels for Hopper")
+    sweep.add_argument("--against", type=Path, metavar="TREE", help="another source tree, in turns")
 
 
 def _bench(options: Any) -> int:
     import torch
 
-    from . import bench
+    from . import bench, sweep
 
     known = {**bench.SHAPES, **bench.CPU_SHAPES}
     if options.list:
-        for name, shape in known.items():
+        for name, shape in (sweep.MODELS if options.models else known).items():
             print(f"{name:7}", ", ".join(f"{k} {v}" for k, v in shape._asdict().items()))
         return 0
     cpu = options.device == "cpu"
@@ -255,10 +278,17 @@ def _bench(options: Any) -> int:
         return chosen
 
     shapes = choose("shape", options.shapes, bench.CPU_SHAPES if cpu else bench.SHAPES, known)
-    default = ["float32"] if cpu else bench.DTYPES[:3]
+    others = options.models or options.sweep is not None
+    default = ["float32"] if cpu else bench.DTYPES[: 3 : 2 if others else 1]
     dtypes = choose("dtype", options.dtypes, default, bench.DTYPES)
-    peers = choose("peer", options.peers, list(bench.PEERS), bench.PEERS)
+    few = ["dense", "torchvision"] if others else list(bench.PEERS)
+    peers = choose("peer", options.peers, few, bench.PEERS)
     phases = choose("phase", options.phases, bench.PHASES, bench.PHASES)
+    if others:
+        return _sweep(options, dtypes, peers, phases)
+    for given in ("processes", "cold", "portable", "against"):
+        if getattr(options, given):
+            raise UsageError(f"--{given} needs --sweep or --models")
     if options.plot:
         from matplotlib.backend_bases import FigureCanvasBase
 
@@ -267,8 +297,9 @@ def _bench(options: Any) -> int:
             raise UsageError(f"--plot {options.plot}, expected a file of {', '.join(kinds)}")
     if options.threads:
         torch.set_num_threads(options.threads)
+    seconds = 1.0 if options.seconds is None else options.seconds
     report = bench.run(
-        shapes, dtypes, peers, phases, options.device, options.seconds, not options.no_memory
+        shapes, dtypes, peers, phases, options.device, seconds, not options.no_memory
     )
     print(bench.table(report))
     if options.json:
@@ -276,6 +307,37 @@ def _bench(options: Any) -> int:
     if options.plot:
         bench.plot(report, options.plot)
     return 0
+
+
+def _sweep(options: Any, dtypes: list[str], peers: list[str], phases: list[str]) -> int:
+    from . import sweep
+
+    cpu = options.device == "cpu"
+    if options.portable and cpu:
+        raise UsageError("--portable leaves out kernels for GPUs, expected --device cuda")
+    for given in ("shapes", "plot", "no_memory"):
+        if getattr(options, given):
+            raise UsageError(f"--{given.replace('_', '-')} is not for --sweep and --models")
+    if options.against:
+        try:
+            sweep.tree_of(options.against)
+        except ValueError as error:
+            raise UsageError(f"--against {error}") from None
+    drawn = sweep.draw(options.sweep or 0, options.seed, sweep.SAMPLES["cpu" if cpu else "cuda"])
+    layers = {**(sweep.MODELS if options.models else {}), **{sweep.describe(s): s for s in drawn}}
+    report = sweep.run(
+        *(layers, dtypes, peers, phases, options.device),
+        seconds=options.seconds or math.inf,
+        threads=options.threads,
+        processes=0 if cpu else options.processes or min(8, os.cpu_count() or 1),
+        portable=options.portable,
+        cold=options.cold,
+        against=options.against,
+        about={"command": shlex.join(["deformnd", *options.arguments]), "seed": options.seed},
+        path=options.json,
+    )
+    print(sweep.text(report))
+    return int(bool(sweep.failures(report)))
 
 
 def _add_export(commands: Any) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,15 @@ from .geometry import Family, empty
 
 # Gradients by (input, weight, offset, mask, bias); None where not needed.
 Gradients = tuple[Tensor | None, ...]
+
+
+class _Call(threading.local):
+    """Of the operator that this thread runs: whether its result will have gradients."""
+
+    differentiated = False
+
+
+call = _Call()
 
 
 def register(
@@ -134,7 +144,11 @@ def _register(
         if direct.forward_mode() or (
             torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5])
         ):
-            return differentiated(*args)
+            call.differentiated = True
+            try:
+                return differentiated(*args)
+            finally:
+                call.differentiated = False
         return plain(*args)
 
     lib.impl(name, kernel, "Autograd", with_keyset=True)

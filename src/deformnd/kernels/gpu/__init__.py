@@ -6,17 +6,18 @@ once for calls alike. docs/gpu.md says how a call goes through these files.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import autograd, reference
 from ..geometry import Geometry, memory_format
 from . import strategy
 from .layout import allows_tf32
-from .runtime import Plan
+from .runtime import Launch, Plan
 
 
 def gather(
@@ -100,11 +101,9 @@ def _run(
     like = points if image is None else image
     assert like is not None
     dtype = like.dtype
-    if weight.dtype != dtype:
-        weight = weight.to(dtype)
     tensors: list[Tensor | None] = []
     layouts: list[Any] = []
-    for t in (image, points, weight):
+    for t in (image, points, weight if weight.dtype == dtype else weight.to(dtype)):
         if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
             tensors.append(t)
             layouts.append(None)
@@ -127,7 +126,9 @@ def _run(
     plan = _PLANS.get(key)
     if plan is None:
         plan = Plan(device, tensors)
-        strategy.write(plan, make, g, layouts, wanted)
+        needs = [t is not None and t.requires_grad for t in (like, weight, offset, mask, bias)]
+        more = functools.partial(_of_backward, g, plan, layouts, needs)
+        strategy.write(plan, make, g, layouts, wanted, more)
         if len(_PLANS) >= 4096:
             _PLANS.clear()
         _PLANS[key] = plan
@@ -135,6 +136,30 @@ def _run(
 
 
 _PLANS: dict[Any, Plan] = {}
+
+
+def _of_backward(
+    g: Geometry, plan: Plan, layouts: Sequence[Any], needs: Sequence[bool]
+) -> Sequence[Launch]:
+    """What the backward will launch after the forward that the plan is of, if there will be one:
+    compiled together they take little longer than the forward's. That the gradient of the result
+    lies in memory as the input does is a guess; if it is wrong, the backward compiles."""
+    if not autograd.call.differentiated or not any(needs) or None not in plan.given[:2]:
+        return ()
+    image, points, *others, _ = plan.given
+    by_input, *by_others, by_bias = needs
+    other = len(plan.given)  # the number of a buffer that the forward has not
+    if image is None:
+        assert points is not None
+        image = points._replace(shape=(g.batch, g.image_channels, *g.image_size), number=other)
+        wanted = (False, by_input, *by_others, by_bias, False)
+    else:
+        points = image._replace(shape=(g.batch, g.point_channels, *g.point_size), number=other)
+        wanted = (by_input, False, *by_others, False, by_bias)
+    layout = layouts[0] or layouts[1]
+    backward = Plan(plan.device, [])
+    backward.given = [image, points, *others, None]
+    return strategy.draft(backward, strategy.gradients, g, [layout, layout, layouts[2]], wanted)
 
 
 def _usable(t: Tensor) -> tuple[Tensor, bool]:

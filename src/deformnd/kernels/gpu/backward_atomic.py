@@ -122,9 +122,8 @@ def write(
         name = "backward_atomic narrow" if call.narrow else "backward_atomic"
         tiles = call.tiles(name, sizes.group_out)
     constants = columns.blocks_of(call, tiles)
-    block_o = fit(
-        columns.outputs_met(call, constants["GROUPS"] * constants["BLOCK_C"]), tiles.block_o
-    )
+    outputs = columns.outputs_met(call, constants["GROUPS"] * constants["BLOCK_C"])
+    block_o = fit(outputs, tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
     programs, taps = sizes.batch * across, triton.cdiv(sizes.taps, constants["TAPS"])
     splits = max(1, min(taps, 4 * call.multiprocessors // programs))

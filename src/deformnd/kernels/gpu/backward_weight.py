@@ -51,9 +51,8 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
         s, k, here, axes, amplitude, valid = columns.samples_of(
             offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
         )
-        samples = columns.sample(
-            image + b.to(tl.int64) * g.item, axes, amplitude, s, c, g, INDEX, EVEN
-        )
+        item = image + b.to(tl.int64) * g.item
+        samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
         x = columns.transpose(sampling.parts_of(x, points.dtype.element_ty, PRECISION), PRECISION)
         y = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
         acc = columns.dot_once(x, y, acc, PRECISION)

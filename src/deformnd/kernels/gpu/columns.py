@@ -106,9 +106,14 @@ def read_image(image, place, c, g, EVEN: tl.constexpr):
 def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.constexpr):
     """Channels c of samples, as columns, in float32."""
     total = None
+    half: tl.constexpr = image.dtype.element_ty == tl.float16
     for q in tl.static_range(2 ** len(axes)):
         value = read_image(image, corner_place(axes, q, s, c, g, INDEX), c, g, EVEN)
-        term = value * (corner_weight(axes, q) * amplitude)[:, :, None]
+        weight = (corner_weight(axes, q) * amplitude)[:, :, None]
+        if half:
+            term = value.to(tl.float16) * weight.to(tl.float16)
+        else:
+            term = value * weight
         if q == 0:
             total = term
         else:

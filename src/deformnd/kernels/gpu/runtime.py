@@ -153,7 +153,12 @@ class Launch:
         return self._compile(self.source(), target, room)
 
     def _compile(self, source: Any, target: Any, room: int) -> Any:
-        options = dict(self.options)
+        with _TURN, contextlib.suppress(ImportError):
+            from triton.runtime.cache import triton_key
+
+            triton_key()  # Takes .5 s once, and in every thread that asks meanwhile.
+        # Without checks that Triton writes and drops again, a sixth of what it does in Python.
+        options = {**self.options, "sanitize_overflow": False}
         while True:
             compiled = triton.compile(source, target=target, options=dict(options))
             if compiled.metadata.shared <= room:
@@ -177,7 +182,9 @@ class Launch:
             signature[name] = _unwrap(described, value, (i,), constants, attributes)
         of_gluon = type(self.kernel).__name__ == "GluonJITFunction"
         make = GluonASTSource if of_gluon else ASTSource
-        return make(self.kernel, signature, constants, attributes)
+        source = make(self.kernel, signature, constants, attributes)
+        source.make_ir = functools.partial(_in_turn, source.make_ir)
+        return source
 
     def binary(self, source: Any, hashed: str, target: Any, room: int) -> tuple[bytes, _About]:
         """The machine code and what is known of it, from disk if it is there."""
@@ -202,6 +209,20 @@ class Launch:
         cache.put(code, "kernel.cubin")
         cache.put(json.dumps(about._asdict()), "kernel.json", binary=False)
         return code, about
+
+
+_TURN = threading.Lock()
+
+
+def _in_turn(make_ir: Callable[..., Any], *args: Any) -> Any:
+    """The first part of a compile, in Python, which holds the interpreter; what follows does not.
+
+    Kernels take turns, so that the first of them soon are in the second part: would all share the
+    interpreter, all would be there when the last is. Nor is it safe in two threads, since Triton
+    has each node of a kernel set warning filters.
+    """
+    with _TURN:
+        return make_ir(*args)
 
 
 def _describe(name: str, value: Any, descriptors: dict[str, Descriptor], like: Any = 0) -> Any:
@@ -312,16 +333,19 @@ _LOADED: dict[Any, Any] = {}
 _LOADING = threading.Lock()
 
 
-def load(launches: Sequence[Launch]) -> dict[Launch, Exception]:
+def load(
+    launches: Sequence[Launch], more: Callable[[], Sequence[Launch]] = tuple
+) -> dict[Launch, Exception]:
     """Load what is not loaded yet onto the current CUDA device; what cannot be, and why.
 
-    Threads compile side by side: Triton lets go of the interpreter for most of it.
+    Threads compile side by side, those first that take longest. If something is missing, what
+    `more` gives is compiled with it, and may fail: who needs it will find out.
     """
     device = torch.cuda.current_device()
-    missing = {(launch.key, device): launch for launch in launches}
-    missing = {key: launch for key, launch in missing.items() if key not in _LOADED}
-    if not missing:
+    if all((launch.key, device) in _LOADED for launch in launches):
         return {}
+    missing = {(launch.key, device): launch for launch in (*more(), *launches)}
+    missing = {key: launch for key, launch in missing.items() if key not in _LOADED}
     if torch.version.hip:
         target = triton.runtime.driver.active.get_current_target()
     else:
@@ -331,8 +355,10 @@ def load(launches: Sequence[Launch]) -> dict[Launch, Exception]:
     failures: dict[Launch, Exception] = {}
     binaries: dict[Any, Any] = {}
     with _LOADING, ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
-        # Those of Gluon, which take longest, first.
-        for key, launch in sorted(missing.items(), key=lambda kl: not kl[1].descriptors):
+        # Those of Gluon, then those of most arguments.
+        for key, launch in sorted(
+            missing.items(), key=lambda kl: (not kl[1].descriptors, -len(kl[1].buffers))
+        ):
             try:
                 source = launch.source()
                 if torch.version.hip:
@@ -355,6 +381,7 @@ def load(launches: Sequence[Launch]) -> dict[Launch, Exception]:
                 _LOADED[key] = function, about.descriptors
             except Exception as failure:
                 failures[missing[key]] = failure
+    failures = {launch: failures[launch] for launch in launches if launch in failures}
     for launch, reason in failures.items():
         failures[launch] = RuntimeError(
             f"deformnd: Triton {triton.__version__} cannot build its kernel "
@@ -434,11 +461,11 @@ class Plan:
         yield
         self._top = top
 
-    def load(self) -> dict[Launch, Exception]:
+    def load(self, more: Callable[[], Sequence[Launch]] = tuple) -> dict[Launch, Exception]:
         """Load the kernels, all at once; those that cannot be, and why."""
         if INTERPRETED or not AHEAD:
             return {}
-        return load([*self.steps, *self.spares])
+        return load([*self.steps, *self.spares], more)
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         given = [t for t in tensors if t is not None]

@@ -4,7 +4,7 @@ buffers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import triton
 from ..geometry import Geometry
 from . import backward_atomic, backward_sorted, backward_weight, forward, hopper, tiles, variants
 from .layout import Call, Operand, Order, Steps, precision_of
-from .runtime import Buffer, Plan
+from .runtime import Buffer, Launch, Plan
 
 # What can do an operation, the fastest first; the last takes every call on every GPU.
 FORWARD = (*hopper.FORWARD, *forward.VARIANTS)
@@ -24,12 +24,46 @@ WEIGHT = (*hopper.BACKWARD_WEIGHT, *backward_weight.VARIANTS)
 Forms = Sequence[torch.memory_format]  # of image and points, which results take over
 
 
-def write(plan: Plan, make: Any, g: Geometry, layouts: Sequence[Any], wanted: Any) -> None:
-    """Write the plan and load its kernels.
+def write(
+    plan: Plan,
+    make: Any,
+    g: Geometry,
+    layouts: Sequence[Any],
+    wanted: Any,
+    more: Callable[[], Sequence[Launch]] = tuple,
+) -> None:
+    """Write the plan and load its kernels, and `more` if any is not there yet.
 
     It is written anew with less memory and in more chunks while it needs too much of it, and
     without the variants whose kernels cannot be built.
     """
+    weight = plan.given[2]
+    assert weight is not None
+    most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / tiles.CHUNK)))
+    limit, chunks, room = tiles.SCRATCH * weight.dtype.itemsize, 1, True
+    while True:
+        draft(plan, make, g, layouts, wanted, chunks, room)
+        if plan.size > limit and room:
+            room = False
+        elif plan.size > limit and chunks < most:
+            chunks = min(most, triton.cdiv(chunks * plan.size, limit))
+        elif failures := plan.load(more):
+            variants.give_up(failures)
+        else:
+            return
+        plan.clear()
+
+
+def draft(
+    plan: Plan,
+    make: Any,
+    g: Geometry,
+    layouts: Sequence[Any],
+    wanted: Any,
+    chunks: int = 1,
+    room: bool = True,
+) -> list[Launch]:
+    """Write the plan as it would be for that memory; all launches that it may need."""
     operands: list[Any] = []
     forms = []
     for buffer, layout in zip(plan.given, layouts, strict=False):
@@ -38,23 +72,12 @@ def write(plan: Plan, make: Any, g: Geometry, layouts: Sequence[Any], wanted: An
         forms.append(form)
     image, points, weight = operands
     offset, mask, bias = plan.given[3:]
-    dtype = weight.buffer.dtype
-    most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / tiles.CHUNK)))
-    limit, chunks, room = tiles.SCRATCH * dtype.itemsize, 1, True
-    while True:
-        steps = Steps(plan, room)
-        call = Call(g, steps, precision_of(g, dtype), weight, offset, mask, chunks)
-        make(call, image, points, bias, forms, wanted)
-        steps.finish()
-        if plan.size > limit and room:
-            room = False
-        elif plan.size > limit and chunks < most:
-            chunks = min(most, triton.cdiv(chunks * plan.size, limit))
-        elif failures := plan.load():
-            variants.give_up(failures)
-        else:
-            return
-        plan.clear()
+    steps = Steps(plan, room)
+    precision = precision_of(g, weight.buffer.dtype)
+    call = Call(g, steps, precision, weight, offset, mask, chunks)
+    make(call, image, points, bias, forms, wanted)
+    steps.finish()
+    return [*plan.steps, *plan.spares]
 
 
 def gather(

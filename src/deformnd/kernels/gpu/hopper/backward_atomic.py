@@ -45,7 +45,7 @@ def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.
 def multiply_block(tile, block, held, number, bars, acc, use_acc: gl.constexpr,
                    PRECISION: gl.constexpr):  # fmt: skip
     """Start acc + the points' block @ the weights of that number, when these are there."""
-    stage = common.await_full(bars, number, bars.shape[0])
+    stage = common.await_full(bars, number)
     x = common.factor(tile, block, PRECISION)
     w = common.factor(held, stage, PRECISION)
     return common.multiply(x, w, acc, use_acc)
@@ -111,9 +111,8 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     i = 0
     for tap in range(first, last):
         offsets, value = sampling.read(offset, mask, b, 0, tap, p, inside, g)
-        axes, valid = sampling.cell_of(
-            offsets, sampling.starts_of(point, sampling.unravel(tap, g.kernel), g), inside, g
-        )
+        starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
+        axes, valid = sampling.cell_of(offsets, starts, inside, g)
         amplitude = sampling.amplitude_of(value, valid)
         dots = ()
         for _ in gl.static_range(2**rank):

@@ -46,7 +46,8 @@ SMALL = gl.constexpr(common.mma_layout(64, 4))  # layout of its first product
 
 # What the warp groups of a program are told: the kernel's arguments, and what to do. Its first tile
 # is `tile`, of `tiles` in an image; its taps, of those of all sample groups, begin with `first` and
-# end before `last`. rings: (rows of each tile, blends of each tile, weights); bars: their barriers.
+# end before `last`. rings: (rows of each tile, blends of each tile, weights). bars: of each the
+# barriers of full stages and those of empty ones.
 Work = namedtuple(
     "Work",
     "points weight offset mask bias lists entries out parts g number splits "
@@ -55,10 +56,10 @@ Work = namedtuple(
 
 
 @gluon.jit
-def await_empty(bars, i, STAGES: gl.constexpr):
+def await_empty(bars, i):
     """The stage of a ring for its i-th blocks, when those before are used up."""
-    stage = i % STAGES
-    mbarrier.wait(bars.index(STAGES + stage), ((i // STAGES) & 1) ^ 1)
+    stage = i % bars.shape[0]
+    mbarrier.wait(bars.index(stage), ((i // bars.shape[0]) & 1) ^ 1)
     return stage
 
 
@@ -172,10 +173,7 @@ def bring_all(w, TILE: gl.constexpr):
     g = w.g
     dtype: gl.constexpr = w.points.dtype.element_ty
     TILES: gl.constexpr = len(rows)
-    ROWS: gl.constexpr = rows[0].shape[0]
-    BLENDS: gl.constexpr = blends[0].shape[0]
     LISTED: gl.constexpr = blends[0].shape[1]
-    WEIGHTS: gl.constexpr = weights.shape[0]
     by_entry: gl.constexpr = gl.BlockedLayout(
         [1, LISTED // 2], [32, 1], [LISTED // 32, 128 // LISTED], [1, 0]
     )
@@ -202,23 +200,23 @@ def bring_all(w, TILE: gl.constexpr):
             blend = blend_of(given[k], listed[k], current[k][1], t % g.taps,
                              corner_of(w.tile + k, g, TILE), g, dtype, TILE, by_entry,
                              LISTED)  # fmt: skip
-            stage = await_empty(blend_bars, i, BLENDS)
+            stage = await_empty(blend_bars[1], i)
             blends[k].index(stage).store(blend)
         common.publish()
-        mbarrier.arrive(blend_bars.index(i % BLENDS), count=1)
+        mbarrier.arrive(blend_bars[0].index(i % blend_bars[0].shape[0]), count=1)
         i += 1
         for block in range(blocks):
-            stage = await_empty(weight_bars, step, WEIGHTS)
+            stage = await_empty(weight_bars[1], step)
             row = t * g.padded_outputs + block * OUTPUTS
-            common.bring(w.weight, row, w.c0, 0, weights, weight_bars, stage, True, "native")
-            stage = await_empty(row_bars, step, ROWS)
+            common.bring(w.weight, row, w.c0, 0, weights, weight_bars[0], stage, True, "native")
+            stage = await_empty(row_bars[1], step)
             for k in gl.static_range(TILES):
                 place = sources[k] * g.padded_outputs + block * OUTPUTS
                 load_rows(
                     rows[k].index(stage), points + (place[:, None] + o[None, :]),
                     mask=(e < current[k][1])[:, None] & (o >= 0)[None, :],
                 )  # fmt: skip
-            async_copy.mbarrier_arrive(row_bars.index(stage), increment_count=False)
+            async_copy.mbarrier_arrive(row_bars[0].index(stage), increment_count=False)
             step += 1
         at = at1
         at1 = at2
@@ -261,10 +259,7 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
     row_bars, blend_bars, weight_bars = w.bars
     g = w.g
     dtype: gl.constexpr = rows.dtype
-    ROWS: gl.constexpr = rows.shape[0]
-    BLENDS: gl.constexpr = blends.shape[0]
     LISTED: gl.constexpr = blends.shape[1]
-    WEIGHTS: gl.constexpr = weights.shape[0]
     BLOCK_C: gl.constexpr = weights.shape[2]
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     acc = gl.zeros([64, BLOCK_C], gl.float32, layout=MMA)
@@ -272,26 +267,21 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
     blocks = (g.outputs + OUTPUTS - 1) // OUTPUTS
     steps = blocks * count_turns(w, LISTED, TILES)
     for step in range(steps):
-        turn = step // blocks
-        mbarrier.wait(
-            blend_bars.index(turn % BLENDS), (turn // BLENDS) & 1, pred=step % blocks == 0
-        )
-        stage = common.await_full(row_bars, step, ROWS)
+        at = common.await_full(blend_bars[0], step // blocks, step % blocks == 0)
+        stage = common.await_full(row_bars[0], step)
         fence_async_shared()
-        blend = blends.index(turn % BLENDS).permute((1, 0))
+        blend = blends.index(at).permute((1, 0))
         z = warpgroup_mma(blend, rows.index(stage), z, use_acc=False, is_async=True)
         z = warpgroup_mma_wait(0, deps=[z])
         common.barrier()
-        mbarrier.arrive(row_bars.index(ROWS + stage), count=1)
-        mbarrier.arrive(
-            blend_bars.index(BLENDS + turn % BLENDS), count=1, pred=(step + 1) % blocks == 0
-        )
+        mbarrier.arrive(row_bars[1].index(stage), count=1)
+        mbarrier.arrive(blend_bars[1].index(at), count=1, pred=(step + 1) % blocks == 0)
         factor = gl.convert_layout(z.to(dtype), operand)
-        stage = common.await_full(weight_bars, step, WEIGHTS)
+        stage = common.await_full(weight_bars[0], step)
         acc = warpgroup_mma(factor, weights.index(stage), acc, is_async=True)
         acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
         common.barrier()
-        mbarrier.arrive(weight_bars.index(WEIGHTS + stage), count=1)
+        mbarrier.arrive(weight_bars[1].index(stage), count=1)
     if w.splits > 1:
         put(k, w, w.parts, acc, TILE, LAST)
     else:
@@ -317,17 +307,6 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
 
 
 @gluon.jit
-def allocate_ring(stages: gl.constexpr, full: gl.constexpr, empty: gl.constexpr):
-    """Barriers of a ring: of the stages that are full, then of those that are empty, and how many
-    arrivals open one."""
-    bars = gl.allocate_shared_memory(gl.int64, [2 * stages, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(stages):
-        mbarrier.init(bars.index(s), count=full)
-        mbarrier.init(bars.index(stages + s), count=empty)
-    return bars
-
-
-@gluon.jit
 def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, out, parts, g,
                            number, splits, TILE: gl.constexpr, LAST: gl.constexpr,
                            BLOCK_C: gl.constexpr, LISTED: gl.constexpr, TILES: gl.constexpr,
@@ -347,9 +326,9 @@ def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, o
         blends = blends + (gl.allocate_shared_memory(dtype, [RINGS[1], LISTED, 64], layout),)
     weights = gl.allocate_shared_memory(dtype, [RINGS[2], OUTPUTS, BLOCK_C], weight.layout)
     bars = (
-        allocate_ring(RINGS[0], 128, TILES),
-        allocate_ring(RINGS[1], 1, TILES),
-        allocate_ring(RINGS[2], 1, TILES),
+        (common.allocate_bars(RINGS[0], 128), common.allocate_bars(RINGS[0], TILES)),
+        (common.allocate_bars(RINGS[1]), common.allocate_bars(RINGS[1], TILES)),
+        (common.allocate_bars(RINGS[2]), common.allocate_bars(RINGS[2], TILES)),
     )
     common.publish()
     w = Work(

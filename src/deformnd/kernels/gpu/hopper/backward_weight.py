@@ -151,7 +151,7 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
         bring_points(points, b, at, o0, held, bars, stage, more, g, PRECISION)
         at, over = sampling.following(at, size_of(g, TILE), TILE)
         b += over
-        stage = common.await_full(bars, i, STAGES)
+        stage = common.await_full(bars, i)
         x = tables.columns_at(columns, i % 2, True)
         y = ()
         for part in gl.static_range(count):

@@ -61,10 +61,10 @@ def bring(source, row, column, rows, held, bars, stage, pred, PRECISION: gl.cons
 
 
 @gluon.jit
-def await_full(bars, i, STAGES: gl.constexpr):
+def await_full(bars, i, pred=True):
     """The stage of a ring's i-th blocks, when these are there."""
-    stage = i % STAGES
-    mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
+    stage = i % bars.shape[0]
+    mbarrier.wait(bars.index(stage), (i // bars.shape[0]) & 1, pred=pred)
     return stage
 
 
@@ -82,11 +82,11 @@ def factor(held, i, PRECISION: gl.constexpr, TURNED: gl.constexpr = False):
 
 
 @gluon.jit
-def allocate_bars(count: gl.constexpr):
-    """Barriers that one arrival opens."""
+def allocate_bars(count: gl.constexpr, arrivals: gl.constexpr = 1):
+    """Barriers that so many arrivals open."""
     bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(count):
-        mbarrier.init(bars.index(s), count=1)
+        mbarrier.init(bars.index(s), count=arrivals)
     return bars
 
 

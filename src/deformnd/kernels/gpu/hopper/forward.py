@@ -155,7 +155,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
             common.bring(weight, row, new_c0, rows, held, bars, (done + ahead) % STAGES,
                          ahead < steps, PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
-            stage = common.await_full(bars, done + i, STAGES)
+            stage = common.await_full(bars, done + i)
             w = common.factor(held, stage, PRECISION, True)
             acc = common.multiply(tables.columns_at(columns, now), w, acc)
         done += steps

@@ -204,7 +204,7 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
         common.bring(weight, row, new[1], rows, held, bars, ahead % STAGES,
                      (first + ahead < last) & (i > 0), PRECISION)  # fmt: skip
         new = advance(new, g, BLOCK_C)
-        stage = common.await_full(bars, i, STAGES)
+        stage = common.await_full(bars, i)
         y = common.factor(held, stage, PRECISION, True)
         # Registers must not be overwritten before they are multiplied, so the wait names them.
         acc = warpgroup_mma_wait(0, deps=(common.multiply(x, y, acc),) + x)[0]
@@ -347,7 +347,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
     inside = (p < g.positions) & (chunk >= 0)[None, :]
     given = sampling.read(offset, mask, b, s, tap, p, inside, g, gl.int32)
     for t in range(first, last):
-        stage = common.await_full(bars, t - first, 2)
+        stage = common.await_full(bars, t - first)
         x = common.factor(held, stage, PRECISION)
         grad = common.multiply(x, w, zero, False)
         item = b
