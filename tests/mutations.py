@@ -109,7 +109,7 @@ MUTATIONS = (
         "a batch item of points is twice as far from the first",
         "columns.py",
         "place = ((b.to(tl.int64) * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]",
-        "place = (((b + b).to(tl.int64) * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]",
+        "place = ((2 * b * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]",
     ),
 )
 

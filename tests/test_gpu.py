@@ -1101,6 +1101,15 @@ GPU_CASES = [
     Case((12, 13), (3, 3), image=256, points=1024, last=True),
     Case((13, 14), (5, 5), image=64, points=64),
     Case((21, 23), (5, 7), image=192, points=192, batch=1, last=True),
+    # Channels that Hopper's kernels take only if they are padded to whole blocks.
+    Case((20, 22), (3, 3), image=72, points=40),
+    Case((19, 21), (3, 3), image=24, points=20, last=True),
+    Case((19, 21), (3, 3), image=96, points=200, transposed=True),
+    Case((300,), (5,), image=161, points=33, padding=(2,)),
+    Case((20, 22), (3, 3), image=96, points=96, offset_groups=3, mask_groups=3),
+    Case((20, 22), (3, 3), image=160, points=130, offset_groups=4, mask_groups=4, last=True),
+    Case((20, 21), (3, 3), image=24, points=24, offset_groups=8, mask_groups=8),
+    Case((7, 15, 16), (3, 3, 3), image=48, points=80),
 ]
 
 

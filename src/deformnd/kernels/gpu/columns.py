@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .layout import Call, fit
-from .sampling import corner_pixel, corner_weight, locate
+from .sampling import corner_pixel, corner_weight, lighter_first, locate, lost_in_half
 from .tiles import Tiles
 
 
@@ -99,25 +99,30 @@ def read_image(image, place, c, g, EVEN: tl.constexpr):
         value = tl.load(image + place)
     else:
         value = tl.load(image + place, mask=(c < g.padded)[None, None, :], other=0.0)
-    return value.to(tl.float32)
+    return value
 
 
 @triton.jit
 def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.constexpr):
-    """Channels c of samples, as columns, in float32."""
-    total = None
+    """Channels c of samples, as columns: float16 ones added in float16, two to an instruction, with
+    what the largest weight loses there; others in float32."""
     half: tl.constexpr = image.dtype.element_ty == tl.float16
+    if half:
+        axes = lighter_first(axes)
+    total = None
     for q in tl.static_range(2 ** len(axes)):
         value = read_image(image, corner_place(axes, q, s, c, g, INDEX), c, g, EVEN)
         weight = (corner_weight(axes, q) * amplitude)[:, :, None]
         if half:
-            term = value.to(tl.float16) * weight.to(tl.float16)
+            if q == 2 ** len(axes) - 1:
+                total += value * lost_in_half(weight).to(tl.float16)
+            weight = weight.to(tl.float16)
         else:
-            term = value * weight
+            value = value.to(tl.float32)
         if q == 0:
-            total = term
+            total = value * weight
         else:
-            total += term
+            total += value * weight
     rows: tl.constexpr = total.shape[0]
     return tl.reshape(tl.permute(total, (1, 0, 2)), (total.shape[1], rows * total.shape[2]))
 

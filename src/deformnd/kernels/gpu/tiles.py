@@ -40,7 +40,7 @@ PORTABLE = (
     Tiles("forward", 2, 32, 128, 32, 32, 4, 2),
     Tiles("forward", 2, 64, 64, 64, 32, 4, 1),
     Tiles("forward", 2, 128, 128, 128, 32, 4, 3),
-    Tiles("forward", 2, ANY, 64, 256, 64, 8, 3),
+    Tiles("forward", 2, ANY, 128, 256, 32, 8, 1),
     Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
     Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
     Tiles("forward", 4, ANY, 128, 256, 32, 8, 1),

@@ -8,9 +8,8 @@ first on every axis, and the other one is a step of -1, 0 or 1 away:
     weights   those of all corners, which contain the mask; two to a word unless float32
     lost      only for float16: what the last weight has lost by rounding, twice in a word
 
-Sums of float16 numbers err by more than their rounding in the end does if large terms come first.
-So corners go from the smallest weight to the largest, or nearly: on each axis the one that weighs
-less is first; and what the last one's weight has lost in float16 is added, too.
+On each axis the corner that weighs less is first (sampling.py, lighter_first), and what the last
+one's weight has lost in float16 is added, too.
 
 All numbers of an image are read as words of 32 bits: one float32 number or two half ones, which
 would take a register each if they were alone.
@@ -106,21 +105,16 @@ def tabulate(tables, i, known, g):
     rank: gl.constexpr = len(g.image)
     axes, valid = sampling.cell_of(given[0], starts, inside, g)
     amplitude = sampling.amplitude_of(given[1], valid)
-    ordered = ()
+    axes = sampling.lighter_first(axes)
     pixel = 0
     steps = 0
     for a in gl.static_range(rank):
-        low, step, weights = axes[a][0], axes[a][1], axes[a][2]
-        high_first = weights[0] > weights[1]
-        pixel = pixel * g.image[a] + gl.where(high_first, low + step, low)
-        steps = steps * 4 + (gl.where(high_first, -step, step) & 3)
-        less = gl.minimum(weights[0], weights[1])
-        more = gl.maximum(weights[0], weights[1])
-        ordered = ordered + ((low, step, (less, more)),)
+        pixel = pixel * g.image[a] + axes[a][0]
+        steps = steps * 4 + (axes[a][1] & 3)
     put(tables[0], i, (before + pixel) * 4**rank + steps)
     weights = ()
     for q in gl.static_range(2**rank):
-        weights = weights + (sampling.corner_weight(ordered, q) * amplitude,)
+        weights = weights + (sampling.corner_weight(axes, q) * amplitude,)
     words = weights
     if tables[1].shape[2] < 2**rank:
         words = ()
@@ -128,9 +122,7 @@ def tabulate(tables, i, known, g):
             words = words + (pack(weights[2 * q], weights[2 * q + 1]),)
     put(tables[1], i, together(words))
     if len(tables) > 2:
-        most = weights[2**rank - 1]
-        lost = most - most.to(gl.float16).to(gl.float32)
-        lost = gl.where(gl.abs(most) < 60000.0, lost, 0.0)
+        lost = sampling.lost_in_half(weights[2**rank - 1])
         put(tables[2], i, pack(lost, lost))
 
 
