@@ -602,7 +602,7 @@ del {module}.{name}
 from deformnd.kernels import gpu
 from deformnd.kernels.gpu import hopper, runtime, strategy
 assert runtime.AHEAD == {launches != "plainly"}
-assert not hopper.FORWARD and len(strategy.FORWARD) == 2
+assert not hopper.FORWARD and len(strategy.FORWARD) == 3
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

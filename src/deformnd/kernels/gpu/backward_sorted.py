@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from .columns import dot, dot_once, met, read_weight
+from .depthwise import multiplier_of
 from .layout import fit
 from .sampling import (
     cell_of,
@@ -151,9 +152,10 @@ def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.
 @triton.jit
 def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, parts, g, number,
                     splits, LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
-                    INDEX: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
-                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """dF/dimage of a tile: [B, S, C] with LAST, else [B, C, S].
+                    INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, TILE: tl.constexpr,
+                    BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """dF/dimage of a tile: [B, S, C] with LAST, else [B, C, S]. MULTIPLIER, unless it is 0: how
+    many channels of the points a channel of the image has (depthwise.py).
 
     With several splits a program has a share of the taps, and its sum goes to `parts`
     [splits, B, ...]. Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
@@ -177,6 +179,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     c_in = c < g.group_channels
+    own = (s * g.group_channels + c) * MULTIPLIER
     o_first = 0
     o_last = g.outputs
     o_read = g.points_row  # rows end in zeros, so that loads end at a multiple of eight
@@ -212,7 +215,17 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                 else:
                     blend *= share
             blend = parts_of(blend, dtype, PRECISION)
-            for o0 in range(o_first, o_last, BLOCK_O):
+            for i in tl.static_range(MULTIPLIER):
+                x = tl.load(
+                    points + (p.to(INDEX) * g.points_row)[:, None] + (own + i)[None, :],
+                    mask=listed[:, None] & c_in[None, :],
+                    other=0.0,
+                )
+                x = parts_of(x, dtype, PRECISION)
+                z = dot(blend, x, tl.zeros((64, BLOCK_C), tl.float32), PRECISION)
+                w = tl.load(weight + tap * g.outputs + own + i, mask=c_in, other=0.0)
+                acc += z * w.to(tl.float32)[None, :]
+            for o0 in range(o_first, o_last if MULTIPLIER == 0 else o_first, BLOCK_O):
                 o = o0 + tl.arange(0, BLOCK_O)
                 x = tl.load(
                     points + (p.to(INDEX) * g.points_row)[:, None] + o[None, :],
@@ -317,7 +330,10 @@ def write(
     splits = max(1, min(n.taps, 2 * call.multiprocessors // (n.batch * programs * blocks)))
     launch(
         *(call, backward_sorted, (n.batch * programs, blocks, splits)),
-        dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
+        dict(
+            MULTIPLIER=multiplier_of(call),
+            **dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
+        ),
         *(points, bias, out, lists),
         **dict(weight=call.weight(), warps=tiles.warps, stages=tiles.stages),
     )
