@@ -215,30 +215,32 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                 else:
                     blend *= share
             blend = parts_of(blend, dtype, PRECISION)
-            for i in tl.static_range(MULTIPLIER):
-                x = tl.load(
-                    points + (p.to(INDEX) * g.points_row)[:, None] + (own + i)[None, :],
-                    mask=listed[:, None] & c_in[None, :],
-                    other=0.0,
-                )
-                x = parts_of(x, dtype, PRECISION)
-                z = dot(blend, x, tl.zeros((64, BLOCK_C), tl.float32), PRECISION)
-                w = tl.load(weight + tap * g.outputs + own + i, mask=c_in, other=0.0)
-                acc += z * w.to(tl.float32)[None, :]
-            for o0 in range(o_first, o_last if MULTIPLIER == 0 else o_first, BLOCK_O):
-                o = o0 + tl.arange(0, BLOCK_O)
-                x = tl.load(
-                    points + (p.to(INDEX) * g.points_row)[:, None] + o[None, :],
-                    mask=listed[:, None] & (o < o_read)[None, :],
-                    other=0.0,
-                )
-                x = parts_of(x, dtype, PRECISION)
-                z = dot(blend, x, tl.zeros((64, BLOCK_O), tl.float32), PRECISION)
-                w = read_weight(
-                    weight, o, o < o_last, s, c0, tap, g.taps, g,
-                    GROUPED, PRECISION, 1, 1, BLOCK_C,
-                )  # fmt: skip
-                acc = dot_once(parts_of(z, dtype, PRECISION), w, acc, PRECISION)
+            if MULTIPLIER > 0:
+                for i in tl.static_range(MULTIPLIER):
+                    x = tl.load(
+                        points + (p.to(INDEX) * g.points_row)[:, None] + (own + i)[None, :],
+                        mask=listed[:, None] & c_in[None, :],
+                        other=0.0,
+                    )
+                    x = parts_of(x, dtype, PRECISION)
+                    z = dot(blend, x, tl.zeros((64, BLOCK_C), tl.float32), PRECISION)
+                    w = tl.load(weight + (tap * g.outputs + own + i), mask=c_in, other=0.0)
+                    acc += z * w.to(tl.float32)[None, :]
+            else:
+                for o0 in range(o_first, o_last, BLOCK_O):
+                    o = o0 + tl.arange(0, BLOCK_O)
+                    x = tl.load(
+                        points + (p.to(INDEX) * g.points_row)[:, None] + o[None, :],
+                        mask=listed[:, None] & (o < o_read)[None, :],
+                        other=0.0,
+                    )
+                    x = parts_of(x, dtype, PRECISION)
+                    z = dot(blend, x, tl.zeros((64, BLOCK_O), tl.float32), PRECISION)
+                    w = read_weight(
+                        weight, o, o < o_last, s, c0, tap, g.taps, g,
+                        GROUPED, PRECISION, 1, 1, BLOCK_C,
+                    )  # fmt: skip
+                    acc = dot_once(parts_of(z, dtype, PRECISION), w, acc, PRECISION)
     place = ravel(pixel, g.image).to(INDEX)
     c = s * g.group_channels + c
     if LAST:
@@ -322,18 +324,16 @@ def write(
     lists: tuple[Buffer, Buffer],
     tiles: Tiles | None = None,
 ) -> None:
-    n = call.sizes
+    n, multiplier = call.sizes, multiplier_of(call)
     if tiles is None:
-        tiles = call.tiles("backward_sorted", n.group_channels)
+        name = "backward_sorted depthwise" if multiplier else "backward_sorted"
+        tiles = call.tiles(name, n.group_channels)
     block_o, block_c = fit(n.group_out, tiles.block_o), fit(n.group_channels, tiles.block_c)
     programs, blocks = n.sample_groups * tiles_of(call)[1], triton.cdiv(n.group_channels, block_c)
     splits = max(1, min(n.taps, 2 * call.multiprocessors // (n.batch * programs * blocks)))
     launch(
         *(call, backward_sorted, (n.batch * programs, blocks, splits)),
-        dict(
-            MULTIPLIER=multiplier_of(call),
-            **dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
-        ),
+        dict(MULTIPLIER=multiplier, BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
         *(points, bias, out, lists),
         **dict(weight=call.weight(), warps=tiles.warps, stages=tiles.stages),
     )

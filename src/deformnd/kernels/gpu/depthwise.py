@@ -26,8 +26,24 @@ import triton.language as tl
 from .forward import store
 from .layout import Call, Operand
 from .runtime import Buffer
-from .sampling import contract, corner_pixel, corner_weight, locate
+from .sampling import (
+    amplitude_of,
+    cell_of,
+    contract,
+    corner_pixel,
+    corner_weight,
+    following,
+    read,
+    starts_of,
+    unravel,
+)
 from .variants import Variant
+
+
+@triton.jit
+def place_of(axes, q: tl.constexpr, c, g, INDEX: tl.constexpr):
+    """Where channels c of corner q lie in a sample group of the image [BLOCK_P, BLOCK_C]."""
+    return (corner_pixel(axes, q, g).to(INDEX) * g.row)[:, None] + c[None, :]
 
 
 @triton.jit
@@ -35,8 +51,8 @@ def channels_of(image, axes, q: tl.constexpr, c, j: tl.constexpr, stop, g,
                 INDEX: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """Chunk j of channels c of corner q [BLOCK_P, BLOCK_C]; none at `stop` or after, which need not
     be looked at if the chunks are EVEN."""
-    place = image + ((corner_pixel(axes, q, g).to(INDEX) * g.row)[:, None] + c[None, :])
-    place += j * c.shape[0]  # to the pointer, so that loads have it as a constant
+    # The chunk is added to the pointer, so that loads have it as a constant.
+    place = image + place_of(axes, q, c, g, INDEX) + j * c.shape[0]
     if EVEN:
         return tl.load(place)
     else:
@@ -59,14 +75,49 @@ def sample(image, axes, amplitude, c, stop, g,
         for q in tl.static_range(0, 2 ** len(axes), 2):
             low = channels_of(image, axes, q, c, j, stop, g, INDEX, EVEN).to(dtype)
             high = channels_of(image, axes, q + 1, c, j, stop, g, INDEX, EVEN).to(dtype)
-            pair = low * (corner_weight(axes, q) * amplitude).to(dtype)[:, None]
-            pair += high * (corner_weight(axes, q + 1) * amplitude).to(dtype)[:, None]
-            if q == 0:
-                total = pair.to(tl.float32)
+            # As explicit fma, of which the compiler makes better pairs.
+            of_low = (corner_weight(axes, q) * amplitude).to(dtype)[:, None]
+            of_high = (corner_weight(axes, q + 1) * amplitude).to(dtype)[:, None]
+            if half or q == 0:
+                pair = low * of_low
             else:
+                pair = tl.fma(low, of_low, total)
+            pair = tl.fma(high, of_high, pair)
+            if half and q > 0:
                 total += pair.to(tl.float32)
+            else:
+                total = pair.to(tl.float32)
         chunks = chunks + (total,)
     return chunks
+
+
+@triton.jit
+def rows_of(offset, mask, s, tap, g):
+    """Where the rows of a sample group's tap lie, in the first item of a batch."""
+    if offset is not None:
+        row = (s // g.per_offset * g.taps + tap) * len(g.image)
+        offset += row.to(tl.int64) * g.positions
+    if mask is not None:
+        mask += (s // g.per_mask * g.taps + tap).to(tl.int64) * g.positions
+    return offset, mask
+
+
+@triton.jit
+def read_tap(offset, mask, b, p, inside, g, INDEX: tl.constexpr):
+    """Offsets and masks of positions p for the tap whose rows these are, and the next one's rows."""
+    offsets, masks = read(offset, mask, b, 0, 0, p, inside, g, INDEX)
+    if offset is not None:
+        offset += len(g.image) * g.positions
+    if mask is not None:
+        mask += g.positions
+    return offsets, masks, offset, mask
+
+
+@triton.jit
+def cells(offsets, masks, point, shift, inside, g):
+    """The cells of samples, their amplitudes and validity, as of sampling.locate."""
+    axes, valid = cell_of(offsets, starts_of(point, shift, g), inside, g)
+    return axes, amplitude_of(masks, valid), valid
 
 
 @triton.jit
@@ -77,11 +128,11 @@ def read_row(row, c, j: tl.constexpr, i: tl.constexpr, stop, MULTIPLIER: tl.cons
 
 
 @triton.jit
-def read_rows(rows, p, inside, c, j: tl.constexpr, i: tl.constexpr, stop, g,
+def read_rows(rows, p, inside, c, j: tl.constexpr, i: tl.constexpr, stop, g, INDEX: tl.constexpr,
               MULTIPLIER: tl.constexpr):  # fmt: skip
     """Likewise of the points at positions p."""
     c += j * c.shape[0]
-    place = (p.to(tl.int64) * g.points_row)[:, None] + (c * MULTIPLIER + i)[None, :]
+    place = (p.to(INDEX) * g.points_row)[:, None] + (c * MULTIPLIER + i)[None, :]
     keep = inside[:, None] & (c < stop)[None, :]
     return tl.load(rows + place, mask=keep, other=0.0).to(tl.float32)
 
@@ -109,15 +160,24 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
     acc = ()
     for j in tl.static_range(CHUNKS * MULTIPLIER):
         acc = acc + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
+    point = unravel(p, g.point)
+    shift = unravel(0, g.kernel)
+    offset, mask = rows_of(offset, mask, s, 0, g)
+    offsets, masks, offset, mask = read_tap(offset, mask, b, p, inside, g, INDEX)
     for tap in range(g.taps):
-        axes, amplitude, valid = locate(offset, mask, b, s, tap, p, inside, g)
+        axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
+        # Now, so that the next tap need not wait for them.
+        more = inside & (tap + 1 < g.taps)
+        offsets, masks, offset, mask = read_tap(offset, mask, b, p, more, g, INDEX)
         x = sample(image, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
         sums = ()
         for j in tl.static_range(CHUNKS):
             for i in tl.static_range(MULTIPLIER):
-                w = read_row(weight + tap * g.outputs, c, j, i, stop, MULTIPLIER)
+                w = read_row(weight, c, j, i, stop, MULTIPLIER)
                 sums = sums + (acc[j * MULTIPLIER + i] + x[j] * w[None, :],)
         acc = sums
+        shift = following(shift, g.kernel)
+        weight += g.outputs
     out += b * g.positions * g.outputs
     for j in tl.static_range(CHUNKS):
         for i in tl.static_range(MULTIPLIER):
@@ -133,9 +193,9 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
 def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, grad_offset,
                               grad_mask, g, tiles, splits,
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
-                              ONCE: tl.constexpr, BLOCK_P: tl.constexpr,
-                              BLOCK_C: tl.constexpr):  # fmt: skip
-    """As backward_atomic. ONCE: one chunk holds all channels of a sample group.
+                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                              CHUNKS: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
+    """As backward_atomic. ONCE: the chunks hold all channels of a sample group.
 
     Grid: (B x tiles of positions x sample groups, splits).
     """
@@ -151,39 +211,57 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
         image += start
     if grad_image is not None:
         grad_image += start
-    first = s * g.group_channels * MULTIPLIER
-    points += b * g.positions * g.points_row + first
-    weight += first
+    channel = s * g.group_channels * MULTIPLIER
+    points += b * g.positions * g.points_row + channel
+    weight += channel
     split = tl.program_id(1)
+    first = split * g.taps // splits
+    stop = (split + 1) * g.taps // splits
+    weight += first * g.outputs
+    point = unravel(p, g.point)
+    shift = unravel(first, g.kernel)
     end = g.padded
     if ONCE:
         end = BLOCK_C
-    for tap in range(split * g.taps // splits, (split + 1) * g.taps // splits):
-        axes, amplitude, valid = locate(offset, mask, b, s, tap, p, inside, g)
+    offset, mask = rows_of(offset, mask, s, first, g)
+    offsets, masks, offset, mask = read_tap(offset, mask, b, p, inside, g, INDEX)
+    for tap in range(first, stop):
+        axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
+        more = inside & (tap + 1 < stop)
+        offsets, masks, offset, mask = read_tap(offset, mask, b, p, more, g, INDEX)
         dots = ()
         for q in tl.static_range(2**rank):
             dots = dots + (tl.zeros((BLOCK_P,), tl.float32),)
-        for c0 in range(0, end, BLOCK_C):
+        for c0 in range(0, end, CHUNKS * BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
-            grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-            for i in tl.static_range(MULTIPLIER):
-                w = read_row(weight + tap * g.outputs, c, 0, i, g.group_channels, MULTIPLIER)
-                x = read_rows(points, p, inside, c, 0, i, g.group_channels, g, MULTIPLIER)
-                grad += x * w[None, :]
+            grads = ()
+            for j in tl.static_range(CHUNKS):
+                grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+                for i in tl.static_range(MULTIPLIER):
+                    w = read_row(weight, c, j, i, g.group_channels, MULTIPLIER)
+                    x = read_rows(points, p, inside, c, j, i, g.group_channels, g, INDEX, MULTIPLIER)
+                    grad += x * w[None, :]
+                grads = grads + (grad,)
             sums = ()
             for q in tl.static_range(2**rank):
                 total = dots[q]
                 if by_position:
-                    x = channels_of(image, axes, q, c, 0, g.padded, g, INDEX, EVEN)
-                    total += tl.sum(x.to(tl.float32) * grad, 1)
+                    terms = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+                    for j in tl.static_range(CHUNKS):
+                        x = channels_of(image, axes, q, c, j, g.padded, g, INDEX, EVEN)
+                        terms += x.to(tl.float32) * grads[j]
+                    total += tl.sum(terms, 1)
                 sums = sums + (total,)
                 if grad_image is not None:
                     w = corner_weight(axes, q) * amplitude
-                    touched = (valid & (w != 0.0))[:, None] & (c < g.group_channels)[None, :]
-                    place = (corner_pixel(axes, q, g).to(INDEX) * g.row)[:, None] + c[None, :]
-                    tl.atomic_add(
-                        grad_image + place, grad * w[:, None], mask=touched, sem="relaxed"
-                    )
+                    touched = (valid & (w != 0.0))[:, None]
+                    place = grad_image + place_of(axes, q, c, g, INDEX)
+                    for j in tl.static_range(CHUNKS):
+                        real = (c + j * BLOCK_C < g.group_channels)[None, :]
+                        tl.atomic_add(
+                            place + j * BLOCK_C, grads[j] * w[:, None], mask=touched & real,
+                            sem="relaxed",
+                        )  # fmt: skip
             dots = sums
         if by_position:
             sums = contract(dots, axes)
@@ -196,6 +274,8 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
             if grad_mask is not None:
                 value = tl.where(valid, sums[rank], 0.0).to(grad_mask.dtype.element_ty)
                 tl.store(grad_mask + (base * g.positions + p), value, mask=inside)
+        shift = following(shift, g.kernel)
+        weight += g.outputs
 
 
 @triton.jit
@@ -215,6 +295,8 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
     stop = g.group_channels - c0
     image += s.to(tl.int64) * g.plane + c0
     points += first
+    offset, mask = rows_of(offset, mask, s, tap, g)
+    shift = unravel(tap, g.kernel)
     acc = ()
     for j in tl.static_range(CHUNKS * MULTIPLIER):
         acc = acc + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
@@ -225,14 +307,15 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
         b = (t // tiles).to(tl.int64)
         p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < g.positions
-        axes, amplitude, valid = locate(offset, mask, b, s, tap, p, inside, g)
+        offsets, masks = read(offset, mask, b, 0, 0, p, inside, g, INDEX)
+        axes, amplitude, valid = cells(offsets, masks, unravel(p, g.point), shift, inside, g)
         source = image + b * g.item
         x = sample(source, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
         rows = points + b * g.positions * g.points_row
         sums = ()
         for j in tl.static_range(CHUNKS):
             for i in tl.static_range(MULTIPLIER):
-                grad = read_rows(rows, p, inside, c, j, i, stop, g, MULTIPLIER)
+                grad = read_rows(rows, p, inside, c, j, i, stop, g, INDEX, MULTIPLIER)
                 sums = sums + (acc[j * MULTIPLIER + i] + x[j] * grad,)
         acc = sums
     parts += (split * g.taps + tap) * g.outputs + first
@@ -264,11 +347,13 @@ WARPS = 4
 def blocks_of(call: Call) -> tuple[dict[str, Any], int, int]:
     """The constants, the tiles of positions, and the blocks of a sample group's channels."""
     n, width = call.sizes, call.dtype.itemsize
-    # A chunk is a line of memory of 128 bytes or a whole sample group. A lane has 16 numbers of a
-    # position at most, and as many positions as give it two vectors.
+    # A chunk is a line of memory of 128 bytes or a whole sample group; a lane has 16 numbers of a
+    # position at most. Fewer positions than lanes, unless each lane has one for itself: then the
+    # lanes of a position read its offset each, which costs less than to exchange it.
     block_c = min(triton.next_power_of_2(n.padded), 128 // width)
     chunks = min(triton.cdiv(n.padded, block_c), width)
-    block_p = min(4096 // width // block_c, 32 * WARPS)
+    lanes = max(block_c * width // 16, 1)
+    block_p = 128 if lanes == 1 else min(256 // lanes, 64)
     even = n.padded % (chunks * block_c) == 0
     constants = dict(
         MULTIPLIER=n.group_out, BLOCK_P=block_p, BLOCK_C=block_c, CHUNKS=chunks, EVEN=even
@@ -302,9 +387,7 @@ def write_backward_atomic(
     by_mask: Buffer | None,
 ) -> None:
     n = call.sizes
-    constants, tiles, _ = blocks_of(call)
-    constants["EVEN"] = n.padded % constants["BLOCK_C"] == 0
-    constants["ONCE"] = n.padded <= constants["BLOCK_C"]
+    constants, tiles, blocks = blocks_of(call)
     programs = n.batch * tiles * n.sample_groups
     splits = max(1, min(n.taps, 4 * call.multiprocessors // programs))
     by_position = by_offset is not None or by_mask is not None
@@ -314,7 +397,7 @@ def write_backward_atomic(
         call.launch(
             backward_atomic_depthwise,
             (programs, splits, 1),
-            constants,
+            dict(ONCE=blocks == 1, **constants),
             warps=WARPS,
             image=call.image(image) if by_position and image is not None else None,
             points=call.rows(points),
@@ -331,7 +414,7 @@ def write_backward_weight(call: Call, image: Operand, points: Operand, out: Buff
     n = call.sizes
     constants, tiles, blocks = blocks_of(call)
     programs = n.sample_groups * blocks * n.taps
-    splits = min(n.batch * tiles, triton.cdiv(16 * call.multiprocessors, programs))
+    splits = min(n.batch * tiles, triton.cdiv(8 * call.multiprocessors, programs))
     with call.frame():
         parts = call.plan.scratch(splits, n.taps, 1, n.outputs, dtype=torch.float32)
         call.launch(

@@ -42,12 +42,24 @@ def product(sizes):
 
 @triton.jit
 def unravel(index, size):
-    """Coordinates of a row-major index."""
+    """Coordinates of a row-major index; only the first is out of bounds if the index is."""
     point = ()
-    for a in tl.static_range(len(size)):
+    for a in tl.static_range(len(size) - 1):
         point = (index % size[len(size) - 1 - a],) + point
         index = index // size[len(size) - 1 - a]
-    return point
+    return (index,) + point
+
+
+@triton.jit
+def following(point, size):
+    """Coordinates of the next row-major index, which takes no division."""
+    result = ()
+    carry = 1
+    for a in tl.static_range(len(size) - 1):
+        at = point[len(size) - 1 - a] + carry
+        carry = tl.where(at == size[len(size) - 1 - a], 1, 0)
+        result = (tl.where(carry == 1, 0, at),) + result
+    return (point[0] + carry,) + result
 
 
 @triton.jit

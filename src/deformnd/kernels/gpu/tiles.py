@@ -70,6 +70,8 @@ PORTABLE = (
     Tiles("backward_sorted", 2, 128, 128, 32, 128, 4, 3),
     Tiles("backward_sorted", 2, ANY, 128, 32, 256, 4, 3),
     Tiles("backward_sorted", 4, ANY, 64, 32, 64, 4, 1),
+    Tiles("backward_sorted depthwise", 2, ANY, 128, 32, 128, 4, 1),
+    Tiles("backward_sorted depthwise", 4, ANY, 64, 32, 64, 4, 1),
     Tiles("backward_weight", 2, 64, 64, 64, 64, 4, 2),
     Tiles("backward_weight", 2, ANY, 64, 256, 64, 4, 1),
     Tiles("backward_weight", 4, 64, 32, 64, 64, 4, 1),
