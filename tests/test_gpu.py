@@ -1043,8 +1043,10 @@ GPU_CASES = [
     *INTERPRETED,
     *DEPTHWISE,
     *(dataclasses.replace(c, transposed=not c.transposed) for c in (*INTERPRETED, *DEPTHWISE)),
-    *(Case((33, 30), (3, 3), image=128, points=128, groups=128, offset_groups=g, mask_groups=g)
-      for g in (1, 8, 128)),
+    *(
+        Case((33, 30), (3, 3), image=128, points=128, groups=128, offset_groups=g, mask_groups=g)
+        for g in (1, 8, 128)
+    ),
     Case((7, 15, 16), (3, 3, 3), image=64, points=64, groups=64, last=True),
     Case((33, 30), (3, 3), image=64, points=64),
     Case((33, 30), (3, 3), image=64, points=64, last=True, transposed=True),

@@ -153,7 +153,8 @@ def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.
 def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, parts, g, number,
                     splits, LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
                     INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, TILE: tl.constexpr,
-                    BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                    BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+                    BLOCK_C: tl.constexpr):  # fmt: skip
     """dF/dimage of a tile: [B, S, C] with LAST, else [B, C, S]. MULTIPLIER, unless it is 0: how
     many channels of the points a channel of the image has (depthwise.py).
 

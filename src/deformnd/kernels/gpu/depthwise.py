@@ -4,16 +4,15 @@ There is no product between channels, so tensor cores have nothing to do, and wh
 corners. A program takes BLOCK_P positions and channels of one sample group: it finds a cell once,
 and every lane reads 16 bytes of each corner's channels, a chunk of BLOCK_C after another:
 
-    [BLOCK_P, BLOCK_C]      a chunk of samples, in CHUNKS registers of a lane for several chunks
-    [BLOCK_P]               their cells, which each of the lanes of a position finds for itself:
-                            the fewer lanes a position has, that is the more chunks, the better
+    [BLOCK_P, BLOCK_C]      a chunk of samples; CHUNKS of them lie in the same lanes,
+    [BLOCK_P]               and share the cells, which every lane of a position finds for itself
 
-Channel c has the points' channels c * MULTIPLIER to (c + 1) * MULTIPLIER. The repeatable gradient of
-the image is in backward_sorted.py, whose product by interpolation weights serves here as well.
+Channel c has the points' channels c * MULTIPLIER to (c + 1) * MULTIPLIER. The repeatable gradient
+of the image is in backward_sorted.py, whose product by interpolation weights serves here as well.
 """
 
-# Tuples of Triton grow by +.
-# ruff: noqa: RUF005
+# Tuples of Triton grow by +, and not every kernel needs all that cells returns.
+# ruff: noqa: RUF005, RUF059, B007
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def sample(image, axes, amplitude, c, stop, g,
     """Chunks of samples, in float32.
 
     The two corners on the last axis are added in float16 if the image has it, two channels in one
-    instruction: all corners would err by 4.4e-4 of a sample, as much as a result may, two by 3.9e-4.
+    instruction. Results then err by 3.9e-4; with all corners it would be 4.4e-4, too much.
     """
     half: tl.constexpr = image.dtype.element_ty == tl.float16
     dtype: tl.constexpr = tl.float16 if half else tl.float32
@@ -92,25 +91,27 @@ def sample(image, axes, amplitude, c, stop, g,
 
 
 @triton.jit
-def rows_of(offset, mask, s, tap, g):
-    """Where the rows of a sample group's tap lie, in the first item of a batch."""
-    if offset is not None:
-        row = (s // g.per_offset * g.taps + tap) * len(g.image)
-        offset += row.to(tl.int64) * g.positions
-    if mask is not None:
-        mask += (s // g.per_mask * g.taps + tap).to(tl.int64) * g.positions
-    return offset, mask
+def rows_of(s, tap, g):
+    """How far from their start the rows of a sample group's tap lie, of offset and mask."""
+    row = s // g.per_offset * g.taps + tap
+    mask_row = s // g.per_mask * g.taps + tap
+    return row.to(tl.int64) * (len(g.image) * g.positions), mask_row.to(tl.int64) * g.positions
 
 
 @triton.jit
-def read_tap(offset, mask, b, p, inside, g, INDEX: tl.constexpr):
-    """Offsets and masks of positions p for the tap whose rows these are, and the next one's rows."""
-    offsets, masks = read(offset, mask, b, 0, 0, p, inside, g, INDEX)
+def read_at(offset, mask, rows, b, p, inside, g, INDEX: tl.constexpr):
+    """Offsets and masks of positions p from where these rows lie."""
     if offset is not None:
-        offset += len(g.image) * g.positions
+        offset += rows[0]
     if mask is not None:
-        mask += g.positions
-    return offsets, masks, offset, mask
+        mask += rows[1]
+    return read(offset, mask, b, 0, 0, p, inside, g, INDEX)
+
+
+@triton.jit
+def next_rows(rows, g):
+    """Those of the next tap."""
+    return rows[0] + len(g.image) * g.positions, rows[1] + g.positions
 
 
 @triton.jit
@@ -162,13 +163,14 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
         acc = acc + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
     point = unravel(p, g.point)
     shift = unravel(0, g.kernel)
-    offset, mask = rows_of(offset, mask, s, 0, g)
-    offsets, masks, offset, mask = read_tap(offset, mask, b, p, inside, g, INDEX)
+    rows = rows_of(s, 0, g)
+    offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
     for tap in range(g.taps):
         axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
         # Now, so that the next tap need not wait for them.
         more = inside & (tap + 1 < g.taps)
-        offsets, masks, offset, mask = read_tap(offset, mask, b, p, more, g, INDEX)
+        rows = next_rows(rows, g)
+        offsets, masks = read_at(offset, mask, rows, b, p, more, g, INDEX)
         x = sample(image, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
         sums = ()
         for j in tl.static_range(CHUNKS):
@@ -223,12 +225,13 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
     end = g.padded
     if ONCE:
         end = BLOCK_C
-    offset, mask = rows_of(offset, mask, s, first, g)
-    offsets, masks, offset, mask = read_tap(offset, mask, b, p, inside, g, INDEX)
+    rows = rows_of(s, first, g)
+    offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
     for tap in range(first, stop):
         axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
         more = inside & (tap + 1 < stop)
-        offsets, masks, offset, mask = read_tap(offset, mask, b, p, more, g, INDEX)
+        rows = next_rows(rows, g)
+        offsets, masks = read_at(offset, mask, rows, b, p, more, g, INDEX)
         dots = ()
         for q in tl.static_range(2**rank):
             dots = dots + (tl.zeros((BLOCK_P,), tl.float32),)
@@ -239,7 +242,9 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
                 grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
                 for i in tl.static_range(MULTIPLIER):
                     w = read_row(weight, c, j, i, g.group_channels, MULTIPLIER)
-                    x = read_rows(points, p, inside, c, j, i, g.group_channels, g, INDEX, MULTIPLIER)
+                    x = read_rows(
+                        points, p, inside, c, j, i, g.group_channels, g, INDEX, MULTIPLIER
+                    )
                     grad += x * w[None, :]
                 grads = grads + (grad,)
             sums = ()
@@ -283,7 +288,7 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
                               BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
                               CHUNKS: tl.constexpr):  # fmt: skip
-    """Sums [splits, K, 1, O] over shares of the positions.
+    """Sums [splits, K, 1, O] of points times samples over shares of the positions.
 
     Grid: (sample groups x blocks of their channels x K, splits).
     """
@@ -295,7 +300,7 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
     stop = g.group_channels - c0
     image += s.to(tl.int64) * g.plane + c0
     points += first
-    offset, mask = rows_of(offset, mask, s, tap, g)
+    rows = rows_of(s, tap, g)
     shift = unravel(tap, g.kernel)
     acc = ()
     for j in tl.static_range(CHUNKS * MULTIPLIER):
@@ -307,15 +312,15 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
         b = (t // tiles).to(tl.int64)
         p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < g.positions
-        offsets, masks = read(offset, mask, b, 0, 0, p, inside, g, INDEX)
+        offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
         axes, amplitude, valid = cells(offsets, masks, unravel(p, g.point), shift, inside, g)
         source = image + b * g.item
         x = sample(source, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
-        rows = points + b * g.positions * g.points_row
+        grads = points + b * g.positions * g.points_row
         sums = ()
         for j in tl.static_range(CHUNKS):
             for i in tl.static_range(MULTIPLIER):
-                grad = read_rows(rows, p, inside, c, j, i, stop, g, INDEX, MULTIPLIER)
+                grad = read_rows(grads, p, inside, c, j, i, stop, g, INDEX, MULTIPLIER)
                 sums = sums + (acc[j * MULTIPLIER + i] + x[j] * grad,)
         acc = sums
     parts += (split * g.taps + tap) * g.outputs + first

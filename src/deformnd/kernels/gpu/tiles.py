@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tiles:
-    operation: str  # a kernel's name; "narrow": for narrow sample groups (layout.py)
+    operation: str  # a kernel's name; for "narrow" sample groups (layout.py), "depthwise"
     width: int  # bytes of an element of the image
     channels: int  # up to so many point channels of a weight group (sorted: of a sample group's)
     block_p: int  # positions of a program (sorted: list entries; for Hopper: pixels of a tile)
