@@ -277,6 +277,34 @@ INTERPRETED = [
     Case((6, 5), (3, 2), image=3, points=5, batch=1, last=True),
 ]  # fmt: skip
 
+# Without products between channels. Of the last two, lanes have several chunks of a sample group's
+# channels, and there are several blocks of those.
+DEPTHWISE = [
+    Case((6, 7), (3, 3), image=8, points=8, groups=8),
+    Case((6, 5), (3, 2), image=12, points=24, groups=12, offset_groups=3, mask_groups=1, batch=1),
+    Case((11,), (4,), image=6, points=6, groups=6, offset_groups=6, mask_groups=2, stride=(2,),
+         padding=(3,), last=True),
+    Case((5, 4), (3, 1), image=6, points=24, groups=6, offset_groups=0, mask_groups=2, batch=1,
+         transposed=True),
+    Case((3, 2, 3), (2, 1, 2), image=40, points=40, groups=40, batch=1, mask_groups=0, last=True),
+    Case((4, 3), (2, 2), image=100, points=100, groups=100, batch=1),
+    Case((4, 3), (2, 2), image=160, points=160, groups=160, batch=1, transposed=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_interpreted_depthwise(
+    case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(case.make(torch.float32, "cpu"), 1e-6, 1e-6)
+    if case.image in (8, 12, 100):
+        check(case.make(torch.float16, "cpu", float_offset=True), 1e-3, 4e-3)
+    used = {step.name for plan in backend._PLANS.values() for step in plan.steps}
+    assert not used & {"forward", "backward_atomic", "backward_weight"}
+    if case.image in (12, 40):
+        repeatable(monkeypatch, True)
+        check(case.make(torch.float32, "cpu"), 1e-6, 1e-6)
+
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_interpreted(case: Case, interpreted: None) -> None:
@@ -325,6 +353,7 @@ CHUNKS = [
     Case((4, 3), (2, 2), batch=5, stride=(2, 2), transposed=True),
     Case((4, 5), (1, 3), batch=5, image=12, offset_groups=4, mask_groups=2),
     Case((9,), (3,), batch=5, image=8, offset_groups=8, mask_groups=0, transposed=True),
+    Case((4, 5), (2, 3), batch=5, image=8, points=8, groups=8, offset_groups=2),
     Case((2, 3, 4), (1, 3, 2), batch=4, padding=(0, 1, 1), last=True, transposed=True, bias=False),
 ]  # fmt: skip
 
@@ -422,6 +451,7 @@ def sums(device: str) -> None:
 def test_interpreted_nonfinite(interpreted: None) -> None:
     nonfinite(Case((5, 5), (3, 3), batch=1), "cpu")
     nonfinite(Case((5, 5), (1, 3), batch=1, offset_groups=4, mask_groups=4), "cpu")
+    nonfinite(Case((5, 5), (1, 3), batch=1, points=4, groups=4), "cpu")
 
 
 def nonfinite(case: Case, device: str) -> None:
@@ -438,6 +468,7 @@ def test_interpreted_nan_masks(interpreted: None) -> None:
     nan_masks(Case((5, 5), (3, 3), batch=1), "cpu")
     nan_masks(Case((5, 6), (3, 3), image=20, batch=1), "cpu")
     nan_masks(Case((5, 5), (1, 3), batch=1, offset_groups=4, mask_groups=4), "cpu")
+    nan_masks(Case((5, 5), (1, 3), batch=1, points=4, groups=4), "cpu")
 
 
 def nan_masks(case: Case, device: str, dtype: torch.dtype = torch.float32) -> None:
@@ -546,14 +577,17 @@ def test_no_size_compiles_anything(
     on_device(monkeypatch, architecture)
     for deterministic in (False, True):
         repeatable(monkeypatch, deterministic)
-        for channels, groups, dtype in (
-            *((c, g, d) for c, g in ((64, 1), (64, 16), (96, 3)) for d in TOLERANCE),
-            *((3, 1, torch.float32), (40, 1, torch.float16), (128, 1, torch.float16)),
+        for channels, groups, dtype, depthwise in (
+            *((c, g, d, False) for c, g in ((64, 1), (64, 16), (96, 3)) for d in TOLERANCE),
+            *((3, 1, torch.float32, False), (40, 1, torch.float16, False)),
+            *((128, 1, torch.float16, False), (128, 1, torch.float32, True)),
+            *((64, g, torch.float16, True) for g in (1, 8, 64)),
         ):
             known: set[Any] = set()
             for i, size in enumerate(((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))):
                 case = Case(
-                    size, (3, 3), batch=1 + i % 3, image=channels, points=64,
+                    size, (3, 3), batch=1 + i % 3, image=channels,
+                    points=channels if depthwise else 64, groups=channels if depthwise else 1,
                     offset_groups=groups, mask_groups=groups,
                 )  # fmt: skip
                 made = on_meta(case, dtype)
@@ -669,7 +703,7 @@ del {module}.{name}
 from deformnd.kernels import gpu
 from deformnd.kernels.gpu import hopper, runtime, strategy
 assert runtime.AHEAD == {launches != "plainly"}
-assert not hopper.FORWARD and len(strategy.FORWARD) == 2
+assert not hopper.FORWARD and len(strategy.FORWARD) == 3
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -824,12 +858,21 @@ COMPILED = [
      torch.float32),
 ]  # fmt: skip
 
+COMPILED_DEPTHWISE = [
+    (Case((16, 16), (3, 3), image=128, points=128, groups=128), torch.float16),
+    (Case((16, 16), (3, 3), image=64, points=64, groups=64, offset_groups=8, mask_groups=8,
+          last=True), torch.float16),
+    (Case((16,), (3,), image=24, points=48, groups=24, offset_groups=24), torch.bfloat16),
+    (Case((8, 8, 8), (3, 3, 3), image=96, points=96, groups=96, mask_groups=0), torch.float32),
+]  # fmt: skip
+
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
 @pytest.mark.parametrize(
     ("architecture", "case", "dtype"),
     [
-        *(("sm_90", *some) for some in COMPILED),
+        *(("sm_90", *some) for some in (*COMPILED, *COMPILED_DEPTHWISE)),
+        *((a, *some) for a in ("sm_80", "gfx942") for some in COMPILED_DEPTHWISE[:2]),
         *(("sm_80", *some) for some in COMPILED[1:5]),
         *((architecture, *COMPILED[2]) for architecture in ("gfx942", "gfx1100", "sm_120")),
         *((architecture, *COMPILED[3]) for architecture in ROOM if architecture[0] == "g"),
@@ -1085,7 +1128,13 @@ def exact_float32() -> Iterator[None]:
 
 GPU_CASES = [
     *INTERPRETED,
-    *(dataclasses.replace(c, transposed=not c.transposed) for c in INTERPRETED),
+    *DEPTHWISE,
+    *(dataclasses.replace(c, transposed=not c.transposed) for c in (*INTERPRETED, *DEPTHWISE)),
+    *(
+        Case((33, 30), (3, 3), image=128, points=128, groups=128, offset_groups=g, mask_groups=g)
+        for g in (1, 8, 128)
+    ),
+    Case((7, 15, 16), (3, 3, 3), image=64, points=64, groups=64, last=True),
     Case((33, 30), (3, 3), image=64, points=64),
     Case((33, 30), (3, 3), image=64, points=64, last=True, transposed=True),
     Case((20, 23), (3, 3), image=128, points=256, offset_groups=8, mask_groups=8),
@@ -1199,6 +1248,8 @@ def draw(rng: random.Random, n: int) -> Case:
             (24, 24, 1, 1, 0),
             (32, 32, 4, 2, 4),
             (32, 32, 32, 32, 32),
+            (48, 48, 48, 1, 1),
+            (24, 48, 24, 3, 1),
             (64, 64, 1, 1, 1),
             (64, 128, 2, 1, 1),
             (96, 48, 1, 2, 2),
@@ -1291,16 +1342,17 @@ def test_gpu_needs() -> None:
 
 
 @gpu
+@pytest.mark.parametrize("groups", [1, 64])
 @pytest.mark.parametrize("offset_groups", [1, 16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_gpu_deterministic(
-    dtype: torch.dtype, offset_groups: int, transposed: bool, exact_float32: None
+    dtype: torch.dtype, transposed: bool, offset_groups: int, groups: int, exact_float32: None
 ) -> None:
     """Bitwise the same results, also where very many samples crowd into one tile."""
     case = Case(
-        (40, 40), (3, 3), transposed, image=64, points=64, offset_groups=offset_groups,
-        mask_groups=offset_groups,
+        (40, 40), (3, 3), transposed, image=64, points=64, groups=groups,
+        offset_groups=offset_groups, mask_groups=offset_groups,
     )  # fmt: skip
     problem = case.make(dtype, "cuda", float_offset=True)
     assert problem.offset is not None

@@ -57,6 +57,7 @@ SHAPES = {
     "bvsr": Shape(1, 64, (180, 320), 64, 3, 16),  # BasicVSR++
     "edvr": Shape(4, 128, (128, 128), 128, 3, 8),
     "k7": Shape(1, 256, (64, 64), 256, 7),  # BiRefNet
+    "depthwise": Shape(8, 128, (64, 64), 128, 3, groups=128),
     "conv3d": Shape(1, 64, (7, 32, 32), 64, 3),  # D3Dnet
     "conv1d": Shape(16, 512, (128,), 512, 16, padding=22, dilation=3),  # speech
     "up2d": Shape(4, 256, (64, 64), 128, 4, stride=2, padding=1, transposed=True),

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from . import columns, sampling
+from .depthwise import multiplier_of
 from .layout import fit
 from .tiles import IMAGE_TILES, LISTED, LONG, SHORT, Tiles
 from .variants import portable
@@ -137,9 +138,11 @@ def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.
 @triton.jit
 def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, parts, g, number,
                     splits, LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
-                    INDEX: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
-                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """dF/dimage of a tile: [B, S, C] with LAST, else [B, C, S].
+                    INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, TILE: tl.constexpr,
+                    BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+                    BLOCK_C: tl.constexpr):  # fmt: skip
+    """dF/dimage of a tile: [B, S, C] with LAST, else [B, C, S]. MULTIPLIER, unless it is 0: how
+    many channels of the points a channel of the image has (depthwise.py).
 
     With several splits a program has a share of the taps, and its sum goes to `parts`
     [splits, B, ...]. Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
@@ -163,6 +166,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     c_in = c < g.group_channels
+    own = (s * g.group_channels + c) * MULTIPLIER
     o_first = 0
     o_last = g.outputs
     o_read = g.padded_outputs  # rows end in zeros, so that loads end at a multiple of eight
@@ -198,20 +202,33 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                 else:
                     blend *= share
             blend = sampling.parts_of(blend, dtype, PRECISION)
-            for o0 in range(o_first, o_last, BLOCK_O):
-                o = o0 + tl.arange(0, BLOCK_O)
-                x = tl.load(
-                    points + (p.to(INDEX) * g.padded_outputs)[:, None] + o[None, :],
-                    mask=listed[:, None] & (o < o_read)[None, :],
-                    other=0.0,
-                )
-                x = sampling.parts_of(x, dtype, PRECISION)
-                z = columns.dot(blend, x, tl.zeros((64, BLOCK_O), tl.float32), PRECISION)
-                w = columns.read_weight(
-                    weight, o, o < o_last, s, c0, tap, g.taps, g,
-                    GROUPED, PRECISION, 1, 1, BLOCK_C,
-                )  # fmt: skip
-                acc = columns.dot_once(sampling.parts_of(z, dtype, PRECISION), w, acc, PRECISION)
+            if MULTIPLIER > 0:
+                for i in tl.static_range(MULTIPLIER):
+                    x = tl.load(
+                        points + (p.to(INDEX) * g.padded_outputs)[:, None] + (own + i)[None, :],
+                        mask=listed[:, None] & c_in[None, :],
+                        other=0.0,
+                    )
+                    x = sampling.parts_of(x, dtype, PRECISION)
+                    z = columns.dot(blend, x, tl.zeros((64, BLOCK_C), tl.float32), PRECISION)
+                    w = tl.load(weight + (tap * g.padded_outputs + own + i), mask=c_in, other=0.0)
+                    acc += z * w.to(tl.float32)[None, :]
+            else:
+                for o0 in range(o_first, o_last, BLOCK_O):
+                    o = o0 + tl.arange(0, BLOCK_O)
+                    x = tl.load(
+                        points + (p.to(INDEX) * g.padded_outputs)[:, None] + o[None, :],
+                        mask=listed[:, None] & (o < o_read)[None, :],
+                        other=0.0,
+                    )
+                    x = sampling.parts_of(x, dtype, PRECISION)
+                    z = columns.dot(blend, x, tl.zeros((64, BLOCK_O), tl.float32), PRECISION)
+                    w = columns.read_weight(
+                        weight, o, o < o_last, s, c0, tap, g.taps, g,
+                        GROUPED, PRECISION, 1, 1, BLOCK_C,
+                    )  # fmt: skip
+                    z = sampling.parts_of(z, dtype, PRECISION)
+                    acc = columns.dot_once(z, w, acc, PRECISION)
     place = sampling.ravel(pixel, g.image).to(INDEX)
     c = s * g.group_channels + c
     if LAST:
@@ -275,16 +292,20 @@ def write(
     lists: tuple[Buffer, Buffer],
     tiles: Tiles | None = None,
 ) -> None:
-    n = call.sizes
+    n, multiplier = call.sizes, multiplier_of(call)
     if tiles is None:
-        tiles = call.tiles("backward_sorted", n.group_channels)
+        name = "backward_sorted depthwise" if multiplier else "backward_sorted"
+        tiles = call.tiles(name, n.group_channels)
     block_o, block_c = fit(n.group_out, tiles.block_o), fit(n.group_channels, tiles.block_c)
     tile, count = tiles_of(call)
     programs, blocks = n.sample_groups * count, triton.cdiv(n.group_channels, block_c)
     splits = max(1, min(n.taps, 2 * call.multiprocessors // (n.batch * programs * blocks)))
     call.launch_split(
         *(backward_sorted, (n.batch * programs, blocks, splits)),
-        dict(TILE=tile, BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
+        dict(
+            **dict(TILE=tile, MULTIPLIER=multiplier),
+            **dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
+        ),
         *(out, bias),
         **arguments_of(call, points, lists),
         **dict(weight=call.weight(), warps=tiles.warps, stages=tiles.stages),

@@ -39,12 +39,12 @@ def product(sizes):
 
 @triton.jit
 def unravel(index, size):
-    """Coordinates of a row-major index."""
+    """Coordinates of a row-major index; only the first is out of bounds if the index is."""
     point = ()
-    for a in tl.static_range(len(size)):
+    for a in tl.static_range(len(size) - 1):
         point = (index % size[len(size) - 1 - a],) + point
         index = index // size[len(size) - 1 - a]
-    return point
+    return (index,) + point
 
 
 @triton.jit

@@ -11,15 +11,24 @@ import torch
 import triton
 
 from ..geometry import Geometry
-from . import backward_atomic, backward_sorted, backward_weight, forward, hopper, tiles, variants
+from . import (
+    backward_atomic,
+    backward_sorted,
+    backward_weight,
+    depthwise,
+    forward,
+    hopper,
+    tiles,
+    variants,
+)
 from .layout import Call, Operand, Order, Steps, precision_of
 from .runtime import Buffer, Launch, Plan
 
 # What can do an operation, the fastest first; the last takes every call on every GPU.
-FORWARD = (*hopper.FORWARD, *forward.VARIANTS)
-ATOMIC = (*hopper.BACKWARD_ATOMIC, *backward_atomic.VARIANTS)
+FORWARD = (depthwise.FORWARD, *hopper.FORWARD, *forward.VARIANTS)
+ATOMIC = (depthwise.BACKWARD_ATOMIC, *hopper.BACKWARD_ATOMIC, *backward_atomic.VARIANTS)
 SORTED = (*hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
-WEIGHT = (*hopper.BACKWARD_WEIGHT, *backward_weight.VARIANTS)
+WEIGHT = (depthwise.BACKWARD_WEIGHT, *hopper.BACKWARD_WEIGHT, *backward_weight.VARIANTS)
 
 Forms = Sequence[torch.memory_format]  # of image and points, which results take over
 

@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tiles:
-    operation: str  # a kernel's name; "narrow": for narrow sample groups (layout.py)
+    operation: str  # a kernel's name; for "narrow" sample groups (layout.py), "depthwise"
     width: int  # bytes of an element of the image
     channels: int  # up to so many point channels of a weight group (sorted: of a sample group's)
     block_p: int  # positions of a program (sorted: list entries; for Hopper: pixels of a tile)
@@ -62,6 +62,8 @@ PORTABLE = (
     Tiles("backward_sorted", 2, 128, 128, 32, 128, 4, 3),
     Tiles("backward_sorted", 2, ANY, 128, 32, 256, 4, 3),
     Tiles("backward_sorted", 4, ANY, 64, 32, 64, 4, 1),
+    Tiles("backward_sorted depthwise", 2, ANY, 128, 32, 128, 4, 1),
+    Tiles("backward_sorted depthwise", 4, ANY, 64, 32, 64, 4, 1),
     Tiles("backward_weight", 2, 64, 64, 64, 64, 4, 2),
     Tiles("backward_weight", 2, ANY, 64, 256, 64, 4, 1),
     Tiles("backward_weight", 4, 64, 32, 64, 64, 4, 1),
