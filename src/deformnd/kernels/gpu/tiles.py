@@ -111,11 +111,35 @@ HOPPER = (
     Tiles("backward_sorted_hopper", 2, ANY, 64, 64, 256, 4, 1, 1, 192, tiles=2, rings=(2, 2, 3)),
 )
 
+# For GPUs without Hopper's products, where both factors go through registers, and with as little
+# shared memory as those of workstations have (99 KiB for a program): where rows of PORTABLE do not
+# fit, or spill many registers, blocks that do not. Chosen by what they compile to, not timed.
+AMPERE = (
+    Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
+    Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
+    Tiles("forward", 4, ANY, 64, 256, 32, 8, 1),
+    Tiles("forward narrow", 2, 64, 64, 64, 32, 4, 1),
+    Tiles("forward narrow", 2, 128, 64, 128, 32, 4, 1),
+    Tiles("forward narrow", 2, ANY, 64, 128, 32, 8, 1),
+    Tiles("backward_atomic", 2, 32, 64, 128, 32, 8, 1),
+    Tiles("backward_atomic", 4, 64, 64, 64, 32, 8, 2),
+    Tiles("backward_atomic", 4, 128, 64, 128, 32, 8, 2),
+    Tiles("backward_atomic", 4, ANY, 64, 64, 64, 8, 2),
+    Tiles("backward_atomic narrow", 2, 64, 64, 64, 32, 4, 1),
+    Tiles("backward_atomic narrow", 2, 128, 64, 128, 32, 4, 1),
+    Tiles("backward_sorted", 2, 32, 128, 32, 32, 4, 2),
+    Tiles("backward_sorted", 2, 64, 128, 64, 64, 4, 2),
+    Tiles("backward_sorted", 2, 128, 128, 32, 128, 4, 3),
+    Tiles("backward_sorted", 2, ANY, 128, 32, 256, 8, 2),
+)
+
 # Of the last variant of every operation, which fits any device.
 SMALLEST = Tiles("", 0, ANY, block_p=32, block_o=32, block_c=32, warps=4, stages=1)
 
 # By architecture, as torch and Triton name it ("sm_90", "gfx942").
-TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER}
+TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER} | dict.fromkeys(
+    ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), AMPERE
+)
 
 # What backward_weight_hopper weighs against each other, measured on an H200, whose memory moves
 # 4.8 TB/s at best: microseconds of a program's tile, and bytes of partial sums in a microsecond.
