@@ -1,7 +1,12 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# A thread that waits for others sleeps, before torch loads OpenMP: it would keep spinning on the
+# processor that another worker of these tests needs. Processes that tests start inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.insert(0, str(Path(__file__).parent))  # cases.py, brute_force.py
 

@@ -6,11 +6,9 @@ import _ctypes
 import itertools
 import math
 import multiprocessing
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from torch import Tensor
 
 import cases
 import deformnd
+from apart import apart
 from cases import Case
 from deformnd.kernels import cpu, reference
 from deformnd.kernels.geometry import (
@@ -260,13 +259,14 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize("g", GEOMETRIES, ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size))))
-def test_geometries(g: Geometry, level: int) -> None:
+def test_geometries(g: Geometry) -> None:
     call = Call(g)
-    want = call.run(reference)
-    for cpu.threads in (1, 2, 5):
-        assert_close(call.run(), want, 1e-10, cpu.threads)
     single = call.to(torch.float32)
-    assert_close(single.run(), single.to(torch.float64).run(reference), 1e-5)
+    want, rounded = call.run(reference), single.to(torch.float64).run(reference)
+    for cpu.level in LEVELS:
+        for cpu.threads in (1, 2, 5):
+            assert_close(call.run(), want, 1e-10, (cpu.level, cpu.threads))
+        assert_close(single.run(), rounded, 1e-5, cpu.level)
 
 
 @pytest.mark.parametrize(
@@ -275,43 +275,50 @@ def test_geometries(g: Geometry, level: int) -> None:
 @pytest.mark.parametrize(
     "dtype, limit", [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)], ids=("half", "bfloat16")
 )
-def test_half_types(dtype: torch.dtype, limit: float, g: Geometry, level: int) -> None:
+def test_half_types(dtype: torch.dtype, limit: float, g: Geometry) -> None:
     call = Call(g).to(dtype)
     if call.offset is not None:
         call.offset = Call(g).to(torch.float32).offset
-    got = call.run()
     want = call.to(torch.float64).run(reference)
-    # Results are rounded once, so only their own precision is lost.
-    assert_close(got, want, limit)
-    assert got["gather"] is not None and got["gather"].dtype == dtype
-    assert call.offset is None or (
-        got["offset"] is not None and got["offset"].dtype == torch.float32
-    )
+    for cpu.level in LEVELS:
+        got = call.run()
+        # Results are rounded once, so only their own precision is lost.
+        assert_close(got, want, limit, cpu.level)
+        assert got["gather"] is not None and got["gather"].dtype == dtype
+        assert call.offset is None or (
+            got["offset"] is not None and got["offset"].dtype == torch.float32
+        )
 
 
-@pytest.mark.parametrize("backend", (cpu, reference), ids=("cpu", "reference"))
-def test_float32_loses_nothing_in_large_images(backend: object, level: int) -> None:
+def test_float32_loses_nothing_in_large_images() -> None:
     """A position there has few bits left for its fraction; an offset has all of them."""
     call = Call(plain(1, 8, 8, (3, 5000)), torch.float32)
-    assert_close(call.run(backend), call.to(torch.float64).run(reference), 4e-6)
+    want = call.to(torch.float64).run(reference)
+    assert_close(call.run(reference), want, 4e-6)
+    for cpu.level in LEVELS:
+        assert_close(call.run(), want, 4e-6, cpu.level)
 
 
 @pytest.mark.parametrize("zero", (True, False), ids=("zero", "random"))
-def test_float32_loses_little_in_long_sums(zero: bool, level: int) -> None:
+def test_float32_loses_little_in_long_sums(zero: bool) -> None:
     """Over 1024 channels and nine kernel points, and over many positions."""
     call = Call(plain(1, 1024, 1024, (5, 6)), torch.float32)
     if zero:
         assert call.offset is not None and call.mask is not None
         call.offset.zero_()
         call.mask.fill_(1)
-    assert_close(call.run(), call.to(torch.float64).run(reference), 3e-7)
+    want = call.to(torch.float64).run(reference)
+    for cpu.level in LEVELS:
+        assert_close(call.run(), want, 3e-7, cpu.level)
 
 
 @pytest.mark.parametrize("groups", (1, 16))
-def test_float32_loses_little_in_large_images(groups: int, level: int) -> None:
+def test_float32_loses_little_in_large_images(groups: int) -> None:
     call = Call(plain(1, 16, 16, (150, 200), groups=groups), torch.float32)
     cpu.threads = 1
-    assert_close(call.run(), call.to(torch.float64).run(reference), 5e-7)
+    want = call.to(torch.float64).run(reference)
+    for cpu.level in LEVELS:
+        assert_close(call.run(), want, 5e-7, cpu.level)
 
 
 @pytest.mark.skipif(cpu.best_level() < 3, reason="no products of bfloat16 on this machine")
@@ -603,36 +610,38 @@ def test_runs_in_a_forked_child() -> None:
         child.kill()
 
 
-def import_with(core: bytes, tmp_path: Path, version: str | None = None) -> list[str]:
-    """What a fresh Python says that imports a copy of the package with this core."""
+def import_with(cores: list[bytes], tmp_path: Path, version: str | None = None) -> list[list[str]]:
+    """What a fresh Python says that imports a copy of the package, for each of these cores."""
     package = Path(cpu.__file__).parent.parent
-    copy = tmp_path / "deformnd"
-    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (found,) = copy.glob("_core.*")
-    found.write_bytes(core)
-    if version is not None:
-        init = copy / "__init__.py"
-        init.write_text(
-            re.sub('__version__ = ".*"', f'__version__ = "{version}"', init.read_text())
-        )
-    code = """
-import sys, warnings
+    scripts = []
+    for i, core in enumerate(cores):
+        copy = tmp_path / str(i) / "deformnd"
+        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (found,) = copy.glob("_core.*")
+        found.write_bytes(core)
+        if version is not None:
+            init = copy / "__init__.py"
+            init.write_text(
+                re.sub('__version__ = ".*"', f'__version__ = "{version}"', init.read_text())
+            )
+        scripts.append(f"""
+import sys, torch, warnings
 from importlib.machinery import PathFinder
 sys.meta_path.insert(0, PathFinder)  # before the finder of an editable install
+sys.path.insert(0, {str(copy.parent)!r})
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    import deformnd, torch
+    import deformnd
+assert deformnd.__file__.startswith({str(copy.parent)!r})
 x = torch.randn(1, 2, 5, 5)
 y = deformnd.deform_conv2d(x, torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 5, 5))
 assert torch.allclose(y, x.sum(1, keepdim=True))
 print(deformnd.has_ops(), *[w.message for w in seen if "deformnd" in str(w.message)], sep="\\n")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+""")
+    runs = apart("import torch", scripts)
+    for status, said in runs:
+        assert not status, said
+    return [said.splitlines() for _, said in runs]
 
 
 def core_bytes() -> bytes:
@@ -641,7 +650,7 @@ def core_bytes() -> bytes:
 
 
 def test_a_core_of_another_version_is_not_called(tmp_path: Path) -> None:
-    ops, warning = import_with(core_bytes(), tmp_path, "0.0.9")
+    ((ops, warning),) = import_with([core_bytes()], tmp_path, "0.0.9")
     assert ops == "False"
     assert f"is of version {deformnd.__version__}, expected 0.0.9" in warning
 
@@ -649,7 +658,7 @@ def test_a_core_of_another_version_is_not_called(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(_ctypes, "__file__"), reason="no other library at hand")
 def test_a_core_without_a_version_is_not_called(tmp_path: Path) -> None:
     """As before there were any; here some other library."""
-    ops, warning = import_with(Path(_ctypes.__file__).read_bytes(), tmp_path)
+    ((ops, warning),) = import_with([Path(_ctypes.__file__).read_bytes()], tmp_path)
     assert ops == "False"
     assert f"is of another version, expected {deformnd.__version__}" in warning
 
@@ -658,14 +667,11 @@ def test_a_core_without_a_version_is_not_called(tmp_path: Path) -> None:
 def test_a_core_that_was_cut_off_is_not_loaded(tmp_path: Path) -> None:
     """Loading it would end the process, where what is missing is read."""
     core = core_bytes()
-    for size in (0, 40, 100, 5000, 100000, len(core) // 2, len(core) * 7 // 8):
-        ops, warning = import_with(core[:size], tmp_path / str(size))
-        assert ops == "False"
-        assert "cannot be loaded (" in warning
+    cores = [core[:size] for size in (0, 40, 100, 5000, 100000, len(core) // 2, len(core) * 7 // 8)]
     # A header of nonsense.
     for at, value in ((32, b"\xff" * 8), (54, b"\0\0"), (54, b"\xff" * 4)):
-        wrong = core[:at] + value + core[at + len(value) :]
-        ops, warning = import_with(wrong, tmp_path / f"{at}{value[0]}{len(value)}")
+        cores.append(core[:at] + value + core[at + len(value) :])
+    for ops, warning in import_with(cores, tmp_path):
         assert ops == "False"
         assert "cannot be loaded (" in warning
 
@@ -674,18 +680,17 @@ def test_a_version_that_is_no_text(tmp_path: Path) -> None:
     version = deformnd.__version__.encode() + b"\0"
     core = core_bytes()
     assert version in core
-    ops, warning = import_with(
-        core.replace(version, b"\xff" * (len(version) - 1) + b"\0"), tmp_path
-    )
+    wrong = core.replace(version, b"\xff" * (len(version) - 1) + b"\0")
+    ((ops, warning),) = import_with([wrong], tmp_path)
     assert ops == "False"
     assert "is of version \ufffd\ufffd" in warning
 
 
 def test_a_core_that_is_no_library_is_not_called(tmp_path: Path) -> None:
-    ops, warning = import_with(b"no library", tmp_path)
+    (ops, warning), right = import_with([b"no library", core_bytes()], tmp_path)
     assert ops == "False"
     assert "cannot be loaded" in warning
-    assert import_with(core_bytes(), tmp_path / "right") == ["True"]
+    assert right == ["True"]
 
 
 def test_huge_planes_go_to_the_reference() -> None:

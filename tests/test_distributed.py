@@ -1,6 +1,6 @@
 """Two processes compute what one computes: DDP, FSDP2 and DTensor, on CPUs through gloo.
 
-A test starts one pair of processes, which make all of its checks.
+One pair of processes makes all checks.
 """
 
 import os
@@ -152,8 +152,8 @@ def check_dtensor_parameters():
         torch.testing.assert_close(output.full_tensor(), expected)
 
 
-def dtensor_checks():
-    found = {"stride": check_dtensor_parameters}
+def checks():
+    found = {"ddp": check_ddp, "fsdp2": check_fsdp2, "stride": check_dtensor_parameters}
     for sharding in ("replicated", "batch", "out_channels", "in_channels"):
         for case in CASES:
             found[f"{sharding} {case}"] = lambda c=case, s=sharding: check_dtensor(c, s)
@@ -165,21 +165,14 @@ def dtensor_checks():
     return found
 
 
-CHECKS = {
-    "ddp": lambda: {"ddp": check_ddp},
-    "fsdp2": lambda: {"fsdp2": check_fsdp2},
-    "dtensor": dtensor_checks,
-}
-
-
-def work(rank, group, folder):
+def work(rank, folder):
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
     )
     failures = []
-    for name, check in CHECKS[group]().items():
+    for name, check in checks().items():
+        torch.manual_seed(0)
         try:
             check()
         except Exception:
@@ -190,9 +183,8 @@ def work(rank, group, folder):
     os._exit(0)  # Python's own end aborts if a thread of gloo's still frees a tensor then
 
 
-@pytest.mark.parametrize("group", CHECKS)
-def test_two_processes(group, tmp_path):
-    torch.multiprocessing.spawn(work, (group, str(tmp_path)), WORLD)
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), WORLD)
     failures = [(tmp_path / f"{rank}.txt").read_text() for rank in range(WORLD)]
     assert not any(failures), "\n".join(failures)
 
