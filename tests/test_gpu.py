@@ -902,7 +902,7 @@ def test_compiles(
     write_all(case, dtype, monkeypatch)
     for step in different(plans):
         if step.name == "sort_lists" and (architecture != "sm_90" or dtype == torch.float32):
-            continue  # Triton takes long for it, and list_samples reads offsets of any dtype as it
+            continue  # Triton takes long for it; list_samples reads offsets of other dtypes alike
         if step.name in PLAIN and architecture != "sm_90" and case != COMPILED[3][0]:
             continue  # once for each architecture
         compiled = step.compile(target(architecture), ROOM[architecture] << 10)

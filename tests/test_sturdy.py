@@ -252,7 +252,7 @@ def check_dtensor():
 WITHOUT = {name: f"hide({name!r})" for name in [*NAMES, *DTENSOR]} | {KEY: f"hide_key({KEY!r})"}
 
 
-def check(name):
+def check_without(name):
     if name in DTENSOR:
         return "check_dtensor()"
     more = "; check_torchvision()" if name.endswith("BelowAutograd") else ""
@@ -260,7 +260,7 @@ def check(name):
 
 
 def test_all_is_right_without_any_one():
-    scripts = {name: f"{hiding}; {check(name)}" for name, hiding in WITHOUT.items()}
+    scripts = {name: f"{hiding}; {check_without(name)}" for name, hiding in WITHOUT.items()}
     scripts["none of them"] = "check_operators()"
     path = [str(Path(__file__).parent), str(SOURCE.parent), *sys.path]
     # torch imports SymPy and what forward mode needs when they are used, which takes long.
