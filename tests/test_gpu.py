@@ -1044,6 +1044,9 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert runtime.load(good[:1], lambda: [bad, good[1]]) == {}
     assert {key for key, _ in runtime._LOADED} == {made.key for made in good}
     assert runtime.load(good, lambda: pytest.fail("nothing is missing")) == {}
+    # Another thread may load all of it before this one gets to.
+    monkeypatch.setattr(runtime, "_LOADED", {})
+    assert runtime.load(good, lambda: (runtime.load(good), good)[1]) == {}
     original = triton.compile
     monkeypatch.setattr(triton, "compile", refuse)
     load()
