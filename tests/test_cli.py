@@ -201,6 +201,7 @@ def test_export_and_check(model, capsys):
         (["bench", "--device", "abacus"], "device 'abacus' is not here"),
         (["bench", "--device", "cuda:x"], "device 'cuda:x' is not here"),
         (["bench", "--cold"], "--cold needs --sweep or --models"),
+        (["bench", "--seed", "0"], "--seed needs --sweep or --models"),
         (["bench", "--against", "."], "--against needs --sweep or --models"),
         (["bench", "--models", "--shapes", "big"], "--shapes is not for --sweep and --models"),
         (["bench", "--sweep", "1", "--no-memory"], "--no-memory is not for --sweep and --models"),
@@ -270,6 +271,10 @@ def test_usage_errors(files, capsys, arguments, message):
         (["exprot"], "invalid choice: 'exprot'"),
         (["export"], "the following arguments are required: MODEL.py:FACTORY"),
         (["info", "--nonsense\n"], "unrecognized arguments: --nonsense;"),
+        (
+            ["bench", "--dtypes", "float16", "float32"],
+            "deformnd bench: unrecognized arguments: float32; see deformnd bench --help",
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

@@ -1062,6 +1062,9 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert runtime.load(good[:1], lambda: [bad, good[1]]) == {}
     assert {key for key, _ in runtime._LOADED} == {made.key for made in good}
     assert runtime.load(good, lambda: pytest.fail("nothing is missing")) == {}
+    # Another thread may load all of it before this one gets to.
+    monkeypatch.setattr(runtime, "_LOADED", {})
+    assert runtime.load(good, lambda: (runtime.load(good), good)[1]) == {}
     original = triton.compile
     monkeypatch.setattr(triton, "compile", refuse)
     load()
@@ -1116,6 +1119,14 @@ def test_a_plan_without_what_cannot_be_built(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernels() == found
+    # The only variant of its kind gives way to the kernels of which it does the work at once.
+    broken = {"backward_narrow_hopper"}
+    narrow = Case((8, 8), (3, 3), image=64, points=64, offset_groups=8, mask_groups=8)
+    problem = narrow.make(torch.float16, "cpu")
+    with pytest.warns(UserWarning, match="backward_narrow_hopper; a slower one"):
+        found = kernels()
+    assert {"backward_atomic", "backward_weight"} <= found
+    problem = case.make(torch.float16, "cpu")
     # On any GPU: a portable kernel that cannot be built gives way to smaller tiles of its own.
     on_device(monkeypatch, "portable")
     before = {id(v) for v in variants.BROKEN}

@@ -252,6 +252,9 @@ def test_summary():
     assert "slower than torchvision: 2\n  0.50 forward   float16   slow: 2x6x7x8 > 4 k3 og2" in text
     assert "over 2.5 x dense: 1\n  0.25 forward   float16   slow: 2x6x7x8 > 4 k3 og2" in text
     assert "failed or wrong: 0" in text
+    # Nothing is said of a peer that is not there.
+    alone = _report(("slow", SMALL, 2, 0, 0.5, 1, 0, 1)) | {"peers": ["dense"]}
+    assert "torchvision" not in sweep.text(alone)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

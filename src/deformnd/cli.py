@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_demo, _add_info, _add_bench, _add_export, _add_check):
         add(commands)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # said by the command's own parser, whose help says what there is
+        commands.choices[options.command].error("unrecognized arguments: " + " ".join(unknown))
     options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = f"deformnd {options.command}"
     try:
@@ -241,7 +243,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--list", action="store_true", help="list the shapes, and do nothing")
     sweep = bench.add_argument_group("sweep", "Other layers than the named ones, a line each.")
     sweep.add_argument("--sweep", type=_count, metavar="N", help="time N random realistic layers")
-    sweep.add_argument("--seed", type=_seed, default=0, help="of the random layers")
+    sweep.add_argument("--seed", type=_seed, help="of the random layers; unset: 0")
     sweep.add_argument("--models", action="store_true", help="time layers of public models first")
     sweep.add_argument(
         "--processes", type=_threads, help="that compile ahead on a GPU; unset: 8, or the cores"
@@ -286,8 +288,8 @@ def _bench(options: Any) -> int:
     phases = choose("phase", options.phases, bench.PHASES, bench.PHASES)
     if others:
         return _sweep(options, dtypes, peers, phases)
-    for given in ("processes", "cold", "portable", "against"):
-        if getattr(options, given):
+    for given in ("seed", "processes", "cold", "portable", "against"):
+        if getattr(options, given) is not None and getattr(options, given) is not False:
             raise UsageError(f"--{given} needs --sweep or --models")
     if options.plot:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -323,7 +325,8 @@ def _sweep(options: Any, dtypes: list[str], peers: list[str], phases: list[str])
             sweep.tree_of(options.against)
         except ValueError as error:
             raise UsageError(f"--against {error}") from None
-    drawn = sweep.draw(options.sweep or 0, options.seed, sweep.SAMPLES["cpu" if cpu else "cuda"])
+    seed = options.seed or 0
+    drawn = sweep.draw(options.sweep or 0, seed, sweep.SAMPLES["cpu" if cpu else "cuda"])
     layers = {**(sweep.MODELS if options.models else {}), **{sweep.describe(s): s for s in drawn}}
     report = sweep.run(
         *(layers, dtypes, peers, phases, options.device),
@@ -333,7 +336,7 @@ def _sweep(options: Any, dtypes: list[str], peers: list[str], phases: list[str])
         portable=options.portable,
         cold=options.cold,
         against=options.against,
-        about={"command": shlex.join(["deformnd", *options.arguments]), "seed": options.seed},
+        about={"command": shlex.join(["deformnd", *options.arguments]), "seed": seed},
         path=options.json,
     )
     print(sweep.text(report))

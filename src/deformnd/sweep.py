@@ -601,7 +601,7 @@ def _row(timers: Sequence[Worker], asked: dict[str, Any], peers: Sequence[str]) 
 
 
 def ratio(row: dict[str, Any], phase: str, peer: str) -> float | None:
-    """A peer's time in units of deformnd's; above 1 deformnd is faster."""
+    """A peer's time divided by deformnd's; above 1 deformnd is faster."""
     found = row.get(phase, {})
     ours, theirs = (found.get(name, {}).get("ms") for name in ("deformnd", peer))
     return theirs / ours if ours and theirs else None
@@ -619,7 +619,7 @@ def _head(against: bool, cold: bool) -> str:
     columns = "".join(f"{word:>7}" for word in _peers(against).values())
     first = f"{'first s':>16}" if cold else ""
     return (
-        f"{'ms, and times of the peers in units of it':52}{'dtype':9}{'forward':>9}{columns}"
+        f"{'ms, and how many times as long the peers take':52}{'dtype':9}{'forward':>9}{columns}"
         f"{'backward':>10}{columns}{'host us':>12}{first}   error"
     )
 
@@ -659,7 +659,7 @@ def text(report: dict[str, Any], most: int = 25) -> str:
     lines.append(f"{count} of {report['layers']} layers in {report['seconds']:.0f} s")
     if report["compile s"]:
         lines[-1] += f", {report['compile s']:.0f} s of it to compile ahead"
-    lines.append("Geometric means (the least) of the peers' times in units of deformnd's:")
+    lines.append("Geometric means (the least) of the peers' times divided by deformnd's:")
     kinds = [(d, f) for d in dict.fromkeys(r["dtype"] for r in rows) for f in bench.PHASES]
     for peer in (*report["peers"], *(["against"] if "against" in report else [])):
         for dtype, phase in kinds:
@@ -668,8 +668,12 @@ def text(report: dict[str, Any], most: int = 25) -> str:
             apart = [q for q, r in there if q and r["depthwise"]]
             if counted or apart:
                 lines.append(f"  {peer:12} {dtype:9} {phase:9}" + _means(counted, apart))
-    lines += _listed("slower than torchvision", rows, "torchvision", 1, most)
-    lines += _listed(f"over {SLOW:g} x dense", rows, "dense", 1 / SLOW, most)
+    for peer, what, below in (
+        ("torchvision", "slower than torchvision", 1),
+        ("dense", f"over {SLOW:g} x dense", 1 / SLOW),
+    ):
+        if peer in report["peers"]:
+            lines += _listed(what, rows, peer, below, most)
     if "against" in report:
         lines += _listed("slower than the other tree by 5 %", rows, "against", 1 / 1.05, most)
     lines += _failed_peers(rows)

@@ -12,8 +12,8 @@ channels in a row, so images are copied, padded with zeros where their channels 
                                                   of a cell on the last axis are neighbours.
 
 All have one form: element (b, s, pixel, c) lies at b * item + s * plane + pixel * row + c. Points
-are read as rows [B, positions, padded_outputs]. A weight is packed as [taps, outputs, columns], in
-"bf16x3" twice, heads and then tails (sampling.py, Note [precision]).
+are read as rows [B, positions, padded_outputs]. A weight is packed as [taps, padded_outputs,
+columns], in "bf16x3" twice, heads and then tails (sampling.py, Note [precision]).
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def prepare(jobs, KINDS: tl.constexpr):
 @triton.jit
 def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
-    """Sum partial results [count / inner, splits, inner], plus a bias along the middle one of the
-    three sizes of the result, to where the strides say."""
+    """Sum partial results [count / inner, splits, inner], plus a bias by the middle one of the
+    three axes of the result, to where the strides say."""
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -339,7 +339,7 @@ def sizes_of(g: Geometry, blocks: bool) -> Sizes:
     if is_narrow(length, number):
         padded = triton.next_power_of_2(length)
     elif blocks and number == 1:
-        padded = round_up(length, 32) if length <= 32 else max(64, round_up(length, 32))
+        padded = round_up(length, 32)
     else:
         padded = round_up(length, 8)
     pixels, taps = math.prod(g.image_size), math.prod(g.kernel)
@@ -364,7 +364,8 @@ def sizes_of(g: Geometry, blocks: bool) -> Sizes:
 
 
 def whole_blocks(channels: int) -> int:
-    """That many, and more: so many blocks of 64, 128 or 256."""
+    """So many channels, or the next larger number that is a multiple of a block: of the smallest
+    of 64, 128 and 256 that holds all of them, else of 256."""
     return round_up(channels, min(256, max(64, int(triton.next_power_of_2(channels)))))
 
 
@@ -682,7 +683,7 @@ class Call:
         self.steps.first((ZERO.value, ZEROS), buffer, _ZeroSizes(-(-count // ZEROS), count))
 
     def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer:
-        """[taps, outputs, columns], or its bfloat16 heads and tails, as one matrix of rows."""
+        """[taps, padded_outputs, columns], or its bfloat16 heads and tails, as a matrix of rows."""
         key = ("weight", order, run)
         if key in self._made:
             return self._made[key]

@@ -344,8 +344,7 @@ def load(
     device = torch.cuda.current_device()
     if all((launch.key, device) in _LOADED for launch in launches):
         return {}
-    missing = {(launch.key, device): launch for launch in (*more(), *launches)}
-    missing = {key: launch for key, launch in missing.items() if key not in _LOADED}
+    needed = {(launch.key, device): launch for launch in (*more(), *launches)}
     if torch.version.hip:
         target = triton.runtime.driver.active.get_current_target()
     else:
@@ -354,7 +353,9 @@ def load(
     room = shared_memory()
     failures: dict[Launch, Exception] = {}
     binaries: dict[Any, Any] = {}
-    with _LOADING, ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
+    with _LOADING, ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        # Looked for now, since another thread may have loaded some of them meanwhile.
+        missing = {key: launch for key, launch in needed.items() if key not in _LOADED}
         # Those of Gluon, then those of most arguments.
         for key, launch in sorted(
             missing.items(), key=lambda kl: (not kl[1].descriptors, -len(kl[1].buffers))

@@ -48,7 +48,7 @@ def write(variants: Sequence[Variant], call: Call, *args: Any) -> None:
     steps, spares = len(call.plan.steps), len(call.plan.spares)
     variant.write(call, *args)
     for launch in (*call.plan.steps[steps:], *call.plan.spares[spares:]):
-        if launch.name == variant.name and variant is not variants[-1]:
+        if launch.name == variant.name:  # not so of the last, which nothing can stand in for
             launch.fallback = _key(variant, call)
 
 
