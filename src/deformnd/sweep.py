@@ -258,7 +258,6 @@ MODELS = {
     "Depthwise 56": Shape(4, 96, (56, 56), 96, 7, groups=96),
     "Depthwise 28": Shape(8, 192, (28, 28), 192, 7, groups=192),
     "Depthwise 14": Shape(8, 384, (14, 14), 384, 7, groups=384),
-    "Depthwise 64": Shape(8, 128, (64, 64), 128, 3, groups=128),
     "Depthwise entry": Shape(8, 144, (56, 56), 144, 3, stride=2, groups=144),
     "TDNN d1": Shape(16, 512, (300,), 512, 5),
     "TDNN d2": Shape(16, 512, (300,), 512, 3, padding=2, dilation=2),
@@ -283,8 +282,11 @@ MODELS = {
 # The processes that do the work
 
 _BOOT = """
-import sys
+import os, sys
+from importlib.machinery import PathFinder
 sys.path.insert(0, sys.argv[1])
+if sys.argv[1] != os.path.dirname(sys.argv[2]):
+    sys.meta_path.insert(0, PathFinder)  # before the finder of an editable install
 import deformnd
 deformnd.__path__.insert(0, sys.argv[2])  # this sweep, whatever the tree has
 from deformnd import sweep
@@ -305,7 +307,7 @@ class Worker:
 
     def __init__(self, tree: Path, options: dict[str, Any], cache: Path | None = None) -> None:
         self.environment = {**os.environ, **({"TRITON_CACHE_DIR": str(cache)} if cache else {})}
-        here = str(Path(__file__).parent)
+        here = str(Path(__file__).resolve().parent)
         self.command = [sys.executable, "-c", _BOOT, str(tree), here, json.dumps(options)]
         self.process: subprocess.Popen[str] | None = None
 
