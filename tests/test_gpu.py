@@ -394,7 +394,7 @@ def test_interpreted_many_chunks(interpreted: None, monkeypatch: pytest.MonkeyPa
     assert all(len(sources(plan)) == 5 for plan in backend._PLANS.values())
 
 
-def test_interpreted_chunks_inverse(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_chunks_sorted(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With lists, for half numbers and where results are to be repeatable."""
     monkeypatch.setattr(tiles, "NARROW", 4)
     for name in ("LISTED", "LONG", "SHORT"):

@@ -183,15 +183,15 @@ def _stored_layout(block_o: int, rank: int, last: bool) -> Any:
     """
     channels = [[0, 1 << i] for i in range(block_o.bit_length() - 1)]
     if last:
-        along, rest = channels, [[1 << i, 0] for i in range(6)]
+        run, rest = channels, [[1 << i, 0] for i in range(6)]
         registers = 3
     else:
-        along = [[b, 0] for b in ((1, 2, 4, 8, 16, 32) if rank == 1 else (1, 8, 16, 32))]
+        run = [[b, 0] for b in ((1, 2, 4, 8, 16, 32) if rank == 1 else (1, 8, 16, 32))]
         rest = [*channels, *([] if rank == 1 else [[2, 0], [4, 0]])]
         registers = 1
-    order = [*along[registers:], *rest]
+    order = [*run[registers:], *rest]
     return gl.DistributedLinearLayout(
-        [*along[:registers], *order[7:]], order[:5], order[5:7], [], [64, block_o]
+        [*run[:registers], *order[7:]], order[:5], order[5:7], [], [64, block_o]
     )
 
 
