@@ -108,6 +108,26 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     tl.store(grad_mask + (base * g.positions + p[None, :]), value, mask=here)
 
 
+def arguments_of(
+    call: Call,
+    image: Operand | None,
+    points: Operand,
+    by_image: Buffer | None,
+    by_offset: Buffer | None,
+    by_mask: Buffer | None,
+) -> dict[str, Buffer | None]:
+    """What this kernel, the depthwise one and Hopper's are given alike. Zeros are written first
+    where the gradient of the image is added."""
+    by_position = by_offset is not None or by_mask is not None
+    if by_image is not None:
+        call.zero(by_image)
+    return dict(
+        image=call.image(image) if by_position and image is not None else None,
+        points=call.rows(points),
+        **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
+    )
+
+
 def write(
     call: Call,
     image: Operand | None,
@@ -128,15 +148,11 @@ def write(
     programs, taps = sizes.batch * across, triton.cdiv(sizes.taps, constants["TAPS"])
     splits = max(1, min(taps, 4 * call.multiprocessors // programs))
     hold = sizes.outputs == sizes.group_out <= block_o
-    by_position = by_offset is not None or by_mask is not None
-    if by_image is not None:
-        call.zero(by_image)
     call.launch(
         *(backward_atomic, (programs, splits), dict(HOLD=hold, BLOCK_O=block_o, **constants)),
         **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, splits=splits),
-        image=call.image(image) if by_position and image is not None else None,
-        **dict(points=call.rows(points), weight=call.weight()),
-        **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
+        **arguments_of(call, image, points, by_image, by_offset, by_mask),
+        weight=call.weight(),
     )
 
 

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .backward_atomic import arguments_of
 from .forward import store
 from .layout import Call, Operand
 from .runtime import Buffer
@@ -391,20 +392,13 @@ def write_backward_atomic(
     constants, tiles, blocks = blocks_of(call)
     programs = n.batch * tiles * n.sample_groups
     splits = max(1, min(n.taps, 4 * call.multiprocessors // programs))
-    by_position = by_offset is not None or by_mask is not None
-    if by_image is not None:
-        call.zero(by_image)
     call.launch(
         backward_atomic_depthwise,
         (programs, splits, 1),
         dict(ONCE=blocks == 1, **constants),
         warps=WARPS,
-        image=call.image(image) if by_position and image is not None else None,
-        points=call.rows(points),
+        **arguments_of(call, image, points, by_image, by_offset, by_mask),
         weight=call.weight(),
-        grad_image=by_image,
-        grad_offset=by_offset,
-        grad_mask=by_mask,
         tiles=tiles,
         splits=splits,
     )

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from .. import sampling
+from ..backward_atomic import arguments_of
 from ..layout import Call, Operand, Order
 from ..runtime import Buffer
 from ..variants import Variant
@@ -235,14 +236,10 @@ def write(
         SECTORS=common.rows_layout(block_p, block_c, warps, run=4),
         ROWS=gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0]),
     )
-    by_position = by_offset is not None or by_mask is not None
-    if by_image is not None:
-        call.zero(by_image)
     call.launch(
         *(backward_atomic_hopper, (programs, splits), constants),
-        **dict(image=call.image(image) if by_position and image is not None else None),
-        **dict(points=call.rows(points), weight=call.weight(Order.ACCUMULATOR)),
-        **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
+        **arguments_of(call, image, points, by_image, by_offset, by_mask),
+        weight=call.weight(Order.ACCUMULATOR),
         **dict(tiles=tiles, splits=splits, warps=warps),
         descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
     )
