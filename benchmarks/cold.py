@@ -55,13 +55,6 @@ def images(rank: int, count: int) -> list[tuple[int, ...]]:
     ]
 
 
-def without_hopper() -> None:
-    from deformnd.kernels.gpu import tiles
-
-    device = tiles.device_of(torch.device("cuda", torch.cuda.current_device()))
-    tiles.device_of = lambda _: device._replace(architecture="portable")
-
-
 def kernels() -> tuple[int, int]:
     """How many the disk keeps compiled by now, and how many this process has loaded."""
     if not torch.cuda.is_available():
@@ -199,7 +192,7 @@ def main() -> None:
     if args.child:
         rank, dtype, chosen, place, count, layers = args.child
         if chosen == "portable" and place == "cuda":
-            without_hopper()
+            bench.without_hopper()
         numbers = [int(digit) for digit in layers]
         print(json.dumps(train(int(rank), DTYPES[dtype], place, int(count), numbers)))
         return

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from cases import NAMES, Case
+from deformnd import bench
 from deformnd.kernels import cpu, reference
 from deformnd.kernels.geometry import (
     Geometry,
@@ -563,10 +564,7 @@ def prepare(backend: str) -> None:
     if backend == "interpreter":
         prepare_interpreter()
     elif backend == "portable":
-        from deformnd.kernels.gpu import tiles
-
-        device = tiles.device_of(torch.device("cuda"))._replace(architecture="portable")
-        tiles.device_of = lambda _: device
+        bench.without_hopper()
 
 
 def _part(args: tuple[Any, ...]) -> tuple[int, list[str]]:

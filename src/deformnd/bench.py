@@ -447,6 +447,14 @@ def processor() -> str:
     return ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
 
 
+def without_hopper() -> None:
+    """Leave out, in this process, the kernels for Hopper and the tiles of any one architecture."""
+    from .kernels.gpu import tiles
+
+    device = tiles.device_of(torch.device("cuda", torch.cuda.current_device()))
+    tiles.device_of = lambda _: device._replace(architecture="portable")  # type: ignore[assignment]
+
+
 def versions(peers: Sequence[str] = tuple(PEERS)) -> dict[str, str]:
     """Of Python, torch, Triton and the peers that are installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}

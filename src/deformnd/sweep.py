@@ -361,7 +361,7 @@ def serve() -> None:
     if device != "cpu":
         torch.cuda.set_device(torch.device(device).index or 0)
         if options["portable"]:
-            _without_hopper()
+            bench.without_hopper()
     for line in sys.stdin:
         request = json.loads(line)
         do: Any = {"about": _about, "warm": _warm, "time": _time}[request.pop("do")]
@@ -370,13 +370,6 @@ def serve() -> None:
         except Exception as error:
             answer = {"failed": bench.failure(error)}
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def _without_hopper() -> None:
-    from .kernels.gpu import tiles
-
-    device = tiles.device_of(torch.device("cuda", torch.cuda.current_device()))
-    tiles.device_of = lambda _: device._replace(architecture="portable")  # type: ignore[assignment]
 
 
 def _about(peers: Sequence[str], device: str) -> dict[str, Any]:
