@@ -366,7 +366,7 @@ def gpu_ms(call: Call, rep: int = 60) -> float:
     """Median milliseconds of a call on a GPU with a cold L2 cache."""
     from triton.testing import do_bench
 
-    result: float = do_bench(call, warmup=10, rep=rep, return_mode="median")
+    result: float = do_bench(call, warmup=rep // 4, rep=rep, return_mode="median")
     return result
 
 
@@ -375,7 +375,7 @@ def gpu_rounds(group: dict[str, Call], count: int = 3) -> dict[str, list[float]]
     times: dict[str, list[float]] = {name: [] for name in group}
     for _ in range(count):
         for name, function in group.items():
-            times[name].append(gpu_ms(function, 30))
+            times[name].append(gpu_ms(function, 15))
     return times
 
 

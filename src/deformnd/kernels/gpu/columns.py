@@ -199,9 +199,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_once(a, b, acc, PRECISION: tl.constexpr):
-    """As dot, but "bf16x3" lets tensor cores add up this one product only: they round sums toward
-    zero, so that the longest ones are ten times more accurate if they are added here."""
-    if PRECISION == "bf16x3":
+    """As dot, but where float32 is meant tensor cores add up this one product only: they round sums
+    toward zero, so that the longest ones are ten times more accurate if they are added here."""
+    if PRECISION == "bf16x3" or PRECISION == "tf32x3":
         return acc + dot(a, b, tl.zeros(acc.shape, tl.float32), PRECISION)
     else:
         return dot(a, b, acc, PRECISION)

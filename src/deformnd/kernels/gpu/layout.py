@@ -253,16 +253,18 @@ def prepare(jobs, KINDS: tl.constexpr):
 
 @triton.jit
 def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
+           BLOCK: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
     """Sum partial results [count / inner, splits, inner], plus a bias by the middle one of the
-    three axes of the result, to where the strides say."""
+    three axes of the result, to where the strides say. TOGETHER: loads that do not wait for each
+    other."""
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     acc = tl.zeros((BLOCK,), tl.float32)
     place = i + i // inner * (splits - 1) * inner
-    for _ in range(splits):
-        acc += tl.load(parts + place, mask=inside, other=0.0)
-        place += inner
+    for first in range(0, splits, TOGETHER):
+        for s in tl.static_range(TOGETHER):
+            acc += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
+            place += inner
     at = unravel(i, sizes)
     if bias is not None:
         acc += tl.load(bias + at[1], mask=inside, other=0.0).to(tl.float32)
@@ -398,7 +400,9 @@ def precision_of(g: Geometry, dtype: torch.dtype) -> str:
     # With narrow groups the gathers cost most, and Triton 3.6 cannot compile TF32 weight gradients.
     if allows_tf32() and not is_narrow(sizes.group_channels, sizes.sample_groups):
         return "tf32"
-    return "ieee" if sizes.group_in * sizes.group_out < tiles.FEW else "bf16x3"
+    if sizes.group_in * sizes.group_out >= tiles.FEW:
+        return "bf16x3"
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
 class Operand(NamedTuple):
@@ -745,7 +749,7 @@ class Call:
         count = math.prod(sizes)
         index = tl.int32 if count * splits < 2**31 else tl.int64
         return self.make(
-            *(reduce, (triton.cdiv(count, 1024),), dict(INDEX=index, BLOCK=1024)),
+            *(reduce, (triton.cdiv(count, 1024),), dict(INDEX=index, BLOCK=1024, TOGETHER=4)),
             **dict(parts=parts, bias=bias, out=out, count=count, splits=splits),
             **dict(inner=inner or count, sizes=sizes, strides=strides, warps=4),
         )
@@ -773,7 +777,7 @@ class Call:
         n, splits = self.sizes, parts.shape[0]
         grid = (triton.cdiv(n.group_in * n.taps, 16), triton.cdiv(n.outputs, 32))
         launch = self.make(
-            *(reduce_weight, grid, dict(BLOCK_K=16, BLOCK_O=32, TOGETHER=8)),
+            *(reduce_weight, grid, dict(BLOCK_K=16, BLOCK_O=32, TOGETHER=32)),
             **dict(parts=parts, out=out, taps=n.taps, group_in=n.group_in, outputs=n.outputs),
             **dict(padded_outputs=n.padded_outputs, splits=splits, warps=4),
         )

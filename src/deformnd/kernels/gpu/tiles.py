@@ -154,7 +154,7 @@ BLOCKS = frozenset(("sm_90",))
 NARROW = 32
 
 # In so few weights of a group and tap the errors of "bf16x3" (sampling.py, Note [precision]) do not
-# average out, and plain float32 products are no bottleneck.
+# average out, and "tf32x3", which takes their place, is no bottleneck.
 FEW = 1024
 
 # A batch is taken in chunks where a call would need more scratch memory at once (in elements of the
