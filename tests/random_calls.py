@@ -280,9 +280,14 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
     if style == "hopper":
         image = 32 * rng.choice((1, 2, 2, 3, 4, 6, 8))
         points = 64 * rng.choice((1, 1, 2, 3, 4))
-        if rng.random() < 0.5:
+        several = rng.random()
+        if several < 0.5:
             offset_groups = image // rng.choice((4, 8, 16, 32))
             mask_groups = rng.choice((offset_groups, 1, divisor(image)))
+        elif several < 0.65:  # of many channels each
+            offset_groups = rng.choice((2, 2, 3, 4))
+            image = offset_groups * rng.choice((40, 48, 64, 64, 80, 96, 128))
+            mask_groups = rng.choice((offset_groups, offset_groups, 1))
     elif style == "units":
         offset_groups, mask_groups = divisor(image), divisor(image)
     elif style == "groups":

@@ -954,6 +954,7 @@ HOPPER = [
     Case((16, 16), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16),
     Case((16, 16), (3, 3), image=64, points=128, offset_groups=2, mask_groups=2),
     Case((8, 8, 8), (3, 3, 3), image=64, points=64, offset_groups=8, mask_groups=8),
+    Case((16, 16), (3, 3), image=192, points=128, offset_groups=2, mask_groups=1),
 ]
 
 
@@ -976,7 +977,7 @@ def test_compiles_for_hopper(
 ) -> None:
     write_all(case, dtype, monkeypatch)
     steps = [step for step in different(plans) if step.name.endswith("_hopper")]
-    narrow = case.offset_groups > 1
+    narrow = case.image // case.offset_groups <= 32
     expected = {"forward_narrow_hopper", "backward_narrow_hopper"} if narrow else {
         "forward_hopper", "backward_atomic_hopper", "backward_weight_hopper"}  # fmt: skip
     assert expected <= {step.name for step in steps}
@@ -1193,6 +1194,13 @@ GPU_CASES = [
     Case((20, 22), (3, 3), image=160, points=130, offset_groups=4, mask_groups=4, last=True),
     Case((20, 21), (3, 3), image=24, points=24, offset_groups=8, mask_groups=8),
     Case((7, 15, 16), (3, 3, 3), image=48, points=80),
+    # Several wide sample groups: their blocks of channels end within a group, or not.
+    Case((20, 22), (3, 3), image=256, points=256, offset_groups=4, mask_groups=4),
+    Case((20, 22), (3, 3), image=192, points=64, offset_groups=2, mask_groups=1, last=True),
+    Case((19, 21), (3, 3), image=120, points=100, offset_groups=3, mask_groups=3, batch=3),
+    Case((19, 21), (5, 5), image=192, points=72, offset_groups=1, mask_groups=2, transposed=True),
+    Case((7, 15, 16), (3, 3, 3), image=128, points=128, offset_groups=2, mask_groups=2),
+    Case((300,), (5,), image=80, points=64, offset_groups=2, mask_groups=0, padding=(2,)),
 ]
 
 

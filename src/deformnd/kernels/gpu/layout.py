@@ -7,7 +7,7 @@ channels in a row, so images are copied, padded with zeros where their channels 
 8:
 
     wide    [B, pixels, C]                        if the channels of a sample group need no padding,
-            [B, sample group, pixels, padded]     else;
+            [B, sample group, pixels, padded]     else (Hopper's kernels take 32 of them at once);
     narrow  [B, sample group, pixels, padded]     padded to a power of two, so that the two corners
                                                   of a cell on the last axis are neighbours.
 
@@ -340,7 +340,7 @@ def sizes_of(g: Geometry, blocks: bool) -> Sizes:
     number = channels // length
     if is_narrow(length, number):
         padded = triton.next_power_of_2(length)
-    elif blocks and number == 1:
+    elif blocks:
         padded = round_up(length, 32)
     else:
         padded = round_up(length, 8)

@@ -1,6 +1,7 @@
-"""The gradients by offset, mask and image on Hopper, where all channels share offsets and masks.
+"""The gradients by offset, mask and image on Hopper, where many channels share offsets and masks.
 
-A program has a tile of positions and takes one tap after another. It multiplies the points' tile,
+A program has a tile of positions and takes one tap after another (of each sample group, if there
+are several: common.py, parted). It multiplies the points' tile,
 which stays in shared memory, with the tap's weights; so it has, in registers, the gradient by every
 sample's channels. Those times the values of the sample's corners give the gradients by offset and
 mask; those times the corners' weights are added to the image's gradient by atomic additions.
@@ -29,14 +30,15 @@ from . import common
 
 @gluon.jit
 def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.constexpr,
-                PRECISION: gl.constexpr):  # fmt: skip
-    """Start the copy of a block of weights. They are numbered by taps from `first` on, then blocks
+                SEVERAL: gl.constexpr, PRECISION: gl.constexpr):  # fmt: skip
+    """Start the copy of a block of weights. They are numbered by units from `first` on, then blocks
     of image channels, then blocks of point channels, of which there are BLOCKS."""
     block_c: gl.constexpr = held.shape[2]
     stages: gl.constexpr = bars.shape[0]
     step = number // BLOCKS
-    row = (first + step // per_tap) * g.padded_outputs + number % BLOCKS * held.shape[1]
-    c0 = step % per_tap * block_c
+    s, tap = common.parted(first + step // per_tap, g, SEVERAL)
+    row = tap * g.padded_outputs + number % BLOCKS * held.shape[1]
+    c0 = s * g.padded + step % per_tap * block_c
     common.bring(
         weight, row, c0, g.taps * g.padded_outputs, held, bars, number % stages, pred, PRECISION
     )
@@ -56,8 +58,9 @@ def multiply_block(tile, block, held, number, bars, acc, use_acc: gl.constexpr,
 def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, grad_mask, grad_image,
                            g, tiles, splits, PRECISION: gl.constexpr, BLOCK_P: gl.constexpr,
                            BLOCK_O: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_C: gl.constexpr,
-                           STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
-                           SECTORS: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+                           STAGES: gl.constexpr, SEVERAL: gl.constexpr, MMA: gl.constexpr,
+                           COLUMNS: gl.constexpr, SECTORS: gl.constexpr,
+                           ROWS: gl.constexpr):  # fmt: skip
     """The gradients by offset and mask, and by the image (float32), each unless None.
 
     Weights come a block of point channels at a time, STAGES of them ahead. Of the next product's
@@ -74,9 +77,12 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
     b = gl.program_id(0) // tiles
     p0 = (gl.program_id(0) % tiles) * BLOCK_P
-    first = gl.program_id(1) * g.taps // splits
-    last = (gl.program_id(1) + 1) * g.taps // splits
-    per_tap = g.columns // BLOCK_C
+    units = g.taps
+    if SEVERAL:
+        units = units * g.sample_groups
+    first = gl.program_id(1) * units // splits
+    last = (gl.program_id(1) + 1) * units // splits
+    per_tap = g.padded // BLOCK_C
     steps = (last - first) * per_tap
     tile = gl.allocate_shared_memory(
         dtype, [parts * BLOCKS, BLOCK_P, BLOCK_O],
@@ -95,7 +101,8 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     bars = common.allocate_bars(STAGES)
     common.publish()
     for s in gl.static_range(STAGES):
-        bring_block(weight, s, first, per_tap, g, held, bars, s < steps * BLOCKS, BLOCKS, PRECISION)
+        bring_block(weight, s, first, per_tap, g, held, bars, s < steps * BLOCKS, BLOCKS, SEVERAL,
+                    PRECISION)  # fmt: skip
     p = p0 + gl.arange(0, BLOCK_P, layout=at_row)
     inside = p < g.positions
     point = sampling.unravel(p, g.point)
@@ -110,8 +117,9 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     for j in gl.static_range(BLOCKS):
         acc = multiply_block(tile, j, held, j, bars, acc, j > 0, PRECISION)
     i = 0
-    for tap in range(first, last):
-        offsets, value = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+    for unit in range(first, last):
+        group, tap = common.parted(unit, g, SEVERAL)
+        offsets, value = sampling.read(offset, mask, b, group, tap, p, inside, g)
         starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
         axes, valid = sampling.cell_of(offsets, starts, inside, g)
         amplitude = sampling.amplitude_of(value, valid)
@@ -120,6 +128,8 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
             dots = dots + (gl.zeros([BLOCK_P], gl.float32, layout=at_row),)
         for block in range(per_tap):
             c0 = block * BLOCK_C
+            if SEVERAL:
+                c0 += group * g.plane
             values = ()
             if by_position:
                 for q in gl.static_range(2**rank):
@@ -130,7 +140,7 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
             for j in gl.static_range(BLOCKS):
                 ahead = i * BLOCKS + j + STAGES
                 bring_block(weight, ahead, first, per_tap, g, held, bars, ahead < steps * BLOCKS,
-                            BLOCKS, PRECISION)  # fmt: skip
+                            BLOCKS, SEVERAL, PRECISION)  # fmt: skip
             # The last turn multiplies its own blocks again, to no end, instead of branching.
             i1 = gl.minimum(i + 1, steps - 1) * BLOCKS
             acc = zero
@@ -164,6 +174,8 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
         if by_position:
             sums = sampling.contract(dots, axes)
             base = b.to(gl.int64) * g.taps + tap
+            if SEVERAL:
+                base = (b.to(gl.int64) * g.sample_groups + group) * g.taps + tap
             if grad_offset is not None:
                 for a in gl.static_range(rank):
                     total = gl.where(valid, sums[a] * amplitude, 0.0)
@@ -193,7 +205,7 @@ def plan_of(call: Call) -> Plan:
     row = call.tiles("backward_atomic_hopper", n.padded_outputs)
     block_o = min(row.block_o, n.padded_outputs & -n.padded_outputs)
     blocks = n.padded_outputs // block_o
-    block_c = row.block_c if len(n.image) < 3 and n.columns % row.block_c == 0 else 32
+    block_c = row.block_c if len(n.image) < 3 and n.padded % row.block_c == 0 else 32
     stages = max(row.stages, blocks + 1)
     size = row.block_p * n.padded_outputs + stages * block_o * block_c
     # A multiprocessor keeps 1024 bytes for itself beside those of a program.
@@ -222,16 +234,18 @@ def write(
     programs = n.batch * tiles
     at_once = max(1, call.multiprocessors * min(2, call.device.shared_memory // shared))
 
+    units = n.sample_groups * n.taps
+
     def turns(splits: int) -> int:
         """Taps that all waves of programs take, and one more for a start."""
-        waves, taps = triton.cdiv(programs * splits, at_once), triton.cdiv(n.taps, splits)
+        waves, taps = triton.cdiv(programs * splits, at_once), triton.cdiv(units, splits)
         return int(waves * (taps + 1))
 
-    splits = min(range(1, n.taps + 1), key=turns)
+    splits = min(range(1, units + 1), key=turns)
     across = min(32, block_o // 8)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=blocks, BLOCK_C=block_c, STAGES=stages),
-        MMA=common.mma_layout(block_c, warps),
+        **dict(SEVERAL=n.sample_groups > 1, MMA=common.mma_layout(block_c, warps)),
         COLUMNS=common.rows_layout(block_p, block_c, warps),
         SECTORS=common.rows_layout(block_p, block_c, warps, run=4),
         ROWS=gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0]),

@@ -56,7 +56,8 @@ def bring_points(points, b, first, o0, held, bars, stage, pred, g, PRECISION: gl
 
 
 @gluon.jit
-def read_tile(offset, mask, tile, last, tap, lane, g, across, TILE: gl.constexpr):
+def read_tile(offset, mask, tile, last, group, tap, lane, g, across, item,
+              TILE: gl.constexpr):  # fmt: skip
     """What is known of the positions `lane` of tiles, as `tabulate` takes it."""
     b, first = start(gl.minimum(tile, last - 1), across, TILE)
     local = sampling.unravel(lane, TILE)
@@ -70,18 +71,18 @@ def read_tile(offset, mask, tile, last, tap, lane, g, across, TILE: gl.constexpr
     p = sampling.ravel(point, size)
     if len(TILE) != len(g.point):
         point = sampling.unravel(p, g.point)
-    given = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+    given = sampling.read(offset, mask, b, group, tap, p, inside, g)
     starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
-    return starts, given, inside, b * g.pixels
+    return starts, given, inside, b * item
 
 
 @gluon.jit
 def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECISION: gl.constexpr,
                            TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
-                           STAGES: gl.constexpr, LISTED: gl.constexpr, MMA: gl.constexpr,
-                           num_warps: gl.constexpr):  # fmt: skip
+                           STAGES: gl.constexpr, LISTED: gl.constexpr, SEVERAL: gl.constexpr,
+                           MMA: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """Partial sums [splits, K, C, O] from points [B, *size, O] (in "bf16x3" of heads, then of
-    tails, [2 x B, *size, O]). Grid: (blocks of C x K x blocks of O, splits)."""
+    tails, [2 x B, *size, O]). Grid: (sample groups x blocks of C x K x blocks of O, splits)."""
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = points.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
@@ -93,8 +94,14 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     o0 = gl.program_id(0) % blocks * BLOCK_O
     tap = gl.program_id(0) // blocks % g.taps
     # The last block of channels ends where they do, and so may begin within the one before.
-    new = gl.program_id(0) // blocks // g.taps * BLOCK_C
-    c0 = gl.minimum(new, g.columns - BLOCK_C) // 32 * 32
+    new = gl.program_id(0) // blocks // g.taps
+    group = 0
+    if SEVERAL:
+        per_group = (g.group_channels + BLOCK_C - 1) // BLOCK_C
+        group = new // per_group
+        new = new % per_group
+    new = new * BLOCK_C
+    c0 = gl.minimum(new, g.padded - BLOCK_C) // 32 * 32
     split = gl.program_id(1)
     total = g.batch * sampling.product(across)
     first = split * (total // splits) + gl.minimum(split, total % splits)
@@ -115,7 +122,10 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     lane = gl.arange(0, LISTED * 64, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     ahead = lane // 64
     lane = lane % 64
-    known = read_tile(offset, mask, first + ahead, last, tap, lane, g, across, TILE)
+    item = g.pixels  # so many rows of an image
+    if SEVERAL:
+        item = g.item // g.row
+    known = read_tile(offset, mask, first + ahead, last, group, tap, lane, g, across, item, TILE)
     tables.tabulate(samples, 0, known, g)
     idle = held.index((STAGES - 1) * count).reshape([64, BLOCK_O])
     common.fill(columns[0].index(1), num_warps)
@@ -123,8 +133,11 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     result = common.product_of_zeros(columns[0].index(1).permute((1, 0)), idle, MMA)
     acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
     image = image.to(gl.pointer_type(gl.int32), bitcast=True)
+    blocks_before = c0 // 32
+    if SEVERAL:
+        blocks_before += group * (g.plane // 32)
     image = image + (
-        c0 // 32 * (words * 32 // BLOCK_C) + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
+        blocks_before * (words * 32 // BLOCK_C) + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
     )
     image = image[None, :]
     pitch = g.row // 32 * (words * 32 // BLOCK_C)
@@ -133,7 +146,7 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
         refill = i % LISTED == 0
         if refill:
             tile = first + i + LISTED + ahead
-            known = read_tile(offset, mask, tile, last, tap, lane, g, across, TILE)
+            known = read_tile(offset, mask, tile, last, group, tap, lane, g, across, item, TILE)
         mixed = tables.mix(values, samples, i % (2 * LISTED), COLUMNS)
         tables.store_columns(columns, i % 2, mixed)
         # The tables reach one tile on at least; what they have past the last one is not used.
@@ -162,17 +175,18 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     acc += warpgroup_mma_wait(0, deps=[result])
     c = c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, MMA))
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
-    place = ((split * g.taps + tap).to(gl.int64) * g.channels + c) * g.padded_outputs
-    here = (c >= new) & (c < g.channels)
+    place = (split * g.taps + tap).to(gl.int64) * g.channels + group * g.group_channels + c
+    place = place * g.padded_outputs
+    here = (c >= new) & (c < g.group_channels)
     gl.store(parts + (place[:, None] + o[None, :]), acc, mask=here[:, None] & (o >= 0)[None, :])
 
 
 def takes(call: Call) -> bool:
     n = call.sizes
-    pixels = n.batch * n.pixels  # which a table counts through all batch items
+    pixels = n.batch * n.item // n.row  # which a table counts through all batch items
     return (
         common.takes_wide(call)
-        and n.columns >= 64
+        and n.padded >= 64
         and pixels * max(n.row, 4 ** len(n.image)) < 2**31
     )
 
@@ -183,13 +197,15 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     operation = "backward_weight_hopper 3d" if rank == 3 else "backward_weight_hopper"
     tiles = call.tiles(operation, math.gcd(256, n.padded_outputs))
     block_o = math.gcd(tiles.block_o, n.padded_outputs)
-    programs = n.taps * triton.cdiv(n.channels, tiles.block_c) * (n.padded_outputs // block_o)
+    programs = n.sample_groups * triton.cdiv(n.group_channels, tiles.block_c)
+    programs *= n.taps * (n.padded_outputs // block_o)
     rows = call.parts(points) if bf16x3 else call.rows(points)
     across = tiles.warps // 4
     mma = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, across], instr_shape=[16, block_o // across, 16]
     )
     constants = dict(BLOCK_O=block_o, BLOCK_C=tiles.block_c, STAGES=tiles.stages, MMA=mma)
+    constants |= dict(SEVERAL=n.sample_groups > 1)
     constants |= dict(LISTED=tiles.warps // 2)  # a sample to every lane
 
     def count(size: tuple[int, ...], tile: tuple[int, ...]) -> int:

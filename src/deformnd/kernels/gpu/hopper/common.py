@@ -141,16 +141,28 @@ def takes_any(call: Call) -> bool:
 
 
 def takes_wide(call: Call) -> bool:
-    """What those need that take one wide sample group: sizes that fit into 32 bits, too."""
+    """What those need that take blocks of a sample group's channels: sizes that fit into 32 bits,
+    too."""
     n = call.sizes
     return (
         takes_any(call)
-        and n.sample_groups == 1
-        and n.columns % 32 == 0
+        and n.padded % 32 == 0
+        and not (call.narrow and n.sample_groups > 1)
         and max(n.item, n.positions * n.padded_outputs) < 2**31
         and n.pixels * 4 ** len(n.image) < 2**31
         and 2 * n.batch * n.positions < 2**31
+        and n.sample_groups * n.taps * n.padded_outputs < 2**31
     )
+
+
+@gluon.jit
+def parted(unit, g, SEVERAL: gl.constexpr):
+    """Sample group and tap of a unit: units are numbered by sample groups, of which there may be
+    SEVERAL, then by taps."""
+    if SEVERAL:
+        return unit // g.taps, unit % g.taps
+    else:
+        return 0, unit
 
 
 def mma_layout(columns: int, warps: int) -> Any:

@@ -1,10 +1,10 @@
 """dF/dpoints on Hopper: columns of samples times weights, by wgmma.
 
-A program takes 64 positions that lie near each other, and up to ten taps at once, whose samples it
-tabulates (tables.py). Then it samples BLOCK_C channels of one tap after the other, channels
-outside, so that most corners are found in the cache; stores the columns; and multiplies
-columns @ weights while it loads the corners of the next ones. The copy engine brings the weights,
-STAGES blocks deep.
+A program takes 64 positions that lie near each other, and up to ten taps at once (of each sample
+group, if there are several: common.py, parted), whose samples it tabulates (tables.py). Then it
+samples BLOCK_C channels of one tap after the other, channels outside, so that most corners are
+found in the cache; stores the columns; and multiplies columns @ weights while it loads the corners
+of the next ones. The copy engine brings the weights, STAGES blocks deep.
 """
 
 from __future__ import annotations
@@ -63,6 +63,17 @@ def next_block(tap, c0, taps, BLOCK: gl.constexpr):
 
 
 @gluon.jit
+def bring_weight(weight, unit, c0, o0, held, bars, stage, pred, g, SEVERAL: gl.constexpr,
+                 PRECISION: gl.constexpr):  # fmt: skip
+    """Start the copy of a unit's block of weights from its sample group's channel c0 on."""
+    s, tap = common.parted(unit, g, SEVERAL)
+    row = tap * g.padded_outputs + o0
+    column = s * g.padded + c0
+    rows = g.taps * g.padded_outputs
+    common.bring(weight, row, column, rows, held, bars, stage, pred, PRECISION)
+
+
+@gluon.jit
 def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr):
     """Store a tile of a result or of a part of it."""
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
@@ -78,8 +89,8 @@ def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr)
 def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
                    LAST: gl.constexpr, PRECISION: gl.constexpr, BLOCK_O: gl.constexpr,
                    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, ONCE: gl.constexpr,
-                   MMA: gl.constexpr, STORED: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
-    """Grid: (B x tiles of positions x blocks of O, splits of the taps).
+                   SEVERAL: gl.constexpr, MMA: gl.constexpr, STORED: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+    """Grid: (B x tiles of positions x blocks of O, splits of the taps, those of all sample groups).
 
     ONCE: all taps are tabulated at once. Without a loop over chunks of them ptxas has the copy
     engine's addresses at hand, which narrow layers feel.
@@ -104,15 +115,19 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     common.fill(idle, num_warps)
     acc = common.product_of_zeros(columns[0].index(1), idle.permute((1, 0)), MMA)
 
-    rows = g.taps * g.padded_outputs
-    first = gl.program_id(1) * g.taps // splits
-    last = (gl.program_id(1) + 1) * g.taps // splits
+    units = g.taps
+    if SEVERAL:
+        units = units * g.sample_groups
+    first = gl.program_id(1) * units // splits
+    last = (gl.program_id(1) + 1) * units // splits
     lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     q = p0 + lane % 64
     point = position(q, g.point)
     p = sampling.ravel(point, g.point)
     inside = q < g.positions
     pitch = g.row // BLOCK_C * words
+    plane = g.plane // BLOCK_C * words
+    length = g.padded // BLOCK_C * words  # of a sample group's channels
     image += b.to(gl.int64) * g.item
     image = image.to(gl.pointer_type(gl.int32), bitcast=True)
     image = image + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))[None, :]
@@ -121,24 +136,24 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     for chunk in range(chunks):
         start = first + chunk * (last - first) // chunks
         taps = first + (chunk + 1) * (last - first) // chunks - start
-        steps = taps * (g.columns // BLOCK_C)
+        steps = taps * (g.padded // BLOCK_C)
         new_tap = 0  # of the next block of weights to bring
         new_c0 = 0
         for s in gl.static_range(STAGES - 1):
-            row = (start + new_tap) * g.padded_outputs + o0
-            common.bring(weight, row, new_c0, rows, held, bars, (done + s) % STAGES, s < steps,
-                         PRECISION)  # fmt: skip
+            bring_weight(weight, start + new_tap, new_c0, o0, held, bars, (done + s) % STAGES,
+                         s < steps, g, SEVERAL, PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
         known = ()
         for j in gl.static_range(PAIRS):
-            tap = start + gl.minimum(2 * j + lane // 64, taps - 1)
+            group, tap = common.parted(start + gl.minimum(2 * j + lane // 64, taps - 1), g, SEVERAL)
             starts = sampling.starts_of(point, sampling.unravel(tap, g.kernel), g)
-            read = sampling.read(offset, mask, b, 0, tap, p, inside, g)
+            read = sampling.read(offset, mask, b, group, tap, p, inside, g)
             known = known + ((starts, read, inside, 0),)
         for j in gl.static_range(PAIRS):
             tables.tabulate(samples, j, known[j], g)
         common.barrier()
-        values = tables.fetch(image, samples, 0, 0, pitch, g, COLUMNS)
+        group, tap = common.parted(start, g, SEVERAL)
+        values = tables.fetch(image, samples, 0, group * plane, pitch, g, COLUMNS)
         tap = 0
         c0 = 0
         for i in range(steps):
@@ -146,14 +161,15 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
             tables.store_columns(columns, now, tables.mix(values, samples, tap, COLUMNS))
             tap, c0 = next_block(tap, c0, taps, words)
             # The last turn loads a block in vain instead of branching.
-            block = gl.minimum(c0, pitch - words)
+            block = gl.minimum(c0, length - words)
+            if SEVERAL:
+                block += (start + tap) // g.taps * plane
             values = tables.fetch(image, samples, tap, block, pitch, g, COLUMNS)
             acc = warpgroup_mma_wait(0, deps=[acc])
             common.barrier()
             ahead = i + STAGES - 1
-            row = (start + new_tap) * g.padded_outputs + o0
-            common.bring(weight, row, new_c0, rows, held, bars, (done + ahead) % STAGES,
-                         ahead < steps, PRECISION)  # fmt: skip
+            bring_weight(weight, start + new_tap, new_c0, o0, held, bars, (done + ahead) % STAGES,
+                         ahead < steps, g, SEVERAL, PRECISION)  # fmt: skip
             new_tap, new_c0 = next_block(new_tap, new_c0, taps, BLOCK_C)
             stage = common.await_full(bars, done + i)
             w = common.factor(held, stage, PRECISION, True)
@@ -199,15 +215,16 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     n = call.sizes
     rank = len(n.image)
     tiles = call.tiles("forward_hopper 3d" if rank == 3 else "forward_hopper", n.padded_outputs)
-    block_o, block_c = math.gcd(tiles.block_o, n.padded_outputs), math.gcd(tiles.block_c, n.columns)
+    block_o, block_c = math.gcd(tiles.block_o, n.padded_outputs), math.gcd(tiles.block_c, n.padded)
     programs = n.batch * triton.cdiv(n.positions, 64) * (n.padded_outputs // block_o)
-    splits = 1
+    splits, units = 1, n.sample_groups * n.taps
     if programs < call.multiprocessors:
         # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
-        at_once, steps = 2 * call.multiprocessors, n.taps * n.columns // block_c
-        splits = max(1, min(n.taps, at_once // programs, steps // 8))
+        at_once, steps = 2 * call.multiprocessors, units * n.padded // block_c
+        splits = max(1, min(units, at_once // programs, steps // 8))
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
-    constants |= dict(ONCE=n.taps <= 2 * PAIRS.value, MMA=common.mma_layout(block_o, tiles.warps))
+    constants |= dict(ONCE=units <= 2 * PAIRS.value, SEVERAL=n.sample_groups > 1)
+    constants |= dict(MMA=common.mma_layout(block_o, tiles.warps))
     constants |= dict(STORED=_stored_layout(block_o, rank, out.last))
     call.launch_split(
         *(forward_hopper, (programs, splits), constants, out, bias),
