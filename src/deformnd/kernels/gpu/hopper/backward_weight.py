@@ -133,11 +133,11 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     result = common.product_of_zeros(columns[0].index(1).permute((1, 0)), idle, MMA)
     acc = gl.zeros([BLOCK_C, BLOCK_O], gl.float32, layout=MMA)
     image = image.to(gl.pointer_type(gl.int32), bitcast=True)
-    blocks_before = c0 // 32
+    channel = c0 // 32
     if SEVERAL:
-        blocks_before += group * (g.plane // 32)
+        channel += group * (g.plane // 32)
     image = image + (
-        blocks_before * (words * 32 // BLOCK_C) + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
+        channel * (words * 32 // BLOCK_C) + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))
     )
     image = image[None, :]
     pitch = g.row // 32 * (words * 32 // BLOCK_C)

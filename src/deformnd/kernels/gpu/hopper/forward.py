@@ -89,7 +89,8 @@ def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr)
 def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
                    LAST: gl.constexpr, PRECISION: gl.constexpr, BLOCK_O: gl.constexpr,
                    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, ONCE: gl.constexpr,
-                   SEVERAL: gl.constexpr, MMA: gl.constexpr, STORED: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                   SEVERAL: gl.constexpr, MMA: gl.constexpr, STORED: gl.constexpr,
+                   num_warps: gl.constexpr):  # fmt: skip
     """Grid: (B x tiles of positions x blocks of O, splits of the taps, those of all sample groups).
 
     ONCE: all taps are tabulated at once. Without a loop over chunks of them ptxas has the copy
