@@ -411,6 +411,54 @@ def test_interpreted_chunks_sorted(interpreted: None, monkeypatch: pytest.Monkey
         assert in_chunks()
 
 
+@pytest.mark.parametrize("size", [(7,), (5, 6), (2, 3, 2)], ids=str)
+def test_interpreted_lists_together(
+    size: tuple[int, ...], interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of all taps hold each sample of a tile once: summed by them, columns are the result."""
+    n = len(size)
+    case = Case(size, (3,) * n, transposed=True, stride=(2,) * n, mask_groups=0, bias=False)
+    problem = case.make(torch.float32, "cpu")
+    g, x, weight, offset = problem.g, problem.x, problem.weight, problem.offset
+    assert offset is not None
+    taps, tile = math.prod(case.kernel), tiles.IMAGE_TILES[n]
+    across = [-(-s // t) for s, t in zip(g.image_size, tile, strict=True)]
+    number = g.batch * math.prod(across)
+    lists = torch.empty(2 * number + 1, dtype=torch.int32)
+    entries = torch.empty(offset.numel() // n * 2**n, dtype=torch.int32)
+    given = (x, weight, offset, lists, entries)
+    plan = Plan(x.device, given)
+    room = iter(plan.given[3:])
+    monkeypatch.setattr(plan, "scratch", lambda *shape, dtype: next(room))
+    call = layout.Call(
+        g, layout.Steps(plan), "ieee", layout.Operand(plan.given[1], False), plan.given[2], None
+    )
+    variant = variants.Variant("", lambda _: True, lambda: None, together=True)
+    backward_sorted.make_lists(call, variant)
+    call.steps.finish()
+    plan.run(given)
+    columns = torch.einsum("bop,ock->bpkc", x.flatten(2), weight.flatten(2))
+    points = torch.cartesian_prod(*map(torch.arange, size)).view(-1, 1, n)
+    shifts = torch.cartesian_prod(*map(torch.arange, case.kernel)).view(1, -1, n)
+    starts = points * torch.tensor(g.stride) - torch.tensor(g.padding) + shifts
+    where = offset.view(g.batch, taps, n, -1).permute(0, 3, 1, 2) + starts
+    got = torch.full((g.batch, g.image_channels, *g.image_size), math.nan)
+    for i, cell in enumerate(itertools.product(range(g.batch), *map(range, across))):
+        listed = entries[lists[number + 1 + i] - lists[i] : lists[number + 1 + i]].long()
+        pixels = [
+            torch.arange(k * t, min(k * t + t, s))
+            for k, t, s in zip(cell[1:], tile, g.image_size, strict=True)
+        ]
+        pixel = torch.cartesian_prod(*pixels).view(-1, 1, n)
+        away = (where[cell[0]].reshape(-1, n)[listed] - pixel).abs()
+        blend = (1 - away).clamp(min=0).prod(2)
+        assert (blend.sum(0) > 0).all() and len(set(listed.tolist())) == len(listed)
+        sums = blend @ columns[cell[0]].flatten(0, 1)[listed]
+        place = (cell[0], slice(None), *(slice(p[0], p[-1] + 1) for p in pixels))
+        got[place] = sums.T.reshape(-1, *map(len, pixels))
+    assert close(got, problem.double().forward(reference), 1e-5)
+
+
 def test_interpreted_single_pixels(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels first and last at once, and not aligned: a copy lies in the input's gradient."""
     backend._PLANS.clear()
@@ -956,6 +1004,54 @@ HOPPER = [
     Case((8, 8, 8), (3, 3, 3), image=64, points=64, offset_groups=8, mask_groups=8),
     Case((16, 16), (3, 3), image=192, points=128, offset_groups=2, mask_groups=1),
 ]
+
+# More pixels than positions.
+UPSAMPLING = [
+    Case((16,), (8,), transposed=True, stride=(4,), image=64, points=64),
+    Case((16, 16), (4, 4), transposed=True, stride=(2, 2), image=128, points=256),
+    Case((16, 16), (4, 4), transposed=True, stride=(2, 2), image=96, points=512, last=True),
+    Case((4, 8, 8), (4, 4, 4), transposed=True, stride=(2, 2, 2), image=64, points=64),
+]
+
+
+@needs_gluon
+@pytest.mark.parametrize("case", UPSAMPLING, ids=str)
+def test_compiles_for_hopper_by_columns(
+    case: Case, plans: list[Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their image gradient is by columns, unless it must be repeatable."""
+    write_all(case, torch.float16, monkeypatch)
+    by_columns = {"multiply_columns_hopper", "backward_columns_hopper"}
+    assert [by_columns <= set(names(plan)) for plan in plans] == [True, False, True] + 3 * [False]
+    steps = [step for step in different(plans) if step.name in by_columns]
+    for step in steps:
+        compiled = step.compile(target("sm_90"))
+        assert "wgmma" in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= (227 if "multiply" in step.name else 113) * 1024
+        assert stack(compiled.asm["cubin"], tmp_path) == 0
+        if triton.__version__.startswith("3.6"):
+            assert not unset_registers(compiled, tmp_path)
+
+
+@needs_gluon
+def test_columns_bound_memory(plans: list[Plan]) -> None:
+    """Columns are there of some items at once, and lists are as others want them without."""
+    for batch, size in ((4, 64), (64, 64), (1, 512)):
+        case = Case((size, size), (4, 4), True, batch, 128, 256, (2, 2))
+        g = on_meta(case, torch.float16).g
+        g = g._replace(batch=batch, image_size=(2 * size, 2 * size), point_size=(size, size))
+        shapes = ((256, size), (32, size), (16, size))
+        x, offset, mask = (
+            torch.empty(batch, c, s, s, dtype=torch.float16, device="meta") for c, s in shapes
+        )
+        weight = torch.empty(256, 128, 4, 4, dtype=torch.float16, device="meta")
+        backend.scatter(g, x, weight, offset, mask, None)
+        by_columns = "backward_columns_hopper" in names(plans[-1])
+        assert by_columns == (size == 64)
+        together = [s.constants["TOGETHER"] for s in plans[-1].steps if s.name == "list_samples"]
+        assert set(together) == {by_columns}
+        if by_columns:
+            assert plans[-1].size <= 2 * (tiles.SCRATCH + tiles.COLUMNS)
 
 
 # Products of bfloat16 are those of float32, too.

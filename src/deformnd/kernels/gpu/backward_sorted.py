@@ -17,6 +17,9 @@ in any order.
 
     lists    | lengths [number] | cursor | ends [number] |
     entries  | a list's samples | another's | ...
+
+TOGETHER there is one for every (batch item, offset group, tile) instead, of all taps: of a sample
+it holds position * taps + tap.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from .variants import portable
 if TYPE_CHECKING:
     from .layout import Call, Operand
     from .runtime import Buffer
+    from .variants import Variant
 
 
 @triton.jit
@@ -68,7 +72,7 @@ def tile_of(axes, valid, q: tl.constexpr, g, TILE: tl.constexpr):
 
 @triton.jit
 def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
-                 TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                 TOGETHER: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Count the samples of every list, or (FILL) write them where start_lists has put its end.
 
     Grid: (B x offset groups x taps x blocks of positions).
@@ -76,6 +80,9 @@ def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
     owner = tl.program_id(0) // blocks
     p = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     axes, valid = samples_of(offset, owner // g.taps, owner % g.taps, p, g)
+    if TOGETHER:
+        p = p * g.taps + owner % g.taps
+        owner = owner // g.taps
     first = owner.to(tl.int64) * sampling.product(sampling.tiles_across(g.image, TILE))
     places = ()
     for q in tl.static_range(2 ** len(TILE)):
@@ -252,12 +259,14 @@ def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
     return tile, math.prod(triton.cdiv(size, part) for size, part in sizes)
 
 
-def make_lists(call: Call) -> tuple[Buffer, Buffer]:
-    """The lists and their entries, in order if algorithms must be deterministic (Note [lists])."""
-    n = call.sizes
+def make_lists(call: Call, variant: Variant) -> tuple[Buffer, Buffer]:
+    """The lists, as the variant wants them, and their entries, in order if algorithms must be
+    deterministic (Note [lists])."""
+    n, together = call.sizes, variant.together
     tile, tiles = tiles_of(call)
     owners = n.batch * (n.sample_groups // n.per_offset) * n.taps
-    number, blocks = owners * tiles, triton.cdiv(n.positions, LISTED)
+    number = (owners // n.taps if together else owners) * tiles
+    blocks = triton.cdiv(n.positions, LISTED)
     most = owners * n.positions * 2 ** len(tile)
     index = torch.int32 if most < 2**31 else torch.int64
     lists = call.plan.scratch(2 * number + 1, dtype=index)
@@ -270,9 +279,9 @@ def make_lists(call: Call) -> tuple[Buffer, Buffer]:
         # Later, so that what is copied for the next launch is copied when zeros are written.
         call.steps.then(call.make(kernel, (programs,), constants, warps=warps, **arguments))
 
-    add(list_samples, owners * blocks, 4, FILL=False)
+    add(list_samples, owners * blocks, 4, FILL=False, TOGETHER=together)
     add(start_lists, triton.cdiv(number, 1024), 4, BLOCK=1024)
-    add(list_samples, owners * blocks, 4, FILL=True)
+    add(list_samples, owners * blocks, 4, FILL=True, TOGETHER=together)
     if torch.are_deterministic_algorithms_enabled():
         add(sort_lists, number, 1, SHORT=SHORT, LONG=LONG)
     return lists, entries

@@ -184,12 +184,12 @@ def _gradients(
     lists = None
     if by_sorting:
         # Before the frame, so that all kernels use the rows, and all is prepared at once.
-        sorting = variants.choose(SORTED, call)
-        call.weight(sorting.order if sorting else Order.PLAIN)
+        sorting = variants.choose(SORTED, call) or SORTED[-1]
+        call.weight(sorting.order)
         if not wants_parts:
             call.rows(points)
         if call.steps.together:
-            lists = backward_sorted.make_lists(call)
+            lists = backward_sorted.make_lists(call, sorting)
     with call.frame():
         if by_position or grad_weight is not None or grad_points is not None:
             call.image(image)
@@ -234,7 +234,9 @@ def _forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> N
 def _sorted(
     call: Call, points: Operand, bias: Buffer | None, out: Operand, lists: Any = None
 ) -> None:
-    lists = lists or backward_sorted.make_lists(call)
+    if lists is None:
+        sorting = variants.choose(SORTED, call) or SORTED[-1]
+        lists = backward_sorted.make_lists(call, sorting)
     with call.frame():
         variants.write(SORTED, call, points, bias, out, lists)
 

@@ -28,7 +28,7 @@ class Tiles:
     resident: int = 0  # programs on a multiprocessor at most; 0: as many as fit
     registers: int = 0  # of a thread at most; 0: as many as the compiler likes
     tiles: int = 1  # backward_sorted_hopper: tiles of the image of a program,
-    rings: tuple[int, ...] = ()  # and stages of points, interpolation weights and weights
+    rings: tuple[int, ...] = ()  # and stages of points (or columns), blends and weights
 
 
 ANY = 1 << 31
@@ -109,6 +109,9 @@ HOPPER = (
     Tiles("backward_sorted_hopper", 2, 64, 64, 64, 64, 4, 1, 2, 104, tiles=1, rings=(2, 2, 2)),
     Tiles("backward_sorted_hopper", 2, 128, 64, 64, 128, 4, 1, 2, 136, tiles=1, rings=(2, 2, 2)),
     Tiles("backward_sorted_hopper", 2, ANY, 64, 64, 256, 4, 1, 1, 192, tiles=2, rings=(2, 2, 3)),
+    Tiles("multiply_columns_hopper", 2, ANY, 128, 64, 128, 8, 1),
+    Tiles("backward_columns_hopper", 2, 64, 64, 0, 64, 4, 1, 3, 72, rings=(4, 2)),
+    Tiles("backward_columns_hopper", 2, ANY, 64, 0, 128, 4, 1, 2, 104, rings=(4, 3)),
 )
 
 # For GPUs without Hopper's products, where both factors go through registers, and with as little
@@ -162,6 +165,10 @@ FEW = 1024
 # whose 132 multiprocessors hold two each.
 SCRATCH = 35 << 20
 CHUNK = 65536
+
+# So many columns' numbers are there at once (hopper/backward_columns.py), or twice as many of a single
+# item: 32 MiB, which stay in the cache of an H200.
+COLUMNS = 16 << 20
 
 # So many chunks' gradients of the weight are kept before they are added.
 KEPT = 8

@@ -20,6 +20,8 @@ class Variant(NamedTuple):
     write: Callable[..., None]  # adds its launches to the call's plan
     wants_parts: bool = False  # whether it reads points as parts in "bf16x3", not as rows
     order: Order = Order.PLAIN  # of the weight
+    others: tuple[str, ...] = ()  # its other kernels
+    together: bool = False  # whether it takes lists of all taps together (backward_sorted.py)
 
 
 def portable(name: str, write: Callable[..., None]) -> tuple[Variant, Variant]:
@@ -48,7 +50,8 @@ def write(variants: Sequence[Variant], call: Call, *args: Any) -> None:
     steps, spares = len(call.plan.steps), len(call.plan.spares)
     variant.write(call, *args)
     for launch in (*call.plan.steps[steps:], *call.plan.spares[spares:]):
-        if launch.name == variant.name:  # not so of the last, which nothing can stand in for
+        # Not so of the last, which nothing can stand in for.
+        if launch.name in (variant.name, *variant.others):
             launch.fallback = _key(variant, call)
 
 

@@ -17,12 +17,19 @@ BACKWARD_WEIGHT: tuple[Variant, ...] = ()
 try:
     if not GLUON:
         raise ImportError("nothing to compile them with")
-    from . import backward_atomic, backward_sorted, backward_weight, forward, narrow
+    from . import (
+        backward_atomic,
+        backward_columns,
+        backward_sorted,
+        backward_weight,
+        forward,
+        narrow,
+    )
 except Exception:  # whatever a changed interface raises
     pass
 else:
     FORWARD = (forward.VARIANT, narrow.FORWARD)
     BACKWARD_ATOMIC = (backward_atomic.VARIANT,)
     BACKWARD_NARROW = (narrow.BACKWARD,)
-    BACKWARD_SORTED = (backward_sorted.VARIANT,)
+    BACKWARD_SORTED = (backward_columns.VARIANT, backward_sorted.VARIANT)
     BACKWARD_WEIGHT = (backward_weight.VARIANT,)

@@ -250,6 +250,38 @@ def put(k: gl.constexpr, w, out, x, TILE: gl.constexpr, LAST: gl.constexpr,
 
 
 @gluon.jit
+def deliver(k: gl.constexpr, w, acc, room, TILE: gl.constexpr, LAST: gl.constexpr,
+            MMA: gl.constexpr):  # fmt: skip
+    """Store the sum of the program's k-th tile, or its share: through shared memory that all have
+    read what it held."""
+    g = w.g
+    BLOCK_C: gl.constexpr = acc.shape[1]
+    dtype: gl.constexpr = room.dtype
+    if w.splits > 1:
+        put(k, w, w.parts, acc, TILE, LAST)
+    else:
+        if w.bias is not None:
+            c = w.c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, MMA))
+            acc += gl.load(w.bias + c, mask=c < g.channels, other=0.0).to(gl.float32)[None, :]
+        common.barrier()  # all have read what its place held
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
+        staged = common.reinterpret(room, dtype, [64, BLOCK_C], layout)
+        staged.store(acc.to(dtype))
+        common.barrier()
+        if LAST:
+            target: gl.constexpr = gl.BlockedLayout(
+                [1, 8], [256 // BLOCK_C, BLOCK_C // 8], [4, 1], [1, 0]
+            )
+            put(k, w, w.out, staged.load(target), TILE, LAST)
+        elif g.image[len(TILE) - 1] % 4 == 0 and TILE[len(TILE) - 1] % 4 == 0:
+            fours: gl.constexpr = gl.BlockedLayout([4, 1], [2, 16], [1, 4], [0, 1])
+            put(k, w, w.out, staged.load(fours), TILE, LAST, 4)
+        else:
+            ones: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 4], [0, 1])
+            put(k, w, w.out, staged.load(ones), TILE, LAST)
+
+
+@gluon.jit
 def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA: gl.constexpr):
     """The products of the program's k-th tile, and its result."""
     TILES: gl.constexpr = len(w.rings[0])
@@ -282,28 +314,7 @@ def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA
         acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
         common.barrier()
         mbarrier.arrive(weight_bars[1].index(stage), count=1)
-    if w.splits > 1:
-        put(k, w, w.parts, acc, TILE, LAST)
-    else:
-        if w.bias is not None:
-            c = w.c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, MMA))
-            acc += gl.load(w.bias + c, mask=c < g.channels, other=0.0).to(gl.float32)[None, :]
-        common.barrier()  # all have read what the rows' place held
-        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
-        staged = common.reinterpret(rows, dtype, [64, BLOCK_C], layout)
-        staged.store(acc.to(dtype))
-        common.barrier()
-        if LAST:
-            target: gl.constexpr = gl.BlockedLayout(
-                [1, 8], [256 // BLOCK_C, BLOCK_C // 8], [4, 1], [1, 0]
-            )
-            put(k, w, w.out, staged.load(target), TILE, LAST)
-        elif g.image[len(TILE) - 1] % 4 == 0 and TILE[len(TILE) - 1] % 4 == 0:
-            fours: gl.constexpr = gl.BlockedLayout([4, 1], [2, 16], [1, 4], [0, 1])
-            put(k, w, w.out, staged.load(fours), TILE, LAST, 4)
-        else:
-            ones: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 4], [0, 1])
-            put(k, w, w.out, staged.load(ones), TILE, LAST)
+    deliver(k, w, acc, rows, TILE, LAST, MMA)
 
 
 @gluon.jit
