@@ -166,8 +166,8 @@ FEW = 1024
 SCRATCH = 35 << 20
 CHUNK = 65536
 
-# So many columns' numbers are there at once (hopper/backward_columns.py), or twice as many of a single
-# item: 32 MiB, which stay in the cache of an H200.
+# Columns of so many numbers are there at once (hopper/backward_columns.py), or twice as many of a
+# single item: 32 MiB, which stay in the cache of an H200.
 COLUMNS = 16 << 20
 
 # So many chunks' gradients of the weight are kept before they are added.

@@ -105,9 +105,9 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
     warpgroup_mma_wait(0, deps=[acc])
 
 
-# What the warp groups of a program are told: the kernel's arguments, and what to do. Its entries are
-# those from `first` on, before `last`. rings: (columns, blends). bars: of each the barriers of full
-# stages and those of empty ones.
+# What the warp groups of a program are told: the kernel's arguments, and what to do. Its entries
+# are those from `first` on, before `last`. rings: (columns, blends). bars: of each the barriers of
+# full stages and those of empty ones.
 Work = namedtuple(
     "Work",
     "columns offset mask bias entries out parts g before splits b tile tiles c0 split first last "
