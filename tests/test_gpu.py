@@ -1030,7 +1030,9 @@ def test_compiles_for_hopper_by_columns(
         assert compiled.metadata.shared <= (227 if "multiply" in step.name else 113) * 1024
         assert stack(compiled.asm["cubin"], tmp_path) == 0
         if triton.__version__.startswith("3.6"):
-            assert not unset_registers(compiled, tmp_path)
+            listing = cuobjdump("--dump-sass", compiled.asm["cubin"], tmp_path)
+            assert not unset_in(listing)
+            assert listing.count("WARPGROUP.DEPBAR") == 1  # products do not wait for one another
 
 
 @needs_gluon
@@ -1338,6 +1340,47 @@ def test_gpu_narrow(
         finally:
             torch.use_deterministic_algorithms(False)
     assert not variants.BROKEN
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *UPSAMPLING,
+        Case((20, 23), (3, 3), stride=(2, 2), image=160, points=200, batch=5),
+        Case((17, 13), (4, 4), True, stride=(2, 2), image=256, points=1024, batch=3, mask_groups=0),
+        Case((40, 37), (5, 5), True, stride=(3, 2), padding=(2, 1), image=48, points=64, batch=5),
+    ],
+    ids=str,
+)
+def test_gpu_by_columns(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All items' columns at once, then those of two: and with few multiprocessors, in one split."""
+    made = case.make(dtype, "cuda", float_offset=True)
+    check(made, *TOLERANCE[dtype])
+    g = made.g
+    item = math.prod(g.point_size) * math.prod(g.kernel) * layout.sizes_of(g, True).columns
+    monkeypatch.setattr(tiles, "COLUMNS", 2 * item)
+    architecture = tiles.device_of(torch.device("cuda")).architecture
+    on_device(monkeypatch, architecture, 1)
+    backend._PLANS.clear()
+    check(made, *TOLERANCE[dtype])
+    if architecture == "sm_90" and hopper.FORWARD:
+        assert any("backward_columns_hopper" in names(p) for p in backend._PLANS.values())
+    backend._PLANS.clear()
+    assert not variants.BROKEN
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gpu_split_forward_repeats(dtype: torch.dtype, exact_float32: None) -> None:
+    """Whichever split comes last, the parts are added in their order."""
+    for case in (Case((7, 32, 32), (3, 3, 3), image=64, points=64, batch=1),
+                 Case((24, 20), (3, 3), image=256, points=256, batch=1, last=True)):  # fmt: skip
+        made = case.make(dtype, "cuda", float_offset=True)
+        first = made.forward(backend)
+        assert close(first, made.double().forward(reference), TOLERANCE[dtype][0])
+        assert all(torch.equal(first, made.forward(backend)) for _ in range(50))
 
 
 @gpu

@@ -37,7 +37,7 @@ from ..layout import Call, Operand, Order, whole_blocks
 from ..runtime import Buffer
 from ..variants import Variant
 from . import common
-from .backward_atomic import bring_block, multiply_block
+from .backward_atomic import bring_block
 from .backward_sorted import await_empty, blend_of, corner_of, deliver, load_rows
 
 LISTED = gl.constexpr(64)  # entries of a list at once
@@ -50,11 +50,11 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
                             ROWS: gl.constexpr):  # fmt: skip
     """Columns of `count` rows of points, from the batch item `before` on.
 
-    A program's rows stay in shared memory. While a block of columns is stored, that of the next
-    channels or tap is multiplied: as in backward_atomic.py, whose order of channels gives a lane
-    eight neighbours. Grid: (tiles of rows, splits of the taps).
+    A program's rows stay in shared memory, and weights come as in backward_atomic.py, whose order
+    of channels gives a lane eight neighbours. All weights of a block of columns are waited for
+    before its first product, and its last product is waited for in the same turn, or ptxas makes
+    every product wait for the one before. Grid: (tiles of rows, splits of the taps).
     """
-    EARLY: gl.constexpr = BLOCKS if STAGES >= 2 * BLOCKS else STAGES - BLOCKS
     first = gl.program_id(1) * g.taps // splits
     last = (gl.program_id(1) + 1) * g.taps // splits
     per_tap = g.columns // BLOCK_C
@@ -77,32 +77,28 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
         source = (p * g.padded_outputs + j * BLOCK_O)[:, None] + o[None, :]
         tile.index(j).store(gl.load(points + source, mask=here, other=0.0))
     common.publish()
-    acc = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
-    for j in gl.static_range(BLOCKS):
-        acc = multiply_block(tile, j, held, j, bars, acc, j > 0, "native")
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, COLUMNS))
     c = gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS))
     place = (p * (g.taps * g.columns))[:, None] + (first * g.columns + c)[None, :]
     here = (p < count)[:, None] & (c >= 0)[None, :]
     for i in range(steps):
+        for j in gl.static_range(BLOCKS):
+            common.await_full(bars, i * BLOCKS + j)
+        acc = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
+        for j in gl.static_range(BLOCKS):
+            stage = (i * BLOCKS + j) % STAGES
+            w = held.index(stage)
+            acc = warpgroup_mma(tile.index(j), w, acc, use_acc=j > 0, is_async=True)
         x = warpgroup_mma_wait(0, deps=[acc])
         common.barrier()
         for j in gl.static_range(BLOCKS):
             ahead = i * BLOCKS + j + STAGES
             bring_block(weight, ahead, first, per_tap, g, held, bars, ahead < steps * BLOCKS,
                         BLOCKS, "native")  # fmt: skip
-        # The last turn multiplies its own blocks again, to no end, instead of branching.
-        i1 = gl.minimum(i + 1, steps - 1) * BLOCKS
-        acc = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
-        for j in gl.static_range(EARLY):
-            acc = multiply_block(tile, j, held, i1 + j, bars, acc, j > 0, "native")
         x = gl.reshape(x.to(out.dtype.element_ty), [BLOCK_P, BLOCK_C // 32, 4, 4, 2])
         x = gl.reshape(gl.permute(x, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C])
         gl.store(out + place, gl.convert_layout(x, COLUMNS), mask=here)
         place += BLOCK_C
-        for j in gl.static_range(EARLY, BLOCKS):
-            acc = multiply_block(tile, j, held, i1 + j, bars, acc, True, "native")
-    warpgroup_mma_wait(0, deps=[acc])
 
 
 # What the warp groups of a program are told: the kernel's arguments, and what to do. Its entries
