@@ -1088,7 +1088,9 @@ def test_compiles_for_hopper(
         sizes = runtime._parameters(compiled.asm["ptx"])
         assert sizes.count(128) == 1 and set(sizes) == {4, 8, 128} and sizes[-2:] == [8, 8]
         spilled = stack(compiled.asm["cubin"], tmp_path)
-        if step.name in ("forward_hopper", "backward_weight_hopper"):
+        if step.name == "forward_hopper":
+            assert spilled <= 64  # after the loop, where parts are stored and added
+        elif step.name == "backward_weight_hopper":
             assert spilled == 0
         elif "narrow" in step.name and len(case.size) < 3:  # else there are too many corners
             assert spilled <= 24
