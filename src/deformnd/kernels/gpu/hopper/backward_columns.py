@@ -67,7 +67,8 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
     bars = common.allocate_bars(STAGES)
     common.publish()
     for s in gl.static_range(STAGES):
-        bring_block(weight, s, first, per_tap, g, held, bars, s < steps * BLOCKS, BLOCKS, "native")
+        bring_block(weight, s, first, per_tap, g, held, bars, s < steps * BLOCKS, BLOCKS, False,
+                    "native")  # fmt: skip
     p0 = gl.program_id(0) * BLOCK_P
     p = p0 + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, ROWS))
     o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, ROWS))
@@ -94,7 +95,7 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
         for j in gl.static_range(BLOCKS):
             ahead = i * BLOCKS + j + STAGES
             bring_block(weight, ahead, first, per_tap, g, held, bars, ahead < steps * BLOCKS,
-                        BLOCKS, "native")  # fmt: skip
+                        BLOCKS, False, "native")  # fmt: skip
         x = gl.reshape(x.to(out.dtype.element_ty), [BLOCK_P, BLOCK_C // 32, 4, 4, 2])
         x = gl.reshape(gl.permute(x, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C])
         gl.store(out + place, gl.convert_layout(x, COLUMNS), mask=here)
@@ -265,6 +266,7 @@ def takes(call: Call) -> bool:
         math.prod(n.stride) > 2
         and not torch.are_deterministic_algorithms_enabled()
         and common.takes_wide(call)
+        and n.sample_groups == 1
         and call.precision == "native"
         and n.positions * n.taps * n.columns <= 2 * tiles.COLUMNS
         and blocks_of(call) is not None
