@@ -45,13 +45,21 @@ def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.
 
 
 @gluon.jit
-def multiply_block(tile, block, held, number, bars, acc, use_acc: gl.constexpr,
-                   PRECISION: gl.constexpr):  # fmt: skip
-    """Start acc + the points' block @ the weights of that number, when these are there."""
-    stage = common.await_full(bars, number)
-    x = common.factor(tile, block, PRECISION)
-    w = common.factor(held, stage, PRECISION)
-    return common.multiply(x, w, acc, use_acc)
+def multiply_blocks(tile, held, number, bars, BLOCKS: gl.constexpr, PRECISION: gl.constexpr,
+                    MMA: gl.constexpr):  # fmt: skip
+    """The sum of the points' blocks @ the weights numbered so, when these are there. All weights
+    are waited for before the first product, and the last product here, or ptxas makes every product
+    wait for the one before."""
+    for j in gl.static_range(BLOCKS):
+        common.await_full(bars, number + j)
+    rows: gl.constexpr = tile.shape[1]
+    across: gl.constexpr = held.shape[2]
+    acc = gl.zeros([rows, across], gl.float32, layout=MMA)
+    for j in gl.static_range(BLOCKS):
+        x = common.factor(tile, j, PRECISION)
+        w = common.factor(held, (number + j) % bars.shape[0], PRECISION)
+        acc = common.multiply(x, w, acc, j > 0)
+    return warpgroup_mma_wait(0, deps=[acc])
 
 
 @gluon.jit
@@ -63,15 +71,12 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
                            ROWS: gl.constexpr):  # fmt: skip
     """The gradients by offset and mask, and by the image (float32), each unless None.
 
-    Weights come a block of point channels at a time, STAGES of them ahead. Of the next product's
-    blocks those that are there already are multiplied before this product's results are used
-    (EARLY of them); the others, whose stages it has just freed, are multiplied after that. Atomic
-    additions go by SECTORS, where two lanes fill 32 bytes.
+    Weights come a block of point channels at a time, STAGES of them ahead. Corners are on their way
+    while the points are multiplied. Atomic additions go by SECTORS, where two lanes fill 32 bytes.
     Grid: (batch x tiles of positions, splits of the taps).
     """
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype.element_ty
     parts: gl.constexpr = common.parts_in(PRECISION)
-    EARLY: gl.constexpr = BLOCKS if STAGES >= 2 * BLOCKS else STAGES - BLOCKS
     rank: gl.constexpr = len(g.image)
     by_position: gl.constexpr = grad_offset is not None or grad_mask is not None
     at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
@@ -112,10 +117,6 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
         image_block = image + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, COLUMNS))[None, :]
     if grad_image is not None:
         grad_image += item
-    zero = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
-    acc = zero
-    for j in gl.static_range(BLOCKS):
-        acc = multiply_block(tile, j, held, j, bars, acc, j > 0, PRECISION)
     i = 0
     for unit in range(first, last):
         group, tap = common.parted(unit, g, SEVERAL)
@@ -135,17 +136,12 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
                 for q in gl.static_range(2**rank):
                     place = sampling.corner_pixel(axes, q, g) * g.row + c0
                     values = values + (gl.load(image_block + place[:, None]),)
-            grad = warpgroup_mma_wait(0, deps=[acc])
+            grad = multiply_blocks(tile, held, i * BLOCKS, bars, BLOCKS, PRECISION, MMA)
             common.barrier()
             for j in gl.static_range(BLOCKS):
                 ahead = i * BLOCKS + j + STAGES
                 bring_block(weight, ahead, first, per_tap, g, held, bars, ahead < steps * BLOCKS,
                             BLOCKS, SEVERAL, PRECISION)  # fmt: skip
-            # The last turn multiplies its own blocks again, to no end, instead of branching.
-            i1 = gl.minimum(i + 1, steps - 1) * BLOCKS
-            acc = zero
-            for j in gl.static_range(EARLY):
-                acc = multiply_block(tile, j, held, i1 + j, bars, acc, j > 0, PRECISION)
             grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // 32, 4, 4, 2])
             grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C])
             grad = gl.convert_layout(grad, COLUMNS)
@@ -168,8 +164,6 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
                         mask=(touched != 0)[:, None] & (c >= 0)[None, :],
                         sem="relaxed",
                     )
-            for j in gl.static_range(EARLY, BLOCKS):
-                acc = multiply_block(tile, j, held, i1 + j, bars, acc, True, PRECISION)
             i += 1
         if by_position:
             sums = sampling.contract(dots, axes)
@@ -185,7 +179,6 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
                 total = gl.where(valid, sums[rank], 0.0)
                 place = grad_mask + base * g.positions
                 gl.store(place + p, total.to(grad_mask.dtype.element_ty), mask=inside)
-    warpgroup_mma_wait(0, deps=[acc])
 
 
 class Plan(NamedTuple):
