@@ -16,6 +16,10 @@ from .runtime import Buffer
 from .tiles import Tiles
 from .variants import portable
 
+# Columns of a strip (sampling.py, in_strips) that a program takes one after another: in float16
+# a sector of memory.
+RUN = tl.constexpr(16)
+
 
 @triton.jit
 def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.constexpr):
@@ -26,7 +30,10 @@ def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.const
     if LAST:
         place = (p.to(INDEX) * g.outputs)[:, None] + o[None, :]
     else:
+        # Neighbours lie in memory one after another, most of them: the compiler needs to know on
+        # which axis. As it knows of no place what divides it, it stores them one by one.
         place = (o.to(INDEX) * g.positions)[None, :] + p[:, None]
+        place = tl.max_contiguous(place, (RUN, 1))
     keep = inside[:, None] & o_in[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=keep)
 
@@ -41,6 +48,8 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
     b = tile // tiles
     p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < g.positions
+    if GROUPS * TAPS == 1:
+        p = sampling.ravel(sampling.in_strips(p, g.point, RUN), g.point)
     o0 = tl.program_id(0) % blocks * BLOCK_O
     o = o0 + tl.arange(0, BLOCK_O)
     o_in = o < g.outputs

@@ -57,6 +57,35 @@ def ravel(point, size):
     return index
 
 
+@triton.jit
+def in_strips(q, size, RUN: tl.constexpr):
+    """The q-th point of a grid, in strips of 4 rows of the last two axes, in each by RUN columns:
+    those of a tile lie near each other, and their samples share corners in the cache. With RUN 2:
+
+         0  1 |  8  9 | 16 ..        The last strip may have fewer rows, and its last columns may
+         2  3 | 10 11 |              be fewer than RUN.
+         4  5 | 12 13 |
+         6  7 | 14 15 |
+    """
+    if len(size) == 1:
+        return (q,)
+    else:
+        rows = size[len(size) - 2]
+        width = size[len(size) - 1]
+        lead = q // (rows * width)
+        q = q % (rows * width)
+        strip = q // (4 * width) * 4
+        q = q % (4 * width)
+        height = tl.maximum(tl.minimum(rows - strip, 4), 1)
+        column = q // (RUN * height) * RUN
+        q = q % (RUN * height)
+        run = tl.minimum(width - column, RUN)
+        here = (strip + q // run, column + q % run)
+        if len(size) == 3:
+            here = (lead,) + here
+        return here
+
+
 SINGLE = tl.constexpr((1, 1, 1))
 
 

@@ -28,35 +28,6 @@ PAIRS = gl.constexpr(5)  # of taps that are tabulated at once
 
 
 @gluon.jit
-def position(q, size):
-    """The q-th position: in strips of 4 rows of the last two axes, by columns in pairs, so that
-    those of a program lie near each other and share corners in the cache.
-
-         0  1 |  8  9 | 16 ..        The last strip may have fewer rows, and the last pair of an
-         2  3 | 10 11 |              odd width is one column.
-         4  5 | 12 13 |
-         6  7 | 14 15 |
-    """
-    if len(size) == 1:
-        return (q,)
-    else:
-        rows = size[len(size) - 2]
-        width = size[len(size) - 1]
-        lead = q // (rows * width)
-        q = q % (rows * width)
-        strip = q // (4 * width) * 4
-        q = q % (4 * width)
-        height = gl.maximum(gl.minimum(rows - strip, 4), 1)
-        column = q // (2 * height) * 2
-        q = q % (2 * height)
-        pair = gl.minimum(width - column, 2)
-        here = (strip + q // pair, column + q % pair)
-        if len(size) == 3:
-            here = (lead,) + here
-        return here
-
-
-@gluon.jit
 def next_block(tap, c0, taps, BLOCK: gl.constexpr):
     """The next tap, or the first one and the next channels."""
     end = tap + 1 == taps
@@ -154,7 +125,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, arrivals, g, s
     last = (gl.program_id(1) + 1) * units // splits
     lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     q = p0 + lane % 64
-    point = position(q, g.point)
+    point = sampling.in_strips(q, g.point, 2)
     p = sampling.ravel(point, g.point)
     inside = q < g.positions
     pitch = g.row // BLOCK_C * words
@@ -210,7 +181,7 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, arrivals, g, s
     acc = warpgroup_mma_wait(0, deps=[acc])
     item = b.to(gl.int64) * g.positions * g.outputs
     q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
-    p = sampling.ravel(position(q, g.point), g.point)
+    p = sampling.ravel(sampling.in_strips(q, g.point, 2), g.point)
     inside = q < g.positions
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, STORED))
     if splits > 1:
