@@ -103,20 +103,49 @@ def read_image(image, place, c, g, EVEN: tl.constexpr):
 
 
 @triton.jit
-def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.constexpr):
-    """Channels c of samples, as columns: float16 ones added in float16, two to an instruction, with
-    what the largest weight loses there; others in float32."""
-    half: tl.constexpr = image.dtype.element_ty == tl.float16
-    if half:
+def corners_of(axes, amplitude, s, g, INDEX: tl.constexpr, dtype: tl.constexpr):
+    """Of every corner of samples [ROWS, BLOCK_P]: where it lies in an item of the image, and what
+    it weighs; with float16 also what the last one, the largest, loses there."""
+    if dtype == tl.float16:
         axes = lighter_first(axes)
-    total = None
+    places = ()
+    weights = ()
     for q in tl.static_range(2 ** len(axes)):
-        value = read_image(image, corner_place(axes, q, s, c, g, INDEX), c, g, EVEN)
-        weight = (corner_weight(axes, q) * amplitude)[:, :, None]
-        if half:
+        places = places + (
+            tl.cast(s, INDEX) * g.plane + corner_pixel(axes, q, g).to(INDEX) * g.row,
+        )
+        weight = corner_weight(axes, q) * amplitude
+        if dtype == tl.float16:
+            weights = weights + (weight.to(tl.float16),)
             if q == 2 ** len(axes) - 1:
-                total += value * lost_in_half(weight).to(tl.float16)
-            weight = weight.to(tl.float16)
+                weights = weights + (lost_in_half(weight).to(tl.float16),)
+        else:
+            weights = weights + (weight,)
+    return places, weights
+
+
+@triton.jit
+def fetch(image, places, c, g, EVEN: tl.constexpr):
+    """Channels c of all corners."""
+    values = ()
+    for q in tl.static_range(len(places)):
+        place = places[q][:, :, None] + c[None, None, :]
+        values = values + (read_image(image, place, c, g, EVEN),)
+    return values
+
+
+@triton.jit
+def mix(values, weights):
+    """Samples, as columns: float16 ones added in float16, two to an instruction, with what the
+    largest weight loses there; others in float32."""
+    count: tl.constexpr = len(values)
+    total = None
+    for q in tl.static_range(count):
+        value = values[q]
+        weight = weights[q][:, :, None]
+        if len(weights) > count:
+            if q == count - 1:
+                total += value * weights[count][:, :, None]
         else:
             value = value.to(tl.float32)
         if q == 0:
@@ -125,6 +154,13 @@ def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.conste
             total += value * weight
     rows: tl.constexpr = total.shape[0]
     return tl.reshape(tl.permute(total, (1, 0, 2)), (total.shape[1], rows * total.shape[2]))
+
+
+@triton.jit
+def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.constexpr):
+    """Channels c of samples, as columns."""
+    places, weights = corners_of(axes, amplitude, s, g, INDEX, image.dtype.element_ty)
+    return mix(fetch(image, places, c, g, EVEN), weights)
 
 
 @triton.jit

@@ -56,6 +56,7 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
     # The channels of the weight groups that these outputs belong to.
     first, last = columns.met(o0, tl.minimum(o0 + BLOCK_O, g.outputs), g.group_out, g.group_in)
     image += b.to(tl.int64) * g.item
+    dtype: tl.constexpr = image.dtype.element_ty
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     split = tl.program_id(1)
     stop = (split + 1) * g.taps // splits
@@ -69,14 +70,18 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
             if GROUPED and GROUPS * TAPS == 1:
                 begin = tl.maximum(first - s0 * g.group_channels, 0) // BLOCK_C * BLOCK_C
                 end = tl.minimum(last - s0 * g.group_channels, g.padded)
+            places, weights = columns.corners_of(axes, amplitude, s, g, INDEX, dtype)
+            values = columns.fetch(image, places, begin + tl.arange(0, BLOCK_C), g, EVEN)
             for c0 in range(begin, end, BLOCK_C):
-                c = c0 + tl.arange(0, BLOCK_C)
-                samples = columns.sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
                 w = columns.read_weight(
                     weight, o, o_in, s0, c0, tap, stop, g,
                     GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
                 )  # fmt: skip
-                x = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
+                x = sampling.parts_of(columns.mix(values, weights), dtype, PRECISION)
+                if GROUPS * TAPS == 1:
+                    # The next ones come while products are summed; the last turn loads in vain.
+                    c = tl.where(c0 + BLOCK_C < end, c0 + BLOCK_C, c0) + tl.arange(0, BLOCK_C)
+                    values = columns.fetch(image, places, c, g, EVEN)
                 acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
     start = b.to(tl.int64) * g.positions * g.outputs
     if splits > 1:
