@@ -23,7 +23,17 @@ import triton
 import triton.language as tl
 
 from .layout import Call, fit
-from .sampling import corner_pixel, corner_weight, lighter_first, locate, lost_in_half
+from .sampling import (
+    amplitude_of,
+    cell_of,
+    corner_pixel,
+    corner_weight,
+    lighter_first,
+    locate,
+    lost_in_half,
+    starts_of,
+    unravel,
+)
 from .tiles import Tiles
 
 
@@ -122,6 +132,15 @@ def corners_of(axes, amplitude, s, g, INDEX: tl.constexpr, dtype: tl.constexpr):
         else:
             weights = weights + (weight,)
     return places, weights
+
+
+@triton.jit
+def corners_read(read, point, s, tap, inside, g, INDEX: tl.constexpr, dtype: tl.constexpr):
+    """Likewise of the samples at `point` for a tap, whose offsets and masks have been read."""
+    offsets, masks = read
+    starts = starts_of(point, unravel(tap, g.kernel), g)
+    axes, valid = cell_of(offsets, starts, inside, g)
+    return corners_of(axes, amplitude_of(masks, valid), s, g, INDEX, dtype)
 
 
 @triton.jit

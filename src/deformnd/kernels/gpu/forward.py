@@ -39,6 +39,72 @@ def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.const
 
 
 @triton.jit
+def channels_of(s, first, last, g, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the blocks of channels of sample group s begin that first to last meet, and end."""
+    begin = 0
+    end = g.padded
+    if GROUPED:
+        begin = tl.maximum(first - s * g.group_channels, 0) // BLOCK_C * BLOCK_C
+        end = tl.minimum(last - s * g.group_channels, g.padded)
+    return begin, end
+
+
+@triton.jit
+def sum_wide(image, weight, offset, mask, b, p, inside, o, o_in, first, last, start, stop, g,
+             GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+             EVEN: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """The sums of a program with a single row [BLOCK_P, BLOCK_O], over taps from start to stop.
+
+    One loop over taps, sample groups and blocks of channels, which loads the corners of the next
+    block while products are summed. It reads offsets and masks a sample group ahead of that.
+    """
+    dtype: tl.constexpr = image.dtype.element_ty
+    s_first = first // g.group_channels
+    s_last = tl.cdiv(last, g.group_channels)
+    blocks = 0
+    for s in range(s_first, s_last):
+        begin, end = channels_of(s, first, last, g, GROUPED, BLOCK_C)
+        blocks += tl.cdiv(end - begin, BLOCK_C)
+    p = p[None, :]
+    inside = inside[None, :]
+    point = sampling.unravel(p, g.point)
+    tap = start
+    s = s_first
+    c0, end = channels_of(s, first, last, g, GROUPED, BLOCK_C)
+    read = sampling.read(offset, mask, b, s, tap, p, inside, g)
+    places, weights = columns.corners_read(read, point, s, tap, inside, g, INDEX, dtype)
+    values = columns.fetch(image, places, c0 + tl.arange(0, BLOCK_C), g, EVEN)
+    new_tap, new_s = next_group(tap, s, s_first, s_last, stop)
+    read = sampling.read(offset, mask, b, new_s, new_tap, p, inside, g)
+    acc = tl.zeros((p.shape[1], o.shape[0]), tl.float32)
+    for _ in range((stop - start) * blocks):
+        w = columns.read_weight(
+            weight, o, o_in, s, c0, tap, stop, g, GROUPED, PRECISION, 1, 1, BLOCK_C
+        )
+        x = sampling.parts_of(columns.mix(values, weights), dtype, PRECISION)
+        c0 += BLOCK_C
+        if c0 >= end:
+            tap = new_tap
+            s = new_s
+            c0, end = channels_of(s, first, last, g, GROUPED, BLOCK_C)
+            places, weights = columns.corners_read(read, point, s, tap, inside, g, INDEX, dtype)
+            new_tap, new_s = next_group(tap, s, s_first, s_last, stop)
+            read = sampling.read(offset, mask, b, new_s, new_tap, p, inside, g)
+        # The last turn loads a block in vain instead of branching.
+        values = columns.fetch(image, places, c0 + tl.arange(0, BLOCK_C), g, EVEN)
+        acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def next_group(tap, s, first, last, stop):
+    """The next sample group of first to last, or the first one of the next tap; after the last tap
+    this one again."""
+    over = s + 1 == last
+    return tl.where(over, tl.minimum(tap + 1, stop - 1), tap), tl.where(over, first, s + 1)
+
+
+@triton.jit
 def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, splits,
             LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
             INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -56,41 +122,37 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
     # The channels of the weight groups that these outputs belong to.
     first, last = columns.met(o0, tl.minimum(o0 + BLOCK_O, g.outputs), g.group_out, g.group_in)
     image += b.to(tl.int64) * g.item
-    dtype: tl.constexpr = image.dtype.element_ty
-    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     split = tl.program_id(1)
+    start = split * g.taps // splits
     stop = (split + 1) * g.taps // splits
-    for tap in range(split * g.taps // splits, stop, TAPS):
-        for s0 in range(first // g.group_channels, tl.cdiv(last, g.group_channels), GROUPS):
-            s, k, here, axes, amplitude, valid = columns.samples_of(
-                offset, mask, b, s0, tap, stop, p, inside, g, GROUPS, TAPS
-            )
-            begin = 0
-            end = columns.channels_to(g, GROUPS, TAPS, BLOCK_C)
-            if GROUPED and GROUPS * TAPS == 1:
-                begin = tl.maximum(first - s0 * g.group_channels, 0) // BLOCK_C * BLOCK_C
-                end = tl.minimum(last - s0 * g.group_channels, g.padded)
-            places, weights = columns.corners_of(axes, amplitude, s, g, INDEX, dtype)
-            values = columns.fetch(image, places, begin + tl.arange(0, BLOCK_C), g, EVEN)
-            for c0 in range(begin, end, BLOCK_C):
+    if GROUPS * TAPS == 1:
+        acc = sum_wide(
+            image, weight, offset, mask, b, p, inside, o, o_in, first, last, start, stop, g,
+            GROUPED, PRECISION, INDEX, EVEN, BLOCK_C,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+        for tap in range(start, stop, TAPS):
+            for s0 in range(first // g.group_channels, tl.cdiv(last, g.group_channels), GROUPS):
+                s, k, here, axes, amplitude, valid = columns.samples_of(
+                    offset, mask, b, s0, tap, stop, p, inside, g, GROUPS, TAPS
+                )
+                c = tl.arange(0, BLOCK_C)
+                samples = columns.sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
                 w = columns.read_weight(
-                    weight, o, o_in, s0, c0, tap, stop, g,
+                    weight, o, o_in, s0, 0, tap, stop, g,
                     GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
                 )  # fmt: skip
-                x = sampling.parts_of(columns.mix(values, weights), dtype, PRECISION)
-                if GROUPS * TAPS == 1:
-                    # The next ones come while products are summed; the last turn loads in vain.
-                    c = tl.where(c0 + BLOCK_C < end, c0 + BLOCK_C, c0) + tl.arange(0, BLOCK_C)
-                    values = columns.fetch(image, places, c, g, EVEN)
+                x = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
                 acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
-    start = b.to(tl.int64) * g.positions * g.outputs
+    item = b.to(tl.int64) * g.positions * g.outputs
     if splits > 1:
-        start += split.to(tl.int64) * g.batch * g.positions * g.outputs
-        store(parts + start, acc, p, o, inside, o_in, g, LAST, INDEX)
+        item += split.to(tl.int64) * g.batch * g.positions * g.outputs
+        store(parts + item, acc, p, o, inside, o_in, g, LAST, INDEX)
     else:
         if bias is not None:
             acc += tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
-        store(out + start, acc, p, o, inside, o_in, g, LAST, INDEX)
+        store(out + item, acc, p, o, inside, o_in, g, LAST, INDEX)
 
 
 def write(
