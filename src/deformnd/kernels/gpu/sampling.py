@@ -295,7 +295,10 @@ def contract(dots, axes):
 def parts_of(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """The factors that stand for x in a product: (head, tail) for "bf16x3", else x as `dtype`."""
     if PRECISION == "bf16x3":
-        head = x.to(tl.bfloat16)
-        return (head, (x - head.to(tl.float32)).to(tl.bfloat16))
+        # Rounded as an integer, which is as exact: GPUs convert single numbers slowly. Of NaN the
+        # tail is one, if the head is not.
+        bits = (x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+        head = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return (head, (x - bits.to(tl.float32, bitcast=True)).to(tl.bfloat16))
     else:
         return (x.to(dtype),)
