@@ -52,7 +52,12 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
             offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
         )
         item = image + b.to(tl.int64) * g.item
-        samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
+        if GROUPS * TAPS == 1:
+            samples = columns.sample_block(
+                item, axes, amplitude, s, c0, g, INDEX, EVEN, BLOCK_C
+            )
+        else:
+            samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
         x = columns.transpose(sampling.parts_of(x, points.dtype.element_ty, PRECISION), PRECISION)
         y = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
         acc = columns.dot_once(x, y, acc, PRECISION)

@@ -183,6 +183,32 @@ def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.conste
 
 
 @triton.jit
+def sample_block(image, axes, amplitude, s, c0, g, INDEX: tl.constexpr, EVEN: tl.constexpr,
+                 BLOCK_C: tl.constexpr):  # fmt: skip
+    """BLOCK_C channels from c0 of samples of a single row, as columns. They come in pieces of 64
+    bytes, which four lanes load: the more channels a lane has of a sample, the fewer cells the
+    lanes find over and over."""
+    dtype: tl.constexpr = image.dtype.element_ty
+    PIECE: tl.constexpr = 512 // dtype.primitive_bitwidth
+    places, weights = corners_of(axes, amplitude, s, g, INDEX, dtype)
+    if BLOCK_C == 4 * PIECE:
+        quarters = ()
+        for i in tl.static_range(4):
+            c = c0 + i * PIECE + tl.arange(0, PIECE)
+            quarters = quarters + (mix(fetch(image, places, c, g, EVEN), weights),)
+        low = tl.join(quarters[0], quarters[1])
+        whole = tl.permute(tl.join(low, tl.join(quarters[2], quarters[3])), (0, 3, 2, 1))
+        return tl.reshape(whole, (whole.shape[0], BLOCK_C))
+    elif BLOCK_C == 2 * PIECE:
+        low = mix(fetch(image, places, c0 + tl.arange(0, PIECE), g, EVEN), weights)
+        high = mix(fetch(image, places, c0 + PIECE + tl.arange(0, PIECE), g, EVEN), weights)
+        whole = tl.permute(tl.join(low, high), (0, 2, 1))
+        return tl.reshape(whole, (whole.shape[0], BLOCK_C))
+    else:
+        return mix(fetch(image, places, c0 + tl.arange(0, BLOCK_C), g, EVEN), weights)
+
+
+@triton.jit
 def columns_of(s0, c0, tap, stop, length, g,
                GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """Of the columns of channels from c0: the tap of each [1, columns] (or one for all), the
