@@ -39,7 +39,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
         grad_image += b.to(tl.int64) * g.item
     if HOLD:
         o = tl.arange(0, BLOCK_O)
-        held = columns.read_points(points, b, p, inside, o, g)
+        held = columns.read_points(points, b, p, inside, o, g, INDEX)
         held = sampling.parts_of(held, points.dtype.element_ty, PRECISION)
     split = tl.program_id(1)
     stop = (split + 1) * g.taps // splits
@@ -67,7 +67,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
                     for o0 in range(o_first // 8 * 8, o_last, BLOCK_O):  # points lie by eights
                         o = o0 + tl.arange(0, BLOCK_O)
-                        x = columns.read_points(points, b, p, inside, o, g)
+                        x = columns.read_points(points, b, p, inside, o, g, INDEX)
                         x = sampling.parts_of(x, points.dtype.element_ty, PRECISION)
                         w = columns.read_weight(
                             weight, o, o < o_last, s0, c0, tap, stop, g,

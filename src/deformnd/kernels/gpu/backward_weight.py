@@ -47,7 +47,7 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
         b = t // tiles
         p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < g.positions
-        x = columns.read_points(points, b, p, inside, o, g)
+        x = columns.read_point_parts(points, b, p, inside, o, g, PRECISION, INDEX)
         s, k, here, axes, amplitude, valid = columns.samples_of(
             offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
         )
@@ -58,9 +58,8 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
             )
         else:
             samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
-        x = columns.transpose(sampling.parts_of(x, points.dtype.element_ty, PRECISION), PRECISION)
         y = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
-        acc = columns.dot_once(x, y, acc, PRECISION)
+        acc = columns.dot_once(columns.transpose(x, PRECISION), y, acc, PRECISION)
     k, c, c_in = columns.columns_of(s0, c0, tap, g.taps, g.group_channels, g, GROUPS, TAPS, BLOCK_C)
     row = c[None, :]
     keep = (o < o_last)[:, None] & c_in[None, :]
@@ -94,7 +93,7 @@ def write(
     call.launch(
         *(backward_weight, (programs, across, splits), dict(BLOCK_O=block_o, **constants)),
         **dict(warps=tiles.warps, stages=tiles.stages, tiles=total, blocks=blocks),
-        **dict(image=call.image(image), points=call.rows(points), parts=parts, splits=splits),
+        **dict(image=call.image(image), points=call.factors(points), parts=parts, splits=splits),
     )
     call.reduce_weight(parts, out)
 

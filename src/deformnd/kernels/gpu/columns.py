@@ -250,12 +250,26 @@ def read_weight(weight, o, o_in, s0, c0, tap, stop, g,
 
 
 @triton.jit
-def read_points(points, b, p, inside, o, g):
+def read_points(points, b, p, inside, o, g, INDEX: tl.constexpr):
     """Rows of points [BLOCK_P, BLOCK_O]; after the last channel they hold zeros."""
-    place = ((b.to(tl.int64) * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]
+    points += b.to(tl.int64) * g.positions * g.padded_outputs
+    place = (p.to(INDEX) * g.padded_outputs)[:, None] + o[None, :]
     return tl.load(
         points + place, mask=inside[:, None] & (o < g.padded_outputs)[None, :], other=0.0
     )
+
+
+@triton.jit
+def read_point_parts(points, b, p, inside, o, g, PRECISION: tl.constexpr,
+                     INDEX: tl.constexpr):  # fmt: skip
+    """Rows of points as factors [BLOCK_P, BLOCK_O] of a product; in "bf16x3" heads, of all items,
+    lie before tails (layout.py, parts)."""
+    head = read_points(points, b, p, inside, o, g, INDEX)
+    if PRECISION == "bf16x3":
+        tails = points + g.batch.to(tl.int64) * g.positions * g.padded_outputs
+        return (head, read_points(tails, b, p, inside, o, g, INDEX))
+    else:
+        return (head,)
 
 
 @triton.jit

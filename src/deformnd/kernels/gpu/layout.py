@@ -621,6 +621,10 @@ class Call:
             self._copy_rows(points, self._made[key])
         return self._made[key]
 
+    def factors(self, points: Operand) -> Buffer:
+        """Points as factors of products: parts in "bf16x3", else rows."""
+        return self.parts(points) if self.precision == "bf16x3" else self.rows(points)
+
     def lend(self, t: Operand, result: Operand) -> None:
         """Let a copy of t lie in a result that is written when the copy has served."""
         self._lent[t] = result.buffer
