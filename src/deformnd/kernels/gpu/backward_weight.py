@@ -39,7 +39,14 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
     # Points lie by eights.
     o = o_first // 8 * 8 + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    acc = tl.zeros((BLOCK_O, GROUPS * TAPS * BLOCK_C), tl.float32)
+    WIDE: tl.constexpr = GROUPS * TAPS == 1
+    # Whether the sums are transposed, so that the larger factor need not be. Three products of all
+    # warps are faster with the more rows that outputs make.
+    TURNED: tl.constexpr = WIDE and PRECISION != "bf16x3"
+    if TURNED:
+        acc = tl.zeros((BLOCK_C, BLOCK_O), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_O, GROUPS * TAPS * BLOCK_C), tl.float32)
     split = tl.program_id(2).to(tl.int64)
     total = g.batch * tiles
     for t in range((split * total // splits).to(tl.int32),
@@ -52,14 +59,19 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
             offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
         )
         item = image + b.to(tl.int64) * g.item
-        if GROUPS * TAPS == 1:
+        if WIDE:
             samples = columns.sample_block(
                 item, axes, amplitude, s, c0, g, INDEX, EVEN, BLOCK_C
             )
         else:
             samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
         y = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
-        acc = columns.dot_once(columns.transpose(x, PRECISION), y, acc, PRECISION)
+        if TURNED:
+            acc = columns.dot_once(columns.transpose(y, PRECISION), x, acc, PRECISION)
+        else:
+            acc = columns.dot_once(columns.transpose(x, PRECISION), y, acc, PRECISION)
+    if TURNED:
+        acc = tl.trans(acc)
     k, c, c_in = columns.columns_of(s0, c0, tap, g.taps, g.group_channels, g, GROUPS, TAPS, BLOCK_C)
     row = c[None, :]
     keep = (o < o_last)[:, None] & c_in[None, :]
