@@ -19,6 +19,13 @@ from .variants import portable
 
 
 @triton.jit
+def read_ahead(offset, mask, s, tap, t, tiles, g, BLOCK_P: tl.constexpr):
+    """Offsets and masks of tile t of the positions, a turn before they are used."""
+    p = (t % tiles * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
+    return sampling.read(offset, mask, t // tiles, s, tap, p, p < g.positions, g)
+
+
+@triton.jit
 def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits,
                     GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                     EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -49,21 +56,26 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
         acc = tl.zeros((BLOCK_O, GROUPS * TAPS * BLOCK_C), tl.float32)
     split = tl.program_id(2).to(tl.int64)
     total = g.batch * tiles
-    for t in range((split * total // splits).to(tl.int32),
-                   ((split + 1) * total // splits).to(tl.int32)):  # fmt: skip
+    start = (split * total // splits).to(tl.int32)
+    stop = ((split + 1) * total // splits).to(tl.int32)
+    if WIDE:
+        read = read_ahead(offset, mask, s0, tap, start, tiles, g, BLOCK_P)
+    for t in range(start, stop):
         b = t // tiles
         p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < g.positions
         x = columns.read_point_parts(points, b, p, inside, o, g, PRECISION, INDEX)
-        s, k, here, axes, amplitude, valid = columns.samples_of(
-            offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
-        )
         item = image + b.to(tl.int64) * g.item
         if WIDE:
+            now = read
+            read = read_ahead(offset, mask, s0, tap, tl.minimum(t + 1, stop - 1), tiles, g, BLOCK_P)
             samples = columns.sample_block(
-                item, axes, amplitude, s, c0, g, INDEX, EVEN, BLOCK_C
+                item, now, p[None, :], s0, tap, inside[None, :], c0, g, INDEX, EVEN, BLOCK_C
             )
         else:
+            s, k, here, axes, amplitude, valid = columns.samples_of(
+                offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
+            )
             samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
         y = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
         if TURNED:

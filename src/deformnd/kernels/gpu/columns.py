@@ -183,14 +183,15 @@ def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.conste
 
 
 @triton.jit
-def sample_block(image, axes, amplitude, s, c0, g, INDEX: tl.constexpr, EVEN: tl.constexpr,
+def sample_block(image, read, p, s, tap, inside, c0, g, INDEX: tl.constexpr, EVEN: tl.constexpr,
                  BLOCK_C: tl.constexpr):  # fmt: skip
-    """BLOCK_C channels from c0 of samples of a single row, as columns. They come in pieces of 64
-    bytes, which four lanes load: the more channels a lane has of a sample, the fewer cells the
-    lanes find over and over."""
+    """BLOCK_C channels from c0 of samples of a single row, as columns, whose offsets and masks have
+    been read. They come in pieces of 64 bytes, which four lanes load: the more channels a lane has
+    of a sample, the fewer cells the lanes find over and over."""
     dtype: tl.constexpr = image.dtype.element_ty
     PIECE: tl.constexpr = 512 // dtype.primitive_bitwidth
-    places, weights = corners_of(axes, amplitude, s, g, INDEX, dtype)
+    point = unravel(p, g.point)
+    places, weights = corners_read(read, point, s, tap, inside, g, INDEX, dtype)
     if BLOCK_C == 4 * PIECE:
         quarters = ()
         for i in tl.static_range(4):
