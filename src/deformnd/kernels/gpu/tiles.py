@@ -38,12 +38,12 @@ ANY = 1 << 31
 # count is even. tests/test_gpu.py, unset_registers, looks for that in every row it compiles.
 PORTABLE = (
     Tiles("forward", 2, 32, 128, 32, 32, 4, 2),
-    Tiles("forward", 2, 64, 64, 64, 32, 4, 1),
-    Tiles("forward", 2, 128, 128, 128, 32, 4, 3),
-    Tiles("forward", 2, ANY, 128, 256, 32, 8, 1),
-    Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
-    Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
-    Tiles("forward", 4, ANY, 128, 256, 32, 8, 1),
+    Tiles("forward", 2, 64, 64, 64, 32, 4, 2),
+    Tiles("forward", 2, 128, 64, 128, 32, 4, 2),
+    Tiles("forward", 2, ANY, 128, 256, 32, 8, 2),
+    Tiles("forward", 4, 64, 64, 64, 16, 4, 2),
+    Tiles("forward", 4, 128, 64, 128, 16, 4, 2),
+    Tiles("forward", 4, ANY, 128, 256, 16, 8, 2),
     Tiles("forward narrow", 2, 64, 64, 64, 32, 4, 1),
     Tiles("forward narrow", 2, ANY, 128, 128, 32, 4, 2),
     Tiles("forward narrow", 4, ANY, 128, 64, 32, 4, 1),
@@ -118,9 +118,9 @@ HOPPER = (
 # shared memory as those of workstations have (99 KiB for a program): where rows of PORTABLE do not
 # fit, or spill many registers, blocks that do not. Chosen by what they compile to, not timed.
 AMPERE = (
-    Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
-    Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
-    Tiles("forward", 4, ANY, 64, 256, 32, 8, 1),
+    Tiles("forward", 4, 64, 64, 64, 32, 4, 2),
+    Tiles("forward", 4, 128, 64, 128, 16, 4, 2),
+    Tiles("forward", 4, ANY, 64, 256, 32, 8, 2),
     Tiles("forward narrow", 2, 64, 64, 64, 32, 4, 1),
     Tiles("forward narrow", 2, 128, 64, 128, 32, 4, 1),
     Tiles("forward narrow", 2, ANY, 64, 128, 32, 8, 1),
