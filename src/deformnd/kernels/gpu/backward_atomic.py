@@ -39,8 +39,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
         grad_image += b.to(tl.int64) * g.item
     if HOLD:
         o = tl.arange(0, BLOCK_O)
-        held = columns.read_points(points, b, p, inside, o, g, INDEX)
-        held = sampling.parts_of(held, points.dtype.element_ty, PRECISION)
+        held = columns.read_point_parts(points, b, p, inside, o, g, PRECISION, INDEX)
     split = tl.program_id(1)
     stop = (split + 1) * g.taps // splits
     for tap in range(split * g.taps // splits, stop, TAPS):
@@ -67,8 +66,9 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
                     for o0 in range(o_first // 8 * 8, o_last, BLOCK_O):  # points lie by eights
                         o = o0 + tl.arange(0, BLOCK_O)
-                        x = columns.read_points(points, b, p, inside, o, g, INDEX)
-                        x = sampling.parts_of(x, points.dtype.element_ty, PRECISION)
+                        x = columns.read_point_parts(
+                            points, b, p, inside, o, g, PRECISION, INDEX
+                        )
                         w = columns.read_weight(
                             weight, o, o < o_last, s0, c0, tap, stop, g,
                             GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
@@ -111,7 +111,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
 def arguments_of(
     call: Call,
     image: Operand | None,
-    points: Operand,
+    points: Buffer,
     by_image: Buffer | None,
     by_offset: Buffer | None,
     by_mask: Buffer | None,
@@ -123,7 +123,7 @@ def arguments_of(
         call.zero(by_image)
     return dict(
         image=call.image(image) if by_position and image is not None else None,
-        points=call.rows(points),
+        points=points,
         **dict(grad_image=by_image, grad_offset=by_offset, grad_mask=by_mask),
     )
 
@@ -151,7 +151,7 @@ def write(
     call.launch(
         *(backward_atomic, (programs, splits), dict(HOLD=hold, BLOCK_O=block_o, **constants)),
         **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, splits=splits),
-        **arguments_of(call, image, points, by_image, by_offset, by_mask),
+        **arguments_of(call, image, call.factors(points), by_image, by_offset, by_mask),
         weight=call.weight(),
     )
 

@@ -397,7 +397,7 @@ def write_backward_atomic(
         (programs, splits, 1),
         dict(ONCE=blocks == 1, **constants),
         warps=WARPS,
-        **arguments_of(call, image, points, by_image, by_offset, by_mask),
+        **arguments_of(call, image, call.rows(points), by_image, by_offset, by_mask),
         weight=call.weight(),
         tiles=tiles,
         splits=splits,

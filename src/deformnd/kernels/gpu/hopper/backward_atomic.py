@@ -245,7 +245,7 @@ def write(
     )
     call.launch(
         *(backward_atomic_hopper, (programs, splits), constants),
-        **arguments_of(call, image, points, by_image, by_offset, by_mask),
+        **arguments_of(call, image, call.rows(points), by_image, by_offset, by_mask),
         weight=call.weight(Order.ACCUMULATOR),
         **dict(tiles=tiles, splits=splits, warps=warps),
         descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
