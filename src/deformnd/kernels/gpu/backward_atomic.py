@@ -66,9 +66,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
                     for o0 in range(o_first // 8 * 8, o_last, BLOCK_O):  # points lie by eights
                         o = o0 + tl.arange(0, BLOCK_O)
-                        x = columns.read_point_parts(
-                            points, b, p, inside, o, g, PRECISION, INDEX
-                        )
+                        x = columns.read_point_parts(points, b, p, inside, o, g, PRECISION, INDEX)
                         w = columns.read_weight(
                             weight, o, o < o_last, s0, c0, tap, stop, g,
                             GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
