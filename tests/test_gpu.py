@@ -276,6 +276,9 @@ INTERPRETED = [
     Case((3, 4, 3), (2, 1, 2), batch=1),
     Case((3, 2, 3), (1, 2, 2), offset_groups=2, mask_groups=1, batch=1, transposed=True),
     Case((6, 5), (3, 2), image=3, points=5, batch=1, last=True),
+    # Several columns of a strip of positions, blocks of channels, and groups of as many.
+    Case((6, 19), (1, 2), image=40, points=17, offset_groups=1, mask_groups=1, batch=1),
+    Case((5, 3), (1, 2), image=160, points=12, groups=2, offset_groups=2, batch=1),
 ]  # fmt: skip
 
 # Without products between channels. Of the last two, lanes have several chunks of a sample group's
