@@ -279,6 +279,9 @@ INTERPRETED = [
     # Several columns of a strip of positions, blocks of channels, and groups of as many.
     Case((6, 19), (1, 2), image=40, points=17, offset_groups=1, mask_groups=1, batch=1),
     Case((5, 3), (1, 2), image=160, points=12, groups=2, offset_groups=2, batch=1),
+    # Narrow sample groups of several blocks of channels, across weight groups.
+    Case((4, 3), (2, 2), image=24, points=6, groups=3, offset_groups=2, mask_groups=2, batch=1),
+    Case((5, 3), (2, 1), image=40, points=5, offset_groups=2, mask_groups=1, batch=1),
 ]  # fmt: skip
 
 # Without products between channels. Of the last two, lanes have several chunks of a sample group's

@@ -25,7 +25,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                     EVEN: tl.constexpr, HOLD: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
-                    BLOCK_C: tl.constexpr):  # fmt: skip
+                    BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
     """Each gradient may be None, and the image then if it serves none. HOLD: the points' channels
     are one block, which stays in registers. Grid: (B x tiles of positions, splits)."""
     rank: tl.constexpr = len(g.image)
@@ -44,13 +44,13 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
     stop = (split + 1) * g.taps // splits
     for tap in range(split * g.taps // splits, stop, TAPS):
         for s0 in range(0, g.sample_groups, GROUPS):
-            s, k, here, axes, amplitude, valid = columns.samples_of(
-                offset, mask, b, s0, tap, stop, p, inside, g, GROUPS, TAPS
+            s, k, at, here, axes, amplitude, valid = columns.samples_of(
+                offset, mask, b, s0, tap, stop, p, inside, g, INDEX, GROUPS, TAPS
             )
             dots = ()
             for q in tl.static_range(2**rank):
-                dots = dots + (tl.zeros((GROUPS * TAPS, BLOCK_P), tl.float32),)
-            for c0 in range(0, columns.channels_to(g, GROUPS, TAPS, BLOCK_C), BLOCK_C):
+                dots = dots + (tl.zeros((BLOCK_P, GROUPS * TAPS), tl.float32),)
+            for c0 in range(0, columns.channels_to(g, CHANNELS), BLOCK_C):
                 grad = tl.zeros((BLOCK_P, GROUPS * TAPS * BLOCK_C), tl.float32)
                 if HOLD:
                     o = tl.arange(0, BLOCK_O)
@@ -60,9 +60,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     )  # fmt: skip
                     grad = columns.dot(held, w, grad, PRECISION)
                 else:
-                    first = s0 * g.group_channels + c0
-                    last = tl.minimum(s0 + GROUPS, g.sample_groups) * g.group_channels
-                    last = tl.minimum(first + GROUPS * BLOCK_C, last)
+                    first, last = columns.channels_of(s0, c0, g, GROUPS, BLOCK_C, CHANNELS)
                     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
                     for o0 in range(o_first // 8 * 8, o_last, BLOCK_O):  # points lie by eights
                         o = o0 + tl.arange(0, BLOCK_O)
@@ -73,23 +71,21 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                         )  # fmt: skip
                         grad = columns.dot(x, w, grad, PRECISION)
                 grad = tl.reshape(grad, (BLOCK_P, GROUPS * TAPS, BLOCK_C))
-                grad = tl.permute(grad, (1, 0, 2))
                 c = c0 + tl.arange(0, BLOCK_C)
                 sums = ()
                 for q in tl.static_range(2**rank):
-                    place = columns.corner_place(axes, q, s, c, g, INDEX)
+                    place = columns.corner_place(axes, q, s, g, INDEX)
                     total = dots[q]
                     if by_position:
                         total += tl.sum(columns.read_image(image, place, c, g, EVEN) * grad, 2)
                     sums = sums + (total,)
                     if grad_image is not None:
                         w = amplitude * sampling.corner_weight(axes, q)
-                        touched = (valid & (w != 0.0))[:, :, None] & (c < g.group_channels)[
-                            None, None, :
-                        ]
+                        touched = (valid & (w != 0.0))[:, :, None] & (c < g.group_channels)
                         tl.atomic_add(
-                            grad_image + place, grad * w[:, :, None], mask=touched, sem="relaxed"
-                        )
+                            grad_image + (place[:, :, None] + c), grad * w[:, :, None],
+                            mask=touched, sem="relaxed",
+                        )  # fmt: skip
                 dots = sums
             if by_position:
                 sums = sampling.contract(dots, axes)
@@ -97,13 +93,13 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                 if grad_offset is not None:
                     for a in tl.static_range(rank):
                         value = tl.where(valid, sums[a] * amplitude, 0.0)
-                        place = (base * rank + a) * g.positions + p[None, :]
+                        place = (base * rank + a) * g.positions + at
                         tl.store(
                             grad_offset + place, value.to(grad_offset.dtype.element_ty), mask=here
                         )
                 if grad_mask is not None:
                     value = tl.where(valid, sums[rank], 0.0).to(grad_mask.dtype.element_ty)
-                    tl.store(grad_mask + (base * g.positions + p[None, :]), value, mask=here)
+                    tl.store(grad_mask + (base * g.positions + at), value, mask=here)
 
 
 def arguments_of(
@@ -139,9 +135,8 @@ def write(
     if tiles is None:
         name = "backward_atomic narrow" if call.narrow else "backward_atomic"
         tiles = call.tiles(name, sizes.group_out)
-    constants = columns.blocks_of(call, tiles)
-    outputs = columns.outputs_met(call, constants["GROUPS"] * constants["BLOCK_C"])
-    block_o = fit(outputs, tiles.block_o)
+    constants = columns.blocks_of(call, tiles, 4)
+    block_o = fit(columns.outputs_of(call, constants), tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
     programs, taps = sizes.batch * across, triton.cdiv(sizes.taps, constants["TAPS"])
     splits = max(1, min(taps, 4 * call.multiprocessors // programs))

@@ -21,7 +21,7 @@ from .variants import portable
 @triton.jit
 def read_ahead(offset, mask, s, tap, t, tiles, g, BLOCK_P: tl.constexpr):
     """Offsets and masks of tile t of the positions, a turn before they are used."""
-    p = (t % tiles * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
+    p = (t % tiles * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     return sampling.read(offset, mask, t // tiles, s, tap, p, p < g.positions, g)
 
 
@@ -29,7 +29,8 @@ def read_ahead(offset, mask, s, tap, t, tiles, g, BLOCK_P: tl.constexpr):
 def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits,
                     GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                     EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-                    GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                    GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
+                    CHANNELS: tl.constexpr):  # fmt: skip
     """Sums [splits, K, C / groups, O] over shares of the positions.
 
     Grid: (blocks of taps x blocks of channels, blocks of the outputs that those meet, splits).
@@ -40,9 +41,7 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
     s0 = block // chunks * GROUPS
     c0 = block % chunks * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    first = s0 * g.group_channels + c0
-    last = tl.minimum(s0 + GROUPS, g.sample_groups) * g.group_channels
-    last = tl.minimum(first + GROUPS * BLOCK_C, last)
+    first, last = columns.channels_of(s0, c0, g, GROUPS, BLOCK_C, CHANNELS)
     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
     # Points lie by eights.
     o = o_first // 8 * 8 + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -70,11 +69,11 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
             now = read
             read = read_ahead(offset, mask, s0, tap, tl.minimum(t + 1, stop - 1), tiles, g, BLOCK_P)
             samples = columns.sample_block(
-                item, now, p[None, :], s0, tap, inside[None, :], c0, g, INDEX, EVEN, BLOCK_C
+                item, now, p[:, None], s0, tap, inside[:, None], c0, g, INDEX, EVEN, BLOCK_C
             )
         else:
-            s, k, here, axes, amplitude, valid = columns.samples_of(
-                offset, mask, b, s0, tap, g.taps, p, inside, g, GROUPS, TAPS
+            s, k, _, here, axes, amplitude, valid = columns.samples_of(
+                offset, mask, b, s0, tap, g.taps, p, inside, g, INDEX, GROUPS, TAPS
             )
             samples = columns.sample(item, axes, amplitude, s, c, g, INDEX, EVEN)
         y = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
@@ -101,9 +100,9 @@ def write(
     if tiles is None:
         name = "backward_weight narrow" if call.narrow else "backward_weight"
         tiles = call.tiles(name, sizes.group_out)
-    constants = columns.blocks_of(call, tiles)
+    constants = columns.blocks_of(call, tiles, 16 // tiles.width)
     groups, block_c = constants["GROUPS"], constants["BLOCK_C"]
-    outputs = columns.outputs_met(call, groups * block_c)
+    outputs = columns.outputs_of(call, constants)
     block_o = fit(outputs, tiles.block_o)
     # Where a weight group does not begin at a multiple of eight, up to seven outputs before it.
     extra = 7 if sizes.outputs > outputs and sizes.group_out % 8 else 0

@@ -4,15 +4,20 @@ Note [rows]
 A program takes the samples of ROWS = GROUPS * TAPS rows at once, a row for every pair of GROUPS
 sample groups and TAPS taps, and BLOCK_C channels of each:
 
-    [ROWS, BLOCK_P, BLOCK_C]        samples: cells and their weights are [ROWS, BLOCK_P]
+    [BLOCK_P, ROWS, BLOCK_C]        samples: cells and their weights are [BLOCK_P, ROWS]
     [BLOCK_P, ROWS * BLOCK_C]       the same as a factor of a product, its `columns`
 
     columns     | s0, tap | s0+1, tap | .. | s0, tap+1 | s0+1, tap+1 | ..      each BLOCK_C wide
 
-A wide call has one row, whose channels come a block at a time. A narrow one has several, since a
-product needs more channels than a sample group has; all channels are in one block. Rows of sample
-groups or taps that do not exist have amplitude 0 and weights 0. In a single row sample group and
-tap are scalars, so that the compiler finds once a program what depends on them alone.
+Channels come a block at a time. A wide call has one row. A narrow one has several, since a product
+needs more channels than a sample group has, and its blocks are runs of channels that a thread loads
+at once: then a thread finds the cells of its own samples, and what goes from one to another through
+shared memory is the columns alone. For that, a narrow call's numbers that are read for every sample
+lie in memory as if nothing was known of it (samples_of), or Triton would give a thread two of them.
+
+Rows of sample groups or taps that do not exist have amplitude 0 and weights 0. In a single row
+sample group and tap are scalars, so that the compiler finds once a program what depends on them
+alone.
 """
 
 from __future__ import annotations
@@ -37,18 +42,26 @@ from .sampling import (
 from .tiles import Tiles
 
 
-def blocks_of(call: Call, tiles: Tiles) -> dict[str, Any]:
-    """The constants of Note [rows]; EVEN: the last block of channels is full as well."""
-    sizes, groups, taps = call.sizes, 1, 1
+def blocks_of(call: Call, tiles: Tiles, run: int) -> dict[str, Any]:
+    """The constants of Note [rows]; CHANNELS: of a sample group of a narrow call; EVEN: the last
+    block of channels is full as well."""
+    sizes, groups, taps, channels = call.sizes, 1, 1, None
     block_c = fit(sizes.padded, tiles.block_c)
     if call.narrow:
-        block_c = sizes.padded
+        channels = sizes.padded
+        block_c = min(channels, run)
         rows = max(tiles.block_c // block_c, 2)
         groups = min(rows, triton.next_power_of_2(sizes.sample_groups))
         taps = min(rows // groups, triton.next_power_of_2(sizes.taps))
         groups = rows // taps  # as a product needs so many channels
     even = sizes.padded % block_c == 0
-    return dict(BLOCK_P=tiles.block_p, GROUPS=groups, TAPS=taps, BLOCK_C=block_c, EVEN=even)
+    blocks = dict(BLOCK_P=tiles.block_p, GROUPS=groups, TAPS=taps, BLOCK_C=block_c)
+    return dict(blocks, CHANNELS=channels, EVEN=even)
+
+
+def outputs_of(call: Call, blocks: dict[str, Any]) -> int:
+    """The most point channels that a block of image channels can meet (channels_of)."""
+    return outputs_met(call, blocks["GROUPS"] * (blocks["CHANNELS"] or blocks["BLOCK_C"]))
 
 
 def outputs_met(call: Call, channels: int) -> int:
@@ -68,62 +81,76 @@ def met(first, stop, own, other):
 
 
 @triton.jit
-def channels_to(g, GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where a loop over blocks of channels stops: a narrow call's has one turn, which the compiler
-    sees."""
-    if GROUPS * TAPS > 1:
-        return BLOCK_C
-    else:
+def channels_to(g, CHANNELS: tl.constexpr):
+    """Where a loop over blocks of channels stops."""
+    if CHANNELS is None:
         return g.padded
+    else:
+        return CHANNELS
+
+
+@triton.jit
+def channels_of(s0, c0, g, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):
+    """Between which channels of the image those from c0 of sample groups from s0 lie."""
+    first = s0 * g.group_channels
+    last = tl.minimum(s0 + GROUPS, g.sample_groups) * g.group_channels
+    if CHANNELS is None:
+        first += c0
+        last = tl.minimum(first + BLOCK_C, last)
+    return first, last
 
 
 @triton.jit
 def samples_of(offset, mask, b, s0, tap, stop, p, inside, g,
-               GROUPS: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
+               INDEX: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
     """Of the rows from sample group s0 and `tap`, and taps before `stop`: sample group and tap
-    [ROWS, 1]; whether there is such a sample, its cell, amplitude and validity [ROWS, BLOCK_P]."""
+    [1, ROWS]; position [BLOCK_P, 1], the last one after that; whether there is such a sample, its
+    cell, amplitude and validity [BLOCK_P, ROWS]."""
     s = s0
     k = tap
-    here = inside[None, :]
+    p = p[:, None]
+    here = inside[:, None]
+    # What is one number in a wide call is one for every row in a narrow one.
+    index: tl.constexpr = tl.int64 if GROUPS * TAPS == 1 else INDEX
     if GROUPS * TAPS > 1:
-        row = tl.arange(0, GROUPS * TAPS)[:, None]
+        row = tl.arange(0, GROUPS * TAPS)[None, :]
         s = s0 + row % GROUPS
         k = tap + row // GROUPS
         here = here & (s < g.sample_groups) & (k < stop)
         s = tl.minimum(s, g.sample_groups - 1)
         k = tl.minimum(k, stop - 1)
-    axes, amplitude, valid = locate(offset, mask, b, s, k, p[None, :], here, g)
-    return s, k, here, axes, amplitude, valid
+        # Also hides from Triton that positions are neighbours, see Note [rows].
+        p = tl.minimum(p, g.positions - 1)
+    axes, amplitude, valid = locate(offset, mask, b, s, k, p, here, g, index)
+    return s, k, p, here, axes, amplitude, valid
 
 
 @triton.jit
-def corner_place(axes, q: tl.constexpr, s, c, g, INDEX: tl.constexpr):
-    """Where channels c of corner q lie in an item of the image [ROWS, BLOCK_P, BLOCK_C]."""
-    place = tl.cast(s, INDEX) * g.plane + corner_pixel(axes, q, g).to(INDEX) * g.row
-    return place[:, :, None] + c[None, None, :]
+def corner_place(axes, q: tl.constexpr, s, g, INDEX: tl.constexpr):
+    """Where the channels of corner q lie in an item of the image [BLOCK_P, ROWS]."""
+    return tl.cast(s, INDEX) * g.plane + corner_pixel(axes, q, g).to(INDEX) * g.row
 
 
 @triton.jit
 def read_image(image, place, c, g, EVEN: tl.constexpr):
+    """Channels c at every place, on a new last axis."""
+    place = tl.expand_dims(place, -1) + c
     if EVEN:
-        value = tl.load(image + place)
+        return tl.load(image + place)
     else:
-        value = tl.load(image + place, mask=(c < g.padded)[None, None, :], other=0.0)
-    return value
+        return tl.load(image + place, mask=(c < g.padded)[None, None, :], other=0.0)
 
 
 @triton.jit
 def corners_of(axes, amplitude, s, g, INDEX: tl.constexpr, dtype: tl.constexpr):
-    """Of every corner of samples [ROWS, BLOCK_P]: where it lies in an item of the image, and what
+    """Of every corner of samples [BLOCK_P, ROWS]: where it lies in an item of the image, and what
     it weighs; with float16 also what the last one, the largest, loses there."""
     if dtype == tl.float16:
         axes = lighter_first(axes)
     places = ()
     weights = ()
     for q in tl.static_range(2 ** len(axes)):
-        places = places + (
-            tl.cast(s, INDEX) * g.plane + corner_pixel(axes, q, g).to(INDEX) * g.row,
-        )
+        places = places + (corner_place(axes, q, s, g, INDEX),)
         weight = corner_weight(axes, q) * amplitude
         if dtype == tl.float16:
             weights = weights + (weight.to(tl.float16),)
@@ -144,12 +171,20 @@ def corners_read(read, point, s, tap, inside, g, INDEX: tl.constexpr, dtype: tl.
 
 
 @triton.jit
+def apart(x):
+    """Numbers of samples [BLOCK_P, ROWS]: several rows after an axis of one element, see mix."""
+    if x.shape[1] > 1:
+        return x[:, None]
+    else:
+        return x
+
+
+@triton.jit
 def fetch(image, places, c, g, EVEN: tl.constexpr):
     """Channels c of all corners."""
     values = ()
     for q in tl.static_range(len(places)):
-        place = places[q][:, :, None] + c[None, None, :]
-        values = values + (read_image(image, place, c, g, EVEN),)
+        values = values + (read_image(image, apart(places[q]), c, g, EVEN),)
     return values
 
 
@@ -161,18 +196,24 @@ def mix(values, weights):
     total = None
     for q in tl.static_range(count):
         value = values[q]
-        weight = weights[q][:, :, None]
+        weight = tl.expand_dims(apart(weights[q]), -1)
         if len(weights) > count:
             if q == count - 1:
-                total += value * weights[count][:, :, None]
+                total += value * tl.expand_dims(apart(weights[count]), -1)
         else:
             value = value.to(tl.float32)
         if q == 0:
             total = value * weight
         else:
             total += value * weight
-    rows: tl.constexpr = total.shape[0]
-    return tl.reshape(tl.permute(total, (1, 0, 2)), (total.shape[1], rows * total.shape[2]))
+    positions: tl.constexpr = weights[0].shape[0]
+    columns: tl.constexpr = weights[0].shape[1] * total.shape[len(total.shape) - 1]
+    if weights[0].shape[1] == 1:
+        return tl.reshape(total, (positions, columns))
+    else:
+        # A sum over an axis of one element is free, and Triton moves no layout across it. It would
+        # bring every corner into that of the product, not the sum of corners.
+        return tl.sum(tl.reshape(total, (positions, 1, columns)), 1)
 
 
 @triton.jit
@@ -221,7 +262,7 @@ def columns_of(s0, c0, tap, stop, length, g,
     else:
         s = s0 + column // BLOCK_C % GROUPS
         k = tap + column // (BLOCK_C * GROUPS)
-        c = column % BLOCK_C
+        c = c0 + column % BLOCK_C
         return k[None, :], s * length + c, (c < length) & (s < g.sample_groups) & (k < stop)
 
 

@@ -39,7 +39,7 @@ def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.const
 
 
 @triton.jit
-def channels_of(s, first, last, g, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr):
+def blocks_between(s, first, last, g, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where the blocks of channels of sample group s begin that first to last meet, and end."""
     begin = 0
     end = g.padded
@@ -63,20 +63,20 @@ def sum_wide(image, weight, offset, mask, b, p, inside, o, o_in, first, last, st
     s_last = tl.cdiv(last, g.group_channels)
     blocks = 0
     for s in range(s_first, s_last):
-        begin, end = channels_of(s, first, last, g, GROUPED, BLOCK_C)
+        begin, end = blocks_between(s, first, last, g, GROUPED, BLOCK_C)
         blocks += tl.cdiv(end - begin, BLOCK_C)
-    p = p[None, :]
-    inside = inside[None, :]
+    p = p[:, None]
+    inside = inside[:, None]
     point = sampling.unravel(p, g.point)
     tap = start
     s = s_first
-    c0, end = channels_of(s, first, last, g, GROUPED, BLOCK_C)
+    c0, end = blocks_between(s, first, last, g, GROUPED, BLOCK_C)
     read = sampling.read(offset, mask, b, s, tap, p, inside, g)
     places, weights = columns.corners_read(read, point, s, tap, inside, g, INDEX, dtype)
     values = columns.fetch(image, places, c0 + tl.arange(0, BLOCK_C), g, EVEN)
     new_tap, new_s = next_group(tap, s, s_first, s_last, stop)
     read = sampling.read(offset, mask, b, new_s, new_tap, p, inside, g)
-    acc = tl.zeros((p.shape[1], o.shape[0]), tl.float32)
+    acc = tl.zeros((p.shape[0], o.shape[0]), tl.float32)
     for _ in range((stop - start) * blocks):
         w = columns.read_weight(
             weight, o, o_in, s, c0, tap, stop, g, GROUPED, PRECISION, 1, 1, BLOCK_C
@@ -86,7 +86,7 @@ def sum_wide(image, weight, offset, mask, b, p, inside, o, o_in, first, last, st
         if c0 >= end:
             tap = new_tap
             s = new_s
-            c0, end = channels_of(s, first, last, g, GROUPED, BLOCK_C)
+            c0, end = blocks_between(s, first, last, g, GROUPED, BLOCK_C)
             places, weights = columns.corners_read(read, point, s, tap, inside, g, INDEX, dtype)
             new_tap, new_s = next_group(tap, s, s_first, s_last, stop)
             read = sampling.read(offset, mask, b, new_s, new_tap, p, inside, g)
@@ -108,7 +108,8 @@ def next_group(tap, s, first, last, stop):
 def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, splits,
             LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
             INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-            GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+            GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
+            CHANNELS: tl.constexpr):  # fmt: skip
     """Grid: (B x tiles of positions x blocks of outputs, splits)."""
     tile = tl.program_id(0) // blocks
     b = tile // tiles
@@ -134,17 +135,18 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
         acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
         for tap in range(start, stop, TAPS):
             for s0 in range(first // g.group_channels, tl.cdiv(last, g.group_channels), GROUPS):
-                s, k, here, axes, amplitude, valid = columns.samples_of(
-                    offset, mask, b, s0, tap, stop, p, inside, g, GROUPS, TAPS
+                s, k, _, here, axes, amplitude, valid = columns.samples_of(
+                    offset, mask, b, s0, tap, stop, p, inside, g, INDEX, GROUPS, TAPS
                 )
-                c = tl.arange(0, BLOCK_C)
-                samples = columns.sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
-                w = columns.read_weight(
-                    weight, o, o_in, s0, 0, tap, stop, g,
-                    GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
-                )  # fmt: skip
-                x = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
-                acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
+                for c0 in range(0, CHANNELS, BLOCK_C):
+                    c = c0 + tl.arange(0, BLOCK_C)
+                    samples = columns.sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
+                    w = columns.read_weight(
+                        weight, o, o_in, s0, c0, tap, stop, g,
+                        GROUPED, PRECISION, GROUPS, TAPS, BLOCK_C,
+                    )  # fmt: skip
+                    x = sampling.parts_of(samples, image.dtype.element_ty, PRECISION)
+                    acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
     item = b.to(tl.int64) * g.positions * g.outputs
     if splits > 1:
         item += split.to(tl.int64) * g.batch * g.positions * g.outputs
@@ -161,7 +163,7 @@ def write(
     sizes = call.sizes
     if tiles is None:
         tiles = call.tiles("forward narrow" if call.narrow else "forward", sizes.group_out)
-    constants = columns.blocks_of(call, tiles)
+    constants = columns.blocks_of(call, tiles, 16 // tiles.width)
     block_o = fit(sizes.outputs, tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
     blocks = triton.cdiv(sizes.outputs, block_o)

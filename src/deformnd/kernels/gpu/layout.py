@@ -496,7 +496,9 @@ class Call:
         self.number_of_chunks = chunks
         self._made: dict[Any, Buffer] = {}
         self._lent: dict[Operand, Buffer] = {}
-        item = max(self.sizes.item, self.sizes.positions * self.sizes.padded_outputs)
+        coordinates = g.offset_groups * self.sizes.taps * len(g.image_size)
+        item = max(self.sizes.padded_outputs, coordinates, g.mask_groups * self.sizes.taps)
+        item = max(self.sizes.item, self.sizes.positions * item)
         self._common = dict(
             PRECISION=precision, GROUPED=g.groups > 1, INDEX=tl.int32 if item < 2**31 else tl.int64
         )

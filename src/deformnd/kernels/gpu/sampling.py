@@ -210,9 +210,9 @@ def amplitude_of(masks, valid):
 
 
 @triton.jit
-def locate(offset, mask, b, s, tap, p, inside, g):
+def locate(offset, mask, b, s, tap, p, inside, g, INDEX: tl.constexpr = tl.int64):
     """The cell (cell_of), amplitude and validity of the samples of positions p."""
-    offsets, masks = read(offset, mask, b, s, tap, p, inside, g)
+    offsets, masks = read(offset, mask, b, s, tap, p, inside, g, INDEX)
     starts = starts_of(unravel(p, g.point), unravel(tap, g.kernel), g)
     axes, valid = cell_of(offsets, starts, inside, g)
     return axes, amplitude_of(masks, valid), valid

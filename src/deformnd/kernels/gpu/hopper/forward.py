@@ -62,7 +62,7 @@ def add_parts(parts, bias, out, splits, p0, o0, BLOCK_O: gl.constexpr, g, LAST: 
               SUMMED: gl.constexpr):  # fmt: skip
     """Add what the programs of a tile have stored, in their order: 32 channels at once."""
     q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, SUMMED))
-    p = sampling.ravel(position(q, g.point), g.point)
+    p = sampling.ravel(sampling.in_strips(q, g.point, 2), g.point)
     length = g.batch.to(gl.int64) * g.positions * g.outputs
     for block in range(BLOCK_O // 32):
         o = o0 + block * 32 + gl.arange(0, 32, layout=gl.SliceLayout(0, SUMMED))
