@@ -80,7 +80,7 @@ HOPPER = (
     Tiles("forward_hopper", 4, 64, 64, 64, 32, 4, 2, registers=128),
     Tiles("forward_hopper", 4, 128, 64, 128, 32, 4, 2, resident=2),
     Tiles("forward_hopper", 4, ANY, 64, 256, 32, 4, 2),
-    Tiles("forward_hopper 3d", 2, 64, 64, 64, 32, 4, 2, resident=4, registers=128),
+    Tiles("forward_hopper 3d", 2, 64, 64, 64, 64, 4, 2),
     Tiles("forward_hopper 3d", 2, ANY, 64, 128, 32, 4, 2, registers=168),
     Tiles("forward_hopper 3d", 4, 64, 64, 64, 32, 4, 2),
     Tiles("forward_hopper 3d", 4, ANY, 64, 128, 32, 4, 2),

@@ -227,10 +227,9 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     programs = n.batch * triton.cdiv(n.positions, 64) * (n.padded_outputs // block_o)
     splits, units = 1, n.sample_groups * n.taps
     if programs < call.multiprocessors:
-        # Two programs at least fit on a multiprocessor; adding the parts is not worth a short sum's
-        # split.
-        at_once = (tiles.resident or 2) * call.multiprocessors
-        splits = max(1, min(units, at_once // programs, units * n.padded // block_c // 8))
+        # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
+        at_once, steps = 2 * call.multiprocessors, units * n.padded // block_c
+        splits = max(1, min(units, at_once // programs, steps // 8))
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
     constants |= dict(ONCE=units <= 2 * PAIRS.value, SEVERAL=n.sample_groups > 1)
     constants |= dict(MMA=common.mma_layout(block_o, tiles.warps))
