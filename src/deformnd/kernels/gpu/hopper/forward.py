@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -58,43 +57,13 @@ def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr)
 
 
 @gluon.jit
-def add_parts(parts, bias, out, splits, p0, o0, BLOCK_O: gl.constexpr, g, LAST: gl.constexpr,
-              SUMMED: gl.constexpr):  # fmt: skip
-    """Add what the programs of a tile have stored, in their order: 32 channels at once."""
-    q = p0 + gl.arange(0, 64, layout=gl.SliceLayout(1, SUMMED))
-    p = sampling.ravel(sampling.in_strips(q, g.point, 2), g.point)
-    length = g.batch.to(gl.int64) * g.positions * g.outputs
-    for block in range(BLOCK_O // 32):
-        o = o0 + block * 32 + gl.arange(0, 32, layout=gl.SliceLayout(0, SUMMED))
-        if LAST:
-            place = (p * g.outputs)[:, None] + o[None, :]
-        else:
-            place = (o * g.positions)[None, :] + p[:, None]
-        inside = (q < g.positions)[:, None] & (o < g.outputs)[None, :]
-        total = gl.zeros([64, 32], gl.float32, layout=SUMMED)
-        for s in range(0, splits, 2):  # two at once, whose loads do not wait for each other
-            here = inside & (s + 1 < splits)
-            start = parts + s * length
-            # Not from the cache of this multiprocessor, which may hold what was there before.
-            x = gl.load(start + place, mask=inside, other=0.0, cache_modifier=".cg")
-            y = gl.load(start + length + place, mask=here, other=0.0, cache_modifier=".cg")
-            total += x
-            total += y
-        if bias is not None:
-            added = gl.load(bias + o, mask=o < g.outputs, other=0.0)
-            total += added.to(gl.float32)[None, :]
-        gl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def forward_hopper(image, weight, offset, mask, bias, out, parts, arrivals, g, splits,
+def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
                    LAST: gl.constexpr, PRECISION: gl.constexpr, BLOCK_O: gl.constexpr,
                    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, ONCE: gl.constexpr,
                    SEVERAL: gl.constexpr, MMA: gl.constexpr, STORED: gl.constexpr,
-                   SUMMED: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                   num_warps: gl.constexpr):  # fmt: skip
     """Grid: (B x tiles of positions x blocks of O, splits of the taps, those of all sample groups).
 
-    With several splits each stores its sum, and the last one that arrives adds them.
     ONCE: all taps are tabulated at once. Without a loop over chunks of them ptxas has the copy
     engine's addresses at hand, which narrow layers feel.
     """
@@ -185,13 +154,8 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, arrivals, g, s
     inside = q < g.positions
     o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, STORED))
     if splits > 1:
-        parts += item
-        before = gl.program_id(1).to(gl.int64) * g.batch * g.positions * g.outputs
-        deliver(parts + before, acc, p, o, inside, g, LAST, STORED)
-        common.barrier()
-        arrived = gl.atomic_add(arrivals + gl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        if arrived == splits - 1:
-            add_parts(parts, bias, out + item, splits, p0, o0, BLOCK_O, g, LAST, SUMMED)
+        item += gl.program_id(1).to(gl.int64) * g.batch * g.positions * g.outputs
+        deliver(parts + item, acc, p, o, inside, g, LAST, STORED)
     else:
         if bias is not None:
             here = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
@@ -234,14 +198,9 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     constants |= dict(ONCE=units <= 2 * PAIRS.value, SEVERAL=n.sample_groups > 1)
     constants |= dict(MMA=common.mma_layout(block_o, tiles.warps))
     constants |= dict(STORED=_stored_layout(block_o, rank, out.last))
-    constants |= dict(SUMMED=_stored_layout(32, rank, out.last))
-    arrivals = call.plan.scratch(programs, dtype=torch.int32)
-    if n.taps > 1:  # so that it depends on nothing else, and calls of all sizes prepare alike
-        call.zero(arrivals)
-    call.launch(
-        *(forward_hopper, (programs, splits), dict(LAST=out.last, **constants)),
-        **dict(image=call.image(image), weight=call.weight(), bias=bias, out=out.buffer),
-        **dict(parts=call.room_for_parts(splits, out), arrivals=arrivals, splits=splits),
+    call.launch_split(
+        *(forward_hopper, (programs, splits), constants, out, bias),
+        **dict(image=call.image(image), weight=call.weight()),
         descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
         **dict(warps=tiles.warps, resident=tiles.resident, registers=tiles.registers),
     )
