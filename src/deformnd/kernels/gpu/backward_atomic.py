@@ -15,7 +15,7 @@ import triton.language as tl
 from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .tiles import Tiles
+from .tiles import NARROW, Tiles
 from .variants import portable
 
 
@@ -133,9 +133,12 @@ def write(
 ) -> None:
     sizes = call.sizes
     if tiles is None:
-        name = "backward_atomic narrow" if call.narrow else "backward_atomic"
+        name = "backward_atomic"
+        if call.narrow:
+            name += " narrow" if sizes.sample_groups > 1 else " few"
         tiles = call.tiles(name, sizes.group_out)
-    constants = columns.blocks_of(call, tiles, 4)
+    # All channels of a narrow group, so that lanes fill the sectors of memory that they add to.
+    constants = columns.blocks_of(call, tiles, NARROW)
     block_o = fit(columns.outputs_of(call, constants), tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
     programs, taps = sizes.batch * across, triton.cdiv(sizes.taps, constants["TAPS"])

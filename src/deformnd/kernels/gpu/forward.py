@@ -13,7 +13,7 @@ import triton.language as tl
 from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .tiles import Tiles
+from .tiles import DEEP, Tiles
 from .variants import portable
 
 # Columns of a strip (sampling.py, in_strips) that a program takes one after another: in float16
@@ -22,7 +22,8 @@ RUN = tl.constexpr(16)
 
 
 @triton.jit
-def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.constexpr):
+def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.constexpr,
+          DEEP: tl.constexpr = False):  # fmt: skip
     """To an item of the result [outputs, positions], or with LAST [positions, outputs].
 
     The places are made here, so that those of two branches do not fill registers at once.
@@ -30,10 +31,11 @@ def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.const
     if LAST:
         place = (p.to(INDEX) * g.outputs)[:, None] + o[None, :]
     else:
-        # Neighbours lie in memory one after another, most of them: the compiler needs to know on
-        # which axis. As it knows of no place what divides it, it stores them one by one.
         place = (o.to(INDEX) * g.positions)[None, :] + p[:, None]
-        place = tl.max_contiguous(place, (RUN, 1))
+        if DEEP:
+            # Neighbours lie in memory one after another, most of them: the compiler needs to know
+            # on which axis. As it knows of no place what divides it, it stores them one by one.
+            place = tl.max_contiguous(place, (RUN, 1))
     keep = inside[:, None] & o_in[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=keep)
 
@@ -50,10 +52,11 @@ def blocks_between(s, first, last, g, GROUPED: tl.constexpr, BLOCK_C: tl.constex
 
 
 @triton.jit
-def sum_wide(image, weight, offset, mask, b, p, inside, o, o_in, first, last, start, stop, g,
+def sum_deep(image, weight, offset, mask, b, p, inside, o, o_in, first, last, start, stop, g,
              GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
              EVEN: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """The sums of a program with a single row [BLOCK_P, BLOCK_O], over taps from start to stop.
+    """The sums of a program [BLOCK_P, BLOCK_O], over taps from start to stop, where sample groups
+    have many channels (tiles.py, DEEP).
 
     One loop over taps, sample groups and blocks of channels, which loads the corners of the next
     block while products are summed. It reads offsets and masks a sample group ahead of that.
@@ -109,13 +112,13 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
             LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
             INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
             GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
-            CHANNELS: tl.constexpr):  # fmt: skip
+            CHANNELS: tl.constexpr, DEEP: tl.constexpr):  # fmt: skip
     """Grid: (B x tiles of positions x blocks of outputs, splits)."""
     tile = tl.program_id(0) // blocks
     b = tile // tiles
     p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < g.positions
-    if GROUPS * TAPS == 1:
+    if DEEP:
         p = sampling.ravel(sampling.in_strips(p, g.point, RUN), g.point)
     o0 = tl.program_id(0) % blocks * BLOCK_O
     o = o0 + tl.arange(0, BLOCK_O)
@@ -126,8 +129,8 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
     split = tl.program_id(1)
     start = split * g.taps // splits
     stop = (split + 1) * g.taps // splits
-    if GROUPS * TAPS == 1:
-        acc = sum_wide(
+    if DEEP:
+        acc = sum_deep(
             image, weight, offset, mask, b, p, inside, o, o_in, first, last, start, stop, g,
             GROUPED, PRECISION, INDEX, EVEN, BLOCK_C,
         )  # fmt: skip
@@ -138,7 +141,11 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
                 s, k, _, here, axes, amplitude, valid = columns.samples_of(
                     offset, mask, b, s0, tap, stop, p, inside, g, INDEX, GROUPS, TAPS
                 )
-                for c0 in range(0, CHANNELS, BLOCK_C):
+                begin = 0
+                end = columns.channels_to(g, CHANNELS)
+                if GROUPS * TAPS == 1:
+                    begin, end = blocks_between(s0, first, last, g, GROUPED, BLOCK_C)
+                for c0 in range(begin, end, BLOCK_C):
                     c = c0 + tl.arange(0, BLOCK_C)
                     samples = columns.sample(image, axes, amplitude, s, c, g, INDEX, EVEN)
                     w = columns.read_weight(
@@ -150,19 +157,21 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
     item = b.to(tl.int64) * g.positions * g.outputs
     if splits > 1:
         item += split.to(tl.int64) * g.batch * g.positions * g.outputs
-        store(parts + item, acc, p, o, inside, o_in, g, LAST, INDEX)
+        store(parts + item, acc, p, o, inside, o_in, g, LAST, INDEX, DEEP)
     else:
         if bias is not None:
             acc += tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
-        store(out + item, acc, p, o, inside, o_in, g, LAST, INDEX)
+        store(out + item, acc, p, o, inside, o_in, g, LAST, INDEX, DEEP)
 
 
 def write(
     call: Call, image: Operand, bias: Buffer | None, out: Operand, tiles: Tiles | None = None
 ) -> None:
     sizes = call.sizes
+    deep = not call.narrow and sizes.padded * call.dtype.itemsize >= DEEP
     if tiles is None:
-        tiles = call.tiles("forward narrow" if call.narrow else "forward", sizes.group_out)
+        name = "forward narrow" if call.narrow else "forward deep" if deep else "forward"
+        tiles = call.tiles(name, sizes.group_out)
     constants = columns.blocks_of(call, tiles, 16 // tiles.width)
     block_o = fit(sizes.outputs, tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
@@ -173,7 +182,7 @@ def write(
     if 2 * programs <= call.multiprocessors and steps >= 32:
         splits = min(taps, call.multiprocessors // programs)
     call.launch_split(
-        *(forward, (programs, splits), dict(BLOCK_O=block_o, **constants), out, bias),
+        *(forward, (programs, splits), dict(BLOCK_O=block_o, DEEP=deep, **constants), out, bias),
         **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks),
         **dict(image=call.image(image), weight=call.weight()),
     )

@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tiles:
-    operation: str  # a kernel's name; for "narrow" sample groups (layout.py), "depthwise"
+    operation: str  # a kernel's name; for "deep" or "narrow" sample groups, "few" channels in all
     width: int  # bytes of an element of the image
     channels: int  # up to so many point channels of a weight group (sorted: of a sample group's)
     block_p: int  # positions of a program (sorted: list entries; for Hopper: pixels of a tile)
@@ -38,23 +38,33 @@ ANY = 1 << 31
 # count is even. tests/test_gpu.py, unset_registers, looks for that in every row it compiles.
 PORTABLE = (
     Tiles("forward", 2, 32, 128, 32, 32, 4, 2),
-    Tiles("forward", 2, 64, 64, 64, 32, 4, 2),
-    Tiles("forward", 2, 128, 64, 128, 32, 4, 2),
-    Tiles("forward", 2, ANY, 128, 256, 32, 8, 2),
-    Tiles("forward", 4, 64, 64, 64, 16, 4, 2),
-    Tiles("forward", 4, 128, 64, 128, 16, 4, 2),
-    Tiles("forward", 4, ANY, 128, 256, 16, 8, 2),
+    Tiles("forward", 2, 64, 64, 64, 32, 4, 1),
+    Tiles("forward", 2, 128, 128, 128, 32, 4, 3),
+    Tiles("forward", 2, ANY, 128, 256, 32, 8, 1),
+    Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
+    Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
+    Tiles("forward", 4, ANY, 128, 256, 32, 8, 1),
+    Tiles("forward deep", 2, 64, 64, 64, 32, 4, 2),
+    Tiles("forward deep", 2, 128, 64, 128, 32, 4, 2),
+    Tiles("forward deep", 2, 256, 128, 256, 32, 8, 1),
+    Tiles("forward deep", 2, ANY, 64, 512, 32, 8, 2),
+    Tiles("forward deep", 4, 64, 128, 64, 16, 4, 2),
+    Tiles("forward deep", 4, 128, 64, 128, 32, 4, 2),
+    Tiles("forward deep", 4, ANY, 128, 256, 16, 8, 2),
     Tiles("forward narrow", 2, 64, 64, 64, 32, 4, 1),
     Tiles("forward narrow", 2, ANY, 64, 128, 32, 4, 1),
-    Tiles("forward narrow", 4, ANY, 64, 64, 32, 4, 1),
+    Tiles("forward narrow", 4, 64, 64, 64, 16, 4, 1),
+    Tiles("forward narrow", 4, ANY, 64, 128, 32, 4, 1),
     Tiles("backward_atomic", 2, 128, 64, 128, 32, 4, 2),
     Tiles("backward_atomic", 2, 256, 64, 256, 64, 4, 2),
     Tiles("backward_atomic", 2, ANY, 64, 64, 64, 4, 2),
     Tiles("backward_atomic", 4, 64, 128, 64, 32, 4, 3),
     Tiles("backward_atomic", 4, 128, 64, 128, 32, 4, 2),
     Tiles("backward_atomic", 4, ANY, 128, 64, 64, 8, 3),
-    Tiles("backward_atomic narrow", 2, 64, 64, 64, 32, 8, 1),
-    Tiles("backward_atomic narrow", 2, 128, 64, 128, 32, 8, 1),
+    Tiles("backward_atomic few", 2, ANY, 64, 64, 16, 4, 1),
+    Tiles("backward_atomic few", 4, ANY, 64, 64, 16, 4, 1),
+    Tiles("backward_atomic narrow", 2, 64, 64, 64, 32, 4, 1),
+    Tiles("backward_atomic narrow", 2, 128, 128, 128, 32, 4, 1),
     Tiles("backward_atomic narrow", 2, ANY, 64, 64, 32, 4, 2),
     Tiles("backward_atomic narrow", 4, ANY, 32, 64, 64, 4, 1),
     Tiles("backward_sorted", 2, 32, 128, 32, 32, 4, 2),
@@ -65,8 +75,10 @@ PORTABLE = (
     Tiles("backward_sorted depthwise", 2, ANY, 128, 32, 128, 4, 1),
     Tiles("backward_sorted depthwise", 4, ANY, 64, 32, 64, 4, 1),
     Tiles("backward_weight", 2, 64, 64, 64, 64, 4, 2),
+    Tiles("backward_weight", 2, 128, 64, 128, 64, 8, 1),
     Tiles("backward_weight", 2, ANY, 64, 256, 64, 4, 1),
     Tiles("backward_weight", 4, 64, 32, 64, 64, 4, 1),
+    Tiles("backward_weight", 4, 128, 64, 128, 64, 4, 1),
     Tiles("backward_weight", 4, ANY, 64, 256, 64, 8, 1),
     Tiles("backward_weight narrow", 2, 64, 64, 64, 32, 4, 1),
     Tiles("backward_weight narrow", 2, ANY, 64, 128, 32, 4, 1),
@@ -118,16 +130,23 @@ HOPPER = (
 # shared memory as those of workstations have (99 KiB for a program): where rows of PORTABLE do not
 # fit, or spill many registers, blocks that do not. Chosen by what they compile to, not timed.
 AMPERE = (
-    Tiles("forward", 4, 64, 64, 64, 32, 4, 2),
-    Tiles("forward", 4, 128, 64, 128, 16, 4, 2),
-    Tiles("forward", 4, ANY, 64, 256, 32, 8, 2),
+    Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
+    Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
+    Tiles("forward", 4, ANY, 64, 256, 32, 8, 1),
+    Tiles("forward deep", 2, 256, 64, 256, 64, 8, 2),
+    Tiles("forward deep", 4, 64, 64, 64, 32, 4, 2),
+    Tiles("forward deep", 4, 128, 64, 128, 16, 4, 2),
+    Tiles("forward deep", 4, ANY, 64, 256, 32, 8, 2),
     Tiles("forward narrow", 2, 64, 64, 64, 32, 4, 1),
     Tiles("forward narrow", 2, 128, 64, 128, 32, 4, 1),
     Tiles("forward narrow", 2, ANY, 64, 128, 32, 8, 1),
+    Tiles("forward narrow", 4, ANY, 64, 64, 32, 4, 1),
     Tiles("backward_atomic", 2, 32, 64, 128, 32, 8, 1),
     Tiles("backward_atomic", 4, 64, 64, 64, 32, 8, 2),
     Tiles("backward_atomic", 4, 128, 64, 128, 32, 8, 2),
     Tiles("backward_atomic", 4, ANY, 64, 64, 64, 8, 2),
+    Tiles("backward_atomic narrow", 2, 64, 64, 64, 32, 4, 1),
+    Tiles("backward_atomic narrow", 2, 128, 64, 128, 32, 4, 1),
     Tiles("backward_sorted", 2, 32, 128, 32, 32, 4, 2),
     Tiles("backward_sorted", 2, 64, 128, 64, 64, 4, 2),
     Tiles("backward_sorted", 2, 128, 128, 32, 128, 4, 3),
@@ -149,6 +168,10 @@ TILE_US, BANDWIDTH = 1.6, 4e6
 # Architectures with kernels that take whole blocks of channels, and whose calls therefore pad them
 # (layout.py, sizes_of).
 BLOCKS = frozenset(("sm_90",))
+
+# From so many bytes of a sample group's channels on the portable forward loads samples ahead; with
+# fewer it has too much else to do.
+DEEP = 512
 
 # Sample groups of at most so many channels are taken several at a time, a single one of half as
 # many for several taps at a time, and their image gradient goes by atomic additions.
