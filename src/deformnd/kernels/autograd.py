@@ -35,6 +35,10 @@ from .geometry import Family, empty
 Gradients = tuple[Tensor | None, ...]
 
 
+# The operators by name, as functions that go the direct way (direct.py) where a call allows it.
+OPERATORS: dict[str, Callable[..., Any]] = {}
+
+
 class _Call(threading.local):
     """Of the operator that this thread runs: whether its result will have gradients."""
 
@@ -129,6 +133,7 @@ def _register(
         setup = Differentiable.setup_context
         torch.library.register_autograd(operator, gradient, setup_context=setup, lib=lib)
         torch.library.register_vmap(operator, vmap_rule, lib=lib)
+        OPERATORS[name] = getattr(torch.ops.deformnd, name)
         return
 
     ways = {}
@@ -137,21 +142,31 @@ def _register(
         ways[keys] = direct.apply(known), below
     otherwise = apply, Differentiable.forward
 
-    def kernel(keys: Any, *args: Any) -> Any:
-        if sharding.unknown and "torch.distributed.tensor" in sys.modules:
-            sharding.register()
-        differentiated, plain = ways.get(keys.raw_repr(), otherwise) if ways else otherwise
+    def go(way: tuple[Any, Any], args: Sequence[Any]) -> Any:
         if direct.forward_mode() or (
-            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5])
+            torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:5]])
         ):
             call.differentiated = True
             try:
-                return differentiated(*args)
+                return way[0](*args)
             finally:
                 call.differentiated = False
-        return plain(*args)
+        return way[1](*args)
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if sharding.unknown and "torch.distributed.tensor" in sys.modules:
+            sharding.register()
+        return go(ways.get(keys.raw_repr(), otherwise) if ways else otherwise, args)
 
     lib.impl(name, kernel, "Autograd", with_keyset=True)
+    dispatched = getattr(torch.ops.deformnd, name)
+
+    def straight(*args: Any) -> Any:
+        keys = direct.forward_keys(args[:5])
+        way = None if keys is None else ways.get(keys)
+        return dispatched(*args) if way is None else go(way, args)
+
+    OPERATORS[name] = straight
 
 
 def _at_front(lib: torch.library.Library, name: str, kernel: Callable[..., Any]) -> bool:

@@ -14,6 +14,7 @@ all calls are dispatched; what the other two are missed for, autograd.py says.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,13 +69,25 @@ def backward_kernel(kernels: dict[int, Kernel], tensors: Sequence[Tensor | None]
     return kernels.get(_listening(tensors))
 
 
+def forward_keys(tensors: Sequence[Tensor | None]) -> int | None:
+    """The keys of a call by a user, as `kernels_by_keys` has them; None: it is dispatched."""
+    if (
+        _USUAL is None
+        or torch.compiler.is_compiling()
+        or _C._autograd._profiler_enabled()
+        or _C._dispatch_tls_local_exclude_set().raw_repr() != _USUAL
+    ):
+        return None
+    return _listening(tensors)
+
+
 def _listening(tensors: Sequence[Tensor | None]) -> int:
     """The keys of a call with these tensors."""
-    keys = _C._dispatch_tls_local_include_set()
+    keys = _C._dispatch_tls_local_include_set().raw_repr()
     for t in tensors:
         if t is not None:
-            keys = keys | _C._dispatch_keys(t)
-    return int((keys - _DEAF).raw_repr())
+            keys |= _C._dispatch_keys(t).raw_repr()
+    return int(keys & ~_DEAF_BITS)
 
 
 def _below(kernel: Kernel) -> Kernel:
@@ -91,12 +104,27 @@ def _keys(*names: str) -> Any:
     return functools.reduce(lambda a, b: a | b, sets)
 
 
+def _usual_exclusions() -> int | None:
+    """The keys that a thread does not listen to before anything changes that, as autocast does."""
+    found: list[int] = []
+    thread = threading.Thread(
+        target=lambda: found.append(int(_C._dispatch_tls_local_exclude_set().raw_repr()))
+    )
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 # Keys that every call has, and that mean nothing to a backward; None if a private name is missing.
-_DEAF = None
+# _USUAL: those that are left out in a thread where nothing has changed that.
+_DEAF = _USUAL = None
 try:
     _DEAF = _keys("BackendSelect", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
+    _DEAF_BITS = int(_DEAF.raw_repr())
     with below_autograd():
         _listening([torch.empty(0, device="cpu")])
     _C._autograd._profiler_enabled()
+    if hasattr(_C, "_dispatch_tls_local_exclude_set"):
+        _USUAL = _usual_exclusions()
 except (AttributeError, TypeError):
     _DEAF = None

@@ -143,6 +143,21 @@ def _backward_kernel(family: Family, backend: Callable[[], Any]) -> Callable[...
     return backward
 
 
+def _recalled(
+    kernel: Callable[..., Any], order: Sequence[int], backward: bool
+) -> Callable[..., Any]:
+    """The kernel as gpu.recalled has it, from the first call on."""
+    found: list[Callable[..., Any]] = []
+
+    def recalled(*args: Any) -> Any:
+        if not found:
+            gpu = _gpu()
+            found.append(kernel if gpu is reference else gpu.recalled(kernel, order, backward))
+        return found[0](*args)
+
+    return recalled
+
+
 def _check_backward(
     family: Family, g: Geometry, grad_output: Tensor, input: Tensor, needs: Sequence[bool]
 ) -> None:
@@ -277,6 +292,10 @@ def _register(family: Family) -> None:
         _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     kernels = {key: _forward_kernel(family, backend) for key, backend in _BACKENDS}
     backward_kernels = {key: _backward_kernel(family, backend) for key, backend in _BACKENDS}
+    if "CUDA" in kernels:
+        kernels["CUDA"] = _recalled(kernels["CUDA"], (0, 1, 2, 3, 4), False)
+        order = (0, 1, 2, 3, 4) if family.transposed else (1, 0, 2, 3, 4)
+        backward_kernels["CUDA"] = _recalled(backward_kernels["CUDA"], order, True)
     for key, _ in _BACKENDS:
         _lib.impl(family.name, kernels[key], key)
         _lib.impl(backward, backward_kernels[key], key)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 from ..kernels import library as library  # registers torch.ops.deformnd
+from ..kernels.autograd import OPERATORS
 from ..kernels.geometry import check_call, conv_geometry, conv_transpose_geometry
 
 __all__ = [
@@ -173,9 +174,14 @@ def deform_conv(
     else:
         paddings = _values(padding, n)
     if offset is not None or mask is not None:
-        output = torch.ops.deformnd.deform_conv(
-            input, weight, offset, mask, bias, strides, paddings, dilations, groups
-        )
+        if torch.jit.is_scripting():
+            output = torch.ops.deformnd.deform_conv(
+                input, weight, offset, mask, bias, strides, paddings, dilations, groups
+            )
+        else:
+            output = OPERATORS["deform_conv"](
+                input, weight, offset, mask, bias, strides, paddings, dilations, groups
+            )
     else:
         if not torch.jit.is_scripting():
             _outside_a_trace(
@@ -246,9 +252,14 @@ def deform_conv_transpose(
     strides, dilations = _values(stride, n), _values(dilation, n)
     paddings, extra = _values(padding, n), _values(output_padding, n)
     if offset is not None or mask is not None:
-        output = torch.ops.deformnd.deform_conv_transpose(
-            input, weight, offset, mask, bias, strides, paddings, extra, dilations, groups
-        )
+        if torch.jit.is_scripting():
+            output = torch.ops.deformnd.deform_conv_transpose(
+                input, weight, offset, mask, bias, strides, paddings, extra, dilations, groups
+            )
+        else:
+            output = OPERATORS["deform_conv_transpose"](
+                input, weight, offset, mask, bias, strides, paddings, extra, dilations, groups
+            )
     else:
         if not torch.jit.is_scripting():
             _outside_a_trace(

@@ -50,7 +50,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
             dots = ()
             for q in tl.static_range(2**rank):
                 dots = dots + (tl.zeros((BLOCK_P, GROUPS * TAPS), tl.float32),)
-            for c0 in range(0, columns.channels_to(g, CHANNELS), BLOCK_C):
+            for c0 in range(0, columns.channels_to(g, BLOCK_C, CHANNELS), BLOCK_C):
                 grad = tl.zeros((BLOCK_P, GROUPS * TAPS * BLOCK_C), tl.float32)
                 if HOLD:
                     o = tl.arange(0, BLOCK_O)

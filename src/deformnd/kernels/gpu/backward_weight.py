@@ -14,7 +14,7 @@ import triton.language as tl
 from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .tiles import Tiles
+from .tiles import NARROW, Tiles
 from .variants import portable
 
 
@@ -100,7 +100,8 @@ def write(
     if tiles is None:
         name = "backward_weight narrow" if call.narrow else "backward_weight"
         tiles = call.tiles(name, sizes.group_out)
-    constants = columns.blocks_of(call, tiles, 16 // tiles.width)
+    # All channels of a narrow group, whose cells would be found anew for each of its runs.
+    constants = columns.blocks_of(call, tiles, NARROW)
     groups, block_c = constants["GROUPS"], constants["BLOCK_C"]
     outputs = columns.outputs_of(call, constants)
     block_o = fit(outputs, tiles.block_o)

@@ -10,10 +10,11 @@ sample groups and TAPS taps, and BLOCK_C channels of each:
     columns     | s0, tap | s0+1, tap | .. | s0, tap+1 | s0+1, tap+1 | ..      each BLOCK_C wide
 
 Channels come a block at a time. A wide call has one row. A narrow one has several, since a product
-needs more channels than a sample group has, and its blocks are runs of channels that a thread loads
-at once: then a thread finds the cells of its own samples, and what goes from one to another through
-shared memory is the columns alone. For that, a narrow call's numbers that are read for every sample
-lie in memory as if nothing was known of it (samples_of), or Triton would give a thread two of them.
+needs more channels than a sample group has. The forward's blocks are then runs of channels that a
+thread loads at once: so a thread finds the cells of its own samples, and what goes from one to
+another through shared memory is the columns alone. For that, a narrow call's numbers that are read
+for every sample lie in memory as if nothing was known of it (samples_of), or Triton would give a
+thread two of them. The gradients' blocks are all channels of a group.
 
 Rows of sample groups or taps that do not exist have amplitude 0 and weights 0. In a single row
 sample group and tap are scalars, so that the compiler finds once a program what depends on them
@@ -81,12 +82,14 @@ def met(first, stop, own, other):
 
 
 @triton.jit
-def channels_to(g, CHANNELS: tl.constexpr):
-    """Where a loop over blocks of channels stops."""
+def channels_to(g, BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where a loop over blocks of channels stops; the compiler sees if it has a single turn."""
     if CHANNELS is None:
         return g.padded
-    else:
+    elif CHANNELS == BLOCK_C:
         return CHANNELS
+    else:
+        return g.group_channels
 
 
 @triton.jit

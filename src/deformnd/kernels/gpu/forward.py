@@ -108,23 +108,33 @@ def next_group(tap, s, first, last, stop):
 
 
 @triton.jit
-def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, splits,
+def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run, splits,
             LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
             INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
             GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
             CHANNELS: tl.constexpr, DEEP: tl.constexpr):  # fmt: skip
-    """Grid: (B x tiles of positions x blocks of outputs, splits)."""
+    """Blocks of outputs begin anew at every `run` outputs: with several weight groups, where one
+    begins, since a block samples the channels of all groups that it meets.
+
+    Grid: (B x tiles of positions x blocks of outputs, splits).
+    """
     tile = tl.program_id(0) // blocks
     b = tile // tiles
     p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < g.positions
     if DEEP:
         p = sampling.ravel(sampling.in_strips(p, g.point, RUN), g.point)
-    o0 = tl.program_id(0) % blocks * BLOCK_O
+    block = tl.program_id(0) % blocks
+    o0 = block * BLOCK_O
+    o_last = g.outputs
+    if GROUPED:
+        per_run = tl.cdiv(run, BLOCK_O)
+        o0 = block // per_run * run + block % per_run * BLOCK_O
+        o_last = tl.minimum(block // per_run * run + run, g.outputs)
     o = o0 + tl.arange(0, BLOCK_O)
-    o_in = o < g.outputs
+    o_in = o < o_last
     # The channels of the weight groups that these outputs belong to.
-    first, last = columns.met(o0, tl.minimum(o0 + BLOCK_O, g.outputs), g.group_out, g.group_in)
+    first, last = columns.met(o0, tl.minimum(o0 + BLOCK_O, o_last), g.group_out, g.group_in)
     image += b.to(tl.int64) * g.item
     split = tl.program_id(1)
     start = split * g.taps // splits
@@ -142,7 +152,7 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, spl
                     offset, mask, b, s0, tap, stop, p, inside, g, INDEX, GROUPS, TAPS
                 )
                 begin = 0
-                end = columns.channels_to(g, CHANNELS)
+                end = columns.channels_to(g, BLOCK_C, CHANNELS)
                 if GROUPS * TAPS == 1:
                     begin, end = blocks_between(s0, first, last, g, GROUPED, BLOCK_C)
                 for c0 in range(begin, end, BLOCK_C):
@@ -175,7 +185,10 @@ def write(
     constants = columns.blocks_of(call, tiles, 16 // tiles.width)
     block_o = fit(sizes.outputs, tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
-    blocks = triton.cdiv(sizes.outputs, block_o)
+    run = sizes.outputs
+    if sizes.group_out < run:
+        run = max(block_o // sizes.group_out, 1) * sizes.group_out
+    blocks = triton.cdiv(sizes.outputs, run) * triton.cdiv(run, block_o)
     programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
     splits, steps = 1, taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
     # A short sum is not worth another kernel.
@@ -183,7 +196,7 @@ def write(
         splits = min(taps, call.multiprocessors // programs)
     call.launch_split(
         *(forward, (programs, splits), dict(BLOCK_O=block_o, DEEP=deep, **constants), out, bias),
-        **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks),
+        **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks, run=run),
         **dict(image=call.image(image), weight=call.weight()),
     )
 

@@ -415,6 +415,11 @@ class _Result(NamedTuple):
     strides: tuple[int, ...]  # the memory format, in the words of the cheapest call that makes it
 
 
+def ahead() -> bool:
+    """Whether plans are compiled and launched by their addresses, not by Triton itself."""
+    return AHEAD and not INTERPRETED
+
+
 class Plan:
     """What a call does, for all calls with tensors of these sizes, dtypes and layouts.
 
@@ -464,32 +469,37 @@ class Plan:
 
     def load(self, more: Callable[[], Sequence[Launch]] = tuple) -> dict[Launch, Exception]:
         """Load the kernels, all at once; those that cannot be, and why."""
-        if INTERPRETED or not AHEAD:
+        if not ahead():
             return {}
         return load([*self.steps, *self.spares], more)
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         given = [t for t in tensors if t is not None]
-        results = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
-            for shape, dtype, strides in self.results
-        ]
-        if INTERPRETED or not AHEAD:
-            self._launch_plainly(given, results)
-            return results
+        if not ahead():
+            return self._run_plainly(given)
+        return self.run_at([t.data_ptr() for t in given])
+
+    def run_at(self, given: Sequence[int]) -> list[Tensor]:
+        """With tensors at these addresses."""
+        results = self._empty_results()
         memory = _storage(self.size, self.device)
         try:
             instance = self._idle.pop()
         except IndexError:
             instance = _Instance(self)
-        instance.run(
-            [t.data_ptr() for t in given], [t.data_ptr() for t in results], memory.data_ptr()
-        )
+        instance.run(given, [t.data_ptr() for t in results], memory.data_ptr())
         self._idle.append(instance)
         return results
 
-    def _launch_plainly(self, given: list[Tensor], results: list[Tensor]) -> None:
+    def _empty_results(self) -> list[Tensor]:
+        return [
+            torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+            for shape, dtype, strides in self.results
+        ]
+
+    def _run_plainly(self, given: list[Tensor]) -> list[Tensor]:
         """By Triton itself, in memory that holds NaN, which the interpreter's tests need."""
+        results = self._empty_results()
         memory = torch.full((self.size,), 255, dtype=torch.uint8, device=self.device)
         for t in results:
             t.fill_(math.nan)
@@ -504,6 +514,7 @@ class Plan:
 
         for launch in self.steps:
             launch.run(tensor)
+        return results
 
 
 class _Instance:
@@ -523,7 +534,7 @@ class _Instance:
         self.calls = [bind(launch) for launch in plan.steps]
         self.stream = _stream_of(plan.device)
 
-    def run(self, given: list[int], results: list[int], memory: int) -> None:
+    def run(self, given: Sequence[int], results: Sequence[int], memory: int) -> None:
         words = self.words
         words[GIVEN][:] = given
         words[RETURNED][:] = results
