@@ -75,6 +75,7 @@ def forward_keys(tensors: Sequence[Tensor | None]) -> int | None:
         _USUAL is None
         or torch.compiler.is_compiling()
         or _C._autograd._profiler_enabled()
+        or has_torch_function(tensors)
         or _C._dispatch_tls_local_exclude_set().raw_repr() != _USUAL
     ):
         return None
