@@ -1,47 +1,221 @@
-"""The README's pictures of the committed results: each peer's time in units of deformnd's.
+"""The tables and pictures of the committed results, for README.md and docs/speed.md.
 
-python benchmarks/plot.py
+    python benchmarks/plot.py
+
+reads results/cpu.json and results/gpu_h200.json, and writes each table between the comments
+`<!-- table NAME -->` and `<!-- end -->` that stand in the two pages, and the pictures. A test
+checks that the pages hold what this makes.
 """
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from deformnd import bench
 
 HERE = Path(__file__).parent
-PICTURES = HERE.parent / "docs" / "pictures"
+ROOT = HERE.parent
+PICTURES = ROOT / "docs" / "pictures"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+
+# What a shape stands for. The sizes of all stand in docs/speed.md, the first table.
+LABELS = {
+    "big": "Wide layer, batch 8",
+    "r50c3": "ResNet-50 stage 3, batch 2",
+    "r50c4": "ResNet-50 stage 4, batch 2",
+    "r50c5": "ResNet-50 stage 5, batch 2",
+    "b64": "Narrow layer, batch 16",
+    "bvsr": "BasicVSR++ alignment, 16 offset groups",
+    "edvr": "EDVR alignment, 8 offset groups, batch 4",
+    "k7": "7x7 kernel (BiRefNet)",
+    "depthwise": "Depthwise layer, batch 8",
+    "conv3d": "3-D layer (D3Dnet)",
+    "conv1d": "1-D layer (speech), batch 16",
+    "up2d": "Transposed 2-D layer, batch 4",
+    "tiny": "Tiny layer",
+    "A": "Narrow layer, one image",
+    "B": "ResNet-50 stage 3, one image",
+    "C": "ResNet-50 stage 4, one image",
+    "D": "BasicVSR++ alignment, one image",
+    "E": "7x7 kernel, one image",
+}
+# The rows of the README: shape, dtype, and whether on the GPU.
+CHOSEN = (
+    ("r50c3", "float16", True),
+    ("r50c4", "float32", True),
+    ("bvsr", "float16", True),
+    ("big", "float16", True),
+    ("B", "float32", False),
+)
 
 
-def cpu() -> dict[str, Any]:
-    report = json.loads((HERE / "results" / "cpu.json").read_text())
-    rows = []
-    for name, case in report["cases"].items():
+def read(name: str) -> Any:
+    return json.loads((HERE / "results" / name).read_text())
+
+
+def cpu_rows() -> dict[str, dict[str, dict[str, float]]]:
+    """Milliseconds by shape, phase and peer, on two threads."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for name, case in read("cpu.json")["cases"].items():
         for phase in ("forward", "forward+backward"):
-            found = case.get(phase, {}).get("2 threads")
-            if found:
-                peers = {peer: {"ms": times["median"]} for peer, times in found.items()}
-                rows.append({"shape": name, "dtype": "float32", "phase": phase, "peers": peers})
-    cpu = report["device"]["cpu"].removeprefix("model name ")
-    return {"device": f"{report['device']['cores']} cores, {cpu}", "rows": rows}
+            found = case.get(phase, {}).get("2 threads", {})
+            rows.setdefault(name, {})[phase] = {q: t["median"] for q, t in found.items()}
+    return rows
 
 
-def gpu() -> dict[str, Any]:
-    report = json.loads((HERE / "results" / "gpu_h200.json").read_text())
+def gpu_rows() -> list[dict[str, Any]]:
+    """The rows of a named shape, of which all peers were timed with channels first."""
+    return [
+        row
+        for row in read("gpu_h200.json")["rows"]
+        if row["layout"] == "channels first" and row["name"] in bench.SHAPES
+    ]
+
+
+def shown(ms: float | None) -> str:
+    """Three significant digits, microseconds at most; or a dash."""
+    if ms is None:
+        return "-"
+    return f"{ms:,.{min(3, max(0, 2 - math.floor(math.log10(ms))))}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_of_shapes() -> str:
     rows = []
-    for row in report["rows"]:
-        if row["layout"] != "channels first" or "dense forward" not in row:
+    for name, label in LABELS.items():
+        s = {**bench.SHAPES, **bench.CPU_SHAPES}[name]
+        kernel = "x".join([str(s.kernel)] * len(s.size))
+        more = [
+            f"{key.replace('_', ' ')} {value}"
+            for key in ("offset_groups", "groups", "stride", "dilation")
+            if (value := getattr(s, key)) != 1
+        ]
+        size = "x".join(map(str, s.size))
+        sizes = [str(s.batch), str(s.channels), size, str(s.out_channels), kernel]
+        rows.append([label, f"`{name}`", *sizes, ", ".join(more)])
+    head = ["layer", "in `deformnd bench`", "batch", "channels", "size", "outputs", "kernel"]
+    return table([*head, "besides"], rows)
+
+
+def table_of_cpu() -> str:
+    forward = ["dense", "deformnd", "torchvision", "onnxruntime", "openvino"]
+    both = ["dense", "deformnd", "torchvision"]
+    rows = []
+    for name, phases in cpu_rows().items():
+        first = [shown(phases["forward"].get(q)) for q in forward]
+        second = [shown(phases["forward+backward"].get(q)) for q in both]
+        first[1], second[1] = f"**{first[1]}**", f"**{second[1]}**"
+        rows.append([LABELS[name], *first, *second])
+    names = ["dense", "deformnd", "torchvision", "ONNX Runtime", "OpenVINO"]
+    head = ["layer", f"forward: {names[0]}", *names[1:], "with backward: dense", *both[1:]]
+    return table(head, rows)
+
+
+def table_of_gpu(dtype: str) -> str:
+    rows = []
+    for row in gpu_rows():
+        if row["dtype"] == dtype:
+            keys = ["dense forward", "forward", "torchvision forward"]
+            keys += ["dense backward", "backward", "deterministic backward", "torchvision backward"]
+            cells = [shown(row.get(key)) for key in keys]
+            cells[1], cells[4] = f"**{cells[1]}**", f"**{cells[4]}**"
+            rows.append([LABELS[row["name"]], *cells])
+    head = ["layer", "forward: dense", "deformnd", "torchvision"]
+    return table([*head, "backward: dense", "deformnd", "deterministic", "torchvision"], rows)
+
+
+def table_of_memory() -> str:
+    found: dict[str, dict[str, Any]] = {}
+    for row in gpu_rows():
+        found.setdefault(row["name"], {})[row["dtype"]] = row
+    peers = ("memory", "torchvision memory", "tvdcn memory")
+    rows = []
+    for name, dtypes in found.items():
+        cells = [dtypes.get(d, {}).get(key) for d in ("float16", "float32") for key in peers]
+        rows.append([LABELS[name], *("-" if c is None else f"{c:,.0f}" for c in cells)])
+    head = ["layer", "float16: deformnd", "torchvision", "tvdcn"]
+    return table([*head, "float32: deformnd", "torchvision", "tvdcn"], rows)
+
+
+def table_of_readme() -> str:
+    cpu, gpu = cpu_rows(), {(row["name"], row["dtype"]): row for row in gpu_rows()}
+    rows = []
+    for name, dtype, on_gpu in CHOSEN:
+        cells = []
+        for peer in ("dense", "deformnd", "torchvision"):
+            if on_gpu:
+                row, key = gpu[name, dtype], "" if peer == "deformnd" else f"{peer} "
+                forward, backward = row[f"{key}forward"], row[f"{key}backward"]
+                cells.append((forward, forward + backward))
+            else:
+                phases = cpu[name]
+                cells.append((phases["forward"][peer], phases["forward+backward"][peer]))
+        numbers = [shown(cell[phase]) for phase in (0, 1) for cell in cells]
+        numbers[1], numbers[4] = f"**{numbers[1]}**", f"**{numbers[4]}**"
+        where = "H200" if on_gpu else "2 CPU cores"
+        rows.append([f"{LABELS[name]}, {dtype}, {where}", *numbers])
+    head = ["layer", "forward: ordinary", "deformnd", "torchvision"]
+    return table([*head, "with backward: ordinary", "deformnd", "torchvision"], rows)
+
+
+TABLES = {
+    "shapes": table_of_shapes,
+    "cpu": table_of_cpu,
+    "gpu float16": lambda: table_of_gpu("float16"),
+    "gpu float32": lambda: table_of_gpu("float32"),
+    "gpu memory": table_of_memory,
+    "readme": table_of_readme,
+}
+
+
+def filled(text: str) -> str:
+    """A page with every table between its comments made anew."""
+
+    def fill(found: re.Match[str]) -> str:
+        return f"{found[1]}\n\n{TABLES[found[2]]()}\n\n{found[3]}"
+
+    return re.sub(r"(<!-- table ([\w ]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
+def picture_of_cpu() -> dict[str, Any]:
+    rows = [
+        {
+            **{"shape": LABELS[name], "dtype": "float32", "phase": phase},
+            "peers": {peer: {"ms": ms} for peer, ms in peers.items()},
+        }
+        for name, phases in cpu_rows().items()
+        for phase, peers in phases.items()
+    ]
+    device = read("cpu.json")["device"]
+    return {
+        "device": f"{device['cores']} cores, {device['cpu'].removeprefix('model name ')}",
+        "rows": rows,
+    }
+
+
+def picture_of_gpu() -> dict[str, Any]:
+    rows = []
+    for row in gpu_rows():
+        if row["dtype"] == "bfloat16":
             continue
         for phase in ("forward", "backward"):
             peers = {"deformnd": {"ms": row[phase]}}
             for peer in bench.PEERS:
                 if f"{peer} {phase}" in row:
                     peers[peer] = {"ms": row[f"{peer} {phase}"]}
-            about = {"shape": row["name"], "dtype": row["dtype"], "phase": phase}
+            about = {"shape": LABELS[row["name"]], "dtype": row["dtype"], "phase": phase}
             rows.append({**about, "peers": peers})
-    return {"device": report["device"], "rows": rows}
+    return {"device": read("gpu_h200.json")["device"], "rows": rows}
 
 
 if __name__ == "__main__":
-    bench.plot(cpu(), PICTURES / "speed_cpu.png")
-    bench.plot(gpu(), PICTURES / "speed_gpu.png")
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+    bench.plot(picture_of_cpu(), PICTURES / "speed_cpu.png")
+    bench.plot(picture_of_gpu(), PICTURES / "speed_gpu.png")

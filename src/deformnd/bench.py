@@ -653,13 +653,21 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     phases = list(dict.fromkeys(row["phase"] for row in report["rows"]))
     found = {q for row in report["rows"] for q, r in row["peers"].items() if "ms" in r}
     peers = [q for q in PEERS if q in found and q != "deformnd"]
+    longest = max((len(row["shape"]) for row in report["rows"]), default=0)
+    most = max((sum(r["dtype"] == d for r in report["rows"]) for d in dtypes), default=0)
+    # The bars lie, so that the names of the shapes stand beside them and not in each other.
     figure, axes = plt.subplots(
         *(len(dtypes), len(phases)),
-        figsize=(5.5 * len(phases), 0.4 + 2.2 * len(dtypes)),
+        figsize=(
+            1 + 0.06 * longest + 4 * len(phases),
+            0.6 + len(dtypes) * (0.5 + 0.4 * most / max(len(phases), 1)),
+        ),
         squeeze=False,
+        sharey="row",
         layout="constrained",
     )
     for dtype, line in zip(dtypes, axes, strict=True):
+        shapes = list(dict.fromkeys(r["shape"] for r in report["rows"] if r["dtype"] == dtype))
         for phase, axis in zip(phases, line, strict=True):
             rows = [
                 row
@@ -670,24 +678,27 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
             here = [q for q in peers if any("ms" in row["peers"].get(q, {}) for row in rows)]
             width = 0.8 / max(len(here), 1)
             for i, q in enumerate(here):
-                there = [(x, row["peers"]) for x, row in enumerate(rows) if q in row["peers"]]
-                there = [(x, found) for x, found in there if "ms" in found[q]]
-                ratios = [found[q]["ms"] / found["deformnd"]["ms"] for _, found in there]
-                at = [x + (i - (len(here) - 1) / 2) * width for x, _ in there]
-                axis.bar(at, ratios, width, label=q, color=f"C{peers.index(q)}")
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.set_xticks(range(len(rows)), [row["shape"] for row in rows], fontsize=7)
+                there = [row for row in rows if "ms" in row["peers"].get(q, {})]
+                ratios = [r["peers"][q]["ms"] / r["peers"]["deformnd"]["ms"] for r in there]
+                shift = (i - (len(here) - 1) / 2) * width
+                at = [shapes.index(row["shape"]) + shift for row in there]
+                # From 1 on, so that what is faster than deformnd goes to the left.
+                lengths = [ratio - 1 for ratio in ratios]
+                axis.barh(at, lengths, width, 1, label=q, color=f"C{peers.index(q)}")
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(axis="x", labelsize=7)
+            axis.set_yticks(range(len(shapes)), shapes, fontsize=8)
             axis.set_title(f"{phase}, {dtype}", fontsize=9)
-            axis.grid(axis="y", alpha=0.3)
-    figure.supylabel("time / deformnd's time", fontsize=9)
+            axis.grid(axis="x", alpha=0.3)
+        line[0].invert_yaxis()  # the first shape on top, as in a table
     handles = {h: n for a in axes.flat for h, n in zip(*a.get_legend_handles_labels(), strict=True)}
     names = {name: handle for handle, name in handles.items()}
-    figure.legend(names.values(), names, loc="outside upper right", ncols=len(names), fontsize=8)
-    figure.suptitle(f"{report['device']}: above 1, deformnd is faster", fontsize=9, x=0.3)
+    figure.legend(names.values(), names, loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.suptitle(f"{report['device']}: time / deformnd's time", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
