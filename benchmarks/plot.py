@@ -10,6 +10,7 @@ checks that the pages hold what this makes.
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ def cpu_rows() -> dict[str, dict[str, dict[str, float]]]:
     return rows
 
 
-def gpu_rows() -> list[dict[str, Any]]:
+def gpu_rows(name: str = "gpu_h200.json") -> list[dict[str, Any]]:
     """The rows of a named shape, of which all peers were timed with channels first."""
     return [
         row
-        for row in read("gpu_h200.json")["rows"]
+        for row in read(name)["rows"]
         if row["layout"] == "channels first" and row["name"] in bench.SHAPES
     ]
 
@@ -103,31 +104,53 @@ def table_of_shapes() -> str:
     return table([*head, "besides"], rows)
 
 
-def table_of_cpu() -> str:
-    forward = ["dense", "deformnd", "torchvision", "onnxruntime", "openvino"]
-    both = ["dense", "deformnd", "torchvision"]
+def table_of_cpu(phase: str) -> str:
+    peers = {"dense": "dense", "deformnd": "deformnd", "torchvision": "torchvision"}
+    if phase == "forward":  # inference engines have no other
+        peers |= {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     rows = []
     for name, phases in cpu_rows().items():
-        first = [shown(phases["forward"].get(q)) for q in forward]
-        second = [shown(phases["forward+backward"].get(q)) for q in both]
-        first[1], second[1] = f"**{first[1]}**", f"**{second[1]}**"
-        rows.append([LABELS[name], *first, *second])
-    names = ["dense", "deformnd", "torchvision", "ONNX Runtime", "OpenVINO"]
-    head = ["layer", f"forward: {names[0]}", *names[1:], "with backward: dense", *both[1:]]
-    return table(head, rows)
+        cells = [shown(phases[phase].get(q)) for q in peers]
+        cells[1] = f"**{cells[1]}**"
+        rows.append([LABELS[name], *cells])
+    return table(["layer", *peers.values()], rows)
 
 
-def table_of_gpu(dtype: str) -> str:
+def table_of_gpu(phase: str, dtype: str) -> str:
+    peers = {f"dense {phase}": "dense", phase: "deformnd"}
+    if phase == "backward":
+        peers["deterministic backward"] = "deformnd, deterministic"
+    peers |= {f"{peer} {phase}": peer for peer in ("torchvision", "tvdcn")}
     rows = []
     for row in gpu_rows():
         if row["dtype"] == dtype:
-            keys = ["dense forward", "forward", "torchvision forward"]
-            keys += ["dense backward", "backward", "deterministic backward", "torchvision backward"]
-            cells = [shown(row.get(key)) for key in keys]
-            cells[1], cells[4] = f"**{cells[1]}**", f"**{cells[4]}**"
+            cells = [shown(row.get(key)) for key in peers]
+            cells[1] = f"**{cells[1]}**"
             rows.append([LABELS[row["name"]], *cells])
-    head = ["layer", "forward: dense", "deformnd", "torchvision"]
-    return table([*head, "backward: dense", "deformnd", "deterministic", "torchvision"], rows)
+    return table(["layer", *peers.values()], rows)
+
+
+def table_of_means() -> str:
+    """Geometric means of other packages' times in units of deformnd's, without the tiny layer."""
+    rows = []
+    for peer, file in (
+        ("torchvision", "gpu_h200.json"),
+        ("tvdcn", "gpu_h200.json"),
+        ("deformops", "gpu_deformops_h200.json"),
+    ):
+        cells = [f"{peer} {read(file)[peer].split('+')[0]}"]
+        for dtype in ("float16", "float32"):
+            for phase in ("forward", "backward"):
+                ratios = [
+                    row[f"{peer} {phase}"] / row[phase]
+                    for row in gpu_rows(file)
+                    if row["dtype"] == dtype and row["name"] != "tiny" and f"{peer} {phase}" in row
+                ]
+                mean = shown(statistics.geometric_mean(ratios)) if ratios else "-"
+                cells.append(f"{mean} ({len(ratios)} layers)")
+        rows.append(cells)
+    head = ["package", "float16 forward", "float16 backward", "float32 forward"]
+    return table([*head, "float32 backward"], rows)
 
 
 def table_of_memory() -> str:
@@ -166,9 +189,13 @@ def table_of_readme() -> str:
 
 TABLES = {
     "shapes": table_of_shapes,
-    "cpu": table_of_cpu,
-    "gpu float16": lambda: table_of_gpu("float16"),
-    "gpu float32": lambda: table_of_gpu("float32"),
+    "cpu forward": lambda: table_of_cpu("forward"),
+    "cpu both": lambda: table_of_cpu("forward+backward"),
+    "gpu forward float16": lambda: table_of_gpu("forward", "float16"),
+    "gpu backward float16": lambda: table_of_gpu("backward", "float16"),
+    "gpu forward float32": lambda: table_of_gpu("forward", "float32"),
+    "gpu backward float32": lambda: table_of_gpu("backward", "float32"),
+    "gpu means": table_of_means,
     "gpu memory": table_of_memory,
     "readme": table_of_readme,
 }
