@@ -1,5 +1,5 @@
 """What PyTorch does with nn.Conv2d it does with these operators: a test for each row of the
-README's table that test_library.py has not."""
+table in docs/pytorch.md that test_library.py has not."""
 
 import copy
 import dataclasses
