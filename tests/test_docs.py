@@ -94,6 +94,18 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_contributing_maps_every_folder():
+    if not (ROOT / "CONTRIBUTING.md").exists():
+        pytest.skip("not a checkout")
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    folders = {folder for file in files.stdout.split() for folder in Path(file).parents}
+    unnamed = {f for f in folders - {Path()} if not re.search(rf"\b{f.name.lstrip('.')}/", text)}
+    assert not unnamed
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
 def test_tables_of_speed_are_those_of_the_results(page):
     script = ROOT / "benchmarks" / "plot.py"
