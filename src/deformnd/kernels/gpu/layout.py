@@ -781,10 +781,13 @@ class Call:
     def reduce_weight(self, parts: Buffer, out: Buffer, runs: bool = True) -> None:
         """Sum partial weights [splits, taps, group_in, padded_outputs] to a weight."""
         n, splits = self.sizes, parts.shape[0]
-        grid = (triton.cdiv(n.group_in * n.taps, 16), triton.cdiv(n.outputs, 32))
+        # Few weights have many splits: more programs for them.
+        few = n.group_in * n.taps * n.outputs <= 1 << 14
+        block_k, warps = (2, 2) if few else (16, 4)
+        grid = (triton.cdiv(n.group_in * n.taps, block_k), triton.cdiv(n.outputs, 32))
         launch = self.make(
-            *(reduce_weight, grid, dict(BLOCK_K=16, BLOCK_O=32, TOGETHER=32)),
+            *(reduce_weight, grid, dict(BLOCK_K=block_k, BLOCK_O=32, TOGETHER=32)),
             **dict(parts=parts, out=out, taps=n.taps, group_in=n.group_in, outputs=n.outputs),
-            **dict(padded_outputs=n.padded_outputs, splits=splits, warps=4),
+            **dict(padded_outputs=n.padded_outputs, splits=splits, warps=warps),
         )
         self.steps.launch(launch, runs)
