@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py
 
-reads results/cpu.json and results/gpu_h200.json, and writes each table between the comments
+reads results/cpu.json, gpu_h200.json and the sweeps, and writes each table between the comments
 `<!-- table NAME -->` and `<!-- end -->` that stand in the two pages, and the pictures. A test
 checks that the pages hold what this makes.
 """
@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from deformnd import bench
+from deformnd import bench, sweep
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -153,6 +153,29 @@ def table_of_means() -> str:
     return table([*head, "float32 backward"], rows)
 
 
+def table_of_sweep() -> str:
+    """Of layers that nobody chose: geometric means (and the least) against torchvision."""
+    rows = []
+    for label, file in (
+        ("H100, H200", "sweep_h200.json"),
+        ("any other GPU's kernels, on an H200", "sweep_h200_portable.json"),
+    ):
+        cells = [label]
+        for dtype in ("float16", "float32"):
+            for phase in bench.PHASES:
+                found = [
+                    (value, row["depthwise"])
+                    for row in read(file)["rows"]
+                    if row["dtype"] == dtype
+                    and (value := sweep.ratio(row, phase, "torchvision")) is not None
+                ]
+                usual = [value for value, depthwise in found if not depthwise]
+                cells.append(f"{statistics.geometric_mean(usual):.1f} ({min(usual):.1f})")
+        rows.append(cells)
+    head = ["kernels", "float16 forward", "float16 backward", "float32 forward"]
+    return table([*head, "float32 backward"], rows)
+
+
 def table_of_memory() -> str:
     found: dict[str, dict[str, Any]] = {}
     for row in gpu_rows():
@@ -197,6 +220,7 @@ TABLES = {
     "gpu backward float32": lambda: table_of_gpu("backward", "float32"),
     "gpu means": table_of_means,
     "gpu memory": table_of_memory,
+    "sweep": table_of_sweep,
     "readme": table_of_readme,
 }
 

@@ -293,7 +293,8 @@ DEPTHWISE = [
          padding=(3,), last=True),
     Case((5, 4), (3, 1), image=6, points=24, groups=6, offset_groups=0, mask_groups=2, batch=1,
          transposed=True),
-    Case((3, 2, 3), (2, 1, 2), image=40, points=40, groups=40, batch=1, mask_groups=0, last=True),
+    Case((3, 2, 3), (2, 1, 2), image=40, points=40, groups=40, batch=1, mask_groups=0, last=True,
+         padding=(1, 0, 1)),
     Case((4, 3), (2, 2), image=100, points=100, groups=100, batch=1),
     Case((4, 3), (2, 2), image=160, points=160, groups=160, batch=1, transposed=True),
 ]  # fmt: skip
