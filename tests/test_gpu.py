@@ -29,7 +29,7 @@ from torch import Tensor
 import deformnd
 import random_calls
 from apart import apart
-from deformnd.kernels import autograd, reference
+from deformnd.kernels import autograd, geometry, library, reference
 from deformnd.kernels.geometry import (
     Geometry,
     conv_geometry,
@@ -586,6 +586,81 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
 
 def names(plan: Plan) -> list[str]:
     return [step.name for step in plan.steps]
+
+
+@needs_gluon
+@pytest.mark.parametrize("transposed", [False, True])
+def test_calls_are_recalled(
+    transposed: bool, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call like an earlier one runs its plan at once, with the tensors in the plan's order; any
+    other call is looked at anew."""
+    straight: list[tuple[Plan, list[int]]] = []
+
+    def run_at(plan: Plan, given: list[int]) -> list[Tensor]:
+        straight.append((plan, given))
+        return [torch.empty(r.shape) for r in plan.results]
+
+    monkeypatch.setattr(Plan, "run_at", run_at)
+
+    def run(plan: Plan, tensors: Any) -> list[Tensor]:
+        plans.append(plan)
+        return run_at(plan, [])
+
+    monkeypatch.setattr(Plan, "run", run)
+    monkeypatch.setattr(backend, "ahead", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a tensor on the CPU says
+    family = geometry.FAMILIES[transposed]
+    order = (0, 1, 2, 3, 4) if transposed else (1, 0, 2, 3, 4)
+    forward = backend.recalled(
+        library._forward_kernel(family, lambda: backend), (0, 1, 2, 3, 4), False
+    )
+    backward = backend.recalled(library._backward_kernel(family, lambda: backend), order, True)
+    case = Case((9, 10), (3, 3), transposed, image=64, points=64)
+    made = case.make(torch.float16, "cpu")
+    x, w, offset, mask = made.x, made.weight, made.offset, made.mask
+    sizes = [[1, 1], [1, 1], *([[0, 0]] if transposed else []), [1, 1], 1]
+
+    def new(call: Any, *args: Any) -> bool:
+        """Whether the call was looked at."""
+        plans.clear(), straight.clear()
+        call(*args)
+        return bool(plans)
+
+    rest = (w, offset, mask, made.bias, *sizes)
+    assert new(forward, x, *rest) and not new(forward, x.clone(), *rest)
+    plan, given = straight[0]
+    assert len(given) == sum(b is not None for b in plan.given)
+    changed = [
+        (x, w, offset, mask, None, *sizes),
+        (x, w, offset, None, made.bias, *sizes),
+        (x, w, offset.float(), mask, made.bias, *sizes),
+        (x[:1], w, offset[:1], mask[:1], made.bias, *sizes),
+        (x.to(memory_format=torch.channels_last), *rest),
+    ]
+    for args in changed:
+        assert new(forward, *args) and not new(forward, *args)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    for args in ((shifted, *rest), (x.transpose(2, 3).contiguous().transpose(2, 3), *rest)):
+        assert new(forward, *args) and new(forward, *args)  # copied each time
+    repeatable(monkeypatch, True)
+    assert new(forward, x, *rest) and not new(forward, x, *rest)
+    repeatable(monkeypatch, False)
+    assert not new(forward, x, *rest)
+
+    grad = made.grad
+    for needs in ([True] * 5, [False, True, True, False, True], [True, False, False, False, False]):
+        args = (grad, x, w, offset, mask, *sizes, needs)
+        assert new(backward, *args)
+        plans.clear(), straight.clear()
+        grads = backward(*args)
+        assert not plans and [g is not None for g in grads] == needs
+        plan, given = straight[0]
+        tensors = (grad, x, w, offset, mask) if transposed else (x, grad, w, offset, mask)
+        assert given == [t.data_ptr() for t in tensors]
+        assert [g.shape for g in grads if g is not None] == [r.shape for r in plan.results]
+    forget()
+    assert new(forward, x, *rest)
 
 
 @needs_gluon
