@@ -108,8 +108,8 @@ MUTATIONS = (
     Mutation(
         "a batch item of points is twice as far from the first",
         "columns.py",
-        "place = ((b.to(tl.int64) * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]",
-        "place = ((2 * b * g.positions + p) * g.padded_outputs)[:, None] + o[None, :]",
+        "points += b.to(tl.int64) * g.positions * g.padded_outputs",
+        "points += 2 * b.to(tl.int64) * g.positions * g.padded_outputs",
     ),
 )
 
