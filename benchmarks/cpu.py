@@ -1,7 +1,10 @@
 """The CPU core beside dense convolution, torchvision, ONNX Runtime and OpenVINO, in one run.
 
     python benchmarks/cpu.py --output benchmarks/results/cpu.json
+    python benchmarks/cpu.py --threads 1 2 4 8 16 --output benchmarks/results/cpu-threads.json
 
+The second form shows how one call spreads over threads, beside dense convolution alone, and at the
+largest number what each gradient takes by itself; about 90 seconds.
 Peers that are not installed are left out. Times are medians of interleaved rounds in milliseconds;
 `best` in the JSON are the least, for a machine that others use too. Memory is the peak resident
 set beyond what was there before the call and beyond its results, in a fresh process (Linux).
@@ -11,12 +14,14 @@ Errors are relative L2 norms against the definition in float64.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +133,82 @@ def run_case(name: str, seconds: float) -> dict[str, Any]:
     return result
 
 
+def quick(group: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
+    """Interleaved rounds of about 20 ms, each after a call that is not timed; slow calls alone."""
+    calls = {}
+    for name, function in group.items():
+        function()
+        start = time.perf_counter()
+        function()
+        calls[name] = int(0.02 / (time.perf_counter() - start))
+    times: dict[str, list[float]] = {name: [] for name in group}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[name]) < 2:
+        for name, function in group.items():
+            if calls[name]:
+                function()
+            start = time.perf_counter()
+            for _ in range(max(1, calls[name])):
+                function()
+            times[name].append((time.perf_counter() - start) * 1e3 / max(1, calls[name]))
+    return {name: {"median": statistics.median(t), "best": min(t)} for name, t in times.items()}
+
+
+def by_threads(counts: list[int], seconds: float) -> dict[str, Any]:
+    """Milliseconds of each case by phase and number of threads."""
+    cases = {name: CASES[name] for name in "ABCDE"}
+    cases["B, batch 8"] = CASES["B"]._replace(batch=8)
+    results: dict[str, Any] = {}
+    for name, case in cases.items():
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        p = Problem(case)
+        found: dict[str, Any] = {"shape": sizes(case), "forward": {}, "forward+backward": {}}
+        results[name] = found
+        for count in counts:
+            torch.set_num_threads(count)
+            found["forward"][count] = quick(
+                {"dense": p.dense, "deformnd": functools.partial(p.kernel, cpu)}, seconds
+            )
+            found["forward+backward"][count] = quick(
+                {
+                    "dense": functools.partial(dense_both, p),
+                    "deformnd": functools.partial(deformnd_both, p),
+                },
+                seconds,
+            )
+        given = (p.input, p.grad, p.weight, p.offset, p.mask)
+        needs = {
+            "image": (True, False, False, False, False),
+            "weight": (False, False, True, False, False),
+            "offset and mask": (False, False, False, True, True),
+        }
+        one: dict[str, Callable[[], object]] = {
+            key: functools.partial(cpu.gradients, p.geometry, *given, need)
+            for key, need in needs.items()
+        }
+        found["one gradient"] = {counts[-1]: quick(one, seconds)}
+    return results
+
+
+def table_by_threads(results: dict[str, Any], counts: list[int]) -> str:
+    lines = []
+    for phase in ("forward", "forward+backward"):
+        heads = [f"{n} threads: deformnd / dense = ratio" for n in counts]
+        lines += [f"\n{phase}, median ms\n", "| | " + " | ".join(heads) + " |"]
+        lines += ["|---" * (len(counts) + 1) + "|"]
+        for name, found in results.items():
+            cells = []
+            for n in counts:
+                ours, dense = (found[phase][n][peer]["median"] for peer in ("deformnd", "dense"))
+                cells.append(f"{ours:.3g} / {dense:.3g} = {ours / dense:.2f}")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["\none gradient by itself, median ms\n"]
+    for name, found in results.items():
+        parts = [f"{k} {t['median']:.3g}" for k, t in found["one gradient"][counts[-1]].items()]
+        lines.append(f"- {name}: " + ", ".join(parts))
+    return "\n".join(lines)
+
+
 def device() -> dict[str, Any]:
     return {
         "cpu": bench.processor(),
@@ -166,6 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each group of peers")
+    parser.add_argument("--threads", type=int, nargs="+", help="only spread over so many threads")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -173,17 +255,26 @@ def main() -> None:
         case, peer, both = args.peak
         print(peak(case, peer, both == "1", 2))
         return
+    if args.threads:
+        report = {"device": device(), "cases": by_threads(args.threads, 0.7)}
+        print(table_by_threads(report["cases"], args.threads))
+        save(report, args.output)
+        return
     report = {"device": device(), "cases": {}}
     for name in args.cases.split(","):
         print(f"{name} ...", file=sys.stderr, flush=True)
         report["cases"][name] = run_case(name, args.seconds)
-    report["device"]["load after"] = os.getloadavg()
     print(json.dumps(report["device"], indent=1))
     for key in ("median", "best"):
         print(table(report["cases"], key))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, args.output)
+
+
+def save(report: dict[str, Any], output: Path | None) -> None:
+    if output:
+        report["device"]["load after"] = os.getloadavg()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,26 +31,26 @@
 namespace deformnd {
 namespace {
 
-constexpr size_t kKept = size_t(16) << 20;  // bytes that a thread keeps between calls
-constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kKept = size_t(8) << 20;  // bytes kept between calls for each thread of the call
 
 // Fresh memory costs a page fault for every 4 KB otherwise: a fifth of a backward pass whose
 // gradients take 100 MB.
 void advise_huge([[maybe_unused]] char* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
+  const uintptr_t page = kHugePage;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
 void advise_result(const Array& a, i64 elements) {
-  const size_t bytes = size_t(elements) * (a.dtype == kFloat64 ? 8 : a.dtype == kFloat32 ? 4 : 2);
-  if (a.data && bytes >= 4 * kHugePage) advise_huge(a.data, bytes);
+  const i64 bytes = elements * (a.dtype == kFloat64 ? 8 : a.dtype == kFloat32 ? 4 : 2);
+  if (a.data && bytes >= kLarge) advise_huge(a.data, size_t(bytes));
 }
 
 char* allocate(size_t bytes) {
-  const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
+  const size_t alignment = bytes >= size_t(2 * kHugePage) ? size_t(kHugePage) : 64;
   bytes = (bytes + alignment - 1) / alignment * alignment;
 #if defined(_WIN32)
   return static_cast<char*>(_aligned_malloc(bytes, alignment));
@@ -135,11 +135,15 @@ Run run_of(i64 level) {
   return baseline::run;
 }
 
+// Calls at this moment. Each calling thread has a pool of its own: where there are as many callers
+// as threads to a call, the processor is busy, and more threads would only wait for each other.
+std::atomic<i64> calls{0};
+
 // The OpenMP pool does not survive a fork, and two threads would wait for it forever.
 std::atomic<bool> forked{false};
 
 #if defined(__unix__) || defined(__APPLE__)
-const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true, calls = 0; });
 #endif
 
 }  // namespace
@@ -159,8 +163,8 @@ char* workspace_take(size_t bytes) {
   return workspace.data;
 }
 
-void workspace_give() {
-  if (workspace.size > kKept) workspace.drop();
+void workspace_give(i64 threads) {
+  if (workspace.size > kKept * size_t(threads < 2 ? 2 : threads)) workspace.drop();
 }
 
 }  // namespace deformnd
@@ -181,7 +185,6 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   c.threads = *next++;
   c.exactly = c.threads < 0;
   if (c.exactly) c.threads = -c.threads;
-  if (forked) c.threads = 1;
   c.rank = *next++;
   for (i64* size : {&c.batch, &c.image_channels, &c.point_channels, &c.groups, &c.offset_groups,
                     &c.mask_groups})
@@ -203,5 +206,8 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   advise_result(c.grad_mask, cells * c.mask_groups);
   const i64 best = best_level(), used = level < 0 || level > best ? best : level;
   c.pairs = used >= 3;
-  return static_cast<int>(run_of(used)(c));
+  c.alone = ++calls >= c.threads || forked;
+  const Status status = run_of(used)(c);
+  --calls;
+  return static_cast<int>(status);
 }

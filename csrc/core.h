@@ -28,6 +28,7 @@ struct Call {
   bool gather;   // points from the image; otherwise the given ones of the four gradients
   i64 threads;   // at most
   bool exactly;  // that many threads even for little work
+  bool alone;    // the work is cut for them, but the calling thread does it all
   bool pairs;    // the machine multiplies bfloat16, see Note [pairs] in products.h
   i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[3], point_size[3], kernel[3], stride[3], padding[3], dilation[3];
@@ -39,10 +40,14 @@ struct Call {
 // Note [infinity] in kernels/cpu.py.
 enum Status : i64 { kDone, kNoMemory, kOdd };
 
-// Memory for one call: 64-byte aligned, or null. Kept between calls for the calling thread, since
-// fresh pages cost more than the arithmetic of a small call.
+// Memory for one call: 64-byte aligned, or null. Kept between calls for the calling thread, more of
+// it where many threads run the call, since fresh pages cost more than the arithmetic of a small
+// one.
 char* workspace_take(size_t bytes);
-void workspace_give();
+void workspace_give(i64 threads);
+
+// Results of at least kLarge bytes are likely fresh memory, see Note [pages].
+constexpr i64 kHugePage = 2 << 20, kLarge = 4 * kHugePage;
 
 namespace avx512 {
 Status run(const Call&);

@@ -4,7 +4,7 @@
 template <class T, int ND>
 Status gather(const Call& call) {
   using P = Plan<T, ND>;
-  const P p(call, 2, 1);
+  P p(call, 2, 1);
   const Sampler<T> sampler = sampler_of<T, ND>(kColumnsWork, p.lanes, p.vectors);
   const i64 group_units = p.units() / p.groups, group_columns = group_units * p.block;
   const i64 chunk_units = p.units_per_chunk(group_units, 1);
@@ -18,7 +18,7 @@ Status gather(const Call& call) {
   // Images at a time, and parts of the points where the tiles are too few for the threads.
   const i64 flight =
       least(p.batch, most(kFlightBytes / p.image_bytes(), divide_up(p.threads, p.tiles)));
-  const i64 splits = least(all_panels, divide_up(p.threads, flight * p.tiles));
+  const i64 splits = p.share_tiles(flight, p.threads, all_panels);
 
   struct Scratch {
     Cells<T, ND> cells;
@@ -31,7 +31,7 @@ Status gather(const Call& call) {
   Carver measure{nullptr};
   Scratch(measure, p, slots, chunk_units);
   const i64 scratch_bytes = i64(measure.used);
-  const i64 edge_size = most(Field<T>::scratch_size, (p.panel + 1) * p.K * p.block);
+  const i64 edge_size = most(Field<T>::scratch_size, (p.N + 1) * p.K * p.block);
 
   T *packed, *weights, *edge;
   T* taints;  // of each thread, see Cells
@@ -39,88 +39,100 @@ Status gather(const Call& call) {
   const auto layout = [&](Carver c) {
     packed = c.take<T>(flight * p.blocks * p.plane * p.block);
     weights = c.take<T>(all_panels * group_columns * p.panel);
-    edge = c.take<T>(p.threads * edge_size);
-    taints = c.take<T>(p.threads);
-    scratch = c.take<char>(p.threads * scratch_bytes);
+    edge = c.take<T>(p.team * edge_size);
+    taints = c.take<T>(p.team);
+    scratch = c.take<char>(p.team * scratch_bytes);
     return c.used;
   };
   char* memory = workspace_take(layout(Carver{nullptr}));
   if (!memory) return kNoMemory;
   layout(Carver{memory});
 
-  memset(taints, 0, size_t(p.threads) * sizeof(T));
+  memset(taints, 0, size_t(p.team) * sizeof(T));
   const Field<T> points{call.points, p.point_channels, p.P};
-  if (p.depthwise)
-    pack_weight_by_channel(p, weights, edge, edge_size);
-  else
-    pack_weight_by_point(p, weights, edge, edge_size);
-  if (pairs)
-    parallel(p.threads, all_panels, [&](i64 j, i64) {
-      float* panel = reinterpret_cast<float*>(weights + j * group_columns * p.panel);
-      pair_rows(group_columns, p.panel, panel);
-    });
-  for (i64 first = 0; first < p.batch; first += flight) {
-    const i64 images = least(flight, p.batch - first);
-    pack_image(p, first, images, packed, edge, edge_size);
-    parallel(p.threads, images * p.tiles * splits, [&](i64 task, i64 thread) {
-      Carver carver{scratch + thread * scratch_bytes};
-      Scratch s(carver, p, slots, chunk_units);
-      const i64 split = task % splits, image = task / splits / p.tiles;
-      const Tile tile = p.tile(first + image, task / splits % p.tiles);
-      s.cells.place(p, tile);
-      i64 current = -1;  // sample group whose cells are found
-      const i64 panel_end = all_panels * (split + 1) / splits;
-      for (i64 j = all_panels * split / splits; j < panel_end;) {
-        const i64 group = j / p.panels, some = least(panel_end, (group + 1) * p.panels) - j;
-        const i64 skipped = j % p.panels * p.panel, point = p.group_point(group) + skipped;
-        const i64 count = least(some * p.panel, p.points_in(group) - skipped);
-        const i64 width = some * p.panel;
-        if (call.bias.data) {
-          for (i64 m = 0; m < tile.count; m++) {
-            if (m == 0)
-              read(call.bias, point, count, s.points);
-            else
-              memcpy(s.points + m * width, s.points, size_t(count) * sizeof(T));
-            for (i64 i = count; i < width; i++) s.points[m * width + i] = 0;
-          }
-        } else if (p.depthwise) {
-          memset(s.points, 0, size_t(tile.count * width) * sizeof(T));
-        }
-        for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
-          const i64 units = least(chunk_units, group_units - u0), step = chunk_units * p.block;
-          for (i64 u = u0; u < u0 + units; u++) {
-            const i64 b = (group * group_units + u) / p.K, k = u % p.K;
-            const i64 sample_group = p.sample_group(b), slot = slots == 1 ? 0 : k;
-            if (slots == 1) {
-              s.cells.template find<false>(p, tile, sample_group, k, 0);
-            } else if (sample_group != current) {
-              current = sample_group;
-              for (i64 q = 0; q < p.K; q++)
-                s.cells.template find<false>(p, tile, sample_group, q, q);
+  const i64 weight_tasks =
+      p.depthwise ? p.blocks : all_panels * p.panel_vectors * (p.blocks / p.groups);
+  const i64 pages = touch_tasks(call.points, p.batch * p.point_channels * p.P, p.team);
+  together(p.team, [&](const Worker& worker) {
+    T* spare = edge + worker.thread * edge_size;
+    for (i64 first = 0; first < p.batch; first += flight) {
+      const i64 images = least(flight, p.batch - first);
+      const i64 once = first == 0 ? pages + weight_tasks : 0;
+      worker.share(once + pack_image_tasks(p, images), [&](i64 task) {
+        if (task >= once) return pack_image(p, first, task - once, packed, spare);
+        if (task < pages) return touch(call.points, task);
+        task -= pages;
+        if (p.depthwise)
+          pack_weight_by_channel(p, task, weights, spare);
+        else
+          pack_weight_by_point(p, task, weights, spare);
+      });
+      if (pairs && first == 0)
+        worker.share(all_panels, [&](i64 j) {
+          float* panel = reinterpret_cast<float*>(weights + j * group_columns * p.panel);
+          pair_rows(group_columns, p.panel, panel);
+        });
+      worker.share(images * p.tiles * splits, [&](i64 task) {
+        Carver carver{scratch + worker.thread * scratch_bytes};
+        Scratch s(carver, p, slots, chunk_units);
+        const i64 split = task % splits, image = task / splits / p.tiles;
+        const Tile tile = p.tile(first + image, task / splits % p.tiles);
+        s.cells.place(p, tile);
+        i64 current = -1;  // sample group whose cells are found
+        const i64 panel_end = all_panels * (split + 1) / splits;
+        for (i64 j = all_panels * split / splits; j < panel_end;) {
+          const i64 group = j / p.panels, some = least(panel_end, (group + 1) * p.panels) - j;
+          const i64 skipped = j % p.panels * p.panel, point = p.group_point(group) + skipped;
+          const i64 count = least(some * p.panel, p.points_in(group) - skipped);
+          const i64 width = some * p.panel;
+          if (call.bias.data) {
+            for (i64 m = 0; m < tile.count; m++) {
+              if (m == 0)
+                read(call.bias, point, count, s.points);
+              else
+                memcpy(s.points + m * width, s.points, size_t(count) * sizeof(T));
+              for (i64 i = count; i < width; i++) s.points[m * width + i] = 0;
             }
-            sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.block, nullptr,
-                     p.steps, s.cells.index + slot * p.table, s.cells.weight + slot * p.Q * p.table,
-                     nullptr, s.columns + (u - u0) * p.block, step, nullptr});
+          } else if (p.depthwise) {
+            memset(s.points, 0, size_t(tile.count * width) * sizeof(T));
           }
-          if (pairs)
-            pair_columns(tile.count, units * p.block, reinterpret_cast<float*>(s.columns), step);
-          if (p.depthwise)
-            add_scaled(tile.count, p.block, units, s.columns, step,
-                       weights + j * group_columns + u0 * p.block, s.points);
-          else
-            product(p.panel_vectors, tile.count, some, units * p.block / per_word, s.columns, step,
-                    weights + (j * group_columns + u0 * p.block / per_word) * p.panel,
-                    group_columns * p.panel, s.points, width, call.bias.data || u0 > 0);
+          for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
+            const i64 units = least(chunk_units, group_units - u0), step = chunk_units * p.block;
+            for (i64 u = u0; u < u0 + units; u++) {
+              const i64 b = (group * group_units + u) / p.K, k = u % p.K;
+              const i64 sample_group = p.sample_group(b), slot = slots == 1 ? 0 : k;
+              if (slots == 1) {
+                s.cells.template find<false>(p, tile, sample_group, k, 0);
+              } else if (sample_group != current) {
+                current = sample_group;
+                for (i64 q = 0; q < p.K; q++)
+                  s.cells.template find<false>(p, tile, sample_group, q, q);
+              }
+              sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.block, nullptr,
+                       p.steps, s.cells.index + slot * p.table,
+                       s.cells.weight + slot * p.Q * p.table, nullptr,
+                       s.columns + (u - u0) * p.block, step, nullptr});
+            }
+            if (pairs)
+              pair_columns(tile.count, units * p.block, reinterpret_cast<float*>(s.columns), step);
+            if (p.depthwise)
+              add_scaled(tile.count, p.block, units, s.columns, step,
+                         weights + j * group_columns + u0 * p.block, s.points);
+            else
+              product(p.panel_vectors, tile.count, some, units * p.block / per_word, s.columns,
+                      step, weights + (j * group_columns + u0 * p.block / per_word) * p.panel,
+                      group_columns * p.panel, s.points, width, call.bias.data || u0 > 0);
+          }
+          for (i64 i = 0; i < tile.segments; i++)
+            points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
+                         s.points + i * tile.length * width, width, spare);
+          j += some;
         }
-        for (i64 i = 0; i < tile.segments; i++)
-          points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
-                       s.points + i * tile.length * width, width, edge + thread * edge_size);
-        j += some;
-      }
-      taints[thread] += s.cells.tainted();
-    });
-  }
-  const Status status = status_of(taints, p.threads);
-  workspace_give();
+        taints[worker.thread] += s.cells.tainted();
+      });
+    }
+  });
+  const Status status = status_of(taints, p.team);
+  workspace_give(p.team);
   return status;
 }

@@ -16,7 +16,18 @@
 // Note [order]
 // Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
 // the channel in the block. Every sum runs in an order that depends on the sizes and the number of
-// threads alone, not on which of them is first; on their number only by the `bands` of Reverse.
+// threads alone, not on which of them is first; on their number only by the parts and bands of
+// Reverse.
+//
+// Note [threads]
+// A call is one parallel region, and all threads of the pool take part, also where the work is cut
+// for fewer: a region with fewer threads than the last one ends the others, and the next one has
+// to start them anew, which takes longer than a small call. No thread owns anything but scratch,
+// so a call is right, and the same bit by bit, with however few threads OpenMP grants.
+//
+// Note [pages]
+// Where threads write into a fresh huge page at once, the system clears one for each of them and
+// throws away all but one. So each page of a large result is touched by one thread first.
 
 #include <string.h>
 
@@ -67,21 +78,37 @@ inline i64 round_up(i64 a, i64 b) { return divide_up(a, b) * b; }
 inline i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 inline i64 lcm(i64 a, i64 b) { return a / gcd(a, b) * b; }
 
-// Run body(task, thread) for all tasks.
-template <class Body>
-void parallel([[maybe_unused]] i64 threads, i64 tasks, const Body& body) {
+// A thread of those that run a call together.
+struct Worker {
+  i64 thread, threads;
+
+  // Called by all of them: runs body(task) for all tasks, and returns when all are done.
+  template <class Body>
+  void share(i64 tasks, const Body& body) const {
 #ifdef _OPENMP
-  if (threads > 1 && tasks > 1) {
-#pragma omp parallel num_threads(int(least(threads, tasks)))
-    {
-      const i64 thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-      for (i64 task = 0; task < tasks; task++) body(task, thread);
+    if (threads > 1) {
+      // Small tasks by the handful: all threads count on one cell of memory.
+      const int handful = int(most(1, tasks / (64 * threads)));
+#pragma omp for schedule(dynamic, handful)
+      for (i64 task = 0; task < tasks; task++) body(task);
+      return;
     }
+#endif
+    for (i64 task = 0; task < tasks; task++) body(task);
+  }
+};
+
+// Run body(worker) on each of the threads, see Note [threads].
+template <class Body>
+void together([[maybe_unused]] i64 threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+    body(Worker{omp_get_thread_num(), omp_get_num_threads()});
     return;
   }
 #endif
-  for (i64 task = 0; task < tasks; task++) body(task, i64(0));
+  body(Worker{0, 1});
 }
 
 // Deals out parts of the workspace; with a null base it only counts.
@@ -99,6 +126,16 @@ struct Carver {
     return part;
   }
 };
+
+// For Note [pages]: the tasks of `elements` of a result, and one of them.
+inline i64 touch_tasks(const Array& a, i64 elements, i64 team) {
+  const i64 bytes = elements * (a.dtype == kFloat64 ? 8 : a.dtype == kFloat32 ? 4 : 2);
+  return a.data && team > 1 && bytes >= kLarge ? bytes / kHugePage : 0;
+}
+inline void touch(const Array& a, i64 task) {
+  volatile char* page = a.data + task * kHugePage;
+  for (i64 at = 0; at < kHugePage; at += 4096) page[at] = 0;
+}
 
 // Each builds on those before it.
 // clang-format off

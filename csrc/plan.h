@@ -25,7 +25,8 @@ struct Plan {
   const Call& call;
   i64 batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[ND], point_size[ND], kernel[ND], stride[ND], padding[ND], dilation[ND];
-  i64 threads;
+  i64 threads;  // that the work is cut for
+  i64 team;     // that run it
   bool depthwise;
   i64 K, P, pixels;       // kernel points, point positions, image pixels
   i64 padded[ND], plane;  // sizes and pixels of a packed plane
@@ -72,23 +73,63 @@ struct Plan {
     panels = divide_up(group_points, panel);
     group_width = panels * panel;
 
+    threads = threads_for(c);
+    team = threads > 1 && !c.alone ? c.threads : 1;  // all or one, see Note [threads]
+
     const i64 width = point_size[ND - 1], rows = P / width;
     const i64 wanted = block <= 8 ? kWideTile : most(kTileWidth, kTilePixels / rows);
-    tile_columns = divide_up(width, divide_up(width, least(wanted, width)));
-    tile_rows = most(1, least(rows, (kTilePixels + tile_columns / 2) / tile_columns));
-    row_tiles = divide_up(rows, tile_rows), column_tiles = divide_up(width, tile_columns);
-    tiles = row_tiles * column_tiles, tile_pixels = tile_rows * tile_columns;
-    table = round_up(tile_pixels, N) + N;
+    const i64 columns = divide_up(width, divide_up(width, least(wanted, width)));
+    cut_tiles(most(1, least(rows, (kTilePixels + columns / 2) / columns)), columns);
 
     for (int q = 0; q < Q; q++) {
       steps[q] = 0;
       for (int v = 0; v < ND; v++)
         if (q >> (ND - 1 - v) & 1) steps[q] += axis_step(v) * block;
     }
-    // A thread wants about 20 microseconds of work, ten times what waking it costs.
-    const double work = double(batch) * P * K * image_channels * (group_points + 16);
-    const double worth = c.exactly ? double(c.threads) : work / 2e6;
-    threads = worth < double(c.threads) ? most(1, i64(worth)) : c.threads;
+  }
+
+  // The threads that a call is worth: each wants about 20 microseconds of work, ten times what
+  // waking it costs, and all of a large team want more than two.
+  static i64 threads_for(const Call& c) {
+    if (c.exactly) return c.threads;
+    double work = double(c.batch) * c.image_channels * (c.point_channels / c.groups + 16);
+    for (int v = 0; v < ND; v++) work *= double(c.point_size[v] * c.kernel[v]);
+    const double worth = work / 2e6;
+    if (worth < 2 + double(c.threads - 2) / 8) return 1;
+    return worth < double(c.threads) ? i64(worth) : c.threads;
+  }
+
+  void cut_tiles(i64 rows, i64 columns) {
+    const i64 width = point_size[ND - 1];
+    tile_rows = rows, tile_columns = columns;
+    row_tiles = divide_up(P / width, rows), column_tiles = divide_up(width, columns);
+    tiles = row_tiles * column_tiles, tile_pixels = rows * columns;
+    table = round_up(tile_pixels, N) + N;
+  }
+
+  // Smaller tiles, and the panels of points in parts, where `workers` get through `images` sooner;
+  // returns the number of parts. In the measure of a product: a sample costs as much as 16 points,
+  // and a tile, for which the weights come from far, as 16 pixels.
+  i64 share_tiles(i64 images, i64 workers, i64 most_parts) {
+    if (workers == 1) return 1;
+    i64 best_rows = 0, best_columns = 0, best_parts = 1, least_cost = 0;
+    for (;;) {
+      for (i64 parts = 1; parts <= most_parts; parts++) {
+        const i64 tasks = images * tiles * parts, some = divide_up(most_parts, parts);
+        const i64 cost = divide_up(tasks, workers) * (tile_pixels + 16) *
+                         (some * panel + divide_up(some, panels) * 16);
+        if (least_cost == 0 || cost < least_cost)
+          best_rows = tile_rows, best_columns = tile_columns, best_parts = parts, least_cost = cost;
+        if (tasks >= workers) break;
+      }
+      if (tile_pixels <= 16) break;
+      if (tile_rows > 1)
+        cut_tiles(tile_rows - 1, tile_columns);
+      else
+        cut_tiles(1, divide_up(point_size[ND - 1], column_tiles + divide_up(column_tiles, 8)));
+    }
+    cut_tiles(best_rows, best_columns);
+    return best_parts;
   }
 
   i64 axis_step(int axis) const {
@@ -158,31 +199,38 @@ i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64
   return n;
 }
 
+// A row of the packed image, or a piece of one; as many tasks as pack_image_tasks says.
 template <class T, int ND>
-void pack_image(const Plan<T, ND>& p, i64 first, i64 images, T* packed, T* scratch,
-                i64 scratch_size) {
+void pack_image(const Plan<T, ND>& p, i64 first, i64 task, T* packed, T* scratch) {
   const Field<T> image{p.call.image, p.image_channels, p.pixels};
   const i64 width = p.image_size[ND - 1], padded = p.padded[ND - 1], rows = p.plane / padded;
-  parallel(p.threads, images * p.blocks * rows, [&](i64 task, i64 thread) {
-    const i64 n = task / rows / p.blocks, b = task / rows % p.blocks;
-    T* to = packed + task * padded * p.block;
-    i64 rest = task % rows, row = 0, step = 1;
-    bool inside = true;
-    for (int v = ND - 2; v >= 0; v--) {
-      const i64 at = rest % p.padded[v] - 1;
-      rest /= p.padded[v];
-      inside = inside && at >= 0 && at < p.image_size[v];
-      row += at * step, step *= p.image_size[v];
-    }
-    const i64 count = p.block_channels(b);
-    if (!inside || count < p.block) memset(to, 0, size_t(padded * p.block) * sizeof(T));
-    if (!inside) return;
-    memset(to, 0, size_t(p.block) * sizeof(T));
-    memset(to + (width + 1) * p.block, 0, size_t((padded - width - 1) * p.block) * sizeof(T));
-    for (i64 x = 0; x < width; x += kPiece)
-      image.load(first + n, p.channel(b), count, row * width + x, least(kPiece, width - x),
-                 to + (x + 1) * p.block, p.block, scratch + thread * scratch_size);
-  });
+  const i64 pieces = divide_up(width, kPiece), x = task % pieces * kPiece;
+  task /= pieces;
+  const i64 n = task / rows / p.blocks, b = task / rows % p.blocks;
+  T* line = packed + task * padded * p.block;
+  i64 rest = task % rows, row = 0, step = 1;
+  bool inside = true;
+  for (int v = ND - 2; v >= 0; v--) {
+    const i64 at = rest % p.padded[v] - 1;
+    rest /= p.padded[v];
+    inside = inside && at >= 0 && at < p.image_size[v];
+    row += at * step, step *= p.image_size[v];
+  }
+  const i64 count = p.block_channels(b);
+  const auto zero = [&](i64 begin, i64 end) {
+    memset(line + begin * p.block, 0, size_t((end - begin) * p.block) * sizeof(T));
+  };
+  if (x == 0) zero(0, 1);
+  if (!inside || count < p.block) zero(x + 1, least(width, x + kPiece) + 1);
+  if (x + kPiece >= width) zero(width + 1, padded);
+  if (inside)
+    image.load(first + n, p.channel(b), count, row * width + x, least(kPiece, width - x),
+               line + (x + 1) * p.block, p.block, scratch);
+}
+
+template <class T, int ND>
+i64 pack_image_tasks(const Plan<T, ND>& p, i64 images) {
+  return images * p.blocks * (p.plane / p.padded[ND - 1]) * divide_up(p.image_size[ND - 1], kPiece);
 }
 
 // Weights of one point channel and one block as [kernel point][channel], zeros in the padding.
@@ -194,70 +242,63 @@ void load_weight(const Plan<T, ND>& p, i64 point, i64 b, T* to, T* scratch) {
   transpose(view(p.call.weight, at, count * p.K, scratch), p.K, to, p.block, p.K, count);
 }
 
-// For Note [depthwise]: [unit][channel of the block]
+// For Note [depthwise]: [unit][channel of the block]; a task for each block
 template <class T, int ND>
-void pack_weight_by_channel(const Plan<T, ND>& p, T* packed, T* scratch, i64 scratch_size) {
-  parallel(p.threads, p.blocks, [&](i64 b, i64 thread) {
-    const i64 count = p.block_channels(b);
-    T* to = packed + b * p.K * p.block;
-    if (count < p.block) memset(to, 0, size_t(p.K * p.block) * sizeof(T));
-    const T* from =
-        view(p.call.weight, p.channel(b) * p.K, count * p.K, scratch + thread * scratch_size);
-    transpose(from, p.K, to, p.block, p.K, count);
-  });
+void pack_weight_by_channel(const Plan<T, ND>& p, i64 b, T* packed, T* scratch) {
+  const i64 count = p.block_channels(b);
+  T* to = packed + b * p.K * p.block;
+  if (count < p.block) memset(to, 0, size_t(p.K * p.block) * sizeof(T));
+  const T* from = view(p.call.weight, p.channel(b) * p.K, count * p.K, scratch);
+  transpose(from, p.K, to, p.block, p.K, count);
 }
 
-// For Gather: [group][panel of points][column of the group][point of the panel]
+// For Gather: [group][panel of points][column of the group][point of the panel]; a task for each
+// vector of points and block
 template <class T, int ND>
-void pack_weight_by_point(const Plan<T, ND>& p, T* packed, T* scratch, i64 scratch_size) {
+void pack_weight_by_point(const Plan<T, ND>& p, i64 task, T* packed, T* scratch) {
   const i64 size = p.K * p.block, group_blocks = p.blocks / p.groups;
-  parallel(p.threads, p.groups * p.panels * group_blocks, [&](i64 task, i64 thread) {
-    const i64 b = task % group_blocks, j = task / group_blocks % p.panels;
-    const i64 group = task / group_blocks / p.panels;
-    T* rows = scratch + thread * scratch_size;
-    T* spare = rows + p.panel * size;
-    for (i64 i = 0; i < p.panel; i++) {
-      const i64 point = j * p.panel + i;
-      if (point < p.group_points)
-        load_weight(p, group * p.group_points + point, group * group_blocks + b, rows + i * size,
-                    spare);
-      else
-        memset(rows + i * size, 0, size_t(size) * sizeof(T));
-    }
-    transpose(rows, size, packed + task * size * p.panel, p.panel, size, p.panel);
-  });
+  const i64 part = task % p.panel_vectors, b = task / p.panel_vectors % group_blocks;
+  const i64 panel = task / p.panel_vectors / group_blocks;  // of all
+  const i64 group = panel / p.panels, first = panel % p.panels * p.panel + part * p.N;
+  T* spare = scratch + p.N * size;
+  for (i64 i = 0; i < p.N; i++) {
+    if (first + i < p.group_points)
+      load_weight(p, group * p.group_points + first + i, group * group_blocks + b,
+                  scratch + i * size, spare);
+    else
+      memset(scratch + i * size, 0, size_t(size) * sizeof(T));
+  }
+  transpose(scratch, size, packed + (panel * group_blocks + b) * size * p.panel + part * p.N,
+            p.panel, size, p.N);
 }
 
-// For Reverse: [chunk][panel of columns][point of the group][column of the panel]
+// For Reverse: [chunk][panel of columns][point of the group][column of the panel]; a task for each
+// block and point
 template <class T, int ND>
-void pack_weight_by_column(const Plan<T, ND>& p, const Chunk* chunks, i64 count, T* packed,
-                           T* scratch, i64 scratch_size) {
+void pack_weight_by_column(const Plan<T, ND>& p, const Chunk* chunks, i64 count, i64 task,
+                           T* packed, T* scratch) {
   const i64 width = 2 * p.N, group_blocks = p.blocks / p.groups;
-  parallel(p.threads, p.blocks * p.group_points, [&](i64 task, i64 thread) {
-    const i64 b = task / p.group_points, o = task % p.group_points;
-    T* columns = scratch + thread * scratch_size;
-    load_weight(p, b / group_blocks * p.group_points + o, b, columns, columns + p.K * p.block);
-    i64 low = 0, high = count;  // the chunk of the block's first unit
-    while (high - low > 1) {
-      const i64 middle = (low + high) / 2;
-      (chunks[middle].unit <= b * p.K ? low : high) = middle;
+  const i64 b = task / p.group_points, o = task % p.group_points;
+  load_weight(p, b / group_blocks * p.group_points + o, b, scratch, scratch + p.K * p.block);
+  i64 low = 0, high = count;  // the chunk of the block's first unit
+  while (high - low > 1) {
+    const i64 middle = (low + high) / 2;
+    (chunks[middle].unit <= b * p.K ? low : high) = middle;
+  }
+  for (i64 unit = b * p.K, end = unit + p.K; unit < end; low++) {
+    const Chunk& chunk = chunks[low];
+    const i64 stop = least(end, chunk.unit + chunk.count);
+    i64 column = (unit - chunk.unit) * p.block;
+    const i64 column_end = (stop - chunk.unit) * p.block;
+    const bool last = stop == chunk.unit + chunk.count;
+    const T* from = scratch + (unit - b * p.K) * p.block;
+    while (column < column_end) {
+      const i64 j = column / width, some = least(column_end, (j + 1) * width) - column;
+      T* to = packed + chunk.weights + (j * p.group_points + o) * width + column % width;
+      memcpy(to, from, size_t(some) * sizeof(T));
+      column += some, from += some, to += some;
+      if (last && column == column_end) memset(to, 0, size_t((j + 1) * width - column) * sizeof(T));
     }
-    for (i64 unit = b * p.K, end = unit + p.K; unit < end; low++) {
-      const Chunk& chunk = chunks[low];
-      const i64 stop = least(end, chunk.unit + chunk.count);
-      i64 column = (unit - chunk.unit) * p.block;
-      const i64 column_end = (stop - chunk.unit) * p.block;
-      const bool last = stop == chunk.unit + chunk.count;
-      const T* from = columns + (unit - b * p.K) * p.block;
-      while (column < column_end) {
-        const i64 j = column / width, some = least(column_end, (j + 1) * width) - column;
-        T* to = packed + chunk.weights + (j * p.group_points + o) * width + column % width;
-        memcpy(to, from, size_t(some) * sizeof(T));
-        column += some, from += some, to += some;
-        if (last && column == column_end)
-          memset(to, 0, size_t((j + 1) * width - column) * sizeof(T));
-      }
-      unit = stop;
-    }
-  });
+    unit = stop;
+  }
 }

@@ -4,13 +4,20 @@
 
 // The channels are cut into parts. A thread takes one part of one image (or of some images, where
 // they share a gradient of the weight) through all tiles, so gradients of image and weight need
-// no atomics and no sample is visited twice.
+// no atomics and no sample is visited twice. Where threads are more, it takes a band of the tiles,
+// with gradients of image and weight of its own. Of that of the image, it clears the slices that
+// its samples touch, as they come, and only those are added up.
 template <class T, int ND>
 struct Reverse {
   using P = Plan<T, ND>;
   static constexpr int N = P::N, Q = P::Q, Dots = P::Dots;
 
-  const P p;
+  // Slices [begin, end) of the slowest axis of a packed plane.
+  struct Touched {
+    i64 begin, end;
+  };
+
+  P p;
   const Call& call;
   int mode;
   Sampler<T> sampler;
@@ -24,6 +31,7 @@ struct Reverse {
   i64 scratch_bytes, edge_size;
   T *packed, *weights, *grad_packed, *grad_weights, *edge;
   T *offset_buffer, *mask_buffer;
+  Touched* touched;  // [band][image][part]
   Chunk* chunks;
   i64* part_chunks;  // first chunk of each part
   T* taints;         // of each thread, see Cells
@@ -44,11 +52,16 @@ struct Reverse {
           by_panel(c.take<T>(r.p.group_width * r.p.tile_pixels)) {}
   };
 
-  // A gradient of the position sums over the channels of its group in as many parts as the sizes
-  // say, whatever the number of threads.
-  static i64 fixed_parts(const Call& c) { return most(2, least(8, c.image_channels / 64)); }
+  // The channels in parts of at least 64; for many threads of 32, or fewer that share no offsets,
+  // since a part less is a band more, with gradients of its own.
+  static i64 wanted_parts(const Call& c) {
+    const i64 least_parts = most(2, least(8, c.image_channels / 64));
+    const i64 groups = most(c.offset_groups, c.mask_groups);
+    const i64 most_parts = most(c.image_channels / 32, least(groups, c.image_channels / 8));
+    return most(least_parts, least(P::threads_for(c), most_parts));
+  }
 
-  explicit Reverse(const Call& c) : p(c, 4, fixed_parts(c)), call(c) {
+  explicit Reverse(const Call& c) : p(c, 4, wanted_parts(c)), call(c) {
     mode = (c.grad_weight.data ? kColumnsWork : 0) |
            (c.grad_offset.data || c.grad_mask.data ? kDotsWork : 0) |
            (c.grad_image.data ? kSpreadWork : 0);
@@ -62,17 +75,24 @@ struct Reverse {
     weight_slots = 1;
     if (mode & kColumnsWork)
       weight_slots = most(1, least(least(p.batch, 8), (16 << 20) / i64(weight_size * sizeof(T))));
-    flight = least(p.batch, most(fitting, divide_up(p.threads, fixed_parts(c))));
+    flight = least(p.batch, most(fitting, divide_up(p.threads, wanted_parts(c))));
     const i64 lines = mode & kColumnsWork ? least(weight_slots, flight) : flight;
-    i64 wanted = fixed_parts(c);
+    i64 wanted = wanted_parts(c);
     if (!(mode & kDotsWork))
       for (wanted = 1; wanted < p.blocks; wanted++)
         if (lines * wanted % p.threads == 0 || lines * wanted >= 4 * p.threads) break;
     part_blocks = divide_up(p.blocks, least(wanted, p.blocks));
     parts = divide_up(p.blocks, part_blocks);
-    // Only where one image must occupy more threads than there are parts: here the sums of the
-    // gradients of image and weight do depend on the number of threads.
-    bands = least(p.tiles, divide_up(p.threads, lines * parts));
+    // Only where one image must occupy more threads than there are parts. What a band costs, to
+    // clear its gradients and to add them up, is about a fiftieth of the whole.
+    const i64 tasks = lines * parts, fewest = divide_up(p.threads, tasks);
+    p.share_tiles(1, fewest, 1);
+    i64 least_cost = 0;
+    for (i64 n = 1; n <= least(p.tiles, 2 * fewest); n++) {
+      const i64 rounds = divide_up(tasks * n, p.threads) * divide_up(p.tiles, n);
+      const i64 cost = 50 * p.threads * rounds + n * tasks * p.tiles;
+      if (least_cost == 0 || cost < least_cost) bands = n, least_cost = cost;
+    }
     offset_sets = sets(p.offset_groups), mask_sets = sets(p.mask_groups);
 
     cut_parts(nullptr, nullptr);
@@ -124,45 +144,69 @@ struct Reverse {
       grad_weights = c.take<T>(call.grad_weight.data ? weight_slots * bands * weight_size : 0);
       offset_buffer = c.take<T>(offset_buffers * flight * offset_size);
       mask_buffer = c.take<T>(mask_buffers * flight * mask_size);
-      edge = c.take<T>(p.threads * edge_size);
-      taints = c.take<T>(p.threads);
-      scratch = c.take<char>(p.threads * scratch_bytes);
+      touched = c.take<Touched>(bands * flight * parts);
+      edge = c.take<T>(p.team * edge_size);
+      taints = c.take<T>(p.team);
+      scratch = c.take<char>(p.team * scratch_bytes);
       return c.used;
     };
     char* memory = workspace_take(layout(Carver{nullptr}));
     if (!memory) return kNoMemory;
     layout(Carver{memory});
     cut_parts(chunks, part_chunks);
-    memset(taints, 0, size_t(p.threads) * sizeof(T));
+    memset(taints, 0, size_t(p.team) * sizeof(T));
 
-    if (expands && p.depthwise)
-      pack_weight_by_channel(p, weights, edge, edge_size);
-    else if (expands)
-      pack_weight_by_column(p, chunks, chunk_count, weights, edge, edge_size);
-    if (call.grad_weight.data)
-      parallel(p.threads, weight_slots * bands * p.blocks, [&](i64 task, i64) {
-        const i64 size = weight_size / p.blocks;
-        memset(grad_weights + task * size, 0, size_t(size) * sizeof(T));
-      });
-    for (i64 first = 0; first < p.batch; first += flight) {
-      const i64 images = least(flight, p.batch - first);
-      if (reads_image) pack_image(p, first, images, packed, edge, edge_size);
-      const i64 lines = mode & kColumnsWork ? least(weight_slots, images) : images;
-      parallel(p.threads, lines * parts * bands, [&](i64 task, i64 thread) {
-        const i64 band = task % bands, part = task / bands % parts;
-        for (i64 image = task / bands / parts; image < images; image += lines)
-          one_part(first, image, part, band, thread);
-      });
-      if (spreads) unpack_image(first, images);
-      if (call.grad_offset.data)
-        add_sets(call.grad_offset, offset_buffer, offset_size, p.offset_groups, offset_sets, first,
-                 images);
-      if (call.grad_mask.data)
-        add_sets(call.grad_mask, mask_buffer, mask_size, p.mask_groups, mask_sets, first, images);
-    }
-    if (call.grad_weight.data) unpack_weight();
-    const Status status = status_of(taints, p.threads);
-    workspace_give();
+    const i64 weight_tasks = !expands ? 0 : p.depthwise ? p.blocks : p.blocks * p.group_points;
+    const i64 offset_tasks = set_tasks(call.grad_offset, offset_size, offset_sets);
+    const i64 mask_tasks = set_tasks(call.grad_mask, mask_size, mask_sets);
+    const Array results[3] = {call.grad_image, call.grad_offset, call.grad_mask};
+    const i64 pages[3] = {
+        touch_tasks(results[0], p.batch * p.image_channels * p.pixels, p.team),
+        touch_tasks(results[1], p.batch * offset_size, p.team),
+        touch_tasks(results[2], p.batch * mask_size, p.team),
+    };
+    const i64 once = pages[0] + pages[1] + pages[2] + weight_tasks;
+    together(p.team, [&](const Worker& worker) {
+      T* spare = edge + worker.thread * edge_size;
+      for (i64 first = 0; first < p.batch; first += flight) {
+        const i64 images = least(flight, p.batch - first);
+        const i64 before = first == 0 ? once : 0;
+        worker.share(before + (reads_image ? pack_image_tasks(p, images) : 0), [&](i64 task) {
+          if (task >= before) return pack_image(p, first, task - before, packed, spare);
+          for (int i = 0; i < 3; i++) {
+            if (task < pages[i]) return touch(results[i], task);
+            task -= pages[i];
+          }
+          if (p.depthwise)
+            pack_weight_by_channel(p, task, weights, spare);
+          else
+            pack_weight_by_column(p, chunks, chunk_count, task, weights, spare);
+        });
+        const i64 lines = mode & kColumnsWork ? least(weight_slots, images) : images;
+        worker.share(lines * parts * bands, [&](i64 task) {
+          const i64 band = task % bands, part = task / bands % parts;
+          for (i64 image = task / bands / parts; image < images; image += lines)
+            one_part(first, image, part, band, worker.thread);
+        });
+        // One after the other, but none waits for the last of the one before.
+        const i64 last =
+            first + images == p.batch && call.grad_weight.data ? unpack_weight_tasks() : 0;
+        const i64 rows = spreads ? unpack_image_tasks(images) : 0;
+        worker.share(last + rows + images * (offset_tasks + mask_tasks), [&](i64 task) {
+          if (task < last) return unpack_weight(task, spare);
+          task -= last;
+          if (task < rows) return unpack_image(first, task, spare);
+          task -= rows;
+          if (task < images * offset_tasks)
+            return add_sets(call.grad_offset, offset_buffer, offset_size, p.offset_groups, first,
+                            task);
+          add_sets(call.grad_mask, mask_buffer, mask_size, p.mask_groups, first,
+                   task - images * offset_tasks);
+        });
+      }
+    });
+    const Status status = status_of(taints, p.team);
+    workspace_give(p.team);
     return status;
   }
 
@@ -173,12 +217,12 @@ struct Reverse {
     const i64 block_end = least(p.blocks, block_begin + part_blocks), size = p.plane * p.block;
     T* grad_image = grad_packed + (band * flight + image) * image_size;
     T* grad_weight = grad_weights + ((first + image) % weight_slots * bands + band) * weight_size;
-    if (mode & kSpreadWork)
-      memset(grad_image + block_begin * size, 0,
-             size_t((block_end - block_begin) * size) * sizeof(T));
+    Touched& slices = touched[(band * flight + image) * parts + part];
+    slices = {0, 0};
     const i64 tile_end = p.tiles * (band + 1) / bands;
     for (i64 t = p.tiles * band / bands; t < tile_end; t++) {
       const Tile tile = p.tile(first + image, t);
+      const bool fresh = first + image < weight_slots && t == p.tiles * band / bands;
       s.cells.place(p, tile);
       s.loaded = -1;
       i64 current = -1;
@@ -202,6 +246,12 @@ struct Reverse {
             if (current >= 0) store_dots(s, tile, first, image, part, current);
             current = sample_group;
             for (i64 q = 0; q < p.K; q++) s.cells.template find<true>(p, tile, sample_group, q, q);
+            if (mode & kSpreadWork) {
+              const Touched more = slices_of(s.cells, tile.count);
+              for (i64 c = block_begin; c < block_end; c++)
+                clear(grad_image + c * size, slices, more);
+              slices = join(slices, more);
+            }
             if (mode & kDotsWork) memset(s.dots, 0, size_t(p.K * p.table * Dots) * sizeof(T));
           }
           const i64 column = (u - chunk.unit) * p.block;
@@ -211,6 +261,8 @@ struct Reverse {
                    s.dots + k * p.table * Dots});
         }
         if (mode & kColumnsWork) {
+          if (p.depthwise && fresh)
+            memset(grad_weight + chunk.unit * p.block, 0, size_t(columns) * sizeof(T));
           if (p.depthwise)
             add_products(tile.count, p.block, chunk.count, s.columns, chunk_columns,
                          grad_weight + chunk.unit * p.block, s.by_panel);
@@ -218,12 +270,42 @@ struct Reverse {
             multiply<T, kInColumns, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
                                           chunk_columns, s.by_panel, p.tile_pixels * p.panel,
                                           grad_weight + chunk.unit * p.block * p.group_width,
-                                          p.group_width, true);
+                                          p.group_width, !fresh);
         }
       }
       store_dots(s, tile, first, image, part, current);
     }
     taints[thread] += s.cells.tainted();
+  }
+
+  // What the samples of a tile touch; those outside touch the border, which nobody reads.
+  Touched slices_of(const Cells<T, ND>& cells, i64 count) const {
+    const i32 outside = i32(p.outside());
+    i32 low = outside, high = -1;
+    for (i64 k = 0; k < p.K; k++) {
+      const i32* index = cells.index + k * p.table;
+      for (i64 m = 0; m < count; m++) {
+        const i32 at = index[m];
+        low = at < low ? at : low;
+        high = at != outside && at > high ? at : high;
+      }
+    }
+    if (high < 0) return {0, 0};
+    return {low / p.axis_step(0), high / p.axis_step(0) + 2};
+  }
+
+  static Touched join(Touched a, Touched b) {
+    if (a.begin == a.end || b.begin == b.end) return a.begin == a.end ? b : a;
+    return {least(a.begin, b.begin), most(a.end, b.end)};
+  }
+
+  // Zeros in the slices of a block that `more` adds to those of `had`.
+  void clear(T* block, Touched had, Touched more) const {
+    const Touched all = join(had, more);
+    const i64 slice = p.axis_step(0) * p.block;
+    if (had.begin == had.end) had = {all.end, all.end};
+    memset(block + all.begin * slice, 0, size_t((had.begin - all.begin) * slice) * sizeof(T));
+    memset(block + had.end * slice, 0, size_t((all.end - had.end) * slice) * sizeof(T));
   }
 
   void load_points(Scratch& s, const Tile& tile, i64 group, i64 thread) const {
@@ -329,87 +411,104 @@ struct Reverse {
     L::store(s.cells.taint, L::load(s.cells.taint) + tainted);
   }
 
-  void add_sets(const Array& result, T* buffer, i64 size, i64 groups, i64 sets, i64 first,
-                i64 images) const {
-    if (sets == 1 && direct(result)) return;
-    const i64 planes = size / p.P;
-    parallel(p.threads, images * planes, [&](i64 task, i64) {
-      const i64 image = task / planes, plane = task % planes, group = plane / (planes / groups);
-      const i64 count = last_part(group, groups) - first_part(group, groups) + 1;
-      for (i64 x = 0; x < p.P; x += kPiece) {
-        const i64 n = least(kPiece, p.P - x), at = plane * p.P + x;
-        T sum[kPiece];
-        memcpy(sum, set_at(result, buffer, size, 0, first, image) + at, size_t(n) * sizeof(T));
-        for (i64 set = 1; set < count; set++) {
-          const T* more = set_at(result, buffer, size, set, first, image) + at;
-          for (i64 i = 0; i < n; i++) sum[i] += more[i];
-        }
-        write(result, (first + image) * size + at, n, sum);
-      }
-    });
+  // For each image.
+  i64 set_tasks(const Array& result, i64 size, i64 sets) const {
+    return !result.data || (sets == 1 && direct(result)) ? 0 : size / p.P;
   }
 
-  void unpack_image(i64 first, i64 images) const {
+  void add_sets(const Array& result, T* buffer, i64 size, i64 groups, i64 first, i64 task) const {
+    const i64 planes = size / p.P;
+    const i64 image = task / planes, plane = task % planes, group = plane / (planes / groups);
+    const i64 count = last_part(group, groups) - first_part(group, groups) + 1;
+    for (i64 x = 0; x < p.P; x += kPiece) {
+      const i64 n = least(kPiece, p.P - x), at = plane * p.P + x;
+      T sum[kPiece];
+      memcpy(sum, set_at(result, buffer, size, 0, first, image) + at, size_t(n) * sizeof(T));
+      for (i64 set = 1; set < count; set++) {
+        const T* more = set_at(result, buffer, size, set, first, image) + at;
+        for (i64 i = 0; i < n; i++) sum[i] += more[i];
+      }
+      write(result, (first + image) * size + at, n, sum);
+    }
+  }
+
+  i64 unpack_image_tasks(i64 images) const {
+    const i64 width = p.image_size[ND - 1];
+    return images * p.blocks * (p.pixels / width) * divide_up(width, kPiece);
+  }
+
+  void unpack_image(i64 first, i64 task, T* spare) const {
     const Field<T> image{call.grad_image, p.image_channels, p.pixels};
     const i64 width = p.image_size[ND - 1], rows = p.pixels / width;
-    parallel(p.threads, images * p.blocks * rows, [&](i64 task, i64 thread) {
-      const i64 n = task / rows / p.blocks, b = task / rows % p.blocks;
-      i64 rest = task % rows, pixel = 1;
-      for (int v = ND - 2; v >= 0; v--) {
-        pixel += (rest % p.image_size[v] + 1) * p.axis_step(v);
-        rest /= p.image_size[v];
+    const i64 pieces = divide_up(width, kPiece), x = task % pieces * kPiece;
+    const i64 some = least(kPiece, width - x);
+    task /= pieces;
+    const i64 n = task / rows / p.blocks, b = task / rows % p.blocks, row = task % rows;
+    i64 slice = 0, pixel = x + 1;
+    for (i64 v = ND - 2, rest = row; v >= 0; v--) {
+      slice = rest % p.image_size[v] + 1;
+      pixel += slice * p.axis_step(v);
+      rest /= p.image_size[v];
+    }
+    T* sums = grad_packed + n * image_size + (b * p.plane + pixel) * p.block;
+    for (i64 band = 0; band < bands; band++) {
+      // Of these pixels, [begin, end) were touched.
+      const Touched& t = touched[(band * flight + n) * parts + part_of(b)];
+      i64 begin = 0, end = t.begin <= slice && slice < t.end ? some : 0;
+      if (ND == 1) {
+        begin = most(0, least(some, t.begin - pixel));
+        end = most(begin, least(some, t.end - pixel));
       }
-      T* from = grad_packed + n * image_size + (b * p.plane + pixel) * p.block;
-      for (i64 band = 1; band < bands; band++) {
-        const T* more = from + band * flight * image_size;
-        for (i64 i = 0; i < width * p.block; i++) from[i] += more[i];
+      begin *= p.block, end *= p.block;
+      if (band == 0) {
+        memset(sums, 0, size_t(begin) * sizeof(T));
+        memset(sums + end, 0, size_t(some * p.block - end) * sizeof(T));
+      } else {
+        const T* more = sums + band * flight * image_size;
+        for (i64 i = begin; i < end; i++) sums[i] += more[i];
       }
-      const i64 count = p.block_channels(b);
-      if (call.bias.data) {
-        T bias[4 * N];
-        read(call.bias, p.channel(b), count, bias);
-        for (i64 x = 0; x < width; x++)
-          for (i64 c = 0; c < count; c++) from[x * p.block + c] += bias[c];
-      }
-      for (i64 x = 0; x < width; x += kPiece)
-        image.store(first + n, p.channel(b), count, task % rows * width + x,
-                    least(kPiece, width - x), from + x * p.block, p.block,
-                    edge + thread * edge_size);
-    });
+    }
+    const i64 count = p.block_channels(b);
+    if (call.bias.data) {
+      T bias[4 * N];
+      read(call.bias, p.channel(b), count, bias);
+      for (i64 m = 0; m < some; m++)
+        for (i64 c = 0; c < count; c++) sums[m * p.block + c] += bias[c];
+    }
+    image.store(first + n, p.channel(b), count, row * width + x, some, sums, p.block, spare);
   }
 
-  void unpack_weight() const {
+  i64 unpack_weight_tasks() const {
+    return p.depthwise ? p.blocks : p.blocks * divide_up(p.group_points, N);
+  }
+
+  void unpack_weight(i64 task, T* spare) const {
     const i64 copies = weight_slots * bands, group_blocks = p.blocks / p.groups;
     if (p.depthwise) {
-      parallel(p.threads, p.blocks, [&](i64 b, i64 thread) {
-        const i64 size = p.K * p.block, count = p.block_channels(b);
-        T* sums = grad_weights + b * size;
-        T* rows = edge + thread * edge_size;
-        for (i64 copy = 1; copy < copies; copy++)
-          for (i64 i = 0; i < size; i++) sums[i] += sums[copy * weight_size + i];
-        transpose(sums, p.block, rows, p.K, count, p.K);
-        write(call.grad_weight, p.channel(b) * p.K, count * p.K, rows);
-      });
+      const i64 b = task, size = p.K * p.block, count = p.block_channels(b);
+      T* sums = grad_weights + b * size;
+      for (i64 copy = 1; copy < copies; copy++)
+        for (i64 i = 0; i < size; i++) sums[i] += sums[copy * weight_size + i];
+      transpose(sums, p.block, spare, p.K, count, p.K);
+      write(call.grad_weight, p.channel(b) * p.K, count * p.K, spare);
       return;
     }
     const i64 size = p.K * p.block, strips = divide_up(p.group_points, N);
-    parallel(p.threads, p.blocks * strips, [&](i64 task, i64 thread) {
-      const i64 b = task / strips, o = task % strips * N, some = least(N, p.group_points - o);
-      const i64 count = p.block_channels(b), channel = p.channel(b) % p.group_channels;
-      T* sums = edge + thread * edge_size;  // [point][kernel point][channel]
-      T* more = sums + N * size;
-      for (i64 copy = 0; copy < copies; copy++) {
-        const T* from = grad_weights + copy * weight_size + b * size * p.group_width + o;
-        transpose(from, p.group_width, copy ? more : sums, size, some, size);
-        if (copy)
-          for (i64 i = 0; i < some * size; i++) sums[i] += more[i];
-      }
-      for (i64 i = 0; i < some; i++) {
-        transpose(sums + i * size, p.block, more, p.K, count, p.K);
-        write(call.grad_weight,
-              ((b / group_blocks * p.group_points + o + i) * p.group_channels + channel) * p.K,
-              count * p.K, more);
-      }
-    });
+    const i64 b = task / strips, o = task % strips * N, some = least(N, p.group_points - o);
+    const i64 count = p.block_channels(b), channel = p.channel(b) % p.group_channels;
+    T* sums = spare;  // [point][kernel point][channel]
+    T* more = sums + N * size;
+    for (i64 copy = 0; copy < copies; copy++) {
+      const T* from = grad_weights + copy * weight_size + b * size * p.group_width + o;
+      transpose(from, p.group_width, copy ? more : sums, size, some, size);
+      if (copy)
+        for (i64 i = 0; i < some * size; i++) sums[i] += more[i];
+    }
+    for (i64 i = 0; i < some; i++) {
+      transpose(sums + i * size, p.block, more, p.K, count, p.K);
+      write(call.grad_weight,
+            ((b / group_blocks * p.group_points + o + i) * p.group_channels + channel) * p.K,
+            count * p.K, more);
+    }
   }
 };

@@ -6,12 +6,15 @@ import _ctypes
 import itertools
 import math
 import multiprocessing
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -191,7 +194,7 @@ def test_random_configurations(rank: int, seeds: range) -> None:
         double = single.to(torch.float64)
         want = double.run(reference)
         for cpu.level in LEVELS:
-            cpu.threads = seed % 3 + 1
+            cpu.threads = (1, 2, 3, 16)[seed % 4]
             assert_close(double.run(), want, 1e-10, (seed, cpu.level, g))
             assert_close(single.run(), want, 1e-5, (seed, cpu.level, g))
 
@@ -264,7 +267,7 @@ def test_geometries(g: Geometry) -> None:
     single = call.to(torch.float32)
     want, rounded = call.run(reference), single.to(torch.float64).run(reference)
     for cpu.level in LEVELS:
-        for cpu.threads in (1, 2, 5):
+        for cpu.threads in (1, 2, 5, 16):
             assert_close(call.run(), want, 1e-10, (cpu.level, cpu.threads))
         assert_close(single.run(), rounded, 1e-5, cpu.level)
 
@@ -423,7 +426,7 @@ def test_the_same_threads_give_the_same_bits(g: Geometry, level: int) -> None:
     call = Call(g, torch.float32)
     summed = call.points
     runs = {}
-    for cpu.threads in (1, 2, 3, 7):
+    for cpu.threads in (1, 2, 3, 7, 16, 64):
         runs[cpu.threads] = call.run()
         for _ in range(3):
             assert_same(call.run(), runs[cpu.threads])
@@ -590,8 +593,84 @@ def test_python_threads_at_once() -> None:
         assert_same(g, w)
 
 
+def _threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not counted here")
+def test_no_call_ends_or_starts_threads() -> None:
+    """A region of fewer threads would end the others, and the next one start them anew."""
+    calls = [
+        Call(plain(1, 64, 64, (40, 40)), torch.float32),  # few panels of weights
+        Call(plain(1, 64, 64, (12, 12)), torch.float32),  # work for some of the threads
+        Call(plain(1, 8, 4, (3, 4)), torch.float32),  # for one
+        Call(plain(2, 32, 32, (20, 20), groups=32), torch.float32),
+    ]
+    torch.set_num_threads(16)
+    for call in calls:
+        call.run()
+    before = _threads()
+    for call in calls:
+        call.run()
+        assert _threads() == before
+
+
+@pytest.mark.parametrize("size", [(4000,), (90, 60), (40, 12, 12)], ids=str)
+@pytest.mark.parametrize("spread", (0.0, 2.0, 40.0))
+def test_threads_share_one_image(size: tuple[int, ...], spread: float, level: int) -> None:
+    """Each with image gradients of its own, of which it clears and adds what its samples touch."""
+    call = Call(plain(1, 16, 8, size), spread=spread)
+    want = call.run(reference)
+    for cpu.threads in (3, 16, 64):
+        assert_close(call.run(), want, 1e-10, cpu.threads)
+
+
+def test_large_results_of_many_threads() -> None:
+    """Whose pages threads touch before they compute."""
+    call = Call(plain(1, 8, 8, (1200, 300), groups=8), torch.float32)
+    cpu.threads = 1
+    want = call.run()
+    for cpu.threads in (2, 16):
+        assert_close(call.run(), want, 1e-5, cpu.threads)
+
+
+def test_as_many_callers_as_threads_get_the_same_bits() -> None:
+    """Then each call runs on the thread that makes it."""
+    calls = [Call(plain(1, 16, 16, (48, 50)), torch.float32, seed=i) for i in range(4)]
+    for count in (2, 5):
+        cpu.threads = count
+        want = [call.run() for call in calls]
+        with ThreadPoolExecutor(len(calls)) as pool:
+            for _ in range(5):
+                for got, w in zip(pool.map(Call.run, calls), want, strict=True):
+                    assert_same(got, w)
+
+
+@pytest.mark.parametrize("limit", ("1", "3"))
+def test_fewer_threads_than_asked_for_give_the_same_bits(limit: str, tmp_path: Path) -> None:
+    code = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch, test_cpu
+test_cpu.cpu.threads = 7
+call = test_cpu.Call(test_cpu.plain(1, 16, 16, (48, 50)), torch.float32)
+torch.save(call.run(), sys.argv[1])
+"""
+    paths = [Path(__file__).parent, Path(deformnd.__file__).parents[1]]
+    results = []
+    for environment in ({}, {"OMP_THREAD_LIMIT": limit}):
+        file = tmp_path / f"{len(results)}.pt"
+        subprocess.run(
+            [sys.executable, "-c", code, file, *paths],
+            env={**os.environ, **environment},
+            check=True,
+        )
+        results.append(torch.load(file))
+    assert_same(*results)
+
+
 def _child(call: Call, want: dict[str, Tensor | None]) -> None:
-    torch.set_num_threads(1)  # as a DataLoader does; the core is still told to use two
+    torch.set_num_threads(1)  # as a DataLoader does; the core is still told to use more
     assert_same(call.run(), want)
 
 
@@ -599,8 +678,8 @@ def _child(call: Call, want: dict[str, Tensor | None]) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_runs_in_a_forked_child() -> None:
     """A DataLoader worker: the parent's thread pool is gone there."""
-    cpu.threads = 2
-    call = Call(GEOMETRIES[0], torch.float32)
+    cpu.threads = 7
+    call = Call(plain(1, 16, 16, (48, 50)), torch.float32)
     child = multiprocessing.get_context("fork").Process(target=_child, args=(call, call.run()))
     child.start()
     child.join(60)
