@@ -14,6 +14,11 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__linux__) && defined(DEFORMND_BFLOAT16)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(_MSC_VER)
 #include <intrin.h>
 #include <malloc.h>
@@ -101,7 +106,6 @@ bool has_avx512() {
   return has_avx2() && saves(0xe6) && has(7, 1, 16) && has(7, 1, 17) && has(7, 1, 28) &&
          has(7, 1, 30) && has(7, 1, 31);
 }
-bool has_avx512bf16() { return false; }  // not built by this compiler
 #elif defined(DEFORMND_X86)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -112,21 +116,57 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+#if defined(DEFORMND_BFLOAT16)
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// On Intel's they take longer than products of float32.
+bool has_fast_avx512bf16() { return has_avx512bf16() && __builtin_cpu_is("amd"); }
+// The system keeps the tiles of processes that asked for it.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d = 0;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 &&
+         d >> 24 & 1 && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#elif defined(DEFORMND_X86)
+bool has_fast_avx512bf16() { return false; }
+bool has_amx() { return false; }
 #endif
 
-// Of 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with products of bfloat16: the widest that this
-// machine and build have.
+// Of 0 baseline, 1 AVX2, 2 AVX-512, 3 that and its products of bfloat16, 4 those of AMX: the
+// fastest that this machine and build have. Where there is AMX, there are all.
 int best_level() {
 #if defined(DEFORMND_X86)
-  static const int level = has_avx512() ? 2 + has_avx512bf16() : has_avx2() ? 1 : 0;
+  static const int level = has_amx()               ? 4
+                           : has_fast_avx512bf16() ? 3
+                           : has_avx512()          ? 2
+                           : has_avx2()            ? 1
+                                                   : 0;
   return level;
 #else
   return 0;
 #endif
 }
 
-Run run_of(i64 level) {
+// Whether all products are of bfloat16, see Note [pairs] in pairs.h.
+[[maybe_unused]] bool in_pairs(const Call& c) {
+  const auto has = [](const Array& a, i64 dtype) { return a.data && a.dtype == dtype; };
+  const bool depthwise =
+      c.groups > 1 && c.groups == c.image_channels && c.groups == c.point_channels;
+  return !depthwise && has(c.weight, kBFloat16) && has(c.points, kBFloat16) &&
+         (!c.image.data || has(c.image, kBFloat16)) && !has(c.offset, kFloat64) &&
+         !has(c.mask, kFloat64);
+}
+
+Run run_of(const Call& call, i64 level) {
+#if defined(DEFORMND_BFLOAT16)
+  if (level >= 3 && in_pairs(call)) return bfloat16::run;
+#endif
+  (void)call;
 #if defined(DEFORMND_X86)
   if (level >= 2) return avx512::run;
   if (level == 1) return avx2::run;
@@ -172,7 +212,7 @@ void workspace_give(i64 threads) {
 // For kernels/cpu.py, which calls no other version than its own.
 EXPORT const char* deformnd_version() { return DEFORMND_VERSION; }
 
-// The widest level of instructions here, see best_level.
+// The best level of instructions here, see best_level.
 EXPORT int deformnd_level() { return deformnd::best_level(); }
 
 // Run one call; `words` is what kernels/cpu.py packs. Returns a Status.
@@ -205,9 +245,9 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   advise_result(c.grad_offset, cells * c.offset_groups * c.rank);
   advise_result(c.grad_mask, cells * c.mask_groups);
   const i64 best = best_level(), used = level < 0 || level > best ? best : level;
-  c.pairs = used >= 3;
+  c.tiles = used >= 4;
   c.alone = ++calls >= c.threads || forked;
-  const Status status = run_of(used)(c);
+  const Status status = run_of(c, used)(c);
   --calls;
   return static_cast<int>(status);
 }

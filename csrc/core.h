@@ -29,7 +29,7 @@ struct Call {
   i64 threads;   // at most
   bool exactly;  // that many threads even for little work
   bool alone;    // the work is cut for them, but the calling thread does it all
-  bool pairs;    // the machine multiplies bfloat16, see Note [pairs] in products.h
+  bool tiles;    // the machine has AMX, see Note [pairs] in pairs.h
   i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[3], point_size[3], kernel[3], stride[3], padding[3], dilation[3];
   Array image, points, weight, offset, mask, bias;
@@ -49,6 +49,10 @@ void workspace_give(i64 threads);
 // Results of at least kLarge bytes are likely fresh memory, see Note [pages].
 constexpr i64 kHugePage = 2 << 20, kLarge = 4 * kHugePage;
 
+// For calls whose products are of bfloat16 alone, see in_pairs in core.cpp.
+namespace bfloat16 {
+Status run(const Call&);
+}
 namespace avx512 {
 Status run(const Call&);
 }

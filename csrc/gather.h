@@ -5,14 +5,10 @@ template <class T, int ND>
 Status gather(const Call& call) {
   using P = Plan<T, ND>;
   P p(call, 2, 1);
-  const Sampler<T> sampler = sampler_of<T, ND>(kColumnsWork, p.lanes, p.vectors);
-  const i64 group_units = p.units() / p.groups, group_columns = group_units * p.block;
-  const i64 chunk_units = p.units_per_chunk(group_units, 1);
+  const Sampler<T> sampler = sampler_of<T, ND, kColumnsWork, false>(p.lanes, p.vectors);
+  const i64 group_units = p.units() / p.groups, group_words = p.column_words(group_units);
+  const i64 chunk_units = p.units_per_chunk(group_units, kPairs ? kTileNumbers : 1);
   const i64 slots = p.blocks_per_sample_group() == 1 ? 1 : p.K;
-  const bool pairs = call.pairs && sizeof(T) == 4 && !p.depthwise &&
-                     call.image.dtype == kBFloat16 && call.weight.dtype == kBFloat16;
-  const i64 per_word = pairs ? 2 : 1;
-  const auto product = pairs ? multiply<T, kInPairs, false> : multiply<T, kInRows, false>;
   const i64 all_panels = p.groups * p.panels;
 
   // Images at a time, and parts of the points where the tiles are too few for the threads.
@@ -25,8 +21,8 @@ Status gather(const Call& call) {
     T *columns, *points;
     Scratch(Carver& c, const P& p, i64 slots, i64 chunk_units)
         : cells(c, p, slots, false),
-          columns(c.take<T>(p.tile_pixels * chunk_units * p.block)),
-          points(c.take<T>(p.tile_pixels * p.group_width)) {}
+          columns(c.take<T>(p.tile_room * p.column_words(chunk_units))),
+          points(c.take<T>(p.tile_room * p.group_width)) {}
   };
   Carver measure{nullptr};
   Scratch(measure, p, slots, chunk_units);
@@ -37,8 +33,8 @@ Status gather(const Call& call) {
   T* taints;  // of each thread, see Cells
   char* scratch;
   const auto layout = [&](Carver c) {
-    packed = c.take<T>(flight * p.blocks * p.plane * p.block);
-    weights = c.take<T>(all_panels * group_columns * p.panel);
+    packed = c.take<T>(flight * p.blocks * p.plane * p.words);
+    weights = c.take<T>(all_panels * group_words * p.panel);
     edge = c.take<T>(p.team * edge_size);
     taints = c.take<T>(p.team);
     scratch = c.take<char>(p.team * scratch_bytes);
@@ -67,11 +63,6 @@ Status gather(const Call& call) {
         else
           pack_weight_by_point(p, task, weights, spare);
       });
-      if (pairs && first == 0)
-        worker.share(all_panels, [&](i64 j) {
-          float* panel = reinterpret_cast<float*>(weights + j * group_columns * p.panel);
-          pair_rows(group_columns, p.panel, panel);
-        });
       worker.share(images * p.tiles * splits, [&](i64 task) {
         Carver carver{scratch + worker.thread * scratch_bytes};
         Scratch s(carver, p, slots, chunk_units);
@@ -97,7 +88,9 @@ Status gather(const Call& call) {
             memset(s.points, 0, size_t(tile.count * width) * sizeof(T));
           }
           for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
-            const i64 units = least(chunk_units, group_units - u0), step = chunk_units * p.block;
+            const i64 units = least(chunk_units, group_units - u0);
+            const i64 step = p.column_words(chunk_units), inner = p.column_words(units);
+            T* panel = weights + (j * group_words + u0 * p.words) * p.panel;
             for (i64 u = u0; u < u0 + units; u++) {
               const i64 b = (group * group_units + u) / p.K, k = u % p.K;
               const i64 sample_group = p.sample_group(b), slot = slots == 1 ? 0 : k;
@@ -108,20 +101,26 @@ Status gather(const Call& call) {
                 for (i64 q = 0; q < p.K; q++)
                   s.cells.template find<false>(p, tile, sample_group, q, q);
               }
-              sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.block, nullptr,
+              sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.words, nullptr,
                        p.steps, s.cells.index + slot * p.table,
                        s.cells.weight + slot * p.Q * p.table, nullptr,
-                       s.columns + (u - u0) * p.block, step, nullptr});
+                       s.columns + (u - u0) * p.words, step, nullptr});
             }
-            if (pairs)
-              pair_columns(tile.count, units * p.block, reinterpret_cast<float*>(s.columns), step);
-            if (p.depthwise)
+            const bool accumulate = call.bias.data || u0 > 0;
+            if constexpr (kPairs) {
+              const i64 words = units * p.words;
+              for (i64 m = 0; m < tile.count && words < inner; m++)
+                memset(s.columns + m * step + words, 0, size_t(inner - words) * sizeof(T));
+              multiply_pairs(call.tiles, p.panel_vectors, tile.count, some, inner, s.columns, step,
+                             {panel, p.panel, group_words * p.panel}, {s.points, width, p.panel},
+                             accumulate);
+            } else if (p.depthwise) {
               add_scaled(tile.count, p.block, units, s.columns, step,
-                         weights + j * group_columns + u0 * p.block, s.points);
-            else
-              product(p.panel_vectors, tile.count, some, units * p.block / per_word, s.columns,
-                      step, weights + (j * group_columns + u0 * p.block / per_word) * p.panel,
-                      group_columns * p.panel, s.points, width, call.bias.data || u0 > 0);
+                         weights + j * group_words + u0 * p.block, s.points);
+            } else {
+              multiply<T, false, false>(p.panel_vectors, tile.count, some, inner, s.columns, step,
+                                        panel, group_words * p.panel, s.points, width, accumulate);
+            }
           }
           for (i64 i = 0; i < tile.segments; i++)
             points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,

@@ -36,8 +36,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if DEFORMND_BYTES == 64 && (defined(__clang__) || defined(__GNUC__))
-#define DEFORMND_PAIRS  // see Note [pairs]
+#ifdef DEFORMND_PAIRS  // this is the namespace bfloat16
 #include <immintrin.h>
 #endif
 #ifdef DEFORMND_SANITIZE
@@ -61,6 +60,13 @@ struct Machine {
   static constexpr int rows = natural < 4 ? 3 : 6;  // 6 x 2 in 16 registers
 #endif
 };
+
+#ifdef DEFORMND_PAIRS
+constexpr bool kPairs = true;  // see Note [pairs] in pairs.h
+#else
+constexpr bool kPairs = false;
+#endif
+constexpr int kPerWord = kPairs ? 2 : 1;  // numbers in a word of a packed image, or of columns
 
 constexpr i64 kTilePixels = 112;  // 8 micro-kernels of 14 rows: about 256 KB of columns
 constexpr i64 kTileWidth = 32;
@@ -141,6 +147,7 @@ inline void touch(const Array& a, i64 task) {
 // clang-format off
 #include "convert.h"
 #include "products.h"
+#include "pairs.h"
 #include "samples.h"
 #include "plan.h"
 #include "cells.h"
@@ -160,10 +167,14 @@ Status run(const Call& call) {
 
 // In double where any tensor that sets coordinates or values is double.
 Status run(const Call& c) {
+#ifdef DEFORMND_PAIRS
+  return run<float>(c);
+#else
   const auto wide = [](const Array& a) { return a.data && a.dtype == kFloat64; };
   return wide(c.image) || wide(c.points) || wide(c.weight) || wide(c.offset) || wide(c.mask)
              ? run<double>(c)
              : run<float>(c);
+#endif
 }
 
 }  // namespace DEFORMND_ISA

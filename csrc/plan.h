@@ -5,7 +5,7 @@
 struct Chunk {
   i64 unit, count, group;
   i64 panels;   // of its columns, where they are the product's columns (Reverse)
-  i64 weights;  // where its packed weights begin (Reverse)
+  i64 weights;  // where its packed weights begin, in words (Reverse)
 };
 
 // A tile of output pixels: `segments` runs of `length` consecutive pixels, or one run of whole
@@ -34,10 +34,13 @@ struct Plan {
   i64 runs, run;          // runs of channels of one sample group and one weight group
   int lanes, vectors;     // of a block
   i64 block, blocks_per_run, blocks;
+  i64 words;                         // of a packed pixel of a block
   i64 group_points, group_channels;  // channels of a weight group
+  i64 point_words;                   // of the points of a weight group, as an inner dimension
   int panel_vectors;
   i64 panel, panels, group_width;  // the points of a weight group in panels
   i64 tile_rows, tile_columns, row_tiles, column_tiles, tiles, tile_pixels, table;
+  i64 tile_room;  // pixels that buffers have room for
   i64 steps[Q];
 
   Plan(const Call& c, int widest, i64 parts) : call(c) {
@@ -63,11 +66,12 @@ struct Plan {
           vectors = f;
           break;
         }
-    block = lanes * vectors, blocks_per_run = run_vectors / vectors;
+    block = lanes * vectors, words = block / kPerWord, blocks_per_run = run_vectors / vectors;
     blocks = runs * blocks_per_run;
     if (depthwise) groups = blocks;
     group_points = depthwise ? block : point_channels / groups;
     group_channels = depthwise ? 1 : image_channels / groups;
+    point_words = kPairs ? round_up(group_points, kTileNumbers) / 2 : group_points;
     panel_vectors = group_points <= N ? 1 : 2;
     panel = depthwise ? block : panel_vectors * N;
     panels = divide_up(group_points, panel);
@@ -104,6 +108,7 @@ struct Plan {
     tile_rows = rows, tile_columns = columns;
     row_tiles = divide_up(P / width, rows), column_tiles = divide_up(width, columns);
     tiles = row_tiles * column_tiles, tile_pixels = rows * columns;
+    tile_room = kPairs ? round_up(tile_pixels, kTileNumbers) : tile_pixels;
     table = round_up(tile_pixels, N) + N;
   }
 
@@ -139,6 +144,7 @@ struct Plan {
   }
   i64 outside() const { return (image_size[0] + 1) * axis_step(0); }
   i64 image_bytes() const { return blocks * plane * block * i64(sizeof(T)); }
+  i64 pair_lanes() const { return block == 4 ? 1 : least(N, words); }  // see Note [pairs]
   i64 units() const { return blocks * K; }
   i64 blocks_per_sample_group() const { return blocks / sample_groups; }
   i64 sample_group(i64 b) const { return b / blocks_per_sample_group(); }
@@ -149,6 +155,11 @@ struct Plan {
 
   i64 group_point(i64 group) const { return depthwise ? channel(group) : group * group_points; }
   i64 points_in(i64 group) const { return depthwise ? block_channels(group) : group_points; }
+
+  // Words between the columns of two pixels, or of a whole group, as an inner dimension.
+  i64 column_words(i64 units) const {
+    return kPairs ? round_up(units * words, kTileWords) : units * words;
+  }
 
   i64 units_per_chunk(i64 units_together, i64 alignment) const {
     const i64 align = most(1, alignment / block);
@@ -190,7 +201,7 @@ i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64
       const i64 count = least(size, end * p.K - u);
       const i64 panels = divide_up(count * p.block, 2 * p.N);
       if (chunks) chunks[n] = {u, count, group, panels, p.depthwise ? u * p.block : *weights};
-      *weights += panels * 2 * p.N * p.group_points;
+      *weights += panels * 2 * p.N * p.point_words;
       *widest = most(*widest, panels * 2 * p.N);
       n++;
     }
@@ -207,7 +218,7 @@ void pack_image(const Plan<T, ND>& p, i64 first, i64 task, T* packed, T* scratch
   const i64 pieces = divide_up(width, kPiece), x = task % pieces * kPiece;
   task /= pieces;
   const i64 n = task / rows / p.blocks, b = task / rows % p.blocks;
-  T* line = packed + task * padded * p.block;
+  T* line = packed + task * padded * p.words;
   i64 rest = task % rows, row = 0, step = 1;
   bool inside = true;
   for (int v = ND - 2; v >= 0; v--) {
@@ -218,14 +229,19 @@ void pack_image(const Plan<T, ND>& p, i64 first, i64 task, T* packed, T* scratch
   }
   const i64 count = p.block_channels(b);
   const auto zero = [&](i64 begin, i64 end) {
-    memset(line + begin * p.block, 0, size_t((end - begin) * p.block) * sizeof(T));
+    memset(line + begin * p.words, 0, size_t((end - begin) * p.words) * sizeof(T));
   };
   if (x == 0) zero(0, 1);
   if (!inside || count < p.block) zero(x + 1, least(width, x + kPiece) + 1);
   if (x + kPiece >= width) zero(width + 1, padded);
-  if (inside)
-    image.load(first + n, p.channel(b), count, row * width + x, least(kPiece, width - x),
-               line + (x + 1) * p.block, p.block, scratch);
+  if (!inside) return;
+  const i64 pixel = row * width + x, some = least(kPiece, width - x);
+  T* to = line + (x + 1) * p.words;
+  if constexpr (kPairs)
+    load_pairs(image, first + n, p.channel(b), count, pixel, some, p.pair_lanes(), p.words, to,
+               p.words, scratch);
+  else
+    image.load(first + n, p.channel(b), count, pixel, some, to, p.block, scratch);
 }
 
 template <class T, int ND>
@@ -252,53 +268,83 @@ void pack_weight_by_channel(const Plan<T, ND>& p, i64 b, T* packed, T* scratch) 
   transpose(from, p.K, to, p.block, p.K, count);
 }
 
-// For Gather: [group][panel of points][column of the group][point of the panel]; a task for each
-// vector of points and block
+// For Gather: [group][panel of points][word of the group's columns][point of the panel]; a task
+// for each vector of points and block
 template <class T, int ND>
 void pack_weight_by_point(const Plan<T, ND>& p, i64 task, T* packed, T* scratch) {
-  const i64 size = p.K * p.block, group_blocks = p.blocks / p.groups;
+  const i64 size = p.K * p.block, words = p.K * p.words, group_blocks = p.blocks / p.groups;
   const i64 part = task % p.panel_vectors, b = task / p.panel_vectors % group_blocks;
   const i64 panel = task / p.panel_vectors / group_blocks;  // of all
   const i64 group = panel / p.panels, first = panel % p.panels * p.panel + part * p.N;
   T* spare = scratch + p.N * size;
   for (i64 i = 0; i < p.N; i++) {
+    T* row = scratch + i * size;
     if (first + i < p.group_points)
-      load_weight(p, group * p.group_points + first + i, group * group_blocks + b,
-                  scratch + i * size, spare);
+      load_weight(p, group * p.group_points + first + i, group * group_blocks + b, row, spare);
     else
-      memset(scratch + i * size, 0, size_t(size) * sizeof(T));
+      memset(row, 0, size_t(size) * sizeof(T));
+    if constexpr (kPairs)
+      for (i64 c = 0, n = p.pair_lanes(); c < size; c += 2 * n)
+        pair_up(row + c, row + c + n, n, row + c / 2);
   }
-  transpose(scratch, size, packed + (panel * group_blocks + b) * size * p.panel + part * p.N,
-            p.panel, size, p.N);
+  const i64 group_words = p.column_words(group_blocks * p.K);
+  T* to = packed + (panel * group_words + b * words) * p.panel + part * p.N;
+  transpose(scratch, size, to, p.panel, words, p.N);
+  if (b == group_blocks - 1)
+    for (i64 w = words; w < group_words - b * words; w++)
+      memset(to + w * p.panel, 0, size_t(p.N) * sizeof(T));
 }
 
-// For Reverse: [chunk][panel of columns][point of the group][column of the panel]; a task for each
-// block and point
-template <class T, int ND>
-void pack_weight_by_column(const Plan<T, ND>& p, const Chunk* chunks, i64 count, i64 task,
-                           T* packed, T* scratch) {
-  const i64 width = 2 * p.N, group_blocks = p.blocks / p.groups;
-  const i64 b = task / p.group_points, o = task % p.group_points;
-  load_weight(p, b / group_blocks * p.group_points + o, b, scratch, scratch + p.K * p.block);
+// Run body(at, chunk, panel, column, n) for the runs [at, at + n) of a block's columns that lie in
+// one panel of a chunk, from its `column` on.
+template <class T, int ND, class Body>
+void each_run(const Plan<T, ND>& p, const Chunk* chunks, i64 count, i64 b, const Body& body) {
+  const i64 width = 2 * p.N, first = b * p.K, end = first + p.K;
   i64 low = 0, high = count;  // the chunk of the block's first unit
   while (high - low > 1) {
     const i64 middle = (low + high) / 2;
-    (chunks[middle].unit <= b * p.K ? low : high) = middle;
+    (chunks[middle].unit <= first ? low : high) = middle;
   }
-  for (i64 unit = b * p.K, end = unit + p.K; unit < end; low++) {
+  for (i64 unit = first; unit < end; low++) {
     const Chunk& chunk = chunks[low];
     const i64 stop = least(end, chunk.unit + chunk.count);
     i64 column = (unit - chunk.unit) * p.block;
     const i64 column_end = (stop - chunk.unit) * p.block;
-    const bool last = stop == chunk.unit + chunk.count;
-    const T* from = scratch + (unit - b * p.K) * p.block;
-    while (column < column_end) {
-      const i64 j = column / width, some = least(column_end, (j + 1) * width) - column;
-      T* to = packed + chunk.weights + (j * p.group_points + o) * width + column % width;
-      memcpy(to, from, size_t(some) * sizeof(T));
-      column += some, from += some, to += some;
-      if (last && column == column_end) memset(to, 0, size_t((j + 1) * width - column) * sizeof(T));
+    for (i64 at = (unit - first) * p.block; column < column_end;) {
+      const i64 n = least(column_end - column, width - column % width);
+      body(at, chunk, column / width, column % width, n);
+      column += n, at += n;
     }
     unit = stop;
   }
+}
+
+// For Reverse: [chunk][panel of columns][word of the group's points][column of the panel]; a task
+// for each block and word
+template <class T, int ND>
+void pack_weight_by_column(const Plan<T, ND>& p, const Chunk* chunks, i64 count, i64 task,
+                           T* packed, T* scratch) {
+  const i64 width = 2 * p.N, group_blocks = p.blocks / p.groups, size = p.K * p.block;
+  const i64 b = task / p.point_words, row = task % p.point_words;
+  T* more = scratch + size;
+  const auto load = [&](i64 o, T* to) {
+    if (o < p.group_points)
+      load_weight(p, b / group_blocks * p.group_points + o, b, to, more + size);
+    else
+      memset(to, 0, size_t(size) * sizeof(T));
+  };
+  if constexpr (kPairs) {
+    const i64 o = row + row / kTileWords * kTileWords;
+    load(o, scratch);
+    load(o + kTileWords, more);
+    pair_up(scratch, more, size, scratch);
+  } else {
+    load(row, scratch);
+  }
+  each_run(p, chunks, count, b, [&](i64 at, const Chunk& chunk, i64 panel, i64 column, i64 n) {
+    T* to = packed + chunk.weights + (panel * p.point_words + row) * width + column;
+    memcpy(to, scratch + at, size_t(n) * sizeof(T));
+    if (panel * width + column + n == chunk.count * p.block)
+      memset(to + n, 0, size_t(width - column - n) * sizeof(T));
+  });
 }

@@ -27,7 +27,7 @@ struct Reverse {
   i64 bands;                   // parts of the tiles, each with its own gradients
   i64 offset_sets, mask_sets;  // partial sums, where several parts share a group
   i64 chunk_count, chunk_columns, weights_size;  // chunks, most columns of one, packed weights
-  i64 weight_size, image_size, offset_size, mask_size;
+  i64 weight_size, image_size, packed_size, offset_size, mask_size;
   i64 scratch_bytes, edge_size;
   T *packed, *weights, *grad_packed, *grad_weights, *edge;
   T *offset_buffer, *mask_buffer;
@@ -40,16 +40,16 @@ struct Reverse {
   struct Scratch {
     Cells<T, ND> cells;
     T *grad_columns, *columns, *dots;
-    T* by_point;  // [point of the group][pixel]
-    T* by_panel;  // [panel][pixel][point of the panel]
+    T* by_point;  // [point of the group][pixel], in words of kPerWord pixels
+    T* by_panel;  // [panel][pixel][point of the panel]; in pairs [pixel][word of the points]
     i64 loaded = -1;
     Scratch(Carver& c, const Reverse& r)
         : cells(c, r.p, r.p.K, true),
-          grad_columns(c.take<T>(r.p.tile_pixels * r.chunk_columns)),
-          columns(c.take<T>(r.p.tile_pixels * r.chunk_columns)),
+          grad_columns(c.take<T>(r.p.tile_room * r.chunk_columns)),
+          columns(c.take<T>(r.p.tile_room / kPerWord * r.chunk_columns)),
           dots(c.take<T>(r.mode & kDotsWork ? r.p.K * r.p.table * Dots : 0)),
-          by_point(c.take<T>(r.p.group_points * r.p.tile_pixels)),
-          by_panel(c.take<T>(r.p.group_width * r.p.tile_pixels)) {}
+          by_point(c.take<T>(r.p.point_words * r.p.tile_room)),
+          by_panel(c.take<T>((kPairs ? r.p.point_words : r.p.group_width) * r.p.tile_room)) {}
   };
 
   // The channels in parts of at least 64; for many threads of 32, or fewer that share no offsets,
@@ -67,7 +67,7 @@ struct Reverse {
            (c.grad_image.data ? kSpreadWork : 0);
     sampler = sampler_of<T, ND>(mode, p.lanes, p.vectors);
     weight_size = p.units() * p.block * (p.depthwise ? 1 : p.group_width);
-    image_size = p.blocks * p.plane * p.block;
+    image_size = p.blocks * p.plane * p.block, packed_size = p.blocks * p.plane * p.words;
     offset_size = p.offset_groups * p.K * ND * p.P;
     mask_size = p.mask_groups * p.K * p.P;
 
@@ -96,6 +96,7 @@ struct Reverse {
     offset_sets = sets(p.offset_groups), mask_sets = sets(p.mask_groups);
 
     cut_parts(nullptr, nullptr);
+    if (kPairs) weight_size = 2 * weights_size;
     edge_size = most(Field<T>::scratch_size, 2 * N * p.K * p.block);
     Carver measure{nullptr};
     Scratch(measure, *this);
@@ -138,7 +139,7 @@ struct Reverse {
     const auto layout = [&](Carver c) {
       chunks = c.take<Chunk>(chunk_count);
       part_chunks = c.take<i64>(parts + 1);
-      packed = c.take<T>(reads_image ? flight * image_size : 0);
+      packed = c.take<T>(reads_image ? flight * packed_size : 0);
       grad_packed = c.take<T>(spreads ? bands * flight * image_size : 0);
       weights = c.take<T>(expands ? weights_size : 0);
       grad_weights = c.take<T>(call.grad_weight.data ? weight_slots * bands * weight_size : 0);
@@ -156,7 +157,7 @@ struct Reverse {
     cut_parts(chunks, part_chunks);
     memset(taints, 0, size_t(p.team) * sizeof(T));
 
-    const i64 weight_tasks = !expands ? 0 : p.depthwise ? p.blocks : p.blocks * p.group_points;
+    const i64 weight_tasks = !expands ? 0 : p.depthwise ? p.blocks : p.blocks * p.point_words;
     const i64 offset_tasks = set_tasks(call.grad_offset, offset_size, offset_sets);
     const i64 mask_tasks = set_tasks(call.grad_mask, mask_size, mask_sets);
     const Array results[3] = {call.grad_image, call.grad_offset, call.grad_mask};
@@ -215,6 +216,7 @@ struct Reverse {
     Scratch s(carver, *this);
     const i64 block_begin = part * part_blocks;
     const i64 block_end = least(p.blocks, block_begin + part_blocks), size = p.plane * p.block;
+    T* image_packed = packed + image * packed_size;
     T* grad_image = grad_packed + (band * flight + image) * image_size;
     T* grad_weight = grad_weights + ((first + image) % weight_slots * bands + band) * weight_size;
     Touched& slices = touched[(band * flight + image) * parts + part];
@@ -231,14 +233,17 @@ struct Reverse {
         const i64 columns = chunk.count * p.block;
         load_points(s, tile, chunk.group, thread);
         if (mode & (kDotsWork | kSpreadWork)) {
-          if (p.depthwise)
+          if constexpr (kPairs)
+            multiply_pairs(call.tiles, 2, tile.count, chunk.panels, p.point_words, s.by_panel,
+                           p.point_words, {weights + chunk.weights, 2 * N, 2 * N * p.point_words},
+                           {s.grad_columns, chunk_columns, 2 * N}, false);
+          else if (p.depthwise)
             scale(tile.count, p.block, chunk.count, s.grad_columns, chunk_columns,
                   weights + chunk.weights, s.by_panel);
           else
-            multiply<T, kInColumns, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
-                                           p.tile_pixels, weights + chunk.weights,
-                                           p.group_points * 2 * N, s.grad_columns, chunk_columns,
-                                           false);
+            multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
+                                     p.tile_pixels, weights + chunk.weights, p.group_points * 2 * N,
+                                     s.grad_columns, chunk_columns, false);
         }
         for (i64 u = chunk.unit; u < chunk.unit + chunk.count; u++) {
           const i64 b = u / p.K, k = u % p.K, sample_group = p.sample_group(b);
@@ -255,22 +260,29 @@ struct Reverse {
             if (mode & kDotsWork) memset(s.dots, 0, size_t(p.K * p.table * Dots) * sizeof(T));
           }
           const i64 column = (u - chunk.unit) * p.block;
-          sampler({tile.count, packed + (image * p.blocks + b) * size, grad_image + b * size,
-                   p.steps, s.cells.index + k * p.table, s.cells.weight + k * Q * p.table,
+          sampler({tile.count, image_packed + b * p.plane * p.words, grad_image + b * size, p.steps,
+                   s.cells.index + k * p.table, s.cells.weight + k * Q * p.table,
                    s.grad_columns + column, s.columns + column, chunk_columns,
                    s.dots + k * p.table * Dots});
         }
         if (mode & kColumnsWork) {
-          if (p.depthwise && fresh)
-            memset(grad_weight + chunk.unit * p.block, 0, size_t(columns) * sizeof(T));
-          if (p.depthwise)
+          if constexpr (kPairs) {
+            const i64 rows = (tile.count + 1) / 2, inner = round_up(rows, kTileWords);
+            memset(s.columns + rows * chunk_columns, 0,
+                   size_t((inner - rows) * chunk_columns) * sizeof(T));
+            multiply_pairs(call.tiles, 2, p.group_points, chunk.panels, inner, s.by_point,
+                           p.tile_room / 2, {s.columns, chunk_columns, 2 * N},
+                           {grad_weight + 2 * chunk.weights, 2 * N, 4 * N * p.point_words}, !fresh);
+          } else if (p.depthwise) {
+            if (fresh) memset(grad_weight + chunk.unit * p.block, 0, size_t(columns) * sizeof(T));
             add_products(tile.count, p.block, chunk.count, s.columns, chunk_columns,
                          grad_weight + chunk.unit * p.block, s.by_panel);
-          else
-            multiply<T, kInColumns, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
-                                          chunk_columns, s.by_panel, p.tile_pixels * p.panel,
-                                          grad_weight + chunk.unit * p.block * p.group_width,
-                                          p.group_width, !fresh);
+          } else {
+            multiply<T, true, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
+                                    chunk_columns, s.by_panel, p.tile_pixels * p.panel,
+                                    grad_weight + chunk.unit * p.block * p.group_width,
+                                    p.group_width, !fresh);
+          }
         }
       }
       store_dots(s, tile, first, image, part, current);
@@ -311,6 +323,7 @@ struct Reverse {
   void load_points(Scratch& s, const Tile& tile, i64 group, i64 thread) const {
     if (s.loaded == group) return;
     s.loaded = group;
+    if constexpr (kPairs) return load_point_pairs(s, tile, group, thread);
     const Field<T> points{call.points, p.point_channels, p.P};
     const i64 point = p.group_point(group), count = p.points_in(group), step = p.tile_pixels;
     for (i64 i = 0; i < tile.segments; i++) {
@@ -334,6 +347,37 @@ struct Reverse {
       T* to = s.by_panel + j * step * p.panel;
       if (some < p.panel) memset(to, 0, size_t(tile.count * p.panel) * sizeof(T));
       transpose(s.by_point + j * p.panel * step, step, to, p.panel, tile.count, some);
+    }
+  }
+
+  void load_point_pairs(Scratch& s, const Tile& tile, i64 group, i64 thread) const {
+    const Field<T> points{call.points, p.point_channels, p.P};
+    const Array rows{reinterpret_cast<char*>(s.by_point), kBFloat16, false};
+    T *scratch = edge + thread * edge_size, *more = scratch + kTileNumbers * kPiece;
+    for (i64 o = 0; o < p.group_points; o += kTileNumbers) {
+      const i64 some = least(kTileNumbers, p.group_points - o), point = p.group_point(group) + o;
+      for (i64 i = 0; i < tile.segments; i++) {
+        const i64 pixel = tile.first + i * tile.step, n = tile.length;
+        if (mode & (kDotsWork | kSpreadWork))
+          load_pairs(points, tile.image, point, some, pixel, n, kTileWords, kTileWords,
+                     s.by_panel + i * n * p.point_words + o / 2, p.point_words, scratch);
+        if (!(mode & kColumnsWork)) continue;
+        if (call.points.last) {
+          points.load(tile.image, point, some, pixel, n, scratch, some, nullptr);
+          transpose(scratch, some, more, n, some, n);
+        }
+        for (i64 c = 0; c < some; c++) {
+          const i64 at = (o + c) * p.tile_room + i * n;
+          if (call.points.last)
+            write(rows, at, n, more + c * n);
+          else
+            memcpy(rows.data + at * 2,
+                   call.points.data + points.at(tile.image, point + c, pixel) * 2, size_t(n) * 2);
+        }
+      }
+      for (i64 c = 0; c < some; c++)
+        memset(rows.data + ((o + c) * p.tile_room + tile.count) * 2, 0,
+               size_t(round_up(tile.count, kTileNumbers) - tile.count) * 2);
     }
   }
 
@@ -499,8 +543,19 @@ struct Reverse {
     T* sums = spare;  // [point][kernel point][channel]
     T* more = sums + N * size;
     for (i64 copy = 0; copy < copies; copy++) {
-      const T* from = grad_weights + copy * weight_size + b * size * p.group_width + o;
-      transpose(from, p.group_width, copy ? more : sums, size, some, size);
+      const T* from = grad_weights + copy * weight_size;
+      T* to = copy ? more : sums;
+      if constexpr (kPairs)
+        each_run(p, chunks, chunk_count, b,
+                 [&](i64 at, const Chunk& chunk, i64 panel, i64 column, i64 n) {
+                   const i64 row = panel * 2 * p.point_words + o;
+                   for (i64 i = 0; i < some; i++)
+                     memcpy(to + i * size + at,
+                            from + 2 * chunk.weights + (row + i) * 2 * N + column,
+                            size_t(n) * sizeof(T));
+                 });
+      else
+        transpose(from + b * size * p.group_width + o, p.group_width, to, size, some, size);
       if (copy)
         for (i64 i = 0; i < some * size; i++) sums[i] += more[i];
     }

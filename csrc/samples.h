@@ -7,13 +7,13 @@ enum Work { kColumnsWork = 1, kDotsWork = 2, kSpreadWork = 4 };
 template <class T>
 struct Samples {
   i64 count;
-  const T* image;        // the packed block
+  const T* image;        // the packed block, in words of kPerWord channels
   T* grad_image;         // likewise
   const i64* steps;      // from the first corner of a cell to each, in elements
   const i32* index;      // [count] first corner
   const T* weight;       // [count][corner] interpolation weight times mask
   const T* grad_column;  // [count][column_step]
-  T* column;             // likewise
+  T* column;             // likewise, in words of kPerWord channels, or pixels if Across
   i64 column_step;
   T* dots;  // [count][corner, at least 4] sums of grad_column times corner
 };
@@ -25,11 +25,13 @@ using Sampler = void (*)(const Samples<T>&);
 // derivatives by position and mask are made of. One pass, since all touch the same corners. A
 // block has NC vectors of N lanes. (Two corners in one vector, where they fit, halve the
 // instructions but not the time, and a store that overlaps the next load doubles it.)
-template <class T, int ND, int N, int NC, int Mode>
+// Across: words of columns are pairs of pixels, the last with zero if it is alone.
+template <class T, int ND, int N, int NC, int Mode, bool Across>
 NOINLINE void sample(const Samples<T>& s) {
   using L = Lanes<T, N>;
   using V = typename L::V;
   constexpr int Q = 1 << ND, Dots = Q < 4 ? 4 : Q;
+  constexpr int G = kPairs && NC > 1 ? 2 : 1;  // vectors at a time
   // In registers: a store could change what s refers to.
   const i64 count = s.count, column_step = s.column_step;
   const T *RESTRICT image = s.image, *RESTRICT weights = s.weight;
@@ -39,6 +41,7 @@ NOINLINE void sample(const Samples<T>& s) {
   i64 steps[Q];
   UNROLL
   for (int c = 0; c < Q; c++) steps[c] = s.steps[c];
+  V before[NC] = {};  // the columns of the pixel before
   for (i64 m = 0; m < count; m++) {
     const i64 at = i64(index[m]) * (N * NC);
     V weight[Q], dots[Dots];
@@ -49,25 +52,54 @@ NOINLINE void sample(const Samples<T>& s) {
       for (int c = 0; c < Dots; c++) dots[c] = L::zero();
     }
     UNROLL
-    for (int v = 0; v < NC; v++) {
+    for (int v = 0; v < NC; v += G) {
       const i64 first = at + v * N;
-      V value = L::zero(), grad = L::zero();
-      if (Mode & (kDotsWork | kSpreadWork)) grad = L::load(grad_column + v * N);
+      V value[G], grad[G];
+      UNROLL
+      for (int g = 0; g < G; g++) {
+        value[g] = grad[g] = L::zero();
+        if (Mode & (kDotsWork | kSpreadWork)) grad[g] = L::load(grad_column + (v + g) * N);
+      }
       UNROLL
       for (int c = 0; c < Q; c++) {
+        V x[G];
         if (Mode & (kColumnsWork | kDotsWork)) {
-          const V x = L::load(image + first + steps[c]);
-          if (Mode & kColumnsWork) value = c == 0 ? weight[c] * x : value + weight[c] * x;
-          if (Mode & kDotsWork) dots[c] = dots[c] + grad * x;
+          const char* from =
+              reinterpret_cast<const char*>(image) + (first + steps[c]) * i64(sizeof(T) / kPerWord);
+          if constexpr (G == 2)
+            split<N>(from, x);
+          else if constexpr (kPairs)
+            x[0] = widen4(from);
+          else
+            memcpy(x, from, sizeof x);
         }
-        if (Mode & kSpreadWork) {
-          T* to = grad_image + first + steps[c];
-          L::store(to, L::load(to) + weight[c] * grad);
+        UNROLL
+        for (int g = 0; g < G; g++) {
+          if (Mode & kColumnsWork)
+            value[g] = c == 0 ? weight[c] * x[g] : value[g] + weight[c] * x[g];
+          if (Mode & kDotsWork) dots[c] = dots[c] + grad[g] * x[g];
+          if (Mode & kSpreadWork) {
+            T* to = grad_image + first + g * N + steps[c];
+            L::store(to, L::load(to) + weight[c] * grad[g]);
+          }
         }
       }
-      if (Mode & kColumnsWork) L::store(column + v * N, value);
+      if constexpr (!(Mode & kColumnsWork)) {
+      } else if constexpr (!kPairs) {
+        L::store(column + v * N, value[0]);
+      } else if constexpr (!Across && G == 1) {
+        narrow4(value[0], column);
+      } else if constexpr (!Across) {
+        L::store(column + v / 2 * N, pair<N>(value[0], value[G - 1]));
+      } else {
+        UNROLL
+        for (int g = 0; g < G; g++) {
+          if (m & 1) L::store(column + (v + g) * N, pair<N>(before[v + g], value[g]));
+          before[v + g] = value[g];
+        }
+      }
     }
-    if (Mode & kColumnsWork) column += column_step;
+    if ((Mode & kColumnsWork) && (!Across || m & 1)) column += column_step;
     if (Mode & (kDotsWork | kSpreadWork)) grad_column += column_step;
     if (Mode & kDotsWork) {
       UNROLL
@@ -77,29 +109,40 @@ NOINLINE void sample(const Samples<T>& s) {
       }
     }
   }
+  if constexpr (kPairs && Across && Mode & kColumnsWork)
+    if (count & 1) {
+      UNROLL
+      for (int v = 0; v < NC; v++) L::store(column + v * N, pair<N>(before[v], L::zero()));
+    }
 }
 
-template <class T, int ND, int Mode>
+template <class T, int ND, int Mode, bool Across>
 Sampler<T> sampler_of(int lanes, int vectors) {
   constexpr int N = Machine<T>::lanes;
-  if (lanes == N)
-    return vectors == 4   ? sample<T, ND, N, 4, Mode>
-           : vectors == 2 ? sample<T, ND, N, 2, Mode>
-                          : sample<T, ND, N, 1, Mode>;
-  if constexpr (N > 8)
-    if (lanes == 8) return sample<T, ND, 8, 1, Mode>;
-  return sample<T, ND, 4, 1, Mode>;
+  if (lanes == N && vectors == 4) return sample<T, ND, N, 4, Mode, Across>;
+  if (lanes == N && vectors == 2) return sample<T, ND, N, 2, Mode, Across>;
+  if constexpr (kPairs) {  // two of half the lanes
+    if (lanes == N) return sample<T, ND, N / 2, 2, Mode, Across>;
+    if (lanes == 8) return sample<T, ND, 4, 2, Mode, Across>;
+    return sample<T, ND, 4, 1, Mode, Across>;
+  } else {
+    if (lanes == N) return sample<T, ND, N, 1, Mode, Across>;
+    if constexpr (N > 8)
+      if (lanes == 8) return sample<T, ND, 8, 1, Mode, Across>;
+    return sample<T, ND, 4, 1, Mode, Across>;
+  }
 }
 
+// For Reverse.
 template <class T, int ND>
 Sampler<T> sampler_of(int mode, int lanes, int vectors) {
   switch (mode) {
-    case 1: return sampler_of<T, ND, 1>(lanes, vectors);
-    case 2: return sampler_of<T, ND, 2>(lanes, vectors);
-    case 3: return sampler_of<T, ND, 3>(lanes, vectors);
-    case 4: return sampler_of<T, ND, 4>(lanes, vectors);
-    case 5: return sampler_of<T, ND, 5>(lanes, vectors);
-    case 6: return sampler_of<T, ND, 6>(lanes, vectors);
-    default: return sampler_of<T, ND, 7>(lanes, vectors);
+    case 1: return sampler_of<T, ND, 1, kPairs>(lanes, vectors);
+    case 2: return sampler_of<T, ND, 2, kPairs>(lanes, vectors);
+    case 3: return sampler_of<T, ND, 3, kPairs>(lanes, vectors);
+    case 4: return sampler_of<T, ND, 4, kPairs>(lanes, vectors);
+    case 5: return sampler_of<T, ND, 5, kPairs>(lanes, vectors);
+    case 6: return sampler_of<T, ND, 6, kPairs>(lanes, vectors);
+    default: return sampler_of<T, ND, 7, kPairs>(lanes, vectors);
   }
 }

@@ -407,7 +407,7 @@ def spoil_workspace() -> None:
 def run_cpu(call: RandomCall, rng: random.Random) -> None:
     """The C++ core at some level of instructions with some number of threads."""
     t = call.tensors()
-    levels = range(-1, min(cpu.best_level(), 2 + (call.dtype == torch.bfloat16)) + 1)
+    levels = range(-1, min(cpu.best_level(), 4 if call.dtype == torch.bfloat16 else 2) + 1)
     with patched(cpu, level=rng.choice(levels), threads=rng.choice((0, 1, 2, 3, 16))):
         if rng.random() < 0.3:
             spoil_workspace()

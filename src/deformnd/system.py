@@ -115,7 +115,7 @@ def describe() -> list[str]:
 def _cpu_kernels() -> str:
     if cpu.available():
         level = cpu.LEVELS[cpu.best_level()]
-        return f"C++ core with {level}, the widest that this machine and the core have"
+        return f"C++ core with {level}, the best that this machine and the core have"
     files = list(Path(__file__).parent.glob("_core.*"))
     why = (
         f"{files[0].name} cannot be loaded here or is of another version, see the warning"

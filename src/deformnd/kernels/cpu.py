@@ -29,9 +29,9 @@ from . import reference
 from .geometry import DTYPES, Geometry, empty
 
 # The names of the levels that the core counts, see best_level in csrc/core.cpp.
-LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16")
+LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16", "AMX")
 # For tests only. Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, 3 that and its products of
-# bfloat16, -1 the widest there are.
+# bfloat16, 4 those of AMX, -1 the best there are.
 level = -1
 # For tests only. Threads to use even for a small call; 0: at most torch.get_num_threads().
 threads = 0
@@ -95,7 +95,7 @@ def available() -> bool:
 
 
 def best_level() -> int:
-    """The widest level of instructions that this machine and the core have."""
+    """The best level of instructions that this machine and the core have."""
     return -1 if _library is None else int(_library.deformnd_level())
 
 
