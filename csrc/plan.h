@@ -92,13 +92,17 @@ struct Plan {
     }
   }
 
+  // A sample takes as long as its products with so many points; AMX multiplies eight times as fast.
+  static i64 points_per_sample(const Call& c) { return kPairs && c.tiles ? 128 : 16; }
+
   // The threads that a call is worth: each wants about 20 microseconds of work, ten times what
   // waking it costs, and all of a large team want more than two.
   static i64 threads_for(const Call& c) {
     if (c.exactly) return c.threads;
-    double work = double(c.batch) * c.image_channels * (c.point_channels / c.groups + 16);
+    const i64 sample = points_per_sample(c);
+    double work = double(c.batch) * c.image_channels * (c.point_channels / c.groups + sample);
     for (int v = 0; v < ND; v++) work *= double(c.point_size[v] * c.kernel[v]);
-    const double worth = work / 2e6;
+    const double worth = work / (125e3 * double(sample));
     if (worth < 2 + double(c.threads - 2) / 8) return 1;
     return worth < double(c.threads) ? i64(worth) : c.threads;
   }
@@ -113,16 +117,17 @@ struct Plan {
   }
 
   // Smaller tiles, and the panels of points in parts, where `workers` get through `images` sooner;
-  // returns the number of parts. In the measure of a product: a sample costs as much as 16 points,
-  // and a tile, for which the weights come from far, as 16 pixels.
+  // returns the number of parts. A tile, for which the weights come from far, costs as much as 16
+  // pixels more.
   i64 share_tiles(i64 images, i64 workers, i64 most_parts) {
     if (workers == 1) return 1;
+    const i64 sample = points_per_sample(call);
     i64 best_rows = 0, best_columns = 0, best_parts = 1, least_cost = 0;
     for (;;) {
       for (i64 parts = 1; parts <= most_parts; parts++) {
         const i64 tasks = images * tiles * parts, some = divide_up(most_parts, parts);
         const i64 cost = divide_up(tasks, workers) * (tile_pixels + 16) *
-                         (some * panel + divide_up(some, panels) * 16);
+                         (some * panel + divide_up(some, panels) * sample);
         if (least_cost == 0 || cost < least_cost)
           best_rows = tile_rows, best_columns = tile_columns, best_parts = parts, least_cost = cost;
         if (tasks >= workers) break;
