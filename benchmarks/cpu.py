@@ -4,7 +4,7 @@
     python benchmarks/cpu.py --threads 1 2 4 8 16 --output benchmarks/results/cpu-threads.json
 
 The second form shows how one call spreads over threads, beside dense convolution alone, and at the
-largest number what each gradient takes by itself; about 90 seconds.
+largest number what each gradient takes by itself and what bfloat16 gains; about 90 seconds.
 Peers that are not installed are left out. Times are medians of interleaved rounds in milliseconds;
 `best` in the JSON are the least, for a machine that others use too. Memory is the peak resident
 set beyond what was there before the call and beyond its results, in a fresh process (Linux).
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,27 +120,34 @@ def run_case(name: str, seconds: float) -> dict[str, Any]:
         if peer != "dense"
     }
     # Where a rounded position falls into the next cell, its gradient differs by far.
-    result["gradient error"] = {
-        key: relative(a, b)
-        for key, a, b in zip(
-            ("image", "points", "weight", "offset", "mask", "bias"),
-            p.kernel_backward(cpu),
-            exact.kernel_backward(reference),
-            strict=True,
-        )
+    result["gradient error"] = gradient_errors(
+        p.kernel_backward(cpu), exact.kernel_backward(reference)
+    )
+    return result
+
+
+def gradient_errors(
+    found: Sequence[torch.Tensor | None], want: Sequence[torch.Tensor | None]
+) -> dict[str, float]:
+    names = ("image", "points", "weight", "offset", "mask", "bias")
+    return {
+        name: relative(a, b)
+        for name, a, b in zip(names, found, want, strict=True)
         if a is not None and b is not None
     }
-    return result
 
 
 def quick(group: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
     """Interleaved rounds of about 20 ms, each after a call that is not timed; slow calls alone."""
     calls = {}
     for name, function in group.items():
-        function()
-        start = time.perf_counter()
-        function()
-        calls[name] = int(0.02 / (time.perf_counter() - start))
+        for _ in range(2):  # the first is slower
+            start = time.perf_counter()
+            function()
+            took = time.perf_counter() - start
+            if took > 0.2:
+                break
+        calls[name] = int(0.02 / took)
     times: dict[str, list[float]] = {name: [] for name in group}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[name]) < 2:
@@ -186,8 +193,56 @@ def by_threads(counts: list[int], seconds: float) -> dict[str, Any]:
             key: functools.partial(cpu.gradients, p.geometry, *given, need)
             for key, need in needs.items()
         }
-        found["one gradient"] = {counts[-1]: quick(one, seconds)}
+        torch.set_num_threads(max(counts))
+        found["one gradient"] = {max(counts): quick(one, seconds)}
     return results
+
+
+def by_dtype(count: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of float32 and bfloat16 by phase, and bfloat16's errors."""
+    torch.set_num_threads(count)
+    results: dict[str, Any] = {}
+    for name in "ABCDE":
+        print(f"{name} in bfloat16 ...", file=sys.stderr, flush=True)
+        case = CASES[name]
+        p, half = Problem(case), Problem(case, torch.bfloat16)
+        found: dict[str, Any] = {
+            "forward": {
+                "float32": functools.partial(p.kernel, cpu),
+                "bfloat16": functools.partial(half.kernel, cpu),
+                "dense float32": p.dense,
+                "dense bfloat16": half.dense,
+            },
+            "forward+backward": {
+                "float32": functools.partial(deformnd_both, p),
+                "bfloat16": functools.partial(deformnd_both, half),
+                "dense float32": functools.partial(dense_both, p),
+                "dense bfloat16": functools.partial(dense_both, half),
+            },
+        }
+        results[name] = {phase: quick(group, seconds) for phase, group in found.items()}
+        # The core in float64, which tests compare with the definition, takes a second less.
+        exact = half.exact(case.batch)
+        results[name]["error"] = {
+            "output": relative(half.kernel(cpu), exact.kernel(cpu)),
+            **gradient_errors(half.kernel_backward(cpu), exact.kernel_backward(cpu)),
+        }
+    return results
+
+
+def table_by_dtype(results: dict[str, Any]) -> str:
+    lines = []
+    for phase in ("forward", "forward+backward"):
+        peers = list(results["A"][phase])
+        lines += [f"\n{phase}, median ms\n", "| | " + " | ".join(peers) + " | gain | error |"]
+        lines += ["|---" * (len(peers) + 3) + "|"]
+        for name, found in results.items():
+            times = [found[phase][peer]["median"] for peer in peers]
+            errors = found["error"]
+            error = errors["output"] if phase == "forward" else max(errors.values())
+            cells = [*(f"{t:.3g}" for t in times), f"{times[0] / times[1]:.2f}", f"{error:.1e}"]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table_by_threads(results: dict[str, Any], counts: list[int]) -> str:
@@ -204,7 +259,7 @@ def table_by_threads(results: dict[str, Any], counts: list[int]) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["\none gradient by itself, median ms\n"]
     for name, found in results.items():
-        parts = [f"{k} {t['median']:.3g}" for k, t in found["one gradient"][counts[-1]].items()]
+        parts = [f"{k} {t['median']:.3g}" for k, t in found["one gradient"][max(counts)].items()]
         lines.append(f"- {name}: " + ", ".join(parts))
     return "\n".join(lines)
 
@@ -256,8 +311,10 @@ def main() -> None:
         print(peak(case, peer, both == "1", 2))
         return
     if args.threads:
-        report = {"device": device(), "cases": by_threads(args.threads, 0.7)}
+        report = {"device": device(), "cases": by_threads(args.threads, 0.5)}
         print(table_by_threads(report["cases"], args.threads))
+        report["bfloat16"] = by_dtype(max(args.threads), 0.5)
+        print(table_by_dtype(report["bfloat16"]))
         save(report, args.output)
         return
     report = {"device": device(), "cases": {}}
