@@ -82,15 +82,47 @@ void multiply(int vectors, i64 rows, i64 panels, i64 inner, const T* a, i64 a_st
                                                c_step, accumulate);
 }
 
-// For Note [depthwise], with `width` channels:
-// c[row][channel] += sum over k of a[row][k * width + channel] b[k][channel]
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// For Note [depthwise], with `width` channels, 4 or 8 or full vectors: run part(lanes, channel)
+// for each vector of them.
+template <class T, class Part>
+INLINE void each_vector(i64 width, const Part& part) {
+  constexpr int N = Machine<T>::lanes;
+  if (width % N == 0)
+    for (i64 i = 0; i < width; i += N) part(Lanes<T, N>{}, i);
+  else
+    for (i64 i = 0; i < width; i += 4) part(Lanes<T, 4>{}, i);
+}
+
+// c[row][channel] += sum over k of a[row][k * width + channel] b[k][channel], some rows at a time:
+// a sum by itself waits for each of its terms.
 template <class T>
 NOINLINE void add_scaled(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
                          const T* RESTRICT b, T* RESTRICT c) {
-  for (i64 m = 0; m < rows; m++)
-    for (i64 k = 0; k < inner; k++)
-      for (i64 i = 0; i < width; i++)
-        c[m * width + i] += a[m * a_step + k * width + i] * b[k * width + i];
+  each_vector<T>(width, [&](auto lanes, i64 i) {
+    using L = decltype(lanes);
+    const auto add = [&](auto count, i64 m) {
+      constexpr int R = decltype(count)::value;
+      typename L::V sums[R];
+      UNROLL
+      for (int r = 0; r < R; r++) sums[r] = L::load(c + (m + r) * width + i);
+      for (i64 k = 0; k < inner; k++) {
+        const typename L::V factor = L::load(b + k * width + i);
+        UNROLL
+        for (int r = 0; r < R; r++)
+          sums[r] = sums[r] + L::load(a + (m + r) * a_step + k * width + i) * factor;
+      }
+      UNROLL
+      for (int r = 0; r < R; r++) L::store(c + (m + r) * width + i, sums[r]);
+    };
+    i64 m = 0;
+    for (; m + 8 <= rows; m += 8) add(Constant<8>{}, m);
+    for (; m < rows; m++) add(Constant<1>{}, m);
+  });
 }
 
 // a[row][k * width + channel] = c[row][channel] b[k][channel]
@@ -103,14 +135,32 @@ NOINLINE void scale(i64 rows, i64 width, i64 inner, T* RESTRICT a, i64 a_step, c
         a[m * a_step + k * width + i] = c[m * width + i] * b[k * width + i];
 }
 
-// b[k][channel] += sum over rows of a[row][k * width + channel] c[row][channel]
+// b[k][channel] += sum over rows of a[row][k * width + channel] c[row][channel], on its own as in
+// micro_kernel, for some k at a time as above
 template <class T>
 NOINLINE void add_products(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
                            T* RESTRICT b, const T* RESTRICT c) {
-  for (i64 k = 0; k < inner; k++) {
-    T sums[4 * Machine<T>::lanes] = {};  // on their own, as in micro_kernel
-    for (i64 m = 0; m < rows; m++)
-      for (i64 i = 0; i < width; i++) sums[i] += a[m * a_step + k * width + i] * c[m * width + i];
-    for (i64 i = 0; i < width; i++) b[k * width + i] += sums[i];
-  }
+  each_vector<T>(width, [&](auto lanes, i64 i) {
+    using L = decltype(lanes);
+    const auto add = [&](auto count, i64 k) {
+      constexpr int R = decltype(count)::value;
+      typename L::V sums[R];
+      UNROLL
+      for (int r = 0; r < R; r++) sums[r] = L::zero();
+      for (i64 m = 0; m < rows; m++) {
+        const typename L::V factor = L::load(c + m * width + i);
+        UNROLL
+        for (int r = 0; r < R; r++)
+          sums[r] = sums[r] + L::load(a + m * a_step + (k + r) * width + i) * factor;
+      }
+      UNROLL
+      for (int r = 0; r < R; r++) {
+        T* to = b + (k + r) * width + i;
+        L::store(to, L::load(to) + sums[r]);
+      }
+    };
+    i64 k = 0;
+    for (; k + 8 <= inner; k += 8) add(Constant<8>{}, k);
+    for (; k < inner; k++) add(Constant<1>{}, k);
+  });
 }
