@@ -297,9 +297,9 @@ struct Reverse {
     for (i64 k = 0; k < p.K; k++) {
       const i32* index = cells.index + k * p.table;
       for (i64 m = 0; m < count; m++) {
-        const i32 at = index[m];
+        const i32 at = index[m], inside = at == outside ? -1 : at;  // so that it is vectors' work
         low = at < low ? at : low;
-        high = at != outside && at > high ? at : high;
+        high = inside > high ? inside : high;
       }
     }
     if (high < 0) return {0, 0};
