@@ -1,6 +1,7 @@
 """What the package says about where it runs."""
 
 import importlib.util
+import subprocess
 import sys
 from importlib import metadata
 
@@ -26,6 +27,35 @@ def test_version_is_the_installed_one():
     except metadata.PackageNotFoundError:
         pytest.skip("runs from the source tree, not installed")
     assert installed == deformnd.__version__
+
+
+def test_submodules_are_imported_when_they_are_asked_for():
+    code = """
+import sys
+import deformnd
+heavy = ("onnx", "onnxscript", "onnxruntime", "openvino", "matplotlib", "torchvision", "mmcv")
+ours = ("deformnd.onnx", "deformnd.viz", "deformnd.compat.counters", "deformnd.compat.tvdcn")
+assert not {"torch.onnx", *heavy, *ours} & set(sys.modules) - before
+assert {"onnx", "viz", "compat", "adopt", "ops", "deform_conv2d"} <= set(dir(deformnd))
+assert {"counters", "mmcv", "torch_pruning", "torchvision", "tvdcn"} <= set(dir(deformnd.compat))
+assert callable(deformnd.onnx.export) and callable(deformnd.viz.steps)
+assert callable(deformnd.adopt.convert) and deformnd.compat.tvdcn.PackedDeformConv2d
+assert callable(deformnd.compat.torchvision.accelerate)
+assert callable(deformnd.compat.mmcv.accelerate)
+assert deformnd.compat.counters.__name__ == "deformnd.compat.counters"
+assert callable(deformnd.compat.torch_pruning.with_packed)
+assert not set(heavy) & set(sys.modules)
+for module in (deformnd, deformnd.compat):
+    try:
+        module.nothing
+    except AttributeError as error:
+        assert str(error) == f"module {module.__name__!r} has no attribute 'nothing'"
+    else:
+        raise AssertionError
+"""
+    code = "import sys, torch; before = set(sys.modules)\n" + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):

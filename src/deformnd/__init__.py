@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import adopt, ops
 from .adopt import *  # noqa: F403
 from .kernels.library import decompositions
@@ -19,3 +22,22 @@ __all__ = [
     *adopt.__all__,
     *ops.__all__,
 ]
+
+# Modules that are imported when they are first asked for, since many programs need none of them.
+# They are not in __all__, or `from deformnd import *` would import them.
+_LAZY = ("compat", "onnx", "viz")
+
+if TYPE_CHECKING:  # or every other name would be one for type checkers
+    from . import compat as compat
+    from . import onnx as onnx
+    from . import viz as viz
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -4,12 +4,34 @@
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, List, Optional, Tuple, TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, List, Optional, Tuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..ops.functional import _ints, _outside_a_trace
+
+# As in deformnd itself: imported when they are first asked for.
+_LAZY = ("counters", "mmcv", "torch_pruning", "torchvision", "tvdcn")
+
+if TYPE_CHECKING:
+    from . import counters as counters
+    from . import mmcv as mmcv
+    from . import torch_pruning as torch_pruning
+    from . import torchvision as torchvision
+    from . import tvdcn as tvdcn
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 Use = TypeVar("Use", bound="_Acceleration")
 
