@@ -1,9 +1,11 @@
 """What the package says about where it runs."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,59 @@ def test_version_is_the_installed_one():
     except metadata.PackageNotFoundError:
         pytest.skip("runs from the source tree, not installed")
     assert installed == deformnd.__version__
+
+
+WITHOUT_CORE = """
+import sys, threading, warnings
+sys.path.insert(0, {folder!r})
+from importlib.machinery import PathFinder
+sys.meta_path.insert(0, PathFinder)  # before the finder of an editable install
+warnings.simplefilter("always")
+seen = []
+warnings.showwarning = lambda message, *rest: seen.append(str(message))
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import deformnd
+from deformnd.kernels import library
+
+assert deformnd.__file__.startswith({folder!r}) and not deformnd.has_ops()
+assert "CPU" not in library.compiled_keys()
+said = lambda: [message for message in seen if message.startswith("deformnd")]
+
+layer = deformnd.PackedDeformConv2d(3, 4, 3, padding=1)
+layer.to("meta")(torch.rand(1, 3, 8, 8, device="meta"))
+with FakeTensorMode():
+    deformnd.PackedDeformConv2d(3, 4, 3, padding=1)(torch.rand(1, 3, 8, 8))
+torch.export.export(deformnd.PackedDeformConv2d(3, 4, 3), (torch.rand(1, 3, 8, 8),))
+scripted = torch.jit.script(deformnd.PackedDeformConvTranspose3d(2, 4, 3))
+try:
+    scripted(torch.rand(1, 5, 4, 4, 4))
+except Exception:
+    pass
+else:
+    raise AssertionError("5 channels were taken for 2")
+assert not said(), said()
+
+call = lambda: scripted(torch.rand(1, 2, 4, 4, 4)).sum().backward()
+call()
+worker = threading.Thread(target=call)
+worker.start()
+worker.join()
+deformnd.PackedDeformConv1d(2, 4, 3)(torch.rand(1, 2, 9)).sum().backward()
+(message,) = said()
+print(message)
+"""
+
+
+def test_without_the_core_the_first_cpu_call_says_so_once(tmp_path):
+    package = Path(deformnd.__file__).parent
+    ignore = shutil.ignore_patterns("__pycache__", "_core.*")
+    shutil.copytree(package, tmp_path / "deformnd", ignore=ignore)
+    code = WITHOUT_CORE.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert "slow" in done.stdout and "CPU tensors" in done.stdout
+    assert "Install a C++17 compiler and reinstall deformnd" in done.stdout
 
 
 def test_submodules_are_imported_when_they_are_asked_for():

@@ -44,10 +44,14 @@ _NO_MEMORY, _ODD = 1, 2
 _PACK = {n: struct.Struct(f"={4 + 6 + 6 * n + 2 * 10}q").pack for n in (1, 2, 3)}
 
 
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+PATH: Path = Path(__file__).parent.parent / f"_core{_SUFFIX}"
+"""Where the core is, if it was built."""
+
+
 def _load() -> ctypes.CDLL | None:
     """The library, or None, with a warning where there is one that does not fit."""
-    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-    path = Path(__file__).parent.parent / f"_core{suffix}"
+    path = PATH
     if not path.exists():
         return None
     try:

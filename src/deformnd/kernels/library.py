@@ -48,18 +48,38 @@ def _gpu() -> Any:
     return gpu
 
 
+_said_slow = False
+
+
+def _without_core() -> Any:
+    """The reference for CPU tensors; the first call says what an installation of it lacks."""
+    global _said_slow
+    if not _said_slow:
+        _said_slow = True
+        warnings.warn(
+            "deformnd: calls on CPU tensors are slow here: deformnd was installed without its C++ "
+            "core, and they take the reference in plain PyTorch, which also needs more memory. "
+            "Install a C++17 compiler and reinstall deformnd, with pip's --force-reinstall "
+            "--no-deps --no-cache-dir (said once)",
+            stacklevel=2,
+        )
+    return reference
+
+
 # What computes, by dispatch key; the first stands in wherever there is no other.
 _BACKENDS: list[tuple[str, Callable[[], Any]]] = [("CompositeExplicitAutograd", lambda: reference)]
 if cpu.available():
     _BACKENDS.append(("CPU", lambda: cpu))
+elif not cpu.PATH.exists():  # of one that is there and does not fit, cpu.py has said so
+    _BACKENDS.append(("CPU", _without_core))
 if torch.version.cuda or torch.version.hip:
     _BACKENDS.append(("CUDA", _gpu))
 
 
 def compiled_keys() -> list[str]:
     """Dispatch keys of the devices that have kernels of their own here, such as 'CPU'."""
-    triton = importlib.util.find_spec("triton") is not None
-    return [key for key, _ in _BACKENDS[1:] if triton or key != "CUDA"]
+    there = {"CPU": cpu.available(), "CUDA": importlib.util.find_spec("triton") is not None}
+    return [key for key, _ in _BACKENDS[1:] if there[key]]
 
 
 def _remembered(geometry: Callable[..., Geometry]) -> Callable[..., Geometry]:
