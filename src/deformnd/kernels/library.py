@@ -13,6 +13,7 @@ import importlib.util
 import math
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -202,7 +203,26 @@ def _check_backward(
             )
 
 
+# What deformnd.onnx.translation_table has made, as long as somebody holds it.
+onnx_translations: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def hint_at_onnx() -> None:
+    """Warn where torch.onnx.export meets an operator and nobody holds translations for it.
+
+    The error with which it ends, unless it is given others, says that it found no function.
+    """
+    if "torch.onnx" in sys.modules and not onnx_translations and torch.onnx.is_in_onnx_export():
+        warnings.warn(
+            "deformnd: torch.onnx.export does not know deformnd's operators by itself: call "
+            "deformnd.onnx.export(model, args, path) instead, or give it "
+            "custom_translation_table=deformnd.onnx.translation_table()",
+            stacklevel=2,
+        )
+
+
 def _forward_fake(family: Family, input: Tensor, *rest: Any) -> Tensor:
+    hint_at_onnx()
     return empty(family.output_shape(family.geometry(input, *rest)), input)
 
 

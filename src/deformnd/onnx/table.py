@@ -131,6 +131,7 @@ def translation_table(
             return deform_conv(*tensors, *parameters)
 
         table[torch.ops.torchvision.deform_conv2d.default] = torchvision
+    library.onnx_translations.update(table.values())
     return table
 
 

@@ -151,6 +151,7 @@ def deform_conv(
             if node is not None:
                 return node  # type: ignore[no-any-return]
         if torch.jit.is_tracing():
+            library.hint_at_onnx()
             stride, padding, dilation, groups = _ints((stride, padding, dilation, groups))
         _outside_a_trace(
             check_call,
@@ -232,6 +233,7 @@ def deform_conv_transpose(
             if node is not None:
                 return node  # type: ignore[no-any-return]
         if torch.jit.is_tracing():
+            library.hint_at_onnx()
             stride, padding, output_padding, dilation, groups = _ints(args[5:])
         _outside_a_trace(
             check_call,
