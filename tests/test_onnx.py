@@ -4,6 +4,7 @@ An export takes most of a second, so most tests export many calls as one model.
 """
 
 import dataclasses
+import gc
 import itertools
 import os
 import random
@@ -482,6 +483,101 @@ def test_a_table_for_those_who_export_themselves(tmp_path):
     for engine in ENGINES:
         (got,) = run(engine, tmp_path / "model.onnx", model.args)
         assert relative_error(got, model.exact()[0]) < 1e-6
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_plain_torch_onnx_export_names_ours(dynamo, transposed, tmp_path):
+    gc.collect()  # tables of other tests
+    model = Calls([Case((6, 7), (3, 3), transposed=transposed)])
+    options = {"verbose": False, "dynamo": dynamo}
+    with pytest.warns(UserWarning, match=r"call deformnd\.onnx\.export\(model, args, path\) in"):
+        with pytest.raises(Exception, match=r"deformnd\S+deform_conv"):
+            torch.onnx.export(model, tuple(model.args), tmp_path / "model.onnx", **options)
+
+
+def test_who_has_the_translations_is_told_nothing(tmp_path, recwarn):
+    model = Calls(SOME[1:2])
+    torch.jit.trace(model, tuple(model.args))
+    torch.export.export(model, tuple(model.args))
+    export(model, tuple(model.args), tmp_path / "model.onnx", verbose=False)
+    table = deformnd.onnx.translation_table(opset=20)
+    options = {"dynamo": True, "verbose": False, "opset_version": 20}
+    torch.onnx.export(model, tuple(model.args), custom_translation_table=table, **options)
+    assert not [w for w in recwarn if "deformnd.onnx.export" in str(w.message)]
+
+
+class LearnedMask(nn.Module):
+    """Attention with a learned bias beside a deformable layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = deformnd.PackedDeformConv2d(3, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.bias = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).mT
+        return self.attention(x, x, x, attn_mask=self.bias, need_weights=False)[0]
+
+
+class Masked(nn.Module):
+    """Attention with a mask that is an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2).eval()
+        self.eval()
+
+    def forward(self, x, mask):
+        return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+def test_a_learned_attention_mask(tmp_path):
+    """torch's exporter fails at it while parameters require gradients."""
+    model, x = LearnedMask().eval(), torch.rand(2, 3, 4, 4)
+    model.attention.in_proj_bias.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    export(model, x, tmp_path / "model.onnx", verbose=False)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert check(tmp_path / "model.onnx", model, x) < 1e-5
+    # An input that requires gradients may be the mask, too.
+    args = (torch.rand(16, 2, 8), torch.rand(16, 16, requires_grad=True))
+    export(Masked(), args, tmp_path / "masked.onnx", verbose=False)
+    assert args[1].requires_grad
+    with pytest.raises(Exception, match="Failed to export the model"):  # 25 tokens, not 16
+        export(model, torch.rand(2, 3, 5, 5), tmp_path / "wrong.onnx", verbose=False)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_parameters_that_cannot_be_frozen(tmp_path):
+    """Those of lazy modules have no values yet; those made in inference mode could not go back."""
+    with torch.inference_mode():
+        layer = deformnd.PackedDeformConv2d(3, 4, 3)
+    x = torch.rand(1, 3, 8, 8)
+    for model in (layer, deformnd.LazyPackedDeformConv2d(4, 3)):
+        export(model.eval(), x, tmp_path / "model.onnx", verbose=False)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_in_a_file_beside(target, tmp_path, monkeypatch, capsys):
+    """By a relative path, from another folder, and moved."""
+    monkeypatch.chdir(tmp_path)
+    layer, x = deformnd.PackedDeformConv2d(3, 64, 3, padding=1).eval(), torch.rand(1, 3, 8, 8)
+    os.mkdir("made")
+    export(layer, x, "made/m.onnx", target=target, external_data=True)
+    assert "not compared" not in capsys.readouterr().out
+    assert os.path.getsize("made/m.onnx.data") >= layer.weight.numel() * 4
+    os.rename("made", "moved")
+    os.mkdir("elsewhere")
+    monkeypatch.chdir("elsewhere")
+    for path in ("../moved/m.onnx", str(tmp_path / "moved" / "m.onnx")):
+        for engine in engines(target):
+            assert check(path, layer, x, engine=engine) < 1e-5
+        if target == "onnxruntime":
+            (got,) = run("openvino", deformnd.onnx.read_openvino_model(path), (x,))
+            assert relative_error(got, layer(x).detach()) < 1e-5
 
 
 @pytest.mark.parametrize("opset", [19, 22])

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def export(
 
     Args:
         model: an nn.Module in eval mode, or a torch.export.ExportedProgram. In float16 (where
-            these operators still compute in float32), float32 or float64.
+            these operators still compute in float32), float32 or float64. While a Module is
+            exported, its parameters do not require gradients.
         args: the model's positional inputs, or the one tensor that is its input.
         path: the file to write, in a folder that exists. Weights of 2 GB or more, or with
             external_data=True, go to a second one beside it, path + ".data".
@@ -133,13 +134,13 @@ def export(
     level = log.level
     log.setLevel(logging.CRITICAL)  # it logs tracebacks of what is an error below
     try:
-        with warnings.catch_warnings():
+        with _frozen(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Exporting a model while it is in training mode")
             program = torch.onnx.export(
                 model,
-                args,
+                _detached(args),
                 None,
-                kwargs=kwargs or None,
+                kwargs=_detached(kwargs) or None,
                 dynamo=True,
                 verbose=False,
                 dynamic_shapes=dynamic_shapes,
@@ -200,6 +201,30 @@ def _inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not kwargs and args and isinstance(args[-1], dict):
         args, kwargs = args[:-1], args[-1]
     return args, dict(kwargs or {})
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No parameter requires gradients: torch 2.13 fails at attention with a learned mask that does.
+
+    But for those whose flag cannot be changed, or not back: of lazy modules, and of inference mode.
+    """
+    learned = [
+        p
+        for p in model.parameters()
+        if p.requires_grad and not torch.nn.parameter.is_lazy(p) and not p.is_inference()
+    ]
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+def _detached(inputs: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, inputs)
 
 
 def _check_model(model: Any) -> None:
