@@ -32,6 +32,7 @@ NAMES = [
     "torch._C._autograd._profiler_enabled",
     "torch._C._dispatch_has_kernel_for_dispatch_key",
     "torch._C._dispatch_keys",
+    "torch._C._dispatch_tls_local_exclude_set",
     "torch._C._dispatch_tls_local_include_set",
     "torch._C._get_tracing_state",
     "torch._C._set_tracing_state",
