@@ -1230,7 +1230,7 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     # What Python does of a compile is done in one thread at a time.
     monkeypatch.setattr(runtime.ASTSource, "make_ir", counted)
     arguments = {n: v for n, v in good[0].arguments.items()}
-    bad = Launch(layout.reduce, (1, 1, 1), arguments, dict(INDEX=0, BLOCK=3), 4)
+    bad = Launch(layout.reduce, (1, 1, 1), arguments, dict(INDEX=0, BLOCK=3, TOGETHER=4), 4)
 
     def load() -> None:
         monkeypatch.setattr(runtime, "_LOADED", {})

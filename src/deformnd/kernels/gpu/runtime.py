@@ -507,6 +507,10 @@ class Plan:
         def tensor(buffer: Buffer) -> Tensor:
             if buffer.kind != SCRATCH:
                 whole = (given, results)[buffer.kind][buffer.number]
+                if whole.dtype != buffer.dtype:  # lent for a copy (layout.py, lend)
+                    memory_of = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+                    place = memory_of[buffer.start : buffer.start + buffer.size]
+                    return place.view(buffer.dtype).view(buffer.shape)
                 items = math.prod(buffer.shape[1:]) * buffer.dtype.itemsize
                 return whole[buffer.start // items :] if buffer.start else whole
             start = self.offsets[buffer.number] + buffer.start
