@@ -88,7 +88,7 @@ def _listening(tensors: Sequence[Tensor | None]) -> int:
     for t in tensors:
         if t is not None:
             keys |= _C._dispatch_keys(t).raw_repr()
-    return int(keys & ~_DEAF_BITS)
+    return int(keys & ~_DEAF)
 
 
 def _below(kernel: Kernel) -> Kernel:
@@ -105,7 +105,7 @@ def _keys(*names: str) -> Any:
     return functools.reduce(lambda a, b: a | b, sets)
 
 
-def _usual_exclusions() -> int | None:
+def _usual_exclusions() -> int:
     """The keys that a thread does not listen to before anything changes that, as autocast does."""
     found: list[int] = []
     thread = threading.Thread(
@@ -118,10 +118,10 @@ def _usual_exclusions() -> int | None:
 
 # Keys that every call has, and that mean nothing to a backward; None if a private name is missing.
 # _USUAL: those that are left out in a thread where nothing has changed that.
-_DEAF = _USUAL = None
+_DEAF: Any = None
+_USUAL: int | None = None
 try:
-    _DEAF = _keys("BackendSelect", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
-    _DEAF_BITS = int(_DEAF.raw_repr())
+    _DEAF = _keys("BackendSelect", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA").raw_repr()
     with below_autograd():
         _listening([torch.empty(0, device="cpu")])
     _C._autograd._profiler_enabled()

@@ -61,13 +61,10 @@ def blocks_of(call: Call, tiles: Tiles, run: int) -> dict[str, Any]:
 
 
 def outputs_of(call: Call, blocks: dict[str, Any]) -> int:
-    """The most point channels that a block of image channels can meet (channels_of)."""
-    return outputs_met(call, blocks["GROUPS"] * (blocks["CHANNELS"] or blocks["BLOCK_C"]))
-
-
-def outputs_met(call: Call, channels: int) -> int:
-    """The most point channels whose weight groups a block of image channels can meet."""
+    """The most point channels whose weight groups a block of image channels can meet
+    (channels_of)."""
     group_in, outputs, group_out = call.sizes.group_in, call.sizes.outputs, call.sizes.group_out
+    channels: int = blocks["GROUPS"] * (blocks["CHANNELS"] or blocks["BLOCK_C"])
     if channels % group_in == 0 or group_in % channels == 0:
         met = max(channels // group_in, 1)
     else:

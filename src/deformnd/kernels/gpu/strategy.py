@@ -184,7 +184,7 @@ def _gradients(
     lists = None
     if by_sorting:
         # Before the frame, so that all kernels use the rows, and all is prepared at once.
-        sorting = variants.choose(SORTED, call) or SORTED[-1]
+        sorting = _sorting(call)
         call.weight(sorting.order)
         if not wants_parts:
             call.rows(points)
@@ -231,12 +231,16 @@ def _forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> N
         variants.write(FORWARD, call, image, bias, out)
 
 
+def _sorting(call: Call) -> variants.Variant:
+    """The variant that will take the sorted gradient, whose weights and lists are made before."""
+    return variants.choose(SORTED, call) or SORTED[-1]
+
+
 def _sorted(
     call: Call, points: Operand, bias: Buffer | None, out: Operand, lists: Any = None
 ) -> None:
     if lists is None:
-        sorting = variants.choose(SORTED, call) or SORTED[-1]
-        lists = backward_sorted.make_lists(call, sorting)
+        lists = backward_sorted.make_lists(call, _sorting(call))
     with call.frame():
         variants.write(SORTED, call, points, bias, out, lists)
 

@@ -227,14 +227,7 @@ def write(
     programs = n.batch * tiles
     at_once = max(1, call.multiprocessors * min(2, call.device.shared_memory // shared))
 
-    units = n.sample_groups * n.taps
-
-    def turns(splits: int) -> int:
-        """Taps that all waves of programs take, and one more for a start."""
-        waves, taps = triton.cdiv(programs * splits, at_once), triton.cdiv(units, splits)
-        return int(waves * (taps + 1))
-
-    splits = min(range(1, units + 1), key=turns)
+    splits = common.splits_of(programs, n.sample_groups * n.taps, at_once)
     across = min(32, block_o // 8)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=blocks, BLOCK_C=block_c, STAGES=stages),

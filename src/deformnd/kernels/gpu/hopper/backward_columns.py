@@ -37,7 +37,7 @@ from ..layout import Call, Operand, Order, whole_blocks
 from ..runtime import Buffer
 from ..variants import Variant
 from . import common
-from .backward_atomic import bring_block
+from .backward_atomic import bring_block, multiply_blocks
 from .backward_sorted import await_empty, blend_of, corner_of, deliver, load_rows
 
 LISTED = gl.constexpr(64)  # entries of a list at once
@@ -50,10 +50,9 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
                             ROWS: gl.constexpr):  # fmt: skip
     """Columns of `count` rows of points, from the batch item `before` on.
 
-    A program's rows stay in shared memory, and weights come as in backward_atomic.py, whose order
-    of channels gives a lane eight neighbours. All weights of a block of columns are waited for
-    before its first product, and its last product is waited for in the same turn, or ptxas makes
-    every product wait for the one before. Grid: (tiles of rows, splits of the taps).
+    A program's rows stay in shared memory, and weights come and are multiplied as in
+    backward_atomic.py, whose order of channels gives a lane eight neighbours.
+    Grid: (tiles of rows, splits of the taps).
     """
     first = gl.program_id(1) * g.taps // splits
     last = (gl.program_id(1) + 1) * g.taps // splits
@@ -83,14 +82,7 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
     place = (p * (g.taps * g.columns))[:, None] + (first * g.columns + c)[None, :]
     here = (p < count)[:, None] & (c >= 0)[None, :]
     for i in range(steps):
-        for j in gl.static_range(BLOCKS):
-            common.await_full(bars, i * BLOCKS + j)
-        acc = gl.zeros([BLOCK_P, BLOCK_C], gl.float32, layout=MMA)
-        for j in gl.static_range(BLOCKS):
-            stage = (i * BLOCKS + j) % STAGES
-            w = held.index(stage)
-            acc = warpgroup_mma(tile.index(j), w, acc, use_acc=j > 0, is_async=True)
-        x = warpgroup_mma_wait(0, deps=[acc])
+        x = multiply_blocks(tile, held, i * BLOCKS, bars, BLOCKS, "native", MMA)
         common.barrier()
         for j in gl.static_range(BLOCKS):
             ahead = i * BLOCKS + j + STAGES
@@ -314,13 +306,7 @@ def multiply(call: Call, points: Operand, columns: Buffer, before: int) -> None:
     warps, across = block_p // 16, min(32, block_o // 8)
     rows = columns.shape[0] * n.positions
     programs = triton.cdiv(rows, block_p)
-
-    def turns(splits: int) -> int:
-        """Taps that all waves of programs take, and one more for a start."""
-        waves = triton.cdiv(programs * splits, call.multiprocessors)
-        return int(waves * (triton.cdiv(n.taps, splits) + 1))
-
-    splits = min(range(1, n.taps + 1), key=turns)
+    splits = common.splits_of(programs, n.taps, call.multiprocessors)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=number, BLOCK_C=block_c, STAGES=stages),
         MMA=common.mma_layout(block_c, warps),
