@@ -1,5 +1,6 @@
 """What the registration promises: opcheck, derivatives, autocast, vmap, compile, export."""
 
+import ctypes
 import dataclasses
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deformnd
 from cases import CASES, Case, gradients, relative_error, requires_grad
+from deformnd.kernels import autograd, cpu, direct
 
 # Small ones of each rank and family for what is slow: (numeric second derivatives, opcheck).
 SMALL = [
@@ -141,6 +143,142 @@ def test_all_that_listen_to_a_call_are_heard(case, grad):
     torch.testing.assert_close(operator(negative, *args[1:]), expected, rtol=0, atol=0)
     traced = torch.jit.trace(lambda x, w: operator(x, w, *args[2:]), args[:2])
     assert name in str(traced.graph)
+
+
+def placed(address, like):
+    """The tensor at an address, of the size, strides and dtype of another one."""
+    length = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_char * (length * like.dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The calls that the core looks at. Here it says how to run calls like them by addresses."""
+    calls = []
+
+    def telling(function):
+        def told(g, *args):
+            calls.append(function.__name__)
+            likes = [t for t in args[:5] if t is None or isinstance(t, torch.Tensor)]
+            rest = args[len(likes) :]
+
+            def replay(addresses):
+                found = iter(addresses)
+                again = [None if t is None else placed(next(found), t) for t in likes]
+                sums = [again[i] for i in (0, 1) for t in rest[1:] if t is likes[i]]
+                results = function(g, *again, *rest[:1], *sums)
+                return [results] if isinstance(results, torch.Tensor) else [
+                    t for t in results if t is not None
+                ]  # fmt: skip
+
+            result = function(g, *args)
+            direct.latest.replay = replay
+            return result
+
+        return told
+
+    for name in ("gather", "scatter", "gradients"):
+        monkeypatch.setattr(cpu, name, telling(getattr(cpu, name)))
+    monkeypatch.setattr(direct, "replays", lambda tensors: True)
+    yield calls
+    for operator in autograd.OPERATORS.values():
+        operator.known.clear()
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the core is not built")
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[4]], ids=str)
+def test_calls_like_earlier_ones(case, looked_at, monkeypatch):
+    """direct.py, Note [calls like earlier ones]: they are not looked at, and nobody notices."""
+
+    def fresh(*needed):
+        return requires_grad(
+            {k: torch.randn_like(t) for k, t in case.tensors(torch.float32).items()}, needed
+        )
+
+    def requires_grad(tensors, needed):
+        for name in needed:
+            tensors[name].requires_grad_()
+        return tensors
+
+    def grads(tensors, output=None, **options):
+        output = case.call(tensors) if output is None else output
+        wanted = [t for t in tensors.values() if t.requires_grad]
+        torch.manual_seed(1)
+        return torch.autograd.grad(output, wanted, torch.randn(output.shape), **options)
+
+    def expected(function, *args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, "replays", lambda tensors: False)
+            return function(*args, **options)
+
+    def equal(got, want):
+        looked = list(looked_at)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        looked_at.clear()
+        return looked
+
+    case.call(fresh()), looked_at.clear()
+    for guard in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        tensors = fresh()
+        with guard():
+            got = case.call(tensors)
+            assert not equal(got, got.clone()) and not got.requires_grad
+            want = expected(case.call, tensors)
+            equal(got, want)
+    for needed in (["weight"], ["input", "offset", "bias"], list(fresh())):
+        for known in (False, True):
+            tensors = fresh(*needed)
+            output = case.call(tensors)
+            got = grads(tensors, output)
+            looked = list(looked_at)
+            equal(got, expected(grads, tensors))
+            assert looked == ([] if known else ["gradients"])
+
+    # Not where the saved tensors are others, or somebody listens.
+    tensors = fresh(*tensors)
+    want = expected(grads, tensors)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        output = case.call(tensors)
+    looked_at.clear()
+    assert equal(grads(tensors, output), want) == ["gradients"]
+    with Seen() as seen:
+        equal(grads(tensors), want)
+    assert len(seen.calls) >= 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert case.call(tensors).dtype == torch.bfloat16
+    equal(grads(tensors, create_graph=True), want)
+    first = grads(tensors, create_graph=True)
+    operands = [t for name, t in tensors.items() if name != "bias"]
+    second = torch.autograd.grad([g.sum() for g in first], operands)
+    want = expected(grads, tensors, create_graph=True)
+    want = torch.autograd.grad([g.sum() for g in want], operands)
+    torch.testing.assert_close(second, want)
+
+    def of_weight(weight):
+        return case.call({**tensors, "weight": weight})
+
+    weight, along = tensors["weight"].detach(), torch.randn(tensors["weight"].shape)
+    got = torch.func.jvp(of_weight, (weight,), (along,))[1]
+    torch.testing.assert_close(got, expected(torch.func.jvp, of_weight, (weight,), (along,))[1])
+    batch = torch.vmap(of_weight)(torch.stack((weight, along)))
+    torch.testing.assert_close(batch[1], of_weight(along))
+
+    # An operand that is changed between forward and backward.
+    output = case.call(tensors)
+    with torch.no_grad():
+        tensors["weight"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grads(tensors, output)
+
+    # Sizes that are equal but not alike, and lists, are looked at.
+    function, parameters = getattr(deformnd, case.name), case.parameters()
+    for name, wrong in (("groups", float(case.groups)), ("dilation", (1.0,) * case.n)):
+        with pytest.raises(TypeError, match=f"{name} is"):
+            function(**tensors, **{**parameters, name: wrong})
+    looked_at.clear()
+    function(**tensors, **{**parameters, "dilation": [1] * case.n})
+    assert looked_at
 
 
 @pytest.mark.parametrize("needs", [[], [True] * 4, [True] * 6], ids=len)

@@ -416,6 +416,10 @@ def _time(
     device: str,
 ) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
+    if device != "cpu" and hasattr(os, "sched_setaffinity"):
+        # One core: a backward alone goes to a thread of autograd's and back, which takes 100 us
+        # where that wakes another core of a virtual machine. In a model it goes there once.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     p = _problem(sizes, dtype, device)
     threads = torch.get_num_threads()
     return {phase: bench.measure(p, phase, peers, threads, seconds) for phase in phases}
@@ -595,10 +599,10 @@ def _row(timers: Sequence[Worker], asked: dict[str, Any], peers: Sequence[str]) 
 # What is printed
 
 
-def ratio(row: dict[str, Any], phase: str, peer: str) -> float | None:
+def ratio(row: dict[str, Any], phase: str, peer: str, time: str = "ms") -> float | None:
     """A peer's time divided by deformnd's; above 1 deformnd is faster."""
     found = row.get(phase, {})
-    ours, theirs = (found.get(name, {}).get("ms") for name in ("deformnd", peer))
+    ours, theirs = (found.get(name, {}).get(time) for name in ("deformnd", peer))
     return theirs / ours if ours and theirs else None
 
 
@@ -655,14 +659,10 @@ def text(report: dict[str, Any], most: int = 25) -> str:
     if report["compile s"]:
         lines[-1] += f", {report['compile s']:.0f} s of it to compile ahead"
     lines.append("Geometric means (the least) of the peers' times divided by deformnd's:")
-    kinds = [(d, f) for d in dict.fromkeys(r["dtype"] for r in rows) for f in bench.PHASES]
-    for peer in (*report["peers"], *(["against"] if "against" in report else [])):
-        for dtype, phase in kinds:
-            there = [(ratio(r, phase, peer), r) for r in rows if r["dtype"] == dtype]
-            counted = [q for q, r in there if q and not r["depthwise"]]
-            apart = [q for q, r in there if q and r["depthwise"]]
-            if counted or apart:
-                lines.append(f"  {peer:12} {dtype:9} {phase:9}" + _means(counted, apart))
+    lines += _all_means(report, "ms")
+    if any("graph ms" in row.get("forward", {}).get("deformnd", {}) for row in rows):
+        lines.append("The same, replayed from a CUDA graph, where the host has no part:")
+        lines += _all_means(report, "graph ms")
     for peer, what, below in (
         ("torchvision", "slower than torchvision", 1),
         ("dense", f"over {SLOW:g} x dense", 1 / SLOW),
@@ -675,6 +675,19 @@ def text(report: dict[str, Any], most: int = 25) -> str:
     wrong = failures(report)
     lines += [f"failed or wrong: {len(wrong)}", *(f"  {line}" for line in wrong)]
     return "\n".join(lines)
+
+
+def _all_means(report: dict[str, Any], time: str) -> Iterator[str]:
+    """Those of every peer, dtype and phase."""
+    rows = report["rows"]
+    kinds = [(d, f) for d in dict.fromkeys(r["dtype"] for r in rows) for f in bench.PHASES]
+    for peer in (*report["peers"], *(["against"] if "against" in report else [])):
+        for dtype, phase in kinds:
+            there = [(ratio(r, phase, peer, time), r) for r in rows if r["dtype"] == dtype]
+            counted = [q for q, r in there if q and not r["depthwise"]]
+            apart = [q for q, r in there if q and r["depthwise"]]
+            if counted or apart:
+                yield f"  {peer:12} {dtype:9} {phase:9}" + _means(counted, apart)
 
 
 def _means(counted: Sequence[float], apart: Sequence[float]) -> str:

@@ -145,6 +145,11 @@ def deform_conv(
     if torch.jit.is_scripting():
         _check_rank(name, n, input, weight)
     else:
+        again = OPERATORS["deform_conv"].again(
+            (input, weight, offset, mask, bias), (n, stride, padding, dilation, groups)
+        )
+        if again is not None:
+            return again
         args = (input, weight, offset, mask, bias, stride, padding, dilation, groups)
         if has_torch_function(args):
             node = _node(_CONVS[n - 1], args)
@@ -224,6 +229,12 @@ def deform_conv_transpose(
     if torch.jit.is_scripting():
         _check_rank(name, n, input, weight)
     else:
+        again = OPERATORS["deform_conv_transpose"].again(
+            (input, weight, offset, mask, bias),
+            (n, stride, padding, output_padding, dilation, groups),
+        )
+        if again is not None:
+            return again
         args = (
             *(input, weight, offset, mask, bias),
             *(stride, padding, output_padding, dilation, groups),

@@ -7,14 +7,13 @@ once for calls alike. docs/gpu.md says how a call goes through these files.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import autograd, reference
+from .. import autograd, direct, reference
 from ..geometry import Geometry, memory_format
 from . import strategy
 from .layout import allows_tf32
@@ -76,62 +75,47 @@ def gradients(
     return (*grads, next(found, None))
 
 
-class _Latest(threading.local):
-    """The plan that this thread ran last, if that took a call's tensors as they were."""
-
-    plan: Plan | None = None
-
-
-_LATEST = _Latest()
+def _replay(plan: Plan, tf32: bool | None, addresses: Sequence[int]) -> list[Tensor] | None:
+    """Run a plan again, if it takes tensors at these addresses as they are; tf32: whether it uses
+    that, None if it has no float32."""
+    bits = 0
+    for address in addresses:
+        bits |= address
+    if (
+        bits & 15  # kernels are compiled for pointers to multiples of 16 bytes
+        or plan.device.index != torch.cuda.current_device()
+        or (tf32 is not None and tf32 != allows_tf32())
+    ):
+        return None
+    return plan.run_at(addresses)
 
 
 def recalled(kernel: Callable[..., Any], order: Sequence[int], backward: bool) -> Any:
     """A kernel of the dispatcher's, but a call like an earlier one only runs that one's plan.
 
-    The kernel checks and looks up what it finds in a call's sizes; that is half of what it costs
-    the host. `order`: its first five arguments, which are tensors or None, as plans have them.
+    `order`: its first five arguments, which are tensors or None, as plans have them. See
+    Note [calls like earlier ones] in direct.py.
     """
 
     def call(*args: Any) -> Any:
-        parts: list[Any] = [kernel, torch.are_deterministic_algorithms_enabled()]
-        addresses = []
-        unaligned = 0
-        for i in order:
-            t = args[i]
-            if t is None:
-                parts.append(None)
-            else:
-                address = t.data_ptr()
-                addresses.append(address)
-                unaligned |= address
-                parts += (t.shape, t.stride(), t.dtype, t.get_device())
-        parts += [tuple(p) if isinstance(p, list) else p for p in args[5:]]
-        if args[0].dtype == torch.float32:
-            parts.append(allows_tf32())
-        key = tuple(parts)
-        known = _CALLS.get(key)
-        if known is None or unaligned & 15 or args[0].get_device() != torch.cuda.current_device():
-            return _remember(key, kernel, args, backward)
-        plan, wanted = known
-        results = plan.run_at(addresses)
-        if wanted is None:
-            return results[0]
-        found = iter(results)
-        return tuple([next(found) if want else None for want in wanted])
+        parts, addresses = direct.described([args[i] for i in order])
+        key = (kernel, *parts, *[tuple(p) if isinstance(p, list) else p for p in args[5:]])
+        if key in _CALLS:
+            replay, wanted = _CALLS[key]
+            results = replay(addresses)
+            if results is not None:
+                direct.latest.replay = replay
+                return results[0] if wanted is None else direct.spread(results, wanted)
+        direct.latest.replay = None
+        result = kernel(*args)
+        if direct.latest.replay is not None:
+            if len(_CALLS) >= 4096:
+                _CALLS.clear()
+            wanted = tuple([t is not None for t in result]) if backward else None
+            _CALLS[key] = direct.latest.replay, wanted
+        return result
 
     return call
-
-
-def _remember(key: Any, kernel: Callable[..., Any], args: Sequence[Any], backward: bool) -> Any:
-    """Run the kernel, and remember its plan for calls like this one."""
-    _LATEST.plan = None
-    result = kernel(*args)
-    if _LATEST.plan is not None:
-        if len(_CALLS) >= 4096:
-            _CALLS.clear()
-        wanted = tuple(t is not None for t in result) if backward else None
-        _CALLS[key] = _LATEST.plan, wanted
-    return result
 
 
 def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
@@ -193,7 +177,9 @@ def _run(
         _PLANS[key] = plan
     given = (image, points, weight, offset, mask, bias)
     as_given = all(t is u for t, u in zip(tensors, given, strict=True))
-    _LATEST.plan = plan if as_given and ahead() else None
+    if as_given and ahead():
+        tf32 = allows_tf32() if dtype == torch.float32 else None
+        direct.latest.replay = functools.partial(_replay, plan, tf32)
     return plan.run(tensors)
 
 
@@ -203,9 +189,11 @@ class _Plans(dict[Any, Plan]):
     def clear(self) -> None:
         super().clear()
         _CALLS.clear()
+        for operator in autograd.OPERATORS.values():
+            operator.known.clear()
 
 
-_CALLS: dict[Any, tuple[Plan, tuple[bool, ...] | None]] = {}
+_CALLS: dict[Any, tuple[direct.Replay, tuple[bool, ...] | None]] = {}
 _PLANS = _Plans()
 
 

@@ -10,7 +10,7 @@ A tile then sums its samples' columns, of all taps together:
 
     out [pixels, channels] = blend [pixels, samples] @ columns [samples, channels]
 
-Columns of so many batch items are there at once as the cache holds.
+Columns of so many batch items are there at once as tiles.COLUMNS says.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def takes(call: Call) -> bool:
         and common.takes_wide(call)
         and n.sample_groups == 1
         and call.precision == "native"
-        and n.positions * n.taps * n.columns <= 2 * tiles.COLUMNS
+        and n.positions * n.taps * n.columns <= tiles.COLUMNS
         and blocks_of(call) is not None
     )
 
