@@ -156,24 +156,56 @@ def table_of_means() -> str:
 def table_of_sweep() -> str:
     """Of layers that nobody chose: geometric means (and the least) against torchvision."""
     rows = []
-    for label, file in (
+    for kernels, file in (
         ("H100, H200", "sweep_h200.json"),
         ("any other GPU's kernels, on an H200", "sweep_h200_portable.json"),
     ):
-        cells = [label]
-        for dtype in ("float16", "float32"):
-            for phase in bench.PHASES:
-                found = [
-                    (value, row["depthwise"])
-                    for row in read(file)["rows"]
-                    if row["dtype"] == dtype
-                    and (value := sweep.ratio(row, phase, "torchvision")) is not None
-                ]
-                usual = [value for value, depthwise in found if not depthwise]
-                cells.append(f"{statistics.geometric_mean(usual):.1f} ({min(usual):.1f})")
-        rows.append(cells)
+        for how, time in (("one call", "ms"), ("the device alone", "device ms")):
+            cells = [f"{kernels}: {how}"]
+            for dtype in ("float16", "float32"):
+                for phase in bench.PHASES:
+                    usual = [
+                        value
+                        for row in read(file)["rows"]
+                        if row["dtype"] == dtype and not row["depthwise"]
+                        and (value := sweep.ratio(row, phase, "torchvision", time)) is not None
+                    ]  # fmt: skip
+                    cells.append(f"{statistics.geometric_mean(usual):.1f} ({min(usual):.1f})")
+            rows.append(cells)
     head = ["kernels", "float16 forward", "float16 backward", "float32 forward"]
     return table([*head, "float32 backward"], rows)
+
+
+def label(case: str) -> str:
+    """Of a case of benchmarks/cpu.py, such as "B, batch 8"."""
+    name, _, batch = case.partition(", ")
+    return f"{LABELS[name]} x {batch.removeprefix('batch ')}" if batch else LABELS[name]
+
+
+def table_of_threads(phase: str) -> str:
+    """Milliseconds of deformnd by numbers of threads, and in units of the dense convolution's."""
+    rows, cases = [], read("cpu_threads.json")["cases"]
+    for name, case in cases.items():
+        times = case[phase].values()
+        cells = [(t["deformnd"]["median"], t["dense"]["median"]) for t in times]
+        rows.append([label(name), *(f"{shown(o)} ({o / d:.2f})" for o, d in cells)])
+    threads = next(iter(cases.values()))[phase]
+    return table(["layer", *(f"{t} thread{'s' * (t != '1')}" for t in threads)], rows)
+
+
+def table_of_bfloat16() -> str:
+    """Milliseconds on all of the machine's processors."""
+    rows = []
+    for name, phases in read("cpu_threads.json")["bfloat16"].items():
+        cells = [label(name)]
+        for phase in ("forward", "forward+backward"):
+            ms = {
+                kind: times["median"] for kind, times in phases[phase].items() if "median" in times
+            }
+            cells += [shown(ms[kind]) for kind in ("dense bfloat16", "bfloat16", "float32")]
+        rows.append(cells)
+    head = ["layer", "forward: dense", "deformnd", "deformnd float32"]
+    return table([*head, "with backward: dense", "deformnd", "deformnd float32"], rows)
 
 
 def table_of_memory() -> str:
@@ -214,6 +246,9 @@ TABLES = {
     "shapes": table_of_shapes,
     "cpu forward": lambda: table_of_cpu("forward"),
     "cpu both": lambda: table_of_cpu("forward+backward"),
+    "cpu threads forward": lambda: table_of_threads("forward"),
+    "cpu threads both": lambda: table_of_threads("forward+backward"),
+    "cpu bfloat16": table_of_bfloat16,
     "gpu forward float16": lambda: table_of_gpu("forward", "float16"),
     "gpu backward float16": lambda: table_of_gpu("backward", "float16"),
     "gpu forward float32": lambda: table_of_gpu("forward", "float32"),

@@ -282,6 +282,9 @@ INTERPRETED = [
     # Narrow sample groups of several blocks of channels, across weight groups.
     Case((4, 3), (2, 2), image=24, points=6, groups=3, offset_groups=2, mask_groups=2, batch=1),
     Case((5, 3), (2, 1), image=40, points=5, offset_groups=2, mask_groups=1, batch=1),
+    # Several weight groups in a load of channels, and in a sample group.
+    Case((5, 4), (3, 2), image=32, points=48, groups=16, offset_groups=2, mask_groups=1, batch=1),
+    Case((4, 5), (1, 2), image=18, points=12, groups=6, offset_groups=2, batch=1, last=True),
 ]  # fmt: skip
 
 # Without products between channels. Of the last two, lanes have several chunks of a sample group's
@@ -1378,6 +1381,9 @@ GPU_CASES = [
     Case((7, 15, 16), (3, 3, 3), image=48, points=80),
     # Several wide sample groups: their blocks of channels end within a group, or not.
     Case((20, 22), (3, 3), image=256, points=256, offset_groups=4, mask_groups=4),
+    Case((20, 22), (3, 3), image=256, points=128, offset_groups=4, mask_groups=2, stride=(2, 2)),
+    Case((30, 41), (5, 5), image=32, points=384, groups=16, offset_groups=2, mask_groups=2),
+    Case((33, 90), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16),
     Case((20, 22), (3, 3), image=192, points=64, offset_groups=2, mask_groups=1, last=True),
     Case((19, 21), (3, 3), image=120, points=100, offset_groups=3, mask_groups=3, batch=3),
     Case((19, 21), (5, 5), image=192, points=72, offset_groups=1, mask_groups=2, transposed=True),
@@ -1657,7 +1663,7 @@ def test_gpu_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = Plan(offset.device, [weight, offset])
         given = layout.Operand(plan.given[0], False)
         call = layout.Call(g, layout.Steps(plan), "bf16x3", given, plan.given[1], None)
-        lists, entries = backward_sorted.make_lists(call)
+        lists, entries = backward_sorted.make_lists(call, backward_sorted.VARIANTS[-1])
         copies = [plan.result(b.shape, b.dtype) for b in (lists, entries)]
         call.steps.finish()
         # Where the results are, so that they can be looked at.

@@ -52,7 +52,9 @@ def blocks_of(call: Call, tiles: Tiles, run: int) -> dict[str, Any]:
         channels = sizes.padded
         block_c = min(channels, run)
         rows = max(tiles.block_c // block_c, 2)
-        groups = min(rows, triton.next_power_of_2(sizes.sample_groups))
+        # Sample groups with weight groups of their own meet other outputs: one of them at a time.
+        apart = sizes.group_in < sizes.channels and sizes.group_in <= sizes.group_channels
+        groups = 1 if apart else min(rows, triton.next_power_of_2(sizes.sample_groups))
         taps = min(rows // groups, triton.next_power_of_2(sizes.taps))
         groups = rows // taps  # as a product needs so many channels
     even = sizes.padded % block_c == 0

@@ -153,7 +153,7 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run
                 )
                 begin = 0
                 end = columns.channels_to(g, BLOCK_C, CHANNELS)
-                if GROUPS * TAPS == 1:
+                if GROUPS == 1 and (TAPS == 1 or GROUPED):
                     begin, end = blocks_between(s0, first, last, g, GROUPED, BLOCK_C)
                 for c0 in range(begin, end, BLOCK_C):
                     c = c0 + tl.arange(0, BLOCK_C)
@@ -179,15 +179,21 @@ def write(
 ) -> None:
     sizes = call.sizes
     deep = not call.narrow and sizes.padded * call.dtype.itemsize >= DEEP
+    load = 16 // call.dtype.itemsize  # channels
+    # The outputs of a weight group, or of as many as there are in a load of a narrow call's.
+    together = sizes.group_out
+    if call.narrow:
+        together *= max(1, min(load, sizes.padded) // sizes.group_in)
+    together = min(together, sizes.outputs)
     if tiles is None:
         name = "forward narrow" if call.narrow else "forward deep" if deep else "forward"
-        tiles = call.tiles(name, sizes.group_out)
-    constants = columns.blocks_of(call, tiles, 16 // tiles.width)
+        tiles = call.tiles(name, together)
+    constants = columns.blocks_of(call, tiles, load)
     block_o = fit(sizes.outputs, tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
     run = sizes.outputs
     if sizes.group_out < run:
-        run = max(block_o // sizes.group_out, 1) * sizes.group_out
+        run = max(block_o // together, 1) * together
     blocks = triton.cdiv(sizes.outputs, run) * triton.cdiv(run, block_o)
     programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
     splits, steps = 1, taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])

@@ -167,7 +167,7 @@ def _gradients(
     grad_offset: Buffer | None,
     grad_mask: Buffer | None,
 ) -> None:
-    by_sorting = grad_image is not None and _by_sorting(call)
+    by_sorting = grad_image is not None and _by_sorting(call, beside=True)
     by_position = grad_offset is not None or grad_mask is not None
     by_atomics = None if by_sorting else grad_image
     narrow = variants.choose(hopper.BACKWARD_NARROW, call) if by_position else None
@@ -214,8 +214,8 @@ def _gradients(
         _sorted(call, points, None, grad_image, lists)
 
 
-def _by_sorting(call: Call) -> bool:
-    """Whether the image gradient is gathered from sorted lists of samples.
+def _by_sorting(call: Call, beside: bool = False) -> bool:
+    """Whether the image gradient is gathered from sorted lists of samples; beside: other gradients.
 
     It is bitwise repeatable if the lists are in order. For half numbers it is also faster than
     atomic additions, unless few channels share the cost of a list; for float32 it has more
@@ -223,7 +223,12 @@ def _by_sorting(call: Call) -> bool:
     """
     if torch.are_deterministic_algorithms_enabled():
         return True
-    return call.precision == "native" and call.sizes.group_channels > tiles.NARROW
+    n = call.sizes
+    # With strides a tile of pixels has few samples of a tap, for each of which it is multiplied:
+    # several sample groups, which hopper/backward_columns.py does not take, then add more cheaply
+    # what the gradients of offset and mask multiply anyway.
+    few = beside and n.sample_groups > 1 and math.prod(n.stride) > 2
+    return call.precision == "native" and n.group_channels > tiles.NARROW and not few
 
 
 def _forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:

@@ -484,10 +484,10 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     tiles = tuple(triton.cdiv(s, t) for s, t in zip(n.point, tile, strict=True))
     blocks = n.padded_outputs // block_o
     programs, steps = n.batch * math.prod(tiles) * blocks, n.taps * n.columns // block_c
-    splits = 1
-    if programs < call.multiprocessors:
-        # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
-        splits = max(1, min(2 * call.multiprocessors // programs, steps // 8))
+    registers = row.registers if run == 4 and rank < 3 else 0  # others spill
+    # As many programs as fit; adding the parts is not worth a short sum's split.
+    at_once = call.multiprocessors * (4 if registers else 2)
+    splits = max(1, min(at_once // programs, steps // 8))
     constants: dict[str, Any] = dict(
         **dict(LAST=out.last, BLOCK_O=block_o, STAGES=row.stages, TILE=tile, **fixed),
         MMA=common.mma_layout(block_o, row.warps),
@@ -503,7 +503,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
             **dict(image=call.image(image), weight=call.weight(Order.OPERAND, run), bias=bias),
             **dict(out=out.buffer, parts=parts, tiles=tiles, blocks=blocks, splits=splits),
             warps=row.warps,
-            registers=row.registers if run == 4 and rank < 3 else 0,  # others spill
+            registers=registers,
             descriptors={"weight": common.block(block_o, block_c, dtype=call.dtype)},
         )
         call.steps.launch(launch, vector == math.gcd(2, n.point[-1]))
