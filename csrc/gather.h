@@ -1,13 +1,18 @@
 // Points from the image: the forward of deform_conv.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
+// A thread takes a tile through all columns. Where many groups have few channels each, the rows of
+// their images that a tile touches, some fifteen, fill the cache before the tile below comes to
+// touch almost the same: there a thread takes a stack of tiles through some columns, those of a few
+// groups, before the next.
 template <class T, int ND>
 Status gather(const Call& call) {
   using P = Plan<T, ND>;
   P p(call, 2, 1);
   const Sampler<T> sampler = sampler_of<T, ND, kColumnsWork, false>(p.lanes, p.vectors);
   const i64 group_units = p.units() / p.groups, group_words = p.column_words(group_units);
-  const i64 chunk_units = p.units_per_chunk(group_units, kPairs ? kTileNumbers : 1);
+  const i64 chunk_units = p.units_per_chunk(group_units, kPairs ? kTileNumbers : 1,
+                                            p.stacks() ? kTerms * kPerWord : kColumns);
   const i64 slots = p.blocks_per_sample_group() == 1 ? 1 : p.K;
   const i64 all_panels = p.groups * p.panels;
 
@@ -15,17 +20,20 @@ Status gather(const Call& call) {
   const i64 flight =
       least(p.batch, most(kFlightBytes / p.image_bytes(), divide_up(p.threads, p.tiles)));
   const i64 splits = p.share_tiles(flight, p.threads, all_panels);
+  const i64 stack = chunk_units < p.units() ? p.stack_tiles(flight * splits, p.threads) : 1;
+  const i64 tasks = divide_up(p.row_tiles, stack) * p.column_tiles;
+  const i64 points_size = p.tile_room * p.group_width;  // of a tile
 
   struct Scratch {
     Cells<T, ND> cells;
     T *columns, *points;
-    Scratch(Carver& c, const P& p, i64 slots, i64 chunk_units)
+    Scratch(Carver& c, const P& p, i64 slots, i64 chunk_units, i64 points_size)
         : cells(c, p, slots, false),
           columns(c.take<T>(p.tile_room * p.column_words(chunk_units))),
-          points(c.take<T>(p.tile_room * p.group_width)) {}
+          points(c.take<T>(points_size)) {}
   };
   Carver measure{nullptr};
-  Scratch(measure, p, slots, chunk_units);
+  Scratch(measure, p, slots, chunk_units, stack * points_size);
   const i64 scratch_bytes = i64(measure.used);
   const i64 edge_size = most(Field<T>::scratch_size, (p.N + 1) * p.K * p.block);
 
@@ -63,68 +71,85 @@ Status gather(const Call& call) {
         else
           pack_weight_by_point(p, task, weights, spare);
       });
-      worker.share(images * p.tiles * splits, [&](i64 task) {
+      worker.share(images * tasks * splits, [&](i64 task) {
         Carver carver{scratch + worker.thread * scratch_bytes};
-        Scratch s(carver, p, slots, chunk_units);
-        const i64 split = task % splits, image = task / splits / p.tiles;
-        const Tile tile = p.tile(first + image, task / splits % p.tiles);
-        s.cells.place(p, tile);
-        i64 current = -1;  // sample group whose cells are found
+        Scratch s(carver, p, slots, chunk_units, stack * points_size);
+        const i64 split = task % splits, image = task / splits / tasks;
+        const i64 column = task / splits % tasks % p.column_tiles;
+        const i64 row = task / splits % tasks / p.column_tiles * stack;
+        const i64 tiles = least(stack, p.row_tiles - row);
+        const auto each_tile = [&](const auto& body) {
+          for (i64 t = 0; t < tiles; t++)
+            body(p.tile(first + image, (row + t) * p.column_tiles + column),
+                 s.points + t * points_size);
+        };
+        i64 placed = -1, current = -1;  // the tile and the sample group whose cells are found
         const i64 panel_end = all_panels * (split + 1) / splits;
         for (i64 j = all_panels * split / splits; j < panel_end;) {
           const i64 group = j / p.panels, some = least(panel_end, (group + 1) * p.panels) - j;
           const i64 skipped = j % p.panels * p.panel, point = p.group_point(group) + skipped;
           const i64 count = least(some * p.panel, p.points_in(group) - skipped);
           const i64 width = some * p.panel;
-          if (call.bias.data) {
-            for (i64 m = 0; m < tile.count; m++) {
-              if (m == 0)
-                read(call.bias, point, count, s.points);
-              else
-                memcpy(s.points + m * width, s.points, size_t(count) * sizeof(T));
-              for (i64 i = count; i < width; i++) s.points[m * width + i] = 0;
+          each_tile([&](const Tile& tile, T* sums) {
+            if (call.bias.data) {
+              for (i64 m = 0; m < tile.count; m++) {
+                if (m == 0)
+                  read(call.bias, point, count, sums);
+                else
+                  memcpy(sums + m * width, sums, size_t(count) * sizeof(T));
+                for (i64 i = count; i < width; i++) sums[m * width + i] = 0;
+              }
+            } else if (p.depthwise) {
+              memset(sums, 0, size_t(tile.count * width) * sizeof(T));
             }
-          } else if (p.depthwise) {
-            memset(s.points, 0, size_t(tile.count * width) * sizeof(T));
-          }
+          });
           for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
             const i64 units = least(chunk_units, group_units - u0);
             const i64 step = p.column_words(chunk_units), inner = p.column_words(units);
             T* panel = weights + (j * group_words + u0 * p.words) * p.panel;
-            for (i64 u = u0; u < u0 + units; u++) {
-              const i64 b = (group * group_units + u) / p.K, k = u % p.K;
-              const i64 sample_group = p.sample_group(b), slot = slots == 1 ? 0 : k;
-              if (slots == 1) {
-                s.cells.template find<false>(p, tile, sample_group, k, 0);
-              } else if (sample_group != current) {
-                current = sample_group;
-                for (i64 q = 0; q < p.K; q++)
-                  s.cells.template find<false>(p, tile, sample_group, q, q);
+            each_tile([&](const Tile& tile, T* sums) {
+              if (tile.first != placed) {
+                placed = tile.first, current = -1;
+                s.cells.place(p, tile);
               }
-              sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.words, nullptr,
-                       p.steps, s.cells.index + slot * p.table,
-                       s.cells.weight + slot * p.Q * p.table, nullptr,
-                       s.columns + (u - u0) * p.words, step, nullptr});
-            }
-            const bool accumulate = call.bias.data || u0 > 0;
-            if constexpr (kPairs) {
-              const i64 words = units * p.words;
-              for (i64 m = 0; m < tile.count && words < inner; m++)
-                memset(s.columns + m * step + words, 0, size_t(inner - words) * sizeof(T));
-              multiply_pairs(call.tiles, p.panel_vectors, tile.count, some, inner, s.columns, step,
-                             {panel, p.panel, group_words * p.panel}, {s.points, width, p.panel},
-                             accumulate);
-            } else if (p.depthwise) {
-              add_scaled(tile.count, p.block, units, s.columns, step,
-                         weights + j * group_words + u0 * p.block, s.points);
-            } else {
-              multiply<T, false, false>(p.panel_vectors, tile.count, some, inner, s.columns, step,
-                                        panel, group_words * p.panel, s.points, width, accumulate);
-            }
+              for (i64 u = u0; u < u0 + units; u++) {
+                const i64 b = (group * group_units + u) / p.K, k = u % p.K;
+                const i64 sample_group = p.sample_group(b), slot = slots == 1 ? 0 : k;
+                if (slots == 1) {
+                  s.cells.template find<false>(p, tile, sample_group, k, 0);
+                } else if (sample_group != current) {
+                  current = sample_group;
+                  for (i64 q = 0; q < p.K; q++)
+                    s.cells.template find<false>(p, tile, sample_group, q, q);
+                }
+                sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.words, nullptr,
+                         p.steps, s.cells.index + slot * p.table,
+                         s.cells.weight + slot * p.Q * p.table, nullptr,
+                         s.columns + (u - u0) * p.words, step, nullptr});
+              }
+              const bool accumulate = call.bias.data || u0 > 0;
+              if constexpr (kPairs) {
+                const i64 words = units * p.words;
+                for (i64 m = 0; m < tile.count && words < inner; m++)
+                  memset(s.columns + m * step + words, 0, size_t(inner - words) * sizeof(T));
+                multiply_pairs(call.tiles, p.panel_vectors, tile.count, some, inner, s.columns,
+                               step, {panel, p.panel, group_words * p.panel},
+                               {sums, width, p.panel}, accumulate);
+              } else if (p.depthwise) {
+                add_scaled(tile.count, p.block, units, s.columns, step,
+                           weights + j * group_words + u0 * p.block, sums);
+              } else {
+                multiply<T, false, false>(p.panel_vectors, tile.count, some, inner, s.columns,
+                                          step, panel, group_words * p.panel, sums, width,
+                                          accumulate);
+              }
+            });
           }
-          for (i64 i = 0; i < tile.segments; i++)
-            points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
-                         s.points + i * tile.length * width, width, spare);
+          each_tile([&](const Tile& tile, const T* sums) {
+            for (i64 i = 0; i < tile.segments; i++)
+              points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
+                           sums + i * tile.length * width, width, spare);
+          });
           j += some;
         }
         taints[worker.thread] += s.cells.tainted();

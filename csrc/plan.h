@@ -81,7 +81,7 @@ struct Plan {
     team = threads > 1 && !c.alone ? c.threads : 1;  // all or one, see Note [threads]
 
     const i64 width = point_size[ND - 1], rows = P / width;
-    const i64 wanted = block <= 8 ? kWideTile : most(kTileWidth, kTilePixels / rows);
+    const i64 wanted = narrow() ? kWideTile : most(kTileWidth, kTilePixels / rows);
     const i64 columns = divide_up(width, divide_up(width, least(wanted, width)));
     cut_tiles(most(1, least(rows, (kTilePixels + columns / 2) / columns)), columns);
 
@@ -142,6 +142,23 @@ struct Plan {
     return best_parts;
   }
 
+  bool narrow() const { return block <= 8; }  // where coordinates and their samples dominate
+
+  // Whether Gather takes tiles in stacks, see there. Where a group has several blocks, cells found
+  // for one of them would be found again for the next.
+  bool stacks() const { return narrow() && blocks_per_sample_group() == 1; }
+
+  // Tiles of a stack: fewer where `workers` would wait for the last stack longer than a sixteenth
+  // of the whole. Of each tile there are `copies`.
+  i64 stack_tiles(i64 copies, i64 workers) const {
+    const auto rounds = [&](i64 n) {
+      return n * divide_up(copies * column_tiles * divide_up(row_tiles, n), workers);
+    };
+    i64 stack = stacks() ? least(kStack, row_tiles) : 1;
+    while (workers > 1 && stack > 1 && rounds(stack) > rounds(1) * 17 / 16) stack--;
+    return stack;
+  }
+
   i64 axis_step(int axis) const {
     i64 step = 1;
     for (int v = axis + 1; v < ND; v++) step *= padded[v];
@@ -166,9 +183,9 @@ struct Plan {
     return kPairs ? round_up(units * words, kTileWords) : units * words;
   }
 
-  i64 units_per_chunk(i64 units_together, i64 alignment) const {
+  i64 units_per_chunk(i64 units_together, i64 alignment, i64 columns = kColumns) const {
     const i64 align = most(1, alignment / block);
-    const i64 count = most(1, (units_together * block + kColumns / 2) / kColumns);
+    const i64 count = most(1, (units_together * block + columns / 2) / columns);
     return round_up(divide_up(units_together, count), align);
   }
 
