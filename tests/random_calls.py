@@ -60,6 +60,7 @@ class Limits:
     pixels: int  # of an image at most
     hopper: bool = False  # whether to draw channels that only Hopper's kernels like
     steps: float = math.inf  # blocks of positions, kernel points and channels at most (_steps)
+    ranks: tuple[int, ...] = (1, 2, 2, 3)
 
 
 CPU = Limits(FLOATS, FLOATS, 2e6, 2000)
@@ -81,6 +82,7 @@ class RandomCall:
     pieces: bool = False  # the batch in pieces, on GPUs
     tf32: bool = False
     seed: int = 0
+    threads: tuple[int, ...] = (0, 1, 2, 3, 16)  # of which run_cpu picks one
 
     def tensors(self, device: str = "cpu") -> Tensors:
         """Those of the call, and grad_output. What lies between a slice's elements is NaN."""
@@ -235,7 +237,7 @@ def _noise(call: RandomCall, t: Tensors, want: Tensors, size: float) -> dict[str
 def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> RandomCall:
     """A call; `like` another one in all that kernels are compiled for, or nearly."""
     while True:
-        n = like.case.n if like else rng.choice((1, 2, 2, 3))
+        n = like.case.n if like else rng.choice(limits.ranks)
         kind = _kind(like) if like else _draw_kind(rng, limits, n)
         case = _draw_case(rng, limits, n, kind)
         if case is not None:
@@ -408,7 +410,7 @@ def run_cpu(call: RandomCall, rng: random.Random) -> None:
     """The C++ core at some level of instructions with some number of threads."""
     t = call.tensors()
     levels = range(-1, min(cpu.best_level(), 4 if call.dtype == torch.bfloat16 else 2) + 1)
-    with patched(cpu, level=rng.choice(levels), threads=rng.choice((0, 1, 2, 3, 16))):
+    with patched(cpu, level=rng.choice(levels), threads=rng.choice(call.threads)):
         if rng.random() < 0.3:
             spoil_workspace()
         with poison():
@@ -531,27 +533,39 @@ RUNS: dict[str, tuple[Limits, Callable[[RandomCall, random.Random], None]]] = {
 ALIKE = {"gpu": 16, "portable": 16}  # so many calls of a kind, since kernels are compiled for each
 
 
-def calls(backend: str, seed: str, count: int) -> Iterator[RandomCall]:
+def calls(
+    backend: str, seed: str, count: int, rank: int | None = None, threads: int | None = None
+) -> Iterator[RandomCall]:
+    """Of any rank and number of threads, or of that one."""
     limits, _ = RUNS[backend]
+    if rank is not None:
+        limits = dataclasses.replace(limits, ranks=(rank,))
     rng = random.Random(seed)
     alike = ALIKE.get(backend, 1)
     first = None
     for i in range(count):
+        call = draw(rng, limits, first if i % alike else None)
+        if threads is not None:
+            call = dataclasses.replace(call, threads=(threads,))
         if i % alike == 0:
-            first = draw(rng, limits)
-            yield first
-        else:
-            yield draw(rng, limits, first)
+            first = call
+        yield call
 
 
 def run(
-    backend: str, seed: str, count: int, stop: float = math.inf, first: bool = False
+    backend: str,
+    seed: str,
+    count: int,
+    rank: int | None = None,
+    threads: int | None = None,
+    stop: float = math.inf,
+    first: bool = False,
 ) -> tuple[int, list[str]]:
     """How many calls ran before the time `stop`, or the `first` that is wrong, and what is wrong
     with which."""
     prepare(backend)
     wrong, done = [], 0
-    for i, call in enumerate(calls(backend, seed, count)):
+    for i, call in enumerate(calls(backend, seed, count, rank, threads)):
         if time.time() > stop or (first and wrong):
             break
         try:
@@ -582,6 +596,8 @@ def main() -> None:
     parser.add_argument("backend", choices=RUNS)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", default="0")
+    parser.add_argument("--rank", type=int, choices=(1, 2, 3), help="otherwise all")
+    parser.add_argument("--threads", type=int, help="of each call on CPUs, otherwise some")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=math.inf, help="no new call after these")
     parser.add_argument("--first", action="store_true", help="no new call after a wrong one")
@@ -591,9 +607,12 @@ def main() -> None:
     parts = max(args.processes, math.ceil(args.calls / 100))
     each, stop = math.ceil(args.calls / parts), time.time() + args.seconds
     tasks = [
-        (args.backend, f"{args.seed}.{i}", each, stop, args.first, args.processes)
+        (
+            args.backend, f"{args.seed}.{i}", each, args.rank, args.threads, stop, args.first,
+            args.processes,
+        )
         for i in range(parts)
-    ]
+    ]  # fmt: skip
     start, done, wrong = time.monotonic(), 0, 0
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
