@@ -1,8 +1,8 @@
-"""A plugin of pytest (-p emulated): tests call a core that was built for another processor.
+"""A plugin of pytest (-p emulated): tests call a core in another process.
 
-Python, torch and the reference run as ever; only what the core does runs in an emulator, by the
-command in DEFORMND_EMULATED (see aarch64.sh). So tests take minutes, where all under emulation
-would take hours.
+The command in DEFORMND_EMULATED begins it: an emulator of another processor (aarch64.sh), or a
+build that Python could not load (sanitize.sh --threads). Python, torch and the reference run as
+ever. So tests take minutes, where all under emulation would take hours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Core:
             [*shlex.split(command), str(descriptor), str(SIZE)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[descriptor], bufsize=0,
         )  # fmt: skip
-        (self.address,) = struct.unpack("<q", self.answer(8))
+        self.address, self.level = struct.unpack("<2q", self.answer(16))
 
     def answer(self, count: int) -> bytes:
         assert self.process.stdout is not None
@@ -81,5 +81,5 @@ class Core:
             return status
 
 
-cpu._run = Core(os.environ["DEFORMND_EMULATED"])
-cpu.best_level = lambda: 0  # the other processor's
+core = cpu._run = Core(os.environ["DEFORMND_EMULATED"])
+cpu.best_level = lambda: core.level
