@@ -14,6 +14,7 @@ is not finite, and if infinite values came in, the definition computes the call 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 import sys
@@ -177,6 +178,7 @@ def gradients(
     return grad_image, grad_points, grad_weight, grad_offset, grad_mask, sums
 
 
+@functools.lru_cache(4096)  # a twentieth of a small call
 def _fits(g: Geometry) -> bool:
     """Whether there is anything to compute, with 32-bit indices of positions and pixels."""
     return (
