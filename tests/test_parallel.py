@@ -63,9 +63,9 @@ def wanted() -> list[list[Tensor]]:
 
 # The beginning of what runs in a process of its own.
 FIRST = """
-import ctypes, os, random, re, shutil, sys, threading
+import ctypes, os, re, shutil, sys, threading
 import torch
-from test_parallel import CASES, TIME, assert_alike, run
+from test_parallel import CASES, assert_alike, run
 
 def right():
     for seed, (case, want) in enumerate(zip(CASES, torch.load(sys.argv[1]))):
