@@ -420,6 +420,7 @@ def _time(
         # One core: a backward alone goes to a thread of autograd's and back, which takes 100 us
         # where that wakes another core of a virtual machine. In a model it goes there once.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        torch.set_num_threads(1)  # others would wait for one another on that core
     p = _problem(sizes, dtype, device)
     threads = torch.get_num_threads()
     return {phase: bench.measure(p, phase, peers, threads, seconds) for phase in phases}
