@@ -612,7 +612,7 @@ def test_calls_are_recalled(
 
     monkeypatch.setattr(Plan, "run", run)
     monkeypatch.setattr(backend, "ahead", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a tensor on the CPU says
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the CPU's index is
     family = geometry.FAMILIES[transposed]
     order = (0, 1, 2, 3, 4) if transposed else (1, 0, 2, 3, 4)
     forward = backend.recalled(
@@ -664,6 +664,27 @@ def test_calls_are_recalled(
         assert [g.shape for g in grads if g is not None] == [r.shape for r in plan.results]
     forget()
     assert new(forward, x, *rest)
+
+
+@needs_gluon
+def test_weights_are_spread(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a few small groups are taken for those of one, where that is faster."""
+    few = Case((20, 22), (3, 3), image=64, points=64, groups=2)
+
+    def grouped(dtype: torch.dtype, **changes: Any) -> bool:
+        plans.clear()
+        dataclasses.replace(few, **changes).make(dtype, "cpu").forward(backend)
+        assert plans[-1].given[2] is not None
+        (step,) = [step for step in plans[-1].steps if step.name.startswith("forward")]
+        return step.arguments["g"].group_in < step.arguments["g"].channels
+
+    for architecture, half in (("sm_90", False), ("sm_86", True)):
+        on_device(monkeypatch, architecture)
+        forget()
+        assert grouped(torch.float16) == half
+        assert not grouped(torch.float32)
+        for changes in (dict(image=256, points=256), dict(offset_groups=4), dict(mask_groups=2)):
+            assert grouped(torch.float16, **changes) and grouped(torch.float32, **changes)
 
 
 @needs_gluon
@@ -1384,6 +1405,10 @@ GPU_CASES = [
     Case((20, 22), (3, 3), image=256, points=128, offset_groups=4, mask_groups=2, stride=(2, 2)),
     Case((30, 41), (5, 5), image=32, points=384, groups=16, offset_groups=2, mask_groups=2),
     Case((33, 90), (3, 3), image=64, points=64, offset_groups=16, mask_groups=16),
+    # Weights of several groups that Hopper's kernels take for those of one.
+    Case((33, 30), (3, 3), image=64, points=96, groups=2, last=True),
+    Case((20, 23), (5, 5), image=40, points=40, groups=10, mask_groups=0, transposed=True),
+    Case((7, 15, 16), (3, 1, 3), image=96, points=48, groups=3),
     Case((20, 22), (3, 3), image=192, points=64, offset_groups=2, mask_groups=1, last=True),
     Case((19, 21), (3, 3), image=120, points=100, offset_groups=3, mask_groups=3, batch=3),
     Case((19, 21), (5, 5), image=192, points=72, offset_groups=1, mask_groups=2, transposed=True),

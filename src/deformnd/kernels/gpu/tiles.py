@@ -182,6 +182,10 @@ NARROW = 32
 # average out, and "tf32x3", which takes their place, is no bottleneck.
 FEW = 1024
 
+# Weights of several groups with at most so many channels of the image times those of the points
+# may be taken for weights of a single group (layout.py, Call).
+SPREAD = 1 << 14
+
 # A batch is taken in chunks where a call would need more scratch memory at once (in elements of the
 # image), as long as a chunk has about so many positions: four waves of programs of 64 on an H200,
 # whose 132 multiprocessors hold two each.
