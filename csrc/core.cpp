@@ -155,9 +155,7 @@ int best_level() {
 // Whether all products are of bfloat16, see Note [pairs] in pairs.h.
 [[maybe_unused]] bool in_pairs(const Call& c) {
   const auto has = [](const Array& a, i64 dtype) { return a.data && a.dtype == dtype; };
-  const bool depthwise =
-      c.groups > 1 && c.groups == c.image_channels && c.groups == c.point_channels;
-  return !depthwise && has(c.weight, kBFloat16) && has(c.points, kBFloat16) &&
+  return !c.depthwise && has(c.weight, kBFloat16) && has(c.points, kBFloat16) &&
          (!c.image.data || has(c.image, kBFloat16)) && !has(c.offset, kFloat64) &&
          !has(c.mask, kFloat64);
 }
@@ -237,6 +235,8 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
     a->dtype = *next & 3, a->last = *next >> 2 & 1;
     next++;
   }
+  c.depthwise = !c.weight.data ||
+                (c.groups > 1 && c.groups == c.image_channels && c.groups == c.point_channels);
   i64 image = c.batch * c.image_channels, points = c.batch * c.point_channels, cells = c.batch;
   for (i64 v = 0; v < c.rank; v++)
     image *= c.image_size[v], points *= c.point_size[v], cells *= c.point_size[v] * c.kernel[v];

@@ -23,13 +23,15 @@ struct Array {
   bool last;
 };
 
-// One call. See Note [one bilinear form] in kernels/geometry.py for image and points.
+// One call. See Note [one bilinear form] in kernels/geometry.py for image and points. No weight, as
+// of deform_aggregate, stands for one of ones where each channel is a group.
 struct Call {
-  bool gather;   // points from the image; otherwise the given ones of the four gradients
-  i64 threads;   // at most
-  bool exactly;  // that many threads even for little work
-  bool alone;    // the work is cut for them, but the calling thread does it all
-  bool tiles;    // the machine has AMX, see Note [pairs] in pairs.h
+  bool gather;     // points from the image; otherwise the given ones of the four gradients
+  i64 threads;     // at most
+  bool exactly;    // that many threads even for little work
+  bool alone;      // the work is cut for them, but the calling thread does it all
+  bool tiles;      // the machine has AMX, see Note [pairs] in pairs.h
+  bool depthwise;  // each channel is a group, see Note [depthwise] in kernel.cpp
   i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[3], point_size[3], kernel[3], stride[3], padding[3], dilation[3];
   Array image, points, weight, offset, mask, bias;

@@ -1,4 +1,4 @@
-// Points from the image: the forward of deform_conv.
+// Points from the image: the forward of deform_conv, but for depthwise ones.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
 // A thread takes a tile through all columns. Where many groups have few channels each, the rows of
@@ -54,8 +54,7 @@ Status gather(const Call& call) {
 
   memset(taints, 0, size_t(p.team) * sizeof(T));
   const Field<T> points{call.points, p.point_channels, p.P};
-  const i64 weight_tasks =
-      p.depthwise ? p.blocks : all_panels * p.panel_vectors * (p.blocks / p.groups);
+  const i64 weight_tasks = all_panels * p.panel_vectors * (p.blocks / p.groups);
   const i64 pages = touch_tasks(call.points, p.batch * p.point_channels * p.P, p.team);
   together(p.team, [&](const Worker& worker) {
     T* spare = edge + worker.thread * edge_size;
@@ -65,11 +64,7 @@ Status gather(const Call& call) {
       worker.share(once + pack_image_tasks(p, images), [&](i64 task) {
         if (task >= once) return pack_image(p, first, task - once, packed, spare);
         if (task < pages) return touch(call.points, task);
-        task -= pages;
-        if (p.depthwise)
-          pack_weight_by_channel(p, task, weights, spare);
-        else
-          pack_weight_by_point(p, task, weights, spare);
+        pack_weight_by_point(p, task - pages, weights, spare);
       });
       worker.share(images * tasks * splits, [&](i64 task) {
         Carver carver{scratch + worker.thread * scratch_bytes};
@@ -99,8 +94,6 @@ Status gather(const Call& call) {
                   memcpy(sums + m * width, sums, size_t(count) * sizeof(T));
                 for (i64 i = count; i < width; i++) sums[m * width + i] = 0;
               }
-            } else if (p.depthwise) {
-              memset(sums, 0, size_t(tile.count * width) * sizeof(T));
             }
           });
           for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
@@ -135,9 +128,6 @@ Status gather(const Call& call) {
                 multiply_pairs(call.tiles, p.panel_vectors, tile.count, some, inner, s.columns,
                                step, {panel, p.panel, group_words * p.panel},
                                {sums, width, p.panel}, accumulate);
-              } else if (p.depthwise) {
-                add_scaled(tile.count, p.block, units, s.columns, step,
-                           weights + j * group_words + u0 * p.block, sums);
               } else {
                 multiply<T, false, false>(p.panel_vectors, tile.count, some, inner, s.columns,
                                           step, panel, group_words * p.panel, sums, width,

@@ -11,7 +11,8 @@
 //
 // Note [depthwise]
 // Where each weight group is one channel in, one channel out, the products would use one lane. So
-// a block counts as a weight group, and scale() and the like take the place of the products.
+// a block counts as a weight group, aggregate.h is the forward, and in Reverse scale() and the like
+// take the place of the products, or nothing does where there is no weight.
 //
 // Note [order]
 // Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
@@ -152,13 +153,17 @@ inline void touch(const Array& a, i64 task) {
 #include "samples.h"
 #include "plan.h"
 #include "cells.h"
+#include "aggregate.h"
 #include "gather.h"
 #include "reverse.h"
 // clang-format on
 
 template <class T, int ND>
 Status run(const Call& call) {
-  return call.gather ? gather<T, ND>(call) : Reverse<T, ND>(call).run();
+  if (!call.gather) return Reverse<T, ND>(call).run();
+  if constexpr (!kPairs)
+    if (call.depthwise) return aggregate<T, ND>(call);
+  return gather<T, ND>(call);
 }
 
 template <class T>

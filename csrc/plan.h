@@ -54,7 +54,7 @@ struct Plan {
       K *= kernel[v], P *= point_size[v], pixels *= image_size[v], plane *= padded[v];
     }
     sample_groups = lcm(most(offset_groups, 1), most(mask_groups, 1));
-    depthwise = groups > 1 && groups == image_channels && groups == point_channels;
+    depthwise = c.depthwise;
     if (depthwise) groups = 1;
     runs = lcm(sample_groups, groups), run = image_channels / runs;
     lanes = run > 8 || N <= 4 ? N : run <= 4 ? 4 : least(8, N);

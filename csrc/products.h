@@ -98,33 +98,6 @@ INLINE void each_vector(i64 width, const Part& part) {
     for (i64 i = 0; i < width; i += 4) part(Lanes<T, 4>{}, i);
 }
 
-// c[row][channel] += sum over k of a[row][k * width + channel] b[k][channel], some rows at a time:
-// a sum by itself waits for each of its terms.
-template <class T>
-NOINLINE void add_scaled(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
-                         const T* RESTRICT b, T* RESTRICT c) {
-  each_vector<T>(width, [&](auto lanes, i64 i) {
-    using L = decltype(lanes);
-    const auto add = [&](auto count, i64 m) {
-      constexpr int R = decltype(count)::value;
-      typename L::V sums[R];
-      UNROLL
-      for (int r = 0; r < R; r++) sums[r] = L::load(c + (m + r) * width + i);
-      for (i64 k = 0; k < inner; k++) {
-        const typename L::V factor = L::load(b + k * width + i);
-        UNROLL
-        for (int r = 0; r < R; r++)
-          sums[r] = sums[r] + L::load(a + (m + r) * a_step + k * width + i) * factor;
-      }
-      UNROLL
-      for (int r = 0; r < R; r++) L::store(c + (m + r) * width + i, sums[r]);
-    };
-    i64 m = 0;
-    for (; m + 8 <= rows; m += 8) add(Constant<8>{}, m);
-    for (; m < rows; m++) add(Constant<1>{}, m);
-  });
-}
-
 // a[row][k * width + channel] = c[row][channel] b[k][channel]
 template <class T>
 NOINLINE void scale(i64 rows, i64 width, i64 inner, T* RESTRICT a, i64 a_step, const T* RESTRICT b,

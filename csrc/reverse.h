@@ -45,10 +45,10 @@ struct Reverse {
     i64 loaded = -1;
     Scratch(Carver& c, const Reverse& r)
         : cells(c, r.p, r.p.K, true),
-          grad_columns(c.take<T>(r.p.tile_room * r.chunk_columns)),
+          grad_columns(c.take<T>(r.call.weight.data ? r.p.tile_room * r.chunk_columns : 0)),
           columns(c.take<T>(r.p.tile_room / kPerWord * r.chunk_columns)),
           dots(c.take<T>(r.mode & kDotsWork ? r.p.K * r.p.table * Dots : 0)),
-          by_point(c.take<T>(r.p.point_words * r.p.tile_room)),
+          by_point(c.take<T>(r.p.depthwise ? 0 : r.p.point_words * r.p.tile_room)),
           by_panel(c.take<T>((kPairs ? r.p.point_words : r.p.group_width) * r.p.tile_room)) {}
   };
 
@@ -135,7 +135,7 @@ struct Reverse {
     const i64 offset_buffers = call.grad_offset.data ? offset_sets - direct(call.grad_offset) : 0;
     const i64 mask_buffers = call.grad_mask.data ? mask_sets - direct(call.grad_mask) : 0;
     const bool reads_image = mode & (kColumnsWork | kDotsWork), spreads = mode & kSpreadWork;
-    const bool expands = mode & (kDotsWork | kSpreadWork);
+    const bool expands = call.weight.data && mode & (kDotsWork | kSpreadWork);
     const auto layout = [&](Carver c) {
       chunks = c.take<Chunk>(chunk_count);
       part_chunks = c.take<i64>(parts + 1);
@@ -237,10 +237,10 @@ struct Reverse {
             multiply_pairs(call.tiles, 2, tile.count, chunk.panels, p.point_words, s.by_panel,
                            p.point_words, {weights + chunk.weights, 2 * N, 2 * N * p.point_words},
                            {s.grad_columns, chunk_columns, 2 * N}, false);
-          else if (p.depthwise)
+          else if (p.depthwise && call.weight.data)
             scale(tile.count, p.block, chunk.count, s.grad_columns, chunk_columns,
                   weights + chunk.weights, s.by_panel);
-          else
+          else if (!p.depthwise)
             multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
                                      p.tile_pixels, weights + chunk.weights, p.group_points * 2 * N,
                                      s.grad_columns, chunk_columns, false);
@@ -260,10 +260,11 @@ struct Reverse {
             if (mode & kDotsWork) memset(s.dots, 0, size_t(p.K * p.table * Dots) * sizeof(T));
           }
           const i64 column = (u - chunk.unit) * p.block;
+          const bool ones = !call.weight.data;  // then the points are every unit's columns
           sampler({tile.count, image_packed + b * p.plane * p.words, grad_image + b * size, p.steps,
                    s.cells.index + k * p.table, s.cells.weight + k * Q * p.table,
-                   s.grad_columns + column, s.columns + column, chunk_columns,
-                   s.dots + k * p.table * Dots});
+                   ones ? s.by_panel : s.grad_columns + column, s.columns + column,
+                   ones ? p.block : chunk_columns, s.dots + k * p.table * Dots});
         }
         if (mode & kColumnsWork) {
           if constexpr (kPairs) {
@@ -326,6 +327,13 @@ struct Reverse {
     if constexpr (kPairs) return load_point_pairs(s, tile, group, thread);
     const Field<T> points{call.points, p.point_channels, p.P};
     const i64 point = p.group_point(group), count = p.points_in(group), step = p.tile_pixels;
+    if (p.depthwise) {
+      if (count < p.block) memset(s.by_panel, 0, size_t(tile.count * p.block) * sizeof(T));
+      for (i64 i = 0; i < tile.segments; i++)
+        points.load(tile.image, point, count, tile.first + i * tile.step, tile.length,
+                    s.by_panel + i * tile.length * p.block, p.block, edge + thread * edge_size);
+      return;
+    }
     for (i64 i = 0; i < tile.segments; i++) {
       const i64 pixel = tile.first + i * tile.step;
       T* to = s.by_point + i * tile.length;
@@ -341,7 +349,7 @@ struct Reverse {
           read(call.points, points.at(tile.image, point + o, pixel), tile.length, to + o * step);
       }
     }
-    if (!(mode & kColumnsWork || p.depthwise)) return;
+    if (!(mode & kColumnsWork)) return;
     for (i64 j = 0; j < p.panels; j++) {
       const i64 some = least(p.panel, count - j * p.panel);
       T* to = s.by_panel + j * step * p.panel;

@@ -282,6 +282,83 @@ def test_geometries(g: Geometry) -> None:
         assert_close(single.run(), rounded, 1e-5, cpu.level)
 
 
+def aggregation(batch: int, channels: int, size: tuple[int, ...], *groups: int) -> Call:
+    """Without a weight; groups of the offset and of the mask."""
+    g = plain(batch, channels, channels, size, groups=channels)
+    call = Call(g._replace(offset_groups=groups[0], mask_groups=groups[-1]))
+    call.weight = None
+    return call
+
+
+# Whole blocks of each number of lanes and vectors, ragged ones, groups within a block.
+AGGREGATIONS = [
+    aggregation(1, 64, (9, 40), 4),
+    aggregation(2, 64, (9, 10), 1),
+    aggregation(2, 32, (5, 33), 1, 0),
+    aggregation(1, 48, (6, 7), 6),
+    aggregation(1, 40, (6, 70), 2),
+    aggregation(2, 24, (7, 5), 6, 3),
+    aggregation(2, 6, (7, 5), 6, 1),
+    aggregation(3, 1, (7, 5), 1),
+    aggregation(1, 16, (600,), 1, 2),
+    aggregation(2, 32, (3, 4, 9), 2),
+    aggregation(2, 16, (1, 9), 1),
+    aggregation(1, 16, (4, 3, 1), 0, 2),
+]
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize("call", AGGREGATIONS, ids=lambda c: str(c.g[:7]))
+def test_without_a_weight(call: Call) -> None:
+    """Channels last are read in place where blocks are whole; the same numbers come out."""
+    call.image_bias = call.point_bias = None
+    ones = call.to(torch.float64)
+    ones.weight = torch.ones(call.g.groups, 1, *call.g.kernel, dtype=torch.float64)
+    want = call.run(reference)
+    assert_close(want, ones.run(reference) | {"weight": None}, 1e-12)
+    single = call.to(torch.float32)
+    rounded = single.to(torch.float64).run(reference)
+    last = single.to(torch.float32)
+    last.image, last.points = channels_last(last.image), channels_last(last.points)
+    for cpu.level in LEVELS:
+        first = single.run()
+        for cpu.threads in (1, 2, 5, 16):
+            assert_close(call.run(), want, 1e-12, (cpu.level, cpu.threads))
+            got = single.run(), last.run()
+            assert_close(got[0], rounded, 1e-5, (cpu.level, cpu.threads))
+            for result in got:
+                assert torch.equal(result["gather"], first["gather"])
+            assert_same(got[1], got[0])
+        cpu.threads = 0
+    for dtype, limit in ((torch.float16, 5e-4), (torch.bfloat16, 4e-3)):
+        half = call.to(dtype)
+        half.offset = single.offset
+        assert_close(half.run(), half.to(torch.float64).run(reference), limit)
+
+
+@pytest.mark.parametrize("size", ((5,), (4, 5), (3, 4, 5)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_what_lies_outside_is_not_read(
+    size: tuple[int, ...], dtype: torch.dtype, level: int
+) -> None:
+    """A NaN reaches the samples that it is a corner of, also where the image is not packed."""
+    call = aggregation(1, 16, size, 1).to(dtype)
+    call.point_bias = call.mask = None
+    call.g = call.g._replace(mask_groups=0)
+    call.image = channels_last(call.image)
+    call.image[(..., *[-1] * len(size))] = math.nan
+    call.image[(..., *[0] * len(size))] = math.nan
+    shape = call.offset.shape
+    call.offset = torch.randint(-6, 6, shape).to(dtype) / 2
+    args = (call.g, call.image, None, call.offset, None, None)
+    got, want = cpu.gather(*args), reference.gather(*args)
+    assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "g", GEOMETRIES[:7], ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size)))
 )

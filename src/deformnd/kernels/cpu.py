@@ -107,7 +107,7 @@ def best_level() -> int:
 def gather(
     g: Geometry,
     image: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
@@ -124,7 +124,7 @@ def gather(
 def scatter(
     g: Geometry,
     points: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
@@ -143,7 +143,7 @@ def gradients(
     g: Geometry,
     image: Tensor,
     points: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     needs: Sequence[bool],
@@ -159,7 +159,9 @@ def gradients(
     grad_image = empty(image.shape, image) if by_image else None
     grad_points = empty(points.shape, points) if by_points else None
     grad_weight = (
-        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if by_weight else None
+        None
+        if weight is None or not by_weight
+        else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     )
     grad_offset = grad_mask = None
     if by_offset and offset is not None:
@@ -213,7 +215,7 @@ def _call(
     gather: bool,
     image: Tensor | None,
     points: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,

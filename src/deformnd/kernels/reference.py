@@ -25,7 +25,7 @@ from .geometry import Geometry, memory_format
 def gather(
     g: Geometry,
     image: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
@@ -33,20 +33,20 @@ def gather(
     """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
     dtype = _compute_dtype(image, offset, mask)
     columns = _masked(g, _sample(g, image.to(dtype), _cells(g, offset, image, dtype)), mask, dtype)
-    return _result(_add_bias(_contract(g, columns, weight.to(dtype)), bias), image)
+    return _result(_add_bias(_contract(g, columns, weight), bias), image)
 
 
 def scatter(
     g: Geometry,
     points: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
     """dF/dimage [B, C, *image_size]: the forward of deform_conv_transpose."""
     dtype = _compute_dtype(points, offset, mask)
-    columns = _masked(g, _expand(g, points.to(dtype), weight.to(dtype)), mask, dtype)
+    columns = _masked(g, _expand(g, points.to(dtype), weight), mask, dtype)
     image = _spread(g, columns, _cells(g, offset, points, dtype))
     return _result(_add_bias(image, bias), points)
 
@@ -55,7 +55,7 @@ def gradients(
     g: Geometry,
     image: Tensor,
     points: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     needs: Sequence[bool],
@@ -70,7 +70,7 @@ def gradients(
     cells = _cells(g, offset, image, dtype)
     out: list[Tensor | None] = [*[None] * 5, None if summed is None else channel_sums(summed)]
     if by_image or by_offset or by_mask:
-        expanded = _expand(g, points.to(dtype), weight.to(dtype))
+        expanded = _expand(g, points.to(dtype), weight)
         if by_image:
             out[0] = _result(_spread(g, _masked(g, expanded, mask, dtype), cells), image)
         if by_offset and offset is not None:
@@ -81,8 +81,8 @@ def gradients(
         sampled = _sample(g, image.to(dtype), cells)
         columns = _masked(g, sampled, mask, dtype)
         if by_points:
-            out[1] = _result(_contract(g, columns, weight.to(dtype)), points)
-        if by_weight:
+            out[1] = _result(_contract(g, columns, weight), points)
+        if by_weight and weight is not None:
             low = _grouped_points(g, points.to(dtype))
             high = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
             grad = torch.einsum("bgop,bkpgc->gock", low, high)
@@ -259,17 +259,25 @@ def _grouped_points(g: Geometry, points: Tensor) -> Tensor:
     return points.reshape(g.batch, g.groups, g.point_channels // g.groups, math.prod(g.point_size))
 
 
-def _contract(g: Geometry, columns: Tensor, weight: Tensor) -> Tensor:
-    """Columns times weight: points [B, O, *point_size]."""
-    columns = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
-    points = torch.einsum("bkpgc,gock->bgop", columns, _grouped(g, weight))
+def _contract(g: Geometry, columns: Tensor, weight: Tensor | None) -> Tensor:
+    """Columns times weight, None for ones of each channel alone: points [B, O, *point_size]."""
+    if weight is None:
+        points = columns.sum(1).transpose(1, 2)
+    else:
+        columns = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
+        weight = _grouped(g, weight.to(columns.dtype))
+        points = torch.einsum("bkpgc,gock->bgop", columns, weight)
     return points.reshape(g.batch, g.point_channels, *g.point_size)
 
 
-def _expand(g: Geometry, points: Tensor, weight: Tensor) -> Tensor:
+def _expand(g: Geometry, points: Tensor, weight: Tensor | None) -> Tensor:
     """The adjoint of _contract: points times weight, columns [B, K, P, C]."""
+    if weight is None:
+        points = points.flatten(2).transpose(1, 2).unsqueeze(1)
+        return points.expand(-1, math.prod(g.kernel), -1, -1)
+    weight = _grouped(g, weight.to(points.dtype))
     points = _grouped_points(g, points)
-    return torch.einsum("bgop,gock->bkpgc", points, _grouped(g, weight)).flatten(3)
+    return torch.einsum("bgop,gock->bkpgc", points, weight).flatten(3)
 
 
 def _add_bias(image: Tensor, bias: Tensor | None) -> Tensor:
