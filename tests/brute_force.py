@@ -28,8 +28,8 @@ def weights(position: tuple[float, ...], size: tuple[int, ...]) -> list[tuple[tu
 
 
 def brute_force(case: Case, tensors: dict[str, Array | None]) -> Array:
-    x, weight = tensors["input"], tensors["weight"]
-    offset, mask, bias = tensors["offset"], tensors["mask"], tensors["bias"]
+    x, weight = tensors["input"], tensors.get("weight")
+    offset, mask, bias = tensors["offset"], tensors["mask"], tensors.get("bias")
     cin, cout = case.channels
     stride, padding, dilation = (case.values(v) for v in ("stride", "padding", "dilation"))
     if case.transposed:
@@ -72,7 +72,9 @@ def brute_force(case: Case, tensors: dict[str, Array | None]) -> Array:
                     group = c // per_group
                     for pixel, w in weights(tuple(position), size):
                         for o in range(group * others, (group + 1) * others):
-                            factor = weight[(o, c % per_group, *tap)] * m * w
+                            factor = m * w
+                            if weight is not None:
+                                factor *= weight[(o, c % per_group, *tap)]
                             if case.transposed:
                                 y[(b, c, *pixel)] += factor * x[(b, o, *p)]
                             else:

@@ -1,4 +1,4 @@
-"""The cases that every test shares: each is one call of one of the six functions."""
+"""The cases that every test shares: each is one call of one of the functions."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Case:
     offset_groups: int = 1  # 0: no offset
     mask_groups: int = 1  # 0: no mask
     bias: bool = True
+    aggregate: bool = False  # then each channel is a group, and there is neither weight nor bias
 
     @property
     def n(self) -> int:
@@ -39,15 +40,27 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"deform_conv_transpose{self.n}d" if self.transposed else f"deform_conv{self.n}d"
+        return f"{self.family}{self.n}d"
+
+    @property
+    def family(self) -> str:
+        """The name of the operator in torch.ops.deformnd."""
+        if self.aggregate:
+            return "deform_aggregate"
+        return "deform_conv_transpose" if self.transposed else "deform_conv"
 
     def __str__(self) -> str:
         changed = [
             f"{f.name}={getattr(self, f.name)}"
             for f in dataclasses.fields(self)
-            if f.name != "transposed" and getattr(self, f.name) != f.default
+            if f.name not in ("transposed", "aggregate") and getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(changed)})".replace(" ", "")
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """As the parameter is called where there is no weight."""
+        return self.kernel
 
     def values(self, name: str) -> tuple[int, ...]:
         value = getattr(self, name)
@@ -55,6 +68,9 @@ class Case:
 
     def parameters(self) -> dict[str, Any]:
         """Keyword arguments of the function."""
+        if self.aggregate:
+            names = ["kernel_size", "stride", "padding", "dilation"]
+            return {name: getattr(self, name) for name in names}
         names = ["stride", "padding", "dilation", "groups"]
         if self.transposed:
             names.append("output_padding")
@@ -65,6 +81,8 @@ class Case:
         names = ["stride", "padding", "dilation"]
         if self.transposed:
             names.insert(2, "output_padding")
+        if self.aggregate:
+            return (list(self.kernel), *(list(self.values(name)) for name in names))
         return (*(list(self.values(name)) for name in names), self.groups)
 
     @property
@@ -121,6 +139,8 @@ class Case:
             offset = (whole + 0.1 + 0.8 * part).to(device, dtype)
         if self.mask_groups:
             mask = randn(self.batch, self.mask_groups * points, *self.point_size)
+        if self.aggregate:
+            return {"input": randn(self.batch, cin, *self.size), "offset": offset, "mask": mask}
         return {
             "input": randn(self.batch, cin, *self.size),
             "weight": randn(*weight, *self.kernel) / math.sqrt(cin * points),
@@ -133,8 +153,17 @@ class Case:
         return getattr(deformnd, self.name)(**tensors, **self.parameters())
 
     def operator(self, backward: bool = False) -> Any:
-        name = "deform_conv_transpose" if self.transposed else "deform_conv"
-        return getattr(torch.ops.deformnd, name + "_backward" * backward).default
+        return getattr(torch.ops.deformnd, self.family + "_backward" * backward).default
+
+    def saved(self, tensors: dict[str, Tensor | None]) -> list[Tensor | None]:
+        """The tensors that the operator's backward takes: all but a bias."""
+        return [t for name, t in tensors.items() if name != "bias"]
+
+    def as_conv(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """The tensors of deform_conv that aggregates alike: a weight of ones."""
+        input, offset, mask = tensors.values()
+        weight = torch.ones(self.channels[0], 1, *self.kernel, dtype=input.dtype)
+        return {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": None}
 
 
 CASES = [
@@ -168,6 +197,30 @@ CASES += [
     )
     for case in CASES
 ]
+
+
+def aggregate(size: tuple[int, ...], kernel: tuple[int, ...], channels: int, **rest: Any) -> Case:
+    return Case(
+        size, kernel, channels=(channels,) * 2, groups=channels, bias=False, aggregate=True, **rest
+    )
+
+
+AGGREGATES = [
+    aggregate((9,), (3,), 4),
+    aggregate((11,), (4,), 8, stride=2, padding=3, dilation=2, offset_groups=2, mask_groups=4),
+    aggregate((8,), (3,), 4, padding=1, offset_groups=0, mask_groups=2),
+    aggregate((6, 7), (3, 3), 6, padding=1, offset_groups=2, mask_groups=2),
+    aggregate((7, 5), (3, 2), 6, stride=(2, 1), padding=(2, 0), dilation=(1, 2), offset_groups=3),
+    aggregate((5, 6), (2, 3), 4, padding=1, offset_groups=4, mask_groups=2),
+    aggregate((5, 6), (3, 3), 4, padding=1, mask_groups=0),
+    aggregate((5, 6), (3, 3), 4, padding=1, offset_groups=0, mask_groups=0),
+    aggregate((1, 1), (3, 3), 2, padding=1, batch=1),
+    aggregate((3, 4), (3, 3), 4, padding=1, batch=0),
+    aggregate((4, 5, 3), (2, 3, 2), 4, padding=1, offset_groups=2, mask_groups=2),
+    aggregate((5, 4, 5), (3, 2, 1), 6, stride=(2, 1, 2), padding=(1, 0, 2), offset_groups=2),
+    aggregate((3, 3, 4), (2, 1, 3), 4, padding=1, offset_groups=0, mask_groups=2),
+]
+ALL = CASES + AGGREGATES
 
 
 def golden() -> list[tuple[Case, dict[str, Tensor], dict[str, Tensor]]]:

@@ -36,12 +36,7 @@ from torch import Tensor
 from cases import NAMES, Case
 from deformnd import bench
 from deformnd.kernels import cpu, reference
-from deformnd.kernels.geometry import (
-    Geometry,
-    conv_geometry,
-    conv_transpose_geometry,
-    memory_format,
-)
+from deformnd.kernels.geometry import FAMILIES, Geometry, memory_format
 
 Tensors = dict[str, Tensor | None]
 
@@ -59,14 +54,16 @@ class Limits:
     work: float  # products of the forward at most
     pixels: int  # of an image at most
     hopper: bool = False  # whether to draw channels that only Hopper's kernels like
+    aggregates: bool = True  # whether the backend has kernels for deform_aggregate
     steps: float = math.inf  # blocks of positions, kernel points and channels at most (_steps)
     ranks: tuple[int, ...] = (1, 2, 2, 3)
 
 
 CPU = Limits(FLOATS, FLOATS, 2e6, 2000)
 COMPILED = Limits((torch.float32, torch.float64), FLOATS[2:], 2e5, 300)
-INTERPRETER = Limits(FLOATS[:3], FLOATS[:3], 3e5, 150, steps=50)
-GPU = Limits(FLOATS[:3], FLOATS[:3], 3e8, 3000, hopper=True)
+INTERPRETER = Limits(FLOATS[:3], FLOATS[:3], 3e5, 150, aggregates=False, steps=50)
+GPU = Limits(FLOATS[:3], FLOATS[:3], 3e8, 3000, hopper=True, aggregates=False)
+FAMILY = {family.name: family for family in FAMILIES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ class RandomCall:
     def tensors(self, device: str = "cpu") -> Tensors:
         """Those of the call, and grad_output. What lies between a slice's elements is NaN."""
         case = self.case
-        values = case.tensors(seed=self.seed)
+        values = dict.fromkeys(NAMES) | case.tensors(seed=self.seed)
         generator = torch.Generator().manual_seed(self.seed + 1)
         if self.far and values["offset"] is not None:
             shape = values["offset"].shape
@@ -106,8 +103,14 @@ class RandomCall:
         }
 
     def geometry(self, t: Tensors) -> Geometry:
-        make = conv_transpose_geometry if self.case.transposed else conv_geometry
-        return make(*(t[name] for name in NAMES), *self.case.operator_parameters())
+        family = FAMILY[self.case.family]
+        args = family.own([t[name] for name in NAMES])
+        return family.geometry(*args, *self.case.operator_parameters())
+
+    def call(self, t: Tensors) -> Tensor:
+        """The public function, of those tensors that it knows."""
+        names = FAMILY[self.case.family].own(NAMES)
+        return self.case.call({name: t[name] for name in names})
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -156,7 +159,7 @@ def by_function(
     wanted = {
         name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad
     }
-    output = (function or call.case.call)(leaves)
+    output = (function or call.call)(leaves)
     grads: Tensors = dict.fromkeys(NAMES)
     if wanted:
         found = torch.autograd.grad(output, list(wanted.values()), t["grad_output"])
@@ -262,11 +265,12 @@ def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> 
 def _kind(call: RandomCall) -> tuple[Any, ...]:
     c = call.case
     image, points = c.channels[::-1] if c.transposed else c.channels
-    return c.transposed, image, points, c.groups, c.offset_groups, c.mask_groups, c.bias
+    groups = c.groups, c.offset_groups, c.mask_groups
+    return c.transposed, image, points, *groups, c.bias, c.aggregate
 
 
 def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
-    """Family, channels, groups and whether there is a bias."""
+    """Family, channels, groups and whether there is a bias; whether it aggregates."""
 
     def channels() -> int:
         if rng.random() < 0.75:
@@ -276,7 +280,8 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
     def divisor(number: int) -> int:
         return rng.choice([d for d in range(1, number + 1) if number % d == 0])
 
-    style = rng.choice(("one", "one", "units", "groups", "depthwise", *["hopper"] * limits.hopper))
+    more = [*["hopper"] * limits.hopper, *["aggregate"] * limits.aggregates]
+    style = rng.choice(("one", "one", "units", "groups", "depthwise", *more))
     image, points, groups = channels(), channels(), 1
     offset_groups = mask_groups = 1
     if style == "hopper":
@@ -298,8 +303,8 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
         offset_groups, mask_groups = divisor(image), divisor(image)
         if rng.random() < 0.5:
             offset_groups = mask_groups = rng.choice((1, groups))
-    elif style == "depthwise":
-        groups, points = image, image * rng.choice((1, 1, 2, 3))
+    elif style in ("depthwise", "aggregate"):
+        groups, points = image, image * rng.choice((1, 1, 2, 3) if style == "depthwise" else (1,))
         offset_groups = rng.choice((1, 1, image, divisor(image)))
         mask_groups = rng.choice((1, offset_groups, divisor(image)))
     absent = rng.random()
@@ -307,11 +312,14 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
         offset_groups = 0
     elif absent < 0.3:
         mask_groups = 0
-    return rng.random() < 0.5, image, points, groups, offset_groups, mask_groups, rng.random() < 0.6
+    all_groups = groups, offset_groups, mask_groups
+    if style == "aggregate":
+        return False, image, points, *all_groups, False, True
+    return rng.random() < 0.5, image, points, *all_groups, rng.random() < 0.6, False
 
 
 def _draw_case(rng: random.Random, limits: Limits, n: int, kind: tuple[Any, ...]) -> Case | None:
-    transposed, image, points, groups, offset_groups, mask_groups, bias = kind
+    transposed, image, points, groups, offset_groups, mask_groups, bias, aggregate = kind
     for _ in range(50):
         if rng.random() < 0.4:
             kernel = (3,) * n
@@ -332,6 +340,7 @@ def _draw_case(rng: random.Random, limits: Limits, n: int, kind: tuple[Any, ...]
             offset_groups=offset_groups,
             mask_groups=mask_groups,
             bias=bias,
+            aggregate=aggregate,
         )
         if transposed:
             extra = tuple(
@@ -425,7 +434,7 @@ def run_compiled(call: RandomCall, rng: random.Random) -> None:
     """The public function under torch.compile, its sizes symbols or not."""
     t = call.tensors()
     torch._dynamo.reset()
-    function = torch.compile(call.case.call, fullgraph=True, dynamic=rng.choice((None, True)))
+    function = torch.compile(call.call, fullgraph=True, dynamic=rng.choice((None, True)))
     with poison():
         got = by_function(call, t, function)
     check(call, got, t)

@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from cases import Case, gradients, requires_grad
+from cases import Case, aggregate, gradients, requires_grad
 
 WORLD = 2
 
@@ -105,11 +105,14 @@ def check_dtensor(case, sharding, communicates=False):
     out_channels, in_channels = (1, 0) if case.transposed else (0, 1)  # of weight
     placements = {
         "replicated": (whole,) * 5,
+        "channels": (Shard(1), None, whole, whole, None),
         "batch": (Shard(0), whole, Shard(0), Shard(0), whole),
         "out_channels": (whole, Shard(out_channels), whole, whole, Shard(0)),
         "in_channels": (Shard(1), Shard(in_channels), whole, whole, whole),
     }[sharding]
     tensors = requires_grad(case.tensors())
+    if case.aggregate:
+        placements = (placements[0], *placements[2:4])
     expected = case.call(tensors)
     grad_output = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
     want = gradients(expected, tensors, grad_output)
@@ -159,6 +162,13 @@ def checks():
             found[f"{sharding} {case}"] = lambda c=case, s=sharding: check_dtensor(c, s)
         for case in MANY_GROUPS:
             moves = "channels" in sharding
+            found[f"{sharding} {case}"] = lambda c=case, s=sharding, m=moves: check_dtensor(
+                c, s, communicates=m
+            )
+    for sharding in ("replicated", "batch", "channels"):
+        for groups in (1, 2):
+            case = aggregate((5, 4), (3, 3), 4, padding=1, offset_groups=groups)
+            moves = sharding == "channels" and groups > 1
             found[f"{sharding} {case}"] = lambda c=case, s=sharding, m=moves: check_dtensor(
                 c, s, communicates=m
             )

@@ -298,11 +298,105 @@ def test_deform_conv_transpose2d(error, message, args, options):
     assert message in str(caught.value)
 
 
+aggregate2d = deformnd.deform_aggregate2d
+AGGREGATED = "; input [1, 6, 6, 6], offset [1, 18, 4, 4], mask [1, 9, 4, 4]"
+
+
+@pytest.mark.parametrize(
+    "error, message, args, options",
+    [
+        (TypeError, "input is a list, expected a Tensor", ([1.0], OFF, MASK, 3), {}),
+        (TypeError, "mask is a int, expected a Tensor", (X, OFF, 3, 3), {}),
+        (
+            TypeError,
+            "kernel_size is Parameter containing",
+            (X, OFF, None, torch.nn.Parameter(W)),
+            {},
+        ),
+        (
+            ValueError,
+            "input has 2 dimensions, expected 4 (batch, channels, 2 spatial) or 3 (unbatched); "
+            "input [6, 6], offset [1, 18, 4, 4], mask [1, 9, 4, 4]",
+            (X[0, 0], OFF, MASK, 3),
+            {},
+        ),
+        (
+            ValueError,
+            "offset has 4 dimensions, expected 3 as the unbatched input; input [6, 6, 6], ",
+            (X[0], OFF, MASK[0], 3),
+            {},
+        ),
+        (TypeError, "kernel_size is 3.0, expected an int or 2 ints", (X, OFF, MASK, 3.0), {}),
+        (
+            ValueError,
+            "kernel_size is (3, 3, 3), expected an int or 2 ints",
+            (X, OFF, MASK, (3, 3, 3)),
+            {},
+        ),
+        (
+            ValueError,
+            "kernel_size is (3, 0), expected at least 1 on every axis" + AGGREGATED,
+            (X, OFF, MASK, (3, 0)),
+            {},
+        ),
+        (
+            ValueError,
+            "offset has 18 channels, expected a multiple of 50 (2 axes x 25 kernel points)"
+            + AGGREGATED
+            + ", kernel_size [5, 5]",
+            (X, OFF, MASK, 5),
+            {},
+        ),
+        (
+            ValueError,
+            "expected a multiple of 18 (2 axes x 9 kernel points) (are offset and mask swapped?)",
+            (X, MASK, OFF, 3),
+            {},
+        ),
+        (
+            ValueError,
+            "mask has 4 groups (36 channels / 9), which do not divide the 6 input channels",
+            (X, OFF, torch.zeros(1, 36, 4, 4), 3),
+            {},
+        ),
+        (
+            ValueError,
+            "offset has spatial size (4, 4), expected the output's (6, 6) (stride (1, 1), "
+            "padding (1, 1), dilation (1, 1))",
+            (X, OFF, MASK, 3),
+            {"padding": 1},
+        ),
+        (ValueError, "mask has batch size 2, expected 1", (X, OFF, MASK.expand(2, 9, 4, 4), 3), {}),
+        (
+            ValueError,
+            "the output would have size (0, 0), expected at least 1 on every axis; the dilated "
+            "kernel is larger than the padded input",
+            (X, OFF, MASK, 7),
+            {},
+        ),
+        (ValueError, "stride is (0, 0), expected at least 1", (X, OFF, MASK, 3), {"stride": 0}),
+        (ValueError, "padding is 'full', expected", (X, OFF, MASK, 3), {"padding": "full"}),
+        (ValueError, "padding='same' expects stride 1", (X, OFF, MASK, 3, 2, "same"), {}),
+        (TypeError, "input has dtype torch.int64, expected one of", (X.long(), OFF, MASK, 3), {}),
+        (ValueError, "mask is on meta, expected cpu", (X, OFF, MASK.to("meta"), 3), {}),
+    ],
+)
+def test_deform_aggregate2d(error, message, args, options):
+    with pytest.raises(error) as caught:
+        aggregate2d(*args, **options)
+    assert str(caught.value).startswith("deform_aggregate2d: ")
+    assert message in str(caught.value)
+
+
 def test_a_direct_call_of_the_operator_is_checked_too():
     with pytest.raises(ValueError, match="deform_conv2d: stride is \\(1,\\), expected an int or 2"):
         torch.ops.deformnd.deform_conv(X, W, OFF, None, None, [1], [0, 0], [1, 1], 1)
     with pytest.raises(ValueError, match="deform_convNd: input has 2 dimensions"):
         torch.ops.deformnd.deform_conv(X[0, 0], W, OFF, None, None, [1], [0, 0], [1, 1], 1)
+    with pytest.raises(
+        ValueError, match="deform_aggregate2d: kernel_size is \\(3,\\), expected an"
+    ):
+        torch.ops.deformnd.deform_aggregate(X, OFF, None, [3], [1, 1], [0, 0], [1, 1])
     needs = [True] * 5
     with pytest.raises(ValueError, match="grad_output has shape \\[1, 4, 5, 4\\], expected"):
         torch.ops.deformnd.deform_conv_backward(

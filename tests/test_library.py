@@ -12,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deformnd
-from cases import CASES, Case, gradients, relative_error, requires_grad
+from cases import AGGREGATES, ALL, CASES, Case, aggregate, gradients, relative_error, requires_grad
 from deformnd.kernels import autograd, cpu, direct
 
 # Small ones of each rank and family for what is slow: (numeric second derivatives, opcheck).
@@ -22,6 +22,14 @@ SMALL = [
     Case((2, 3, 2), (1, 2, 2), channels=(2, 2), batch=1, mask_groups=2),
 ]
 SMALL += [Case(c.size, c.kernel, True, c.batch, (2, 2), groups=c.groups) for c in SMALL]
+SMALL_AGGREGATES = [
+    aggregate((4,), (2,), 2, padding=1),
+    aggregate((3, 3), (2, 2), 2, padding=1, offset_groups=2),
+    aggregate((2, 3, 2), (1, 2, 2), 2, batch=1, mask_groups=2),
+    aggregate((3, 3), (2, 2), 2, padding=1, offset_groups=0),
+    aggregate((3, 3), (2, 2), 2, padding=1, mask_groups=0),
+]
+ALL_SMALL = SMALL + SMALL_AGGREGATES
 
 
 def arguments(case, dtype=torch.float64):
@@ -41,7 +49,7 @@ class Seen(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", ALL_SMALL, ids=str)
 def test_numeric_derivatives(case):
     """The time is that of the square of all numbers, so where there are many, of a batch of one."""
     args = arguments(case if case.n == 1 else dataclasses.replace(case, batch=1))
@@ -72,36 +80,40 @@ def test_second_derivative_when_the_offset_depends_on_the_input():
     assert torch.autograd.gradgradcheck(f, (x.requires_grad_(),))
 
 
-@pytest.mark.parametrize("case", [*SMALL, *CASES[10:12], *CASES[-6:-4]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*ALL_SMALL, *CASES[10:12], *CASES[-6:-4], AGGREGATES[8], AGGREGATES[9]], ids=str
+)
 def test_opcheck(case):
     args = arguments(case)
     torch.library.opcheck(case.operator(), args)
     grad_output = torch.randn_like(case.operator()(*args)).requires_grad_()
-    without_bias = (*args[:4], *args[5:])
-    needs = [True, True, args[2] is not None, args[3] is not None, True]
-    torch.library.opcheck(case.operator(backward=True), (grad_output, *without_bias, needs))
+    tensors = requires_grad(case.tensors())
+    needs = [name == "bias" or t is not None for name, t in tensors.items()]
+    args = (grad_output, *case.saved(tensors), *case.operator_parameters(), needs)
+    torch.library.opcheck(case.operator(backward=True), args)
 
 
-@pytest.mark.parametrize("case", SMALL[1::3], ids=str)
+@pytest.mark.parametrize("case", [*SMALL[1::3], SMALL_AGGREGATES[1]], ids=str)
 def test_only_the_gradients_asked_for(case):
     tensors = case.tensors()
-    for name in ("weight", "mask"):
-        tensors[name].requires_grad_()
+    wanted = [name in ("weight", "mask") for name in tensors]
+    for t, want in zip(tensors.values(), wanted, strict=True):
+        t.requires_grad_(want)
     with Seen() as seen:
         case.call(tensors).sum().backward()
     asked = [args[-1] for operator, args in seen.calls if operator == case.operator(backward=True)]
-    assert asked == [[False, True, False, True, False]]
+    assert asked == [wanted]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch], ids=str)
+@pytest.mark.parametrize("case", [c for c in ALL if c.batch], ids=str)
 def test_each_gradient_alone_equals_it_among_all(case):
-    args = arguments(case)
-    operator = case.operator(backward=True)
-    grad_output = torch.randn_like(case.operator()(*args))
-    rest = (grad_output, *args[:4], *args[5:])
-    together = operator(*rest, [True] * 5)
-    for i in range(5):
-        alone = operator(*rest, [j == i for j in range(5)])
+    tensors = case.tensors()
+    operator, count = case.operator(backward=True), len(tensors)
+    grad_output = torch.randn_like(case.call(tensors))
+    rest = (grad_output, *case.saved(tensors), *case.operator_parameters())
+    together = operator(*rest, [True] * count)
+    for i in range(count):
+        alone = operator(*rest, [j == i for j in range(count)])
         assert all(t is None for j, t in enumerate(alone) if j != i)
         if together[i] is None:
             assert alone[i] is None
@@ -109,7 +121,7 @@ def test_each_gradient_alone_equals_it_among_all(case):
             assert torch.equal(alone[i], together[i])
 
 
-@pytest.mark.parametrize("case", SMALL[1::3], ids=str)
+@pytest.mark.parametrize("case", [*SMALL[1::3], SMALL_AGGREGATES[1]], ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_all_that_listen_to_a_call_are_heard(case, grad):
     """direct.py, Note [the direct way]: modes, subclasses, transforms, views, the profiler."""
@@ -132,7 +144,8 @@ def test_all_that_listen_to_a_call_are_heard(case, grad):
         fake = operator(mode.from_tensor(args[0]), *args[1:])
         assert type(fake) is type(operator(*args)) is type(mode.from_tensor(args[0]))
         assert fake.shape == expected.shape
-    both = operator(TwoTensor(args[0], 2 * args[0]), *args[1:4], None, *args[5:])
+    without_bias = args[1:] if case.aggregate else (*args[1:4], None, *args[5:])
+    both = operator(TwoTensor(args[0], 2 * args[0]), *without_bias)
     torch.testing.assert_close(both.b, 2 * both.a)
     functional = operator(torch._to_functional_tensor(args[0]), *args[1:])
     assert torch._is_functional_tensor(functional)
@@ -283,12 +296,12 @@ def test_calls_like_earlier_ones(case, looked_at, monkeypatch):
 
 @pytest.mark.parametrize("needs", [[], [True] * 4, [True] * 6], ids=len)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("case", [SMALL[0], SMALL[-1]], ids=str)
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[-1], SMALL_AGGREGATES[0]], ids=str)
 def test_a_wrong_number_of_needs(case, device, needs):
     tensors = case.tensors()
     grad_output = torch.zeros_like(case.call(tensors))
-    args = [None if t is None else t.to(device) for t in (grad_output, *list(tensors.values())[:4])]
-    message = f"_backward: needs has {len(needs)} values, expected 5"
+    args = [None if t is None else t.to(device) for t in (grad_output, *case.saved(tensors))]
+    message = f"_backward: needs has {len(needs)} values, expected {len(tensors)}"
     with pytest.raises(ValueError, match=message):
         case.operator(backward=True)(*args, *case.operator_parameters(), needs)
     args[1].requires_grad_()
@@ -304,7 +317,7 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch and c.offset_groups], ids=str)
+@pytest.mark.parametrize("case", [c for c in ALL if c.batch and c.offset_groups], ids=str)
 def test_autocast(case, dtype):
     tensors = requires_grad(case.tensors(torch.float32))
     with torch.autocast("cpu", dtype):
@@ -327,7 +340,7 @@ def test_autocast_leaves_float64_alone():
         assert CASES[4].call(tensors).dtype == torch.float64
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch], ids=str)
+@pytest.mark.parametrize("case", [c for c in ALL if c.batch], ids=str)
 @pytest.mark.parametrize(
     "mapped", [("input",), ("offset", "mask"), ("weight",), ("input", "weight", "offset", "bias")]
 )
@@ -381,9 +394,25 @@ def network():
     return layers
 
 
-def test_compile():
+class Aggregation(torch.nn.Module):
+    """DCNv3's layer in short."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = torch.nn.Conv2d(3, 4, 1)
+        self.predict = torch.nn.Conv2d(4, 2 * 27, 3, padding=1)
+
+    def forward(self, x):
+        x = self.project(x)
+        offset, mask = self.predict(x).split((36, 18), 1)
+        return deformnd.deform_aggregate2d(x, offset, mask.sigmoid(), 3, padding="same")
+
+
+@pytest.mark.parametrize("make", [network, Aggregation])
+def test_compile(make):
     torch._dynamo.reset()
-    model = network()
+    model = make()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for size in ((2, 3, 16, 20), (3, 3, 18, 30)):
         x = torch.randn(size)
@@ -396,9 +425,10 @@ def test_compile():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [network, Aggregation])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_with_dynamic_sizes(strict, tmp_path):
-    model = network()
+def test_export_with_dynamic_sizes(strict, make, tmp_path):
+    model = make()
     sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     program = torch.export.export(
         model, (torch.randn(2, 3, 16, 20),), dynamic_shapes=sizes, strict=strict

@@ -117,28 +117,27 @@ def same(function, options, key, rng):
 
 
 def draw_function(rng):
-    n, transposed = rng.randint(1, 3), rng.random() < 0.5
+    n, family = rng.randint(1, 3), rng.choice(("conv", "transpose", "aggregate"))
     case = Case(
         (4, 5, 3)[:n],
         (2, 3, 2)[:n],
-        transposed,
+        family == "transpose",
         stride=rng.choice((1, 2)),
         padding=rng.choice((0, 1)),
         offset_groups=rng.choice((1, 2)),
         mask_groups=rng.choice((0, 1, 2)),
         groups=rng.choice((1, 2)),
+        aggregate=family == "aggregate",
     )
     tensors, parameters = case.tensors(torch.float32), case.parameters()
-    parameters |= {
-        k: (v,) * n for k, v in parameters.items() if k != "groups" and rng.random() < 0.5
-    }
+    parameters |= {k: case.values(k) for k in parameters if k != "groups" and rng.random() < 0.5}
     function = getattr(deformnd, case.name)
     if rng.random() < 0.5:
         key = rng.choice(list(parameters))
         if rng.random() < 0.2:
             return same(functools.partial(function, **tensors), parameters, key, rng)
         wrong = rng.choice(OPTIONS[key])()
-        plain = rng.random() < 0.3  # the way of torch's own convolution
+        plain = rng.random() < 0.3  # the way of torch's own convolution, where there is one
         if plain:
             tensors |= {"offset": None, "mask": None}
         call = functools.partial(function, **tensors, **{**parameters, key: wrong})
@@ -147,6 +146,8 @@ def draw_function(rng):
     ways = list(TENSORS)
     if key in ("input", "weight", "bias"):
         ways += SHARED[: 2 if key == "bias" else 3]
+    if case.aggregate and key == "input":  # without a weight, other channels and dtypes are right
+        ways = [*TENSORS[:-1], SHARED[2]]
     if key in ("offset", "mask"):
         ways += MOVED
     if key == "bias":

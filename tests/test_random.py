@@ -67,6 +67,7 @@ def test_generator() -> None:
     cases = [c.case for c in found]
     assert {c.n for c in cases} == {1, 2, 3} and {c.batch for c in cases} == {1, 2, 3, 4, 5}
     assert any(c.groups == c.channels[0] > 1 for c in cases)
+    assert any(c.aggregate for c in cases)
     assert any(max(c.values("output_padding")) for c in cases)
     assert any(c.offset_groups == 0 for c in cases) and any(c.mask_groups == 0 for c in cases)
     assert {c.dtype for c in found} == set(random_calls.FLOATS)

@@ -1,31 +1,45 @@
 """The reference against brute force, the golden vectors, torch, and its own derivatives."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import deformnd
 from brute_force import brute_force
-from cases import CASES, Case, golden, gradients, relative_error, requires_grad
+from cases import (
+    AGGREGATES,
+    ALL,
+    CASES,
+    Case,
+    aggregate,
+    golden,
+    gradients,
+    relative_error,
+    requires_grad,
+)
 from deformnd.kernels import reference
-from deformnd.kernels.geometry import conv_geometry, conv_transpose_geometry
+from deformnd.kernels.geometry import FAMILIES
 
 GOLDEN = golden()
 
 
+FAMILY = {family.name: family for family in FAMILIES}
+
+
 def reference_call(case, tensors):
-    geometry = conv_transpose_geometry if case.transposed else conv_geometry
+    family, args = FAMILY[case.family], tuple(tensors.values())
     compute = reference.scatter if case.transposed else reference.gather
-    args = tuple(tensors.values())
-    return compute(geometry(*args, *case.operator_parameters()), *args)
+    return compute(family.geometry(*args, *case.operator_parameters()), *family.slots(args))
 
 
 def reference_gradients(case, tensors, grad_output):
-    geometry = conv_transpose_geometry if case.transposed else conv_geometry
-    input, weight, offset, mask, bias = tensors.values()
-    g = geometry(input, weight, offset, mask, bias, *case.operator_parameters())
+    family, args = FAMILY[case.family], tuple(tensors.values())
+    g = family.geometry(*args, *case.operator_parameters())
+    input, weight, offset, mask, _ = family.slots(args)
     pair = (grad_output, input) if case.transposed else (input, grad_output)
-    needs = (True, True, True, offset is not None, mask is not None)
+    needs = (True, True, weight is not None, offset is not None, mask is not None)
     found = reference.gradients(g, *pair, weight, offset, mask, needs)
     return {
         "input": found[1] if case.transposed else found[0],
@@ -35,7 +49,7 @@ def reference_gradients(case, tensors, grad_output):
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_equals_brute_force(case):
     tensors = case.tensors()
     arrays = {k: None if t is None else t.numpy() for k, t in tensors.items()}
@@ -58,7 +72,7 @@ def test_all_golden_vectors_are_there():
     assert len(GOLDEN) == 48
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_written_gradients_are_those_of_autograd(case):
     tensors = requires_grad(case.tensors())
     output = reference_call(case, tensors)
@@ -93,6 +107,20 @@ def test_zero_offset_and_unit_mask_is_the_ordinary_convolution(case):
     torch.testing.assert_close(case.call(tensors), case.call(plain), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", AGGREGATES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_aggregation_is_a_convolution_of_each_channel_with_ones(case, dtype):
+    tensors = requires_grad(case.tensors(dtype))
+    output = case.call(tensors)
+    conv = dataclasses.replace(case, aggregate=False)
+    expected = conv.call(case.as_conv(tensors))
+    torch.testing.assert_close(output, expected)
+    grad_output = torch.randn_like(output)
+    wanted = gradients(expected, tensors, grad_output)
+    for name, grad in gradients(output, tensors, grad_output).items():
+        torch.testing.assert_close(grad, wanted[name], msg=name)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_whole_pixel_offset_is_a_shift(n):
     case = Case((6, 7, 5)[:n], (3, 3, 3)[:n], padding=1, mask_groups=0)
@@ -117,9 +145,16 @@ def test_whole_pixel_offset_is_a_shift(n):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e-40])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_extreme_positions_sample_zero_and_get_no_gradient(bad, dtype, transposed):
-    case = Case((4, 5), (3, 3), transposed, padding=1, mask_groups=0, bias=False)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((4, 5), (3, 3), padding=1, mask_groups=0, bias=False),
+        Case((4, 5), (3, 3), True, padding=1, mask_groups=0, bias=False),
+        aggregate((4, 5), (3, 3), 4, padding=1, mask_groups=0),
+    ],
+    ids=lambda case: case.family,
+)
+def test_extreme_positions_sample_zero_and_get_no_gradient(bad, dtype, case):
     tensors = requires_grad(case.tensors(dtype))
     outside = torch.tensor(bad, dtype=dtype).item() != 0 and abs(bad) != 1e-40
     with torch.no_grad():
@@ -154,9 +189,10 @@ def test_a_not_finite_pixel_does_not_leak_into_samples_outside():
     weight = torch.ones(1, 1, 1, 1)
     offset = torch.full((1, 2, 3, 3), 100.0)
     assert (deformnd.deform_conv2d(input, weight, offset) == 0).all()
+    assert (deformnd.deform_aggregate2d(input, offset, None, 1) == 0).all()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch], ids=str)
+@pytest.mark.parametrize("case", [c for c in ALL if c.batch], ids=str)
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_half_precision(case, dtype, limit):
     half = case.tensors(dtype)

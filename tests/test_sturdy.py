@@ -145,17 +145,20 @@ def hide_key(key):
 def check_operators():
     """Forward, backward, second derivative, vmap, and a layer, against the reference."""
     import deformnd
-    from cases import Case, requires_grad
+    from cases import Case, aggregate, requires_grad
     from deformnd.kernels import reference
     from deformnd.kernels.geometry import FAMILIES
 
     for family in FAMILIES:
-        case = Case((4, 3), (2, 2), family.transposed, channels=(2, 2), padding=1)
+        if family.weighted:
+            case = Case((4, 3), (2, 2), family.transposed, channels=(2, 2), padding=1)
+        else:
+            case = aggregate((4, 3), (2, 2), 2, padding=1)
         plain = reference.scatter if family.transposed else reference.gather
 
         def expected(*tensors, case=case, family=family, plain=plain):
             g = family.geometry(*tensors, *case.operator_parameters())
-            return plain(g, *tensors)
+            return plain(g, *family.slots(tensors))
 
         def got(*tensors, case=case):
             return case.operator()(*tensors, *case.operator_parameters())

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import deformnd
-from cases import CASES, NAMES, Case, gradients, relative_error, requires_grad
+from cases import ALL, CASES, Case, aggregate, gradients, relative_error, requires_grad
 from deformnd.kernels import cpu
-from test_library import SMALL, arguments, network
+from test_library import SMALL, Aggregation, arguments, network
 from test_modules import inputs, layer, wake
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -35,6 +35,7 @@ FAMILIES = [False, True]
 SIX = [CASES[i] for i in (1, 5, 13)]
 SIX += [CASES[CASES.index(c) + len(CASES) // 2] for c in SIX]
 TWO = [SIX[1], SIX[4]]
+AGGREGATED = aggregate((6, 7), (3, 3), 6, padding=1, offset_groups=2, mask_groups=2)
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +49,10 @@ def exact_float32():
 def function(case):
     """The call as a function of its given tensors, and these."""
     tensors = case.tensors()
-    names = [name for name in NAMES if tensors[name] is not None]
+    names = [name for name, t in tensors.items() if t is not None]
 
     def call(*args):
-        return case.call({**dict.fromkeys(NAMES), **dict(zip(names, args, strict=True))})
+        return case.call({**dict.fromkeys(tensors), **dict(zip(names, args, strict=True))})
 
     return call, [tensors[name] for name in names]
 
@@ -59,7 +60,7 @@ def function(case):
 # Forward mode
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch], ids=str)
+@pytest.mark.parametrize("case", [c for c in ALL if c.batch], ids=str)
 def test_forward_mode_is_the_adjoint_of_backward(case):
     call, args = function(case)
     along = [torch.randn_like(t) for t in args]
@@ -83,9 +84,16 @@ def test_forward_mode_is_the_adjoint_of_backward(case):
     torch.testing.assert_close(mapped, torch.stack([tangent, 2 * tangent]))
 
 
-@pytest.mark.parametrize("transposed", FAMILIES)
-def test_second_derivatives_of_torch_func_agree(transposed):
-    case = Case((2, 2), (2, 2), transposed, batch=1, channels=(2, 2), mask_groups=2)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 2), (2, 2), batch=1, channels=(2, 2), mask_groups=2),
+        Case((2, 2), (2, 2), True, batch=1, channels=(2, 2), mask_groups=2),
+        aggregate((2, 2), (2, 2), 2, batch=1, mask_groups=2),
+    ],
+    ids=lambda case: case.family,
+)
+def test_second_derivatives_of_torch_func_agree(case):
     call, args = function(case)
     every = tuple(range(len(args)))
 
@@ -104,19 +112,19 @@ def test_second_derivatives_of_torch_func_agree(transposed):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", SIX, ids=str)
+@pytest.mark.parametrize("case", [*SIX, AGGREGATED], ids=str)
 def test_forward_mode_and_second_derivatives_in_low_precision(case, dtype, device):
     """Through the device's kernels, which run in float32 for either."""
 
     def run(dtype, device):
         tensors = case.tensors(dtype, device=device)
-        names = [name for name in NAMES if tensors[name] is not None]
+        names = [name for name, t in tensors.items() if t is not None]
         # What half cannot hold would be another input.
         args = [case.tensors(torch.bfloat16)[name].to(device, dtype) for name in names]
         along = [case.tensors(torch.bfloat16, seed=1)[name].to(device, dtype) for name in names]
 
         def call(*args):
-            return case.call({**dict.fromkeys(NAMES), **dict(zip(names, args, strict=True))})
+            return case.call({**dict.fromkeys(tensors), **dict(zip(names, args, strict=True))})
 
         tangent = jvp(call, tuple(args), tuple(along))[1]
         leaves = [t.requires_grad_() for t in args]
@@ -183,6 +191,40 @@ def test_flop_counter_counts_the_products_of_the_convolution(n, transposed):
         return counter.get_total_flops()
 
     assert count(layer(n, transposed), x, offset) == count(plain(4, 6, 3, padding=1), x) > 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_flop_counter_counts_the_products_of_the_aggregation(n):
+    """Those of a depthwise convolution, in each of the two passes."""
+    tensors = aggregate((5, 4, 3)[:n], (3,) * n, 4, padding=1).tensors()
+    x = tensors["input"]
+    with FlopCounterMode(display=False) as counter:
+        y = getattr(deformnd, f"deform_aggregate{n}d")(
+            **requires_grad(tensors), kernel_size=3, padding=1
+        )
+    assert counter.get_total_flops() == 2 * x.numel() * 3**n
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * x.numel() * 3**n
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_channels_last_is_not_copied_for_aggregation(n):
+    if not deformnd.has_ops():
+        pytest.skip("the C++ core is not built, and the reference does copy")
+    case = aggregate((5, 4, 3)[:n], (3,) * n, 4, padding=1, offset_groups=2)
+    tensors = requires_grad(case.tensors(torch.float32))
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[n]
+    tensors["input"] = tensors["input"].detach().to(memory_format=last).requires_grad_()
+    grad_output = torch.randn_like(case.call(tensors))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        output = case.call(tensors)
+        grads = gradients(output, tensors, grad_output)
+    assert output.is_contiguous(memory_format=last)
+    assert grads["input"].is_contiguous(memory_format=last)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["deformnd::deform_aggregate"] and counts["deformnd::deform_aggregate_backward"]
+    assert not {"aten::copy_", "aten::clone", "aten::contiguous"} & set(counts)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -316,6 +358,17 @@ def test_decompositions_of_an_exported_program(n, transposed):
     for batch in (2, 3):
         x = torch.randn(batch, 4, *[s + batch for s in x.shape[2:]])
         torch.testing.assert_close(decomposed(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_decompositions_of_an_exported_aggregation():
+    module = Aggregation()
+    sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    program = torch.export.export(module, (torch.randn(2, 3, 8, 9),), dynamic_shapes=sizes)
+    assert any("deform_aggregate" in str(node.target) for node in program.graph.nodes)
+    program = program.run_decompositions(deformnd.decompositions())
+    assert not any("deformnd" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(3, 3, 11, 7)
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 LOAD = """
@@ -656,6 +709,11 @@ class Call(nn.Module):
         return self.function(input, weight, offset, mask, bias, **self.parameters_)
 
 
+class CallWithoutWeight(Call):
+    def forward(self, input, offset, mask):
+        return self.function(input, offset, mask, **self.parameters_)
+
+
 class Sized(nn.Module):
     def __init__(self, layer, size):
         super().__init__()
@@ -667,10 +725,11 @@ class Sized(nn.Module):
         return self.layer(x, offset, mask, output_size=self.size)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_fx_of_the_functions(case):
     tensors = case.tensors()
-    graph = fx.symbolic_trace(Call(getattr(deformnd, case.name), **case.parameters()))
+    kind = CallWithoutWeight if case.aggregate else Call
+    graph = fx.symbolic_trace(kind(getattr(deformnd, case.name), **case.parameters()))
     (node,) = (n for n in graph.graph.nodes if n.op == "call_function")
     assert node.target is getattr(deformnd, case.name)
     copied = pickle.loads(pickle.dumps(graph))
@@ -679,8 +738,9 @@ def test_fx_of_the_functions(case):
     if case.batch:
         one = {k: t if k in ("weight", "bias") or t is None else t[0] for k, t in tensors.items()}
         torch.testing.assert_close(graph(**one), case.call(one))
-        with pytest.raises(ValueError, match=f"{case.name}: weight has"):
-            graph(**tensors | {"weight": tensors["weight"][0]})
+        key = "input" if case.aggregate else "weight"
+        with pytest.raises(ValueError, match=f"{case.name}: {key} has"):
+            graph(**tensors | {key: tensors[key][0][0]})
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -771,6 +831,21 @@ def test_trace_of_sizes_from_shapes(transposed):
         torch.jit.trace(lambda x, w: function(x, w, stride=x.sum()), args[:2])
     with pytest.raises(TypeError, match="stride is tensor"):
         function(*args, stride=torch.tensor(1))
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_trace_of_the_sizes_of_an_aggregation():
+    def call(x, w, o, m):
+        half, kernel = w.shape[1] // 2, (w.shape[1], w.shape[0])
+        return deformnd.deform_aggregate2d(x, o, m, kernel, x.shape[0], half, x.shape[0])
+
+    args = [torch.rand(1, 4, 6, 7), torch.rand(3, 3)]
+    args += [torch.randn(1, 18, 6, 7), torch.rand(1, 9, 6, 7)]
+    traced = torch.jit.trace(call, args)
+    assert torch.equal(traced(*args), call(*args))
+    assert "deformnd::deform_aggregate(" in str(traced.graph)
+    with pytest.raises(ValueError, match=r"offset \[1, 17, 6, 7\]"):
+        torch.jit.trace(call, [*args[:2], args[2][:, 1:], args[3]])
 
 
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")

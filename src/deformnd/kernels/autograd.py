@@ -30,9 +30,10 @@ from torch.autograd import forward_ad
 
 from . import direct, directional, sharding
 from .directional import Tensors
-from .geometry import Family, empty
+from .geometry import Family, Geometry, Slots, empty
 
-# Gradients by (input, weight, offset, mask, bias); None where not needed.
+# Gradients by the operator's tensors, as by (input, weight, offset, mask, bias); None where not
+# needed.
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -60,35 +61,36 @@ class _Known(NamedTuple):
 class Operator:
     """An operator that goes the direct way (direct.py) where a call allows it.
 
-    ways: by dispatch keys two functions, of calls that are differentiated and others. repeat: makes
+    count: of its tensors. ways: by dispatch keys two functions, of calls that are differentiated and others. repeat: makes
     a result that of a known call that is differentiated.
     """
 
     repeat: Callable[..., Tensor]
 
-    def __init__(self, dispatched: Callable[..., Any], ways: dict[int, Any]) -> None:
-        self.dispatched, self.ways = dispatched, ways
+    def __init__(self, dispatched: Callable[..., Any], count: int, ways: dict[int, Any]) -> None:
+        self.dispatched, self.count, self.ways = dispatched, count, ways
         self.known: dict[Any, _Known] = {}
 
     def __call__(self, *args: Any) -> Any:
-        keys = direct.forward_keys(args[:5])
+        tensors, parameters = args[: self.count], args[self.count :]
+        keys = direct.forward_keys(tensors)
         way = None if keys is None else self.ways.get(keys)
         if way is None:
             return self.dispatched(*args)
         asked, call.asked = call.asked, None
         direct.latest.replay = None
-        result = _go(way, args)
+        result = _go(way, args, self.count)
         replay = direct.latest.replay
-        if asked and replay and all(map(is_, asked[1], args[:5])):
+        if asked and replay and all(map(is_, asked[1], tensors)):
             if len(self.known) >= 4096:
                 self.known.clear()
-            self.known[asked[0]] = _Known(replay, asked[2], args[5:], {})
+            self.known[asked[0]] = _Known(replay, asked[2], parameters, {})
         return result
 
     def again(self, tensors: Tensors, sizes: tuple[Any, ...]) -> Tensor | None:
         """The result of a user's call like an earlier one. None: the call has to be looked at,
         and will be known if it comes to this operator with the same tensors."""
-        if not direct.replays(tensors):
+        if not direct.replays(tensors[0]):
             return None
         try:
             keys = direct.forward_keys(tensors)
@@ -134,11 +136,12 @@ def register(
     """
     of = functools.partial
     direct_backward = direct.kernels_by_keys(backward_kernels)
-    for name, own, saved, gradient, tangent, vmap_rule in (
+    for name, own, count, saved, gradient, tangent, vmap_rule in (
         (
             family.name,
             kernels,
-            4,
+            family.tensors,
+            family.saved,
             of(_forward_gradient, family, direct_backward),
             of(_tangent, family),
             of(_forward_vmap, family),
@@ -146,13 +149,14 @@ def register(
         (
             family.name + "_backward",
             backward_kernels,
-            5,
+            1 + family.saved,
+            1 + family.saved,
             of(_backward_gradient, family),
             of(_backward_tangent, family),
             of(_backward_vmap, family),
         ),
     ):
-        _register(lib, name, own, saved, gradient, tangent, vmap_rule)
+        _register(lib, name, own, count, saved, gradient, tangent, vmap_rule)
     OPERATORS[family.name].repeat = _repeated(family, direct_backward)
 
 
@@ -160,12 +164,13 @@ def _register(
     lib: torch.library.Library,
     name: str,
     kernels: dict[str, Callable[..., Any]],
+    count: int,
     saved: int,
     gradient: Callable[..., tuple[Any, ...]],
     tangent: Callable[[Tensors, Sequence[Any], Tensors], Any],
     vmap_rule: Callable[..., tuple[Any, Any]],
 ) -> None:
-    """For an operator of which the first five arguments are tensors; the derivatives need the
+    """For an operator of which the first `count` arguments are tensors; the derivatives need the
     first `saved` of these."""
 
     class Differentiable(torch.autograd.Function):
@@ -179,7 +184,7 @@ def _register(
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs[:saved])
             ctx.save_for_forward(*inputs[:saved])
-            ctx.parameters = inputs[5:]
+            ctx.parameters = inputs[count:]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -196,7 +201,7 @@ def _register(
                 for t in ctx.saved_tensors
             ]
             with direct.set_forward_mode(True):
-                return tangent(tensors, ctx.parameters, tangents[:5])
+                return tangent(tensors, ctx.parameters, tangents[:count])
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -208,7 +213,7 @@ def _register(
         setup = Differentiable.setup_context
         torch.library.register_autograd(operator, gradient, setup_context=setup, lib=lib)
         torch.library.register_vmap(operator, vmap_rule, lib=lib)
-        OPERATORS[name] = Operator(getattr(torch.ops.deformnd, name), {})
+        OPERATORS[name] = Operator(getattr(torch.ops.deformnd, name), count, {})
         return
 
     ways = {}
@@ -220,15 +225,16 @@ def _register(
     def kernel(keys: Any, *args: Any) -> Any:
         if sharding.unknown and "torch.distributed.tensor" in sys.modules:
             sharding.register()
-        return _go(ways.get(keys.raw_repr(), otherwise) if ways else otherwise, args)
+        return _go(ways.get(keys.raw_repr(), otherwise) if ways else otherwise, args, count)
 
     lib.impl(name, kernel, "Autograd", with_keyset=True)
-    OPERATORS[name] = Operator(getattr(torch.ops.deformnd, name), ways)
+    OPERATORS[name] = Operator(getattr(torch.ops.deformnd, name), count, ways)
 
 
-def _go(way: tuple[Any, Any], args: Sequence[Any]) -> Any:
+def _go(way: tuple[Any, Any], args: Sequence[Any], count: int) -> Any:
+    """`count`: of the tensors among the arguments."""
     if direct.forward_mode() or (
-        torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:5]])
+        torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:count]])
     ):
         call.differentiated = True
         try:
@@ -252,11 +258,20 @@ def _operators(family: Family, parameters: Sequence[Any]) -> tuple[Any, Any]:
     forward = getattr(torch.ops.deformnd, family.name)
     backward = getattr(torch.ops.deformnd, family.name + "_backward")
     return (
-        lambda *tensors: forward(*tensors, None, *parameters),
-        lambda *tensors_needs: backward(
-            *tensors_needs[:-1], *parameters, [*tensors_needs[-1], False]
+        lambda *tensors: forward(*family.own((*tensors, None)), *parameters),
+        lambda grad_output, *tensors_needs: family.slots(
+            backward(
+                grad_output,
+                *family.own(tensors_needs[:-1]),
+                *parameters,
+                list(family.own([*tensors_needs[-1], False])),
+            )
         ),
     )
+
+
+def _geometry(family: Family, slots: Slots, parameters: Sequence[Any]) -> Geometry:
+    return family.geometry(*family.own((*slots[:4], None)), *parameters)
 
 
 def _forward_gradient(
@@ -266,14 +281,14 @@ def _forward_gradient(
     grad_output: Tensor | None,
 ) -> tuple[Any, ...]:
     """`kernels` are the backward's own, by keys as direct.py has them."""
+    needs = list(ctx.needs_input_grad[: family.tensors])
     if grad_output is None:
-        return (None,) * (5 + len(ctx.parameters))
-    needs = list(ctx.needs_input_grad[:5])
-    args = (grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
-    backward = direct.backward_kernel(kernels, args[:5])
+        return (None,) * (len(needs) + len(ctx.parameters))
+    tensors = (grad_output, *ctx.saved_tensors)
+    backward = direct.backward_kernel(kernels, tensors)
     if backward is None:
         backward = getattr(torch.ops.deformnd, family.name + "_backward")
-    grads = backward(*args)
+    grads = backward(*tensors, *ctx.parameters, needs)
     return (*grads, *(None for _ in ctx.parameters))
 
 
@@ -285,10 +300,11 @@ def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> A
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*args[:4])
-            ctx.known, addresses, result = args[5]
+            saved = args[: family.saved]
+            ctx.save_for_backward(*saved)
+            ctx.known, addresses, result = args[family.tensors]
             ctx.parameters = ctx.known.parameters
-            ctx.addresses = addresses if args[4] is None else addresses[:-1]
+            ctx.addresses = addresses[: len([t for t in saved if t is not None])]
             return result
 
         @staticmethod
@@ -300,7 +316,7 @@ def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> A
                 or direct.backward_kernel(kernels, grads) is None
                 or _addresses(ctx.saved_tensors) != ctx.addresses
             ):
-                return (*gradient(ctx, grad_output)[:5], None)
+                return (*gradient(ctx, grad_output)[: family.tensors], None)
             parts, addresses = direct.described(grads)
             key = (ctx.needs_input_grad, *parts)
             backwards = ctx.known.backwards
@@ -312,7 +328,7 @@ def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> A
                 if results is not None:
                     return (*direct.spread(results, wanted), None)
             direct.latest.replay = None
-            found = gradient(ctx, grad_output)[:5]
+            found = gradient(ctx, grad_output)[: family.tensors]
             if direct.latest.replay is not None:
                 backwards[key] = direct.latest.replay, tuple([t is not None for t in found])
             return (*found, None)
@@ -326,25 +342,25 @@ def _addresses(tensors: Tensors) -> list[int]:
 
 def _backward_gradient(family: Family, ctx: Any, *along: Tensor | None) -> tuple[Any, ...]:
     """The second derivative. See Note [directions] in directional.py."""
-    grad_output, *tensors = ctx.saved_tensors
+    grad_output, *saved = ctx.saved_tensors
     *parameters, _ = ctx.parameters
-    by_grad_output, *needs = ctx.needs_input_grad[:5]
-    first = _tangent(family, tensors, parameters, along) if by_grad_output else None
-    g = family.geometry(*tensors, None, *parameters)
+    by_grad_output, *by_saved = ctx.needs_input_grad[: 1 + len(saved)]
+    first = _tangent(family, saved, parameters, along) if by_grad_output else None
+    tensors, direction, needs = (family.slots(own)[:4] for own in (saved, along, by_saved))
+    g = _geometry(family, tensors, parameters)
     _, backward = _operators(family, parameters)
-    rest = directional.gradients(backward, g, grad_output, tensors, along[:4], needs)
-    return (first, *rest, *(None for _ in ctx.parameters))
+    rest = directional.gradients(backward, g, grad_output, tensors, direction, needs)
+    return (first, *family.own(rest), *(None for _ in ctx.parameters))
 
 
-def _tangent(
-    family: Family, tensors: Tensors, parameters: Sequence[Any], direction: Tensors
-) -> Tensor:
-    """The operator's derivative along a direction in (input, weight, offset, mask, bias)."""
-    g = family.geometry(*tensors, None, *parameters)
+def _tangent(family: Family, saved: Tensors, parameters: Sequence[Any], along: Tensors) -> Tensor:
+    """The operator's derivative along a direction in its tensors."""
+    tensors = family.slots(saved)[:4]
+    *direction, along_bias = family.slots(along)
+    g = _geometry(family, tensors, parameters)
     forward, _ = _operators(family, parameters)
-    total = directional.tangent(forward, g, tensors, direction[:4])
-    input, along_bias = tensors[0], direction[4]
-    assert input is not None
+    total = directional.tangent(forward, g, tensors, direction)
+    input = tensors[0]
     if total is None:
         total = empty(family.output_shape(g), input).zero_()
     if along_bias is not None:
@@ -355,22 +371,25 @@ def _tangent(
 def _backward_tangent(
     family: Family, tensors: Tensors, parameters: Sequence[Any], direction: Tensors
 ) -> Gradients:
-    grad_output, *tensors = tensors
+    grad_output, *saved = tensors
     along_grad_output, *along = direction
     assert grad_output is not None
     *parameters, needs = parameters
-    g = family.geometry(*tensors, None, *parameters)
+    slots = family.slots(saved)[:4]
+    g = _geometry(family, slots, parameters)
     _, backward = _operators(family, parameters)
-    total = directional.gradients(backward, g, grad_output, tensors, along, needs[:4])
+    total = directional.gradients(
+        backward, g, grad_output, slots, family.slots(along)[:4], family.slots(needs)[:4]
+    )
     bias_like = grad_output.new_empty(grad_output.shape[1])
-    total.append(None)
+    grads: Slots = family.own([*total, None])
     if along_grad_output is not None:
         operator = getattr(torch.ops.deformnd, family.name + "_backward")
-        grads = operator(along_grad_output, *tensors, *parameters, needs)
-        total = [directional.plus(a, b) for a, b in zip(total, grads, strict=True)]
+        more = operator(along_grad_output, *saved, *parameters, needs)
+        grads = [directional.plus(a, b) for a, b in zip(grads, more, strict=True)]
     return tuple(
         torch.zeros_like(like) if need and t is None and like is not None else t
-        for need, t, like in zip(needs, total, [*tensors, bias_like], strict=True)
+        for need, t, like in zip(needs, grads, family.own([*slots, bias_like]), strict=True)
     )
 
 
@@ -387,17 +406,16 @@ def _forward_vmap(
 ) -> tuple[Tensor, int]:
     operator = getattr(torch.ops.deformnd, family.name)
     size: int = info.batch_size
-    input, weight, offset, mask, bias, *parameters, groups = args
-    dims = in_dims[:5]
+    tensors, dims = family.slots(args[: family.tensors]), family.slots(in_dims[: family.tensors])
+    parameters = args[family.tensors :]
     if dims[1] is None and dims[4] is None:
-        folded = [
-            _fold(t, d, size, 0) for t, d in ((input, dims[0]), (offset, dims[2]), (mask, dims[3]))
-        ]
-        output = operator(folded[0], weight, folded[1], folded[2], bias, *parameters, groups)
+        _, weight, _, _, bias = tensors
+        input, offset, mask = (_fold(tensors[i], dims[i], size, 0) for i in (0, 2, 3))
+        output = operator(*family.own((input, weight, offset, mask, bias)), *parameters)
         return output.unflatten(0, (size, output.shape[0] // size)), 0
     into = (1, 0, 1, 1, 0)
-    folded = [_fold(t, d, size, i) for t, d, i in zip(args[:5], dims, into, strict=True)]
-    output = operator(*folded, *parameters, groups * size)
+    folded = [_fold(t, d, size, i) for t, d, i in zip(tensors, dims, into, strict=True)]
+    output = operator(*folded, *parameters[:-1], parameters[-1] * size)
     return output.unflatten(1, (size, output.shape[1] // size)), 1
 
 
@@ -406,13 +424,16 @@ def _backward_vmap(
 ) -> tuple[Any, Any]:
     operator = getattr(torch.ops.deformnd, family.name + "_backward")
     size: int = info.batch_size
-    *parameters, groups, needs = args[5:]
-    into = (1, 1, 0, 1, 1)
-    folded = [_fold(t, d, size, i) for t, d, i in zip(args[:5], in_dims[:5], into, strict=True)]
-    grads = operator(*folded, *parameters, groups * size, needs)
-    out_dims = (1, 0, 1, 1, 0)
+    count = 1 + family.saved
+    *parameters, needs = args[count:]
+    into, out_dims = (0,) * count, (0,) * family.tensors
+    if family.weighted:
+        # A gradient of the weight for each: they are made groups.
+        parameters[-1] *= size
+        into, out_dims = (1, 1, 0, 1, 1), (1, 0, 1, 1, 0)
+    folded = [_fold(t, d, size, i) for t, d, i in zip(args[:count], in_dims, into, strict=False)]
     grads = tuple(
         None if t is None else t.unflatten(d, (size, t.shape[d] // size))
-        for t, d in zip(grads, out_dims, strict=True)
+        for t, d in zip(operator(*folded, *parameters, needs), out_dims, strict=True)
     )
     return grads, tuple(None if t is None else d for t, d in zip(grads, out_dims, strict=True))

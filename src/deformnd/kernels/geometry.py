@@ -1,7 +1,7 @@
 """Sizes of a call, and every check of its arguments.
 
 Note [one bilinear form]
-Both operator families come from one form, linear in `image`, `points`, weight and mask:
+All operator families come from one form, linear in `image`, `points`, weight and mask:
 
     F(image, points) = sum over b, o, p, c, k of
         points[b,o,p] * weight[o,c,k] * mask[b,k,p] * I(image[b,c], position[b,k,p])
@@ -13,6 +13,9 @@ points = input. Every gradient of either is a derivative of F with (image, point
 never of input and output, the weight is [point channels, image channels / groups, *kernel] in
 both families, and a backend needs three functions: gather, scatter and gradients of F. The
 gradient of a bias is the channel sums of grad_output, which gradients gives along with its own.
+
+deform_aggregate is deform_conv with a group for each channel and a weight of ones, which is no
+tensor then but None.
 """
 
 from __future__ import annotations
@@ -77,7 +80,8 @@ def conv_geometry(
     groups: int,
 ) -> Geometry:
     """Geometry of a deform_conv call; raises ValueError or TypeError for bad arguments."""
-    fail = _check_tensors(False, input, weight, offset, mask, bias)
+    tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
+    fail = _check_tensors("deform_conv", tensors)
     n = input.dim() - 2
     _check_parameters(fail, n, stride, padding, dilation, groups)
     channels, points, per_group, kernel = _static(input, weight)
@@ -88,27 +92,10 @@ def conv_geometry(
         )
     if points % groups:
         fail(f"weight has {points} output channels, expected a multiple of groups {groups}")
-    point_size = tuple(
-        (s + 2 * p - d * (k - 1) - 1) // t + 1
-        for s, p, d, k, t in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
-    )
-    if any(size < 1 for size in point_size):
-        fail(
-            f"the output would have size {_show(point_size)}, expected at least 1 on every axis; "
-            "the dilated kernel is larger than the padded input"
-            + _parameters(stride, padding, dilation)
-        )
-    _check_numel(fail, (input.shape[0], points, *point_size), f"padding {_show(padding)}")
+    made_by = (stride, padding, dilation)
+    point_size = _point_size(fail, input, points, kernel, *made_by)
     offset_groups, mask_groups = _check_offset_mask(
-        fail,
-        offset,
-        mask,
-        input.shape[0],
-        channels,
-        "input",
-        point_size,
-        kernel,
-        (stride, padding, dilation),
+        fail, offset, mask, input.shape[0], channels, "input", point_size, kernel, made_by
     )
     _check_bias(fail, bias, points)
     return Geometry(
@@ -116,6 +103,43 @@ def conv_geometry(
         channels,
         points,
         groups,
+        offset_groups,
+        mask_groups,
+        tuple(input.shape[2:]),
+        point_size,
+        kernel,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+    )
+
+
+def aggregate_geometry(
+    input: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Geometry:
+    """Geometry of a deform_aggregate call; raises ValueError or TypeError likewise."""
+    tensors = {"input": input, "offset": offset, "mask": mask}
+    fail = _check_tensors("deform_aggregate", tensors, f", kernel_size {list(kernel_size)}")
+    n = input.dim() - 2
+    _check_list(fail, "kernel_size", kernel_size, n, 1)
+    _check_parameters(fail, n, stride, padding, dilation, 1)
+    channels, kernel = int(input.shape[1]), tuple(map(int, kernel_size))
+    made_by = (stride, padding, dilation)
+    point_size = _point_size(fail, input, channels, kernel, *made_by)
+    offset_groups, mask_groups = _check_offset_mask(
+        fail, offset, mask, input.shape[0], channels, "input", point_size, kernel, made_by
+    )
+    return Geometry(
+        input.shape[0],
+        channels,
+        channels,
+        max(channels, 1),
         offset_groups,
         mask_groups,
         tuple(input.shape[2:]),
@@ -140,7 +164,8 @@ def conv_transpose_geometry(
     groups: int,
 ) -> Geometry:
     """Geometry of a deform_conv_transpose call; raises ValueError or TypeError likewise."""
-    fail = _check_tensors(True, input, weight, offset, mask, bias)
+    tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
+    fail = _check_tensors("deform_conv_transpose", tensors)
     n = input.dim() - 2
     _check_parameters(fail, n, stride, padding, dilation, groups)
     _check_list(fail, "output_padding", output_padding, n, 0)
@@ -193,12 +218,38 @@ def conv_transpose_geometry(
     )
 
 
+# What the kernels and the derivatives take: (input, weight, offset, mask, bias), or the first four,
+# or as many of whatever belongs to each.
+Slots = Sequence[Any]
+
+
 class Family(NamedTuple):
-    """One of the two operators, which share every rule of Note [one bilinear form]."""
+    """One of the operators, which share every rule of Note [one bilinear form]."""
 
     name: str
     transposed: bool
     geometry: Callable[..., Geometry]
+    weighted: bool = True  # or it has neither weight nor bias
+
+    def own(self, slots: Slots) -> Slots:
+        """What belongs to the operator's own tensors."""
+        return slots if self.weighted else (slots[0], *slots[2:4])
+
+    def slots(self, own: Slots) -> Slots:
+        """The reverse, with None for all others; a bias may be missing."""
+        if len(own) == 5:
+            return own
+        return (*own, None) if self.weighted else (own[0], None, *own[1:], None)
+
+    @property
+    def tensors(self) -> int:
+        """How many the operator takes."""
+        return 5 if self.weighted else 3
+
+    @property
+    def saved(self) -> int:
+        """How many of these its derivatives need: all but a bias."""
+        return 4 if self.weighted else 3
 
     def output_shape(self, g: Geometry) -> tuple[int, ...]:
         if self.transposed:
@@ -209,6 +260,7 @@ class Family(NamedTuple):
 FAMILIES = (
     Family("deform_conv", False, conv_geometry),
     Family("deform_conv_transpose", True, conv_transpose_geometry),
+    Family("deform_aggregate", False, aggregate_geometry, weighted=False),
 )
 
 
@@ -218,7 +270,7 @@ def check_call(
     tensors: dict[str, Tensor | None],
     parameters: dict[str, Any],
 ) -> None:
-    """Check what the operators cannot see of a call of one of the six functions.
+    """Check what the operators cannot see of a call of one of the functions.
 
     That is: the type of every argument, the rank that the function's name promises, and the
     number of values in each size.
@@ -228,15 +280,15 @@ def check_call(
             continue  # as nearly always, in half the time
         if t is not None or key in ("input", "weight"):
             raise TypeError(f"{name}: {key} {_no_dense_tensor(t)}{_order(n, tensors)}")
-    input, weight = tensors["input"], tensors["weight"]
-    assert input is not None and weight is not None
+    input = tensors["input"]
+    assert input is not None
     if input.dim() not in (n + 1, n + 2):
         raise ValueError(
             f"{name}: input has {input.dim()} dimensions, expected {n + 2} (batch, channels, "
             f"{n} spatial) or {n + 1} (unbatched); {_shapes(tensors)}"
         )
     for key, dim in (("weight", n + 2), ("offset", input.dim()), ("mask", input.dim())):
-        t = tensors[key]
+        t = tensors.get(key)
         if t is not None and t.dim() != dim:
             unbatched = " as the unbatched input" if dim == n + 1 else ""
             raise ValueError(
@@ -331,7 +383,7 @@ def _order(n: int, tensors: dict[str, Any]) -> str:
 
     torchvision's call is (input, offset, weight, ...), mmcv's second (input, offset, mask, weight).
     """
-    first = (tensors["input"], tensors["weight"])
+    first = (tensors["input"], tensors.get("weight"))
     for last in (tensors.get("offset"), tensors.get("mask")):
         dense = [t for t in (*first, last) if isinstance(t, Tensor) and not t.is_nested]
         if len(dense) < 3 or any(t.dim() != n + 2 for t in dense):
@@ -347,22 +399,17 @@ def _order(n: int, tensors: dict[str, Any]) -> str:
     return ""
 
 
-def _check_tensors(
-    transposed: bool,
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-) -> Fail:
-    """Check type, device, dtype and rank of the tensors; return a function that raises."""
-    tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
+def _check_tensors(operator: str, tensors: dict[str, Any], rest: str = "") -> Fail:
+    """Check type, device, dtype and rank of the tensors; return a function that raises.
+
+    `rest` is what its messages say beside the tensors' shapes.
+    """
+    input = tensors["input"]
 
     def fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
         n = input.dim() - 2 if isinstance(input, Tensor) and 3 <= input.dim() <= 5 else "N"
-        name = f"deform_conv_transpose{n}d" if transposed else f"deform_conv{n}d"
         order = _order(n, tensors) if isinstance(n, int) else ""
-        raise error(f"{name}: {message}{order}; {_shapes(tensors)}")
+        raise error(f"{operator}{n}d: {message}{order}; {_shapes(tensors)}{rest}")
 
     for key, t in tensors.items():
         if t is None and key not in ("input", "weight"):
@@ -370,12 +417,12 @@ def _check_tensors(
         problem = _no_dense_tensor(t)
         if problem:
             fail(f"{key} {problem}", TypeError)
-        assert t is not None
         if t.dtype not in DTYPES:
             fail(f"{key} {_no_dtype(t)}", TypeError)
         if t.device != input.device:
             fail(f"{key} is on {t.device}, expected {input.device}, where input is")
-    for key, t in (("weight", weight), ("bias", bias)):
+    weight = tensors.get("weight")
+    for key, t in (("weight", weight), ("bias", tensors.get("bias"))):
         # Under autocast the operator below casts; here the plain convolution may still be ahead.
         if (
             t is not None
@@ -385,10 +432,10 @@ def _check_tensors(
             fail(f"{key} has dtype {t.dtype}, expected {input.dtype} as input", TypeError)
     if not 3 <= input.dim() <= 5:
         fail(f"input has {input.dim()} dimensions, expected 3 to 5 (batch, channels, 1 to 3 axes)")
-    if weight.dim() != input.dim():
+    if weight is not None and weight.dim() != input.dim():
         fail(f"weight has {weight.dim()} dimensions, expected {input.dim()} as input")
     for key, t in (("input", input), ("weight", weight)):
-        if any(size < 1 for size in t.shape[2:]):
+        if t is not None and any(size < 1 for size in t.shape[2:]):
             what = "kernel" if key == "weight" else "spatial"
             fail(f"{key} has {what} size {_show(t.shape[2:])}, expected at least 1 on every axis")
     return fail
@@ -433,6 +480,30 @@ def _check_numel(fail: Fail, shape: Sequence[int], causes: str) -> None:
     """That the bytes of the output can be counted; with symbolic sizes torch sees to it."""
     if all(isinstance(size, int) for size in shape) and math.prod(shape) > 2**60:
         fail(f"the output would have shape {list(shape)}, expected at most 2^60 values ({causes})")
+
+
+def _point_size(
+    fail: Fail,
+    input: Tensor,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Of an output with so many channels, where the input is what is sampled."""
+    point_size = tuple(
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, p, d, k, t in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
+    )
+    if any(size < 1 for size in point_size):
+        fail(
+            f"the output would have size {_show(point_size)}, expected at least 1 on every axis; "
+            "the dilated kernel is larger than the padded input"
+            + _parameters(stride, padding, dilation)
+        )
+    _check_numel(fail, (input.shape[0], channels, *point_size), f"padding {_show(padding)}")
+    return point_size
 
 
 def _check_offset_mask(

@@ -1,7 +1,7 @@
 """The operators as torch sees them: schemas, kernels, fakes, autocast, counts (and autograd.py).
 
 The dispatcher is the only registry: it picks the kernel by device, and the reference runs
-wherever no other kernel is registered. Both families share every rule below; what differs is
+wherever no other kernel is registered. All families share every rule below; what differs is
 the schema, the function that makes the Geometry, and which tensor is the image (see
 Note [one bilinear form] in geometry.py).
 """
@@ -23,15 +23,26 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import autograd, cpu, reference, sharding
 from .autograd import Gradients
-from .geometry import FAMILIES, Family, Geometry, empty
+from .geometry import FAMILIES, Family, Geometry, Slots, empty
 
 _lib = torch.library.Library("deformnd", "DEF")
 
-_TENSORS = "Tensor input, Tensor weight, Tensor? offset, Tensor? mask"
-_PARAMETERS = {
-    False: "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups",
-    True: "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, "
-    "SymInt groups",
+_SIZES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+_CONV = "Tensor input, Tensor weight, Tensor? offset, Tensor? mask"
+# Of each family: the tensors that have derivatives of second order, the others, the parameters.
+_SCHEMAS = {
+    "deform_conv": (_CONV, ", Tensor? bias", f"{_SIZES}, SymInt groups"),
+    "deform_conv_transpose": (
+        _CONV,
+        ", Tensor? bias",
+        "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, "
+        "SymInt groups",
+    ),
+    "deform_aggregate": (
+        "Tensor input, Tensor? offset, Tensor? mask",
+        "",
+        f"SymInt[] kernel_size, {_SIZES}",
+    ),
 }
 
 
@@ -83,15 +94,21 @@ def compiled_keys() -> list[str]:
     return [key for key, _ in _BACKENDS[1:] if there[key]]
 
 
-def _remembered(geometry: Callable[..., Geometry]) -> Callable[..., Geometry]:
-    """`geometry`, but a call with the sizes of an earlier one is not checked again."""
+def _backends(family: Family) -> list[tuple[str, Callable[[], Any]]]:
+    """Those that know the family; the GPU kernels want a weight."""
+    return [b for b in _BACKENDS if family.weighted or b[0] != "CUDA"]
+
+
+def _remembered(family: Family) -> Callable[..., Geometry]:
+    """The family's geometry, but a call with the sizes of an earlier one is not checked again."""
     known: dict[Any, Geometry] = {}
+    geometry, count = family.geometry, family.tensors
 
     def remembered(*args: Any) -> Geometry:
-        tensors = args[:5]
+        tensors = args[:count]
         key = (
             *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
-            *[tuple(p) if isinstance(p, (list, tuple)) else p for p in args[5:]],
+            *[tuple(p) if isinstance(p, (list, tuple)) else p for p in args[count:]],
         )
         try:
             found = known.get(key)
@@ -101,7 +118,8 @@ def _remembered(geometry: Callable[..., Geometry]) -> Callable[..., Geometry]:
             found = geometry(*args)
             if len(known) >= 4096:
                 known.clear()
-            if args[0].dtype == args[1].dtype:  # or only autocast made it valid
+            # Or only autocast made it valid.
+            if not family.weighted or args[0].dtype == args[1].dtype:
                 known[key] = found
         return found
 
@@ -109,39 +127,25 @@ def _remembered(geometry: Callable[..., Geometry]) -> Callable[..., Geometry]:
 
 
 def _forward_kernel(family: Family, backend: Callable[[], Any]) -> Callable[..., Tensor]:
-    geometry = _remembered(family.geometry)
+    geometry, count = _remembered(family), family.tensors
 
-    def forward(
-        input: Tensor,
-        weight: Tensor,
-        offset: Tensor | None,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        *parameters: Any,
-    ) -> Tensor:
-        g = geometry(input, weight, offset, mask, bias, *parameters)
+    def forward(*args: Any) -> Tensor:
+        g = geometry(*args)
         compute = backend().scatter if family.transposed else backend().gather
-        result: Tensor = compute(g, input, weight, offset, mask, bias)
+        result: Tensor = compute(g, *family.slots(args[:count]))
         return result
 
     return forward
 
 
 def _backward_kernel(family: Family, backend: Callable[[], Any]) -> Callable[..., Gradients]:
-    geometry = _remembered(family.geometry)
+    geometry = _remembered(family)
 
-    def backward(
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        offset: Tensor | None,
-        mask: Tensor | None,
-        *parameters: Any,
-    ) -> Gradients:
-        needs = parameters[-1]
-        g = geometry(input, weight, offset, mask, None, *parameters[:-1])
+    def backward(grad_output: Tensor, *args: Any) -> Gradients:
+        (input, weight, offset, mask, bias), parameters, needs = _split(family, args)
+        g = geometry(*family.own((input, weight, offset, mask, bias)), *parameters)
         _check_backward(family, g, grad_output, input, needs)
-        by_input, by_weight, by_offset, by_mask, by_bias = needs
+        by_input, by_weight, by_offset, by_mask, by_bias = family.slots(needs)
         by_offset, by_mask = by_offset and offset is not None, by_mask and mask is not None
         grads: Gradients = (None,) * 6
         if by_input or by_weight or by_offset or by_mask or by_bias:
@@ -157,11 +161,16 @@ def _backward_kernel(family: Family, backend: Callable[[], Any]) -> Callable[...
                 (by_image, by_points, by_weight, by_offset, by_mask),
                 grad_output if by_bias else None,
             )
-        grad_image, grad_points, grad_weight, grad_offset, grad_mask, grad_bias = grads
-        grad_input = grad_points if family.transposed else grad_image
-        return grad_input, grad_weight, grad_offset, grad_mask, grad_bias
+        grad_image, grad_points, *rest = grads
+        return tuple(family.own((grad_points if family.transposed else grad_image, *rest)))
 
     return backward
+
+
+def _split(family: Family, args: Sequence[Any]) -> tuple[Slots, Sequence[Any], Sequence[bool]]:
+    """Of a backward, after grad_output: tensors, without a bias; parameters; needs."""
+    saved, parameters = args[: family.saved], args[family.saved : -1]
+    return family.slots(saved), parameters, args[-1]
 
 
 def _recalled(
@@ -182,10 +191,11 @@ def _recalled(
 def _check_backward(
     family: Family, g: Geometry, grad_output: Tensor, input: Tensor, needs: Sequence[bool]
 ) -> None:
-    if len(needs) != 5:  # the schema's bool[5] lets any number pass
+    if len(needs) != family.tensors:  # the schema's bool[] of a size lets any number pass
+        *names, last = family.own(("input", "weight", "offset", "mask", "bias"))
         raise ValueError(
-            f"{family.name}_backward: needs has {len(needs)} values, expected 5 (whether the "
-            "gradients of input, weight, offset, mask and bias are needed)"
+            f"{family.name}_backward: needs has {len(needs)} values, expected {family.tensors} "
+            f"(whether the gradients of {', '.join(names)} and {last} are needed)"
         )
     expected = family.output_shape(g)
     if tuple(grad_output.shape) != expected:
@@ -226,18 +236,12 @@ def _forward_fake(family: Family, input: Tensor, *rest: Any) -> Tensor:
     return empty(family.output_shape(family.geometry(input, *rest)), input)
 
 
-def _backward_fake(
-    family: Family,
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    *parameters: Any,
-) -> Gradients:
-    needs = parameters[-1]
-    g = family.geometry(input, weight, offset, mask, None, *parameters[:-1])
+def _backward_fake(family: Family, grad_output: Tensor, *args: Any) -> Gradients:
+    tensors, parameters, needs = _split(family, args)
+    input, weight, offset, mask, _ = tensors
+    g = family.geometry(*family.own(tensors), *parameters)
     _check_backward(family, g, grad_output, input, needs)
+    needs = family.slots(needs)
     grads: list[Tensor | None] = [None] * 5
     if needs[0]:
         grads[0] = empty(input.shape, input)
@@ -246,20 +250,12 @@ def _backward_fake(
             grads[i] = t.new_empty(t.shape)
     if needs[4]:
         grads[4] = grad_output.new_empty(grad_output.shape[1])
-    return tuple(grads)
+    return tuple(family.own(grads))
 
 
-def _autocast(
-    family: Family,
-    device: str,
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    *parameters: Any,
-) -> Tensor:
+def _autocast(family: Family, device: str, *args: Any) -> Tensor:
     dtype = torch.get_autocast_dtype(device)
+    input, weight, offset, mask, bias = family.slots(args[: family.tensors])
 
     def cast(t: Tensor | None) -> Tensor | None:
         # As torch's own rules: float64 stays. Offset and mask are not cast at all.
@@ -267,33 +263,34 @@ def _autocast(
 
     operator = getattr(torch.ops.deformnd, family.name)
     with torch.autocast(device, enabled=False):
-        result: Tensor = operator(cast(input), cast(weight), offset, mask, cast(bias), *parameters)
+        tensors = family.own((cast(input), cast(weight), offset, mask, cast(bias)))
+        result: Tensor = operator(*tensors, *args[family.tensors :])
     return result
 
 
-def _forward_flops(
-    family: Family, input: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any
+def _products(
+    family: Family, points: Sequence[int], tensors: Slots, parameters: Sequence[Any]
 ) -> int:
-    """As torch counts an ordinary convolution: the products of the GEMM, not the interpolation."""
-    points = input if family.transposed else out_shape
-    return 2 * points[0] * math.prod(points[2:]) * math.prod(weight)
+    """Of the convolution, as torch counts an ordinary one: the GEMM, not the interpolation."""
+    weight = tensors[1] if family.weighted else (tensors[0][1], *parameters[0])
+    return int(points[0] * math.prod(points[2:]) * math.prod(weight))
 
 
-def _backward_flops(
-    family: Family,
-    grad_output: Sequence[int],
-    input: Sequence[int],
-    weight: Sequence[int],
-    *rest: Any,
-    **_: Any,
-) -> int:
-    by_input, by_weight, by_offset, by_mask, _ = rest[-1]
+def _forward_flops(family: Family, *args: Any, out_shape: Any) -> int:
+    tensors = family.slots(args[: family.tensors])
+    points = tensors[0] if family.transposed else out_shape
+    return 2 * _products(family, points, tensors, args[family.tensors :])
+
+
+def _backward_flops(family: Family, grad_output: Sequence[int], *args: Any, out_shape: Any) -> int:
+    tensors, parameters, needs = _split(family, args)
+    by_input, by_weight, by_offset, by_mask, _ = map(bool, family.slots(needs))
     if family.transposed:
         products = by_input + by_weight + (by_offset or by_mask)
     else:
         products = (by_input or by_offset or by_mask) + by_weight
-    points = input if family.transposed else grad_output
-    return 2 * int(products) * points[0] * math.prod(points[2:]) * math.prod(weight)
+    points = tensors[0] if family.transposed else grad_output
+    return 2 * int(products) * _products(family, points, tensors, parameters)
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
@@ -323,20 +320,21 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 
 def _register(family: Family) -> None:
-    backward, parameters = family.name + "_backward", _PARAMETERS[family.transposed]
+    backward, (tensors, bias, parameters) = family.name + "_backward", _SCHEMAS[family.name]
     for schema in (
-        f"{family.name}({_TENSORS}, Tensor? bias, {parameters}) -> Tensor",
-        f"{backward}(Tensor grad_output, {_TENSORS}, {parameters}, bool[5] needs) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"{family.name}({tensors}{bias}, {parameters}) -> Tensor",
+        f"{backward}(Tensor grad_output, {tensors}, {parameters}, bool[{family.tensors}] needs) -> "
+        f"({', '.join(['Tensor'] * family.tensors)})",
     ):
         _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    kernels = {key: _forward_kernel(family, backend) for key, backend in _BACKENDS}
-    backward_kernels = {key: _backward_kernel(family, backend) for key, backend in _BACKENDS}
+    backends = _backends(family)
+    kernels = {key: _forward_kernel(family, backend) for key, backend in backends}
+    backward_kernels = {key: _backward_kernel(family, backend) for key, backend in backends}
     if "CUDA" in kernels:
         kernels["CUDA"] = _recalled(kernels["CUDA"], (0, 1, 2, 3, 4), False)
         order = (0, 1, 2, 3, 4) if family.transposed else (1, 0, 2, 3, 4)
         backward_kernels["CUDA"] = _recalled(backward_kernels["CUDA"], order, True)
-    for key, _ in _BACKENDS:
+    for key, _ in backends:
         _lib.impl(family.name, kernels[key], key)
         _lib.impl(backward, backward_kernels[key], key)
     autograd.register(_lib, family, kernels, backward_kernels)

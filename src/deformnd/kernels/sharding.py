@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .geometry import FAMILIES
+from .geometry import FAMILIES, Family, Slots
 
 # For each sharding, placements of output, input, weight, offset, mask and bias.
 _Placements = tuple[Any, ...]
@@ -40,42 +40,47 @@ def register() -> None:
             family = unknown.pop()
             for suffix, rule in (("", _forward), ("_backward", _backward)):
                 operator = getattr(torch.ops.deformnd, family.name + suffix).default
-                register_sharding(operator)(_checked(rule, family.transposed))
+                register_sharding(operator)(_checked(rule, family))
                 # Strides and the like, too, decide about the output's shape: no cached result
                 # without them. (register_sharding counts from the first int, which is groups.)
-                infos[operator] = dataclasses.replace(infos[operator], static_argnum=5)
+                static = family.tensors if rule is _forward else 1 + family.saved
+                infos[operator] = dataclasses.replace(infos[operator], static_argnum=static)
     except (AttributeError, ImportError, KeyError, TypeError) as failure:
         unknown.clear()
         _failure = f"deformnd: this torch's DTensor cannot run deformnd's operators ({failure})"
         warnings.warn(_failure, stacklevel=2)
 
 
-def _checked(rule: Callable[..., Any], transposed: bool) -> Callable[..., Any]:
+def _checked(rule: Callable[..., Any], family: Family) -> Callable[..., Any]:
     def checked(*args: Any) -> Any:
         if _failure:
             raise NotImplementedError(_failure)
-        return rule(transposed, *args)
+        return rule(family, *args)
 
     return checked
 
 
 def _shardings(
-    transposed: bool, tensors: Sequence[Any], groups: int
+    family: Family, tensors: Slots, parameters: Sequence[Any]
 ) -> tuple[_Placements, list[_Placements]]:
     """All replicated, and the other possibilities."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    _, weight, offset, mask = tensors
+    _, weight, offset, mask, _ = tensors
     whole, total = Replicate(), Partial()
     found: list[_Placements] = [(Shard(0), Shard(0), whole, Shard(0), Shard(0), whole)]
-    n = len(weight.shape) - 2
-    points = math.prod(weight.shape[2:])
+    kernel = weight.shape[2:] if family.weighted else parameters[0]
+    n, points = len(kernel), math.prod(kernel)
     # Offset and mask come by groups of image channels: those of input, or of the transposed
     # output. Half of the channels want half of the groups, or all one.
     one_group = (offset is None or offset.shape[1] == n * points) and (
         mask is None or mask.shape[1] == points
     )
-    if groups == 1:
+    if not family.weighted:
+        if one_group:
+            found.append((Shard(1), Shard(1), whole, whole, whole, whole))
+    elif parameters[-1] == 1:  # groups
+        transposed = family.transposed
         out_channels, in_channels = (1, 0) if transposed else (0, 1)  # of weight
         if not transposed or one_group:
             found.append((Shard(1), whole, Shard(out_channels), whole, whole, Shard(0)))
@@ -84,28 +89,30 @@ def _shardings(
     return (whole,) * 6, found
 
 
-def _forward(transposed: bool, *args: Any) -> list[tuple[list[Any], list[Any]]]:
-    tensors, parameters = args[:5], args[5:]
-    replicated, others = _shardings(transposed, tensors[:4], parameters[-1])
+def _forward(family: Family, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+    tensors, parameters = args[: family.tensors], args[family.tensors :]
+    replicated, others = _shardings(family, family.slots(tensors), parameters)
     return [
-        ([output], _given(tensors, inputs) + [None] * len(parameters))
+        ([output], _given(tensors, family.own(inputs)) + [None] * len(parameters))
         for output, *inputs in (replicated, *others)
     ]
 
 
-def _backward(transposed: bool, *args: Any) -> list[tuple[list[Any], list[Any]]]:
-    tensors, parameters = args[:5], args[5:]
-    *_, groups, needs = parameters
-    needs = [n and (i == 4 or tensors[i + 1] is not None) for i, n in enumerate(needs)]
-    replicated, others = _shardings(transposed, tensors[1:], groups)
+def _backward(family: Family, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+    tensors, (*parameters, needs) = args[: 1 + family.saved], args[1 + family.saved :]
+    slots = family.slots(tensors[1:])
+    needs = family.slots(needs)
+    needs = [n and (i == 4 or slots[i] is not None) for i, n in enumerate(needs)]
+    replicated, others = _shardings(family, slots, parameters)
     found = []
     for placements in (replicated, *others):
         # A gradient is sharded as its tensor; where that is whole on each device and the work
         # is not, each has a part of the gradient's sum.
         grads = [p if placements is replicated else _dual(p) for p in placements]
-        inputs = [grads[0], *placements[1:5]]
+        inputs = [grads[0], *family.own(placements[1:5])]
         outputs = [g if need else None for g, need in zip(grads[1:], needs, strict=True)]
-        found.append((outputs, _given(tensors, inputs) + [None] * len(parameters)))
+        rest: list[Any] = [None] * (len(parameters) + 1)
+        found.append((list(family.own(outputs)), _given(tensors, inputs) + rest))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The six functions.
+"""The nine functions.
 
 They are thin on purpose: each brings sizes to lists, resolves padding='same' and unbatched input,
 and calls torch.ops.deformnd, or the ordinary convolution where there is nothing to deform. All of
@@ -19,6 +19,9 @@ from ..kernels.autograd import OPERATORS
 from ..kernels.geometry import check_call, conv_geometry, conv_transpose_geometry
 
 __all__ = [
+    "deform_aggregate1d",
+    "deform_aggregate2d",
+    "deform_aggregate3d",
     "deform_conv1d",
     "deform_conv2d",
     "deform_conv3d",
@@ -128,6 +131,42 @@ def deform_conv_transpose3d(
     )
 
 
+def deform_aggregate1d(
+    input: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+) -> Tensor:
+    return deform_aggregate(1, input, offset, mask, kernel_size, stride, padding, dilation)
+
+
+def deform_aggregate2d(
+    input: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+) -> Tensor:
+    return deform_aggregate(2, input, offset, mask, kernel_size, stride, padding, dilation)
+
+
+def deform_aggregate3d(
+    input: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+) -> Tensor:
+    return deform_aggregate(3, input, offset, mask, kernel_size, stride, padding, dilation)
+
+
 def deform_conv(
     n: int,
     input: Tensor,
@@ -145,11 +184,12 @@ def deform_conv(
     if torch.jit.is_scripting():
         _check_rank(name, n, input, weight)
     else:
-        again = OPERATORS["deform_conv"].again(
-            (input, weight, offset, mask, bias), (n, stride, padding, dilation, groups)
-        )
-        if again is not None:
-            return again
+        if offset is not None or mask is not None:
+            again = OPERATORS["deform_conv"].again(
+                (input, weight, offset, mask, bias), (n, stride, padding, dilation, groups)
+            )
+            if again is not None:
+                return again
         args = (input, weight, offset, mask, bias, stride, padding, dilation, groups)
         if has_torch_function(args):
             node = _node(_CONVS[n - 1], args)
@@ -229,12 +269,13 @@ def deform_conv_transpose(
     if torch.jit.is_scripting():
         _check_rank(name, n, input, weight)
     else:
-        again = OPERATORS["deform_conv_transpose"].again(
-            (input, weight, offset, mask, bias),
-            (n, stride, padding, output_padding, dilation, groups),
-        )
-        if again is not None:
-            return again
+        if offset is not None or mask is not None:
+            again = OPERATORS["deform_conv_transpose"].again(
+                (input, weight, offset, mask, bias),
+                (n, stride, padding, output_padding, dilation, groups),
+            )
+            if again is not None:
+                return again
         args = (
             *(input, weight, offset, mask, bias),
             *(stride, padding, output_padding, dilation, groups),
@@ -303,6 +344,68 @@ def deform_conv_transpose(
     return output.squeeze(0) if unbatched else output  # type: ignore[no-any-return]
 
 
+def deform_aggregate(
+    n: int,
+    input: Tensor,
+    offset: Optional[Tensor],
+    mask: Optional[Tensor],
+    kernel_size: Size,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+) -> Tensor:
+    """deform_aggregate{n}d; a module calls it with its rank."""
+    name = f"deform_aggregate{n}d"
+    if torch.jit.is_scripting():
+        _check_rank(name, n, input, None)
+    else:
+        again = OPERATORS["deform_aggregate"].again(
+            (input, offset, mask), (n, kernel_size, stride, padding, dilation)
+        )
+        if again is not None:
+            return again
+        args = (input, offset, mask, kernel_size, stride, padding, dilation)
+        if has_torch_function(args):
+            node = _node(_AGGREGATES[n - 1], args)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():
+            library.hint_at_onnx()
+            kernel_size, stride, padding, dilation = _ints(args[3:])
+        _outside_a_trace(
+            check_call,
+            name,
+            n,
+            {"input": input, "offset": offset, "mask": mask},
+            {
+                "kernel_size": kernel_size,
+                "stride": stride,
+                "padding": padding,
+                "dilation": dilation,
+            },
+        )
+    unbatched = input.dim() == n + 1
+    if unbatched:
+        input, offset, mask = _batch_of_one(input, offset, mask)
+    kernel, strides, dilations = _values(kernel_size, n), _values(stride, n), _values(dilation, n)
+    if isinstance(padding, str):
+        paddings = [0] * n
+        if padding == "same":
+            input, paddings = _pad_same(name, input, kernel, strides, dilations)
+    else:
+        paddings = _values(padding, n)
+    if torch.jit.is_scripting():
+        output = torch.ops.deformnd.deform_aggregate(
+            input, offset, mask, kernel, strides, paddings, dilations
+        )
+    else:
+        output = OPERATORS["deform_aggregate"](
+            input, offset, mask, kernel, strides, paddings, dilations
+        )
+    return output.squeeze(0) if unbatched else output  # type: ignore[no-any-return]
+
+
+_AGGREGATES = (deform_aggregate1d, deform_aggregate2d, deform_aggregate3d)
 _CONVS = (deform_conv1d, deform_conv2d, deform_conv3d)
 _TRANSPOSES = (deform_conv_transpose1d, deform_conv_transpose2d, deform_conv_transpose3d)
 
@@ -364,11 +467,11 @@ def _values(size: Size, n: int) -> List[int]:
     return list(size) if isinstance(size, (tuple, list)) else [size] * n  # type: ignore[list-item]
 
 
-def _check_rank(name: str, n: int, input: Tensor, weight: Tensor) -> None:
+def _check_rank(name: str, n: int, input: Tensor, weight: Optional[Tensor]) -> None:
     """What check_call does, as far as TorchScript leaves it to us."""
     if input.dim() != n + 1 and input.dim() != n + 2:
         raise ValueError(f"{name}: input has {input.dim()} dimensions, expected {n + 2} or {n + 1}")
-    if weight.dim() != n + 2:
+    if weight is not None and weight.dim() != n + 2:
         raise ValueError(f"{name}: weight has {weight.dim()} dimensions, expected {n + 2}")
 
 
@@ -503,11 +606,63 @@ Example:
 """
 
 
+_AGGREGATE_DOC = """{n}-D deformable aggregation, the operator of DCNv3 and DCNv4.
+
+Each of the K = prod(kernel_size) kernel points of each output position samples the input, with
+{interpolation} interpolation, at its regular place plus a learned offset. The output is the sum
+of the samples, each multiplied by a learned mask. No channel meets another: there is no weight, the
+mask does its work, at every position anew. It is deform_conv{n}d with a group for each channel and
+a weight of ones.
+
+Args:
+    input: [B, C, {axes}], or unbatched [C, {axes}]. float16, bfloat16, float32 or float64, on
+        any device; channels_last input gives channels_last output.
+    offset: [B, OG * K * {n}, *out], in input pixels, or None for none. Any of the floating dtypes.
+        The channel is (g * K + k) * {n} + axis: groups outermost, then kernel points in row-major
+        order, then the axis, {displacement}. The number of groups OG is read off and must divide C;
+        group g moves the samples of the g-th block of C / OG channels.
+    mask: [B, MG * K, *out], or None for all ones. Channel g * K + k. MG divides C; it is OG in
+        DCNv3 and DCNv4, but need not be.
+    kernel_size: kernel points along each axis; an int or one for each axis.
+    stride: step of the output positions in pixels; an int or one for each axis.
+    padding: zeros around the input in pixels, or 'valid' (none) or 'same' (output as large as
+        the input; stride 1).
+    dilation: distance of the kernel points in pixels.
+
+Returns:
+    [B, C, *out] in input's dtype; out = (size + 2 padding - dilation (kernel_size - 1) - 1) //
+    stride + 1. What lies outside and what is not finite counts as in deform_conv{n}d.
+
+Raises:
+    ValueError, TypeError: an argument does not fit; the message names it.
+
+DCNv3 passes a softmax of the mask over the kernel points, DCNv4 the mask as it is. Both packages
+keep channels last, count the kernel points in column-major order and give offsets as (x, y): in
+their checkpoints the channels stand in another order than here.
+
+Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any order
+in all three tensors, backwards and forwards. Derivatives and determinism are those of
+deform_conv{n}d. On GPUs plain PyTorch computes it so far, which is slow and needs memory for all
+samples.
+
+References:
+    InternImage (DCNv3), arXiv 2211.05778; DCNv4, arXiv 2401.06197.
+
+Example:
+    >>> import torch
+    >>> from deformnd import deform_aggregate{n}d
+    >>> input = torch.rand({input})
+    >>> offset, mask = torch.randn({offset2}), torch.rand({mask2})  # 2 groups
+    >>> deform_aggregate{n}d(input, offset, mask, kernel_size=3, padding=1).shape
+    torch.Size([{input}])
+"""
+
+
 def _document() -> None:
-    for n, conv, transpose in (
-        (1, deform_conv1d, deform_conv_transpose1d),
-        (2, deform_conv2d, deform_conv_transpose2d),
-        (3, deform_conv3d, deform_conv_transpose3d),
+    for n, conv, transpose, aggregate in (
+        (1, deform_conv1d, deform_conv_transpose1d, deform_aggregate1d),
+        (2, deform_conv2d, deform_conv_transpose2d, deform_aggregate2d),
+        (3, deform_conv3d, deform_conv_transpose3d, deform_aggregate3d),
     ):
         size, kernel = ", ".join(["8"] * n), ", ".join(["3"] * n)
         words = {
@@ -525,9 +680,12 @@ def _document() -> None:
             "offset": f"2, {n * 3**n}, {size}",
             "mask": f"2, {3**n}, {size}",
             "output": f"2, 6, {size}",
+            "offset2": f"2, {2 * n * 3**n}, {size}",
+            "mask2": f"2, {2 * 3**n}, {size}",
         }
         conv.__doc__ = _CONV_DOC.format(**words)
         transpose.__doc__ = _TRANSPOSE_DOC.format(**words)
+        aggregate.__doc__ = _AGGREGATE_DOC.format(**words)
 
 
 _document()
