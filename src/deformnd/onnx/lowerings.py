@@ -36,6 +36,26 @@ def bounded(b: Graph, t: Value, low: float, high: Size | float) -> Value:
 # Native: DeformConv, in ONNX since opset 19
 
 
+def ordinary(
+    b: Graph,
+    g: Geometry,
+    image: Value,
+    weight: Value,
+    offset: None,
+    mask: None,
+    bias: Value | None,
+) -> Value:
+    """With nothing to deform; deform_conv itself calls torch's own convolution then."""
+    inputs = (image, weight) if bias is None else (image, weight, bias)
+    return b.op.Conv(
+        *inputs,
+        strides=list(g.stride),
+        pads=[*g.padding, *g.padding],
+        dilations=list(g.dilation),
+        group=g.groups,
+    )
+
+
 def native(
     b: Graph,
     g: Geometry,

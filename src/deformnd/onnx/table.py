@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..kernels import library as library  # registers torch.ops.deformnd
@@ -87,6 +88,9 @@ def translation_table(
     version = resolve(target, opset)
     op = opset18()
 
+    def chosen(b: Graph, g: Geometry, *call: Value | None) -> Value:
+        return choose(target, g)(b, g, *call)
+
     def deform_conv(
         input: Value,
         weight: Value,
@@ -97,11 +101,7 @@ def translation_table(
     ) -> Value:
         tensors = (input, weight, offset, mask, bias)
         _check(target, version, f"deform_conv{len(parameters[0])}d", tensors)
-
-        def lowering(b: Graph, g: Geometry, *call: Value | None) -> Value:
-            return choose(target, g)(b, g, *call)
-
-        return translate(op, lowering, tensors, *parameters)
+        return translate(op, chosen, tensors, *parameters)
 
     def deform_conv_transpose(
         input: Value,
@@ -120,9 +120,25 @@ def translation_table(
         parameters = (stride, padding, dilation, groups, output_padding)
         return translate(op, lowerings.scatter, tensors, *parameters)
 
+    def deform_aggregate(
+        input: Value,
+        offset: Value | None,
+        mask: Value | None,
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+    ) -> Value:
+        tensors = (input, None, offset, mask, None)
+        _check(target, version, f"deform_aggregate{len(kernel)}d", tensors)
+        lowering = lowerings.ordinary if offset is None and mask is None else chosen
+        sizes = (stride, padding, dilation, int(input.shape[1]))
+        return translate(op, lowering, tensors, *sizes, kernel=tuple(kernel))
+
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.deformnd.deform_conv.default: deform_conv,
         torch.ops.deformnd.deform_conv_transpose.default: deform_conv_transpose,
+        torch.ops.deformnd.deform_aggregate.default: deform_aggregate,
     }
     if hasattr(torch.ops.torchvision, "deform_conv2d"):
 
@@ -192,15 +208,23 @@ def translate(
     groups: int,
     output_padding: list[int] | None = None,
     *,
+    kernel: tuple[int, ...] = (),
     graph: type[Graph] = Graph,
 ) -> Value:
-    """Write a call by a lowering, in float32 at least; output_padding: of the transpose."""
+    """Write a call by a lowering, in float32 at least; output_padding: of the transpose.
+
+    Without a weight, as of deform_aggregate, whose kernel is given, one of ones is written.
+    """
     b = graph(op, [t for t in tensors if t is not None])
-    g = _geometry(b, tensors, stride, padding, dilation, groups, output_padding)
+    g = _geometry(b, tensors, stride, padding, dilation, groups, output_padding, kernel)
     input, weight, offset, mask, bias = (
         t if t is None or b.dtype(t) == b.float else b.cast(t, b.float) for t in tensors
     )
-    if offset is None:  # as many groups as the mask has, so that they need no repeating
+    if weight is None:
+        weight = b.array(np.ones((groups, 1, *kernel)), b.float)
+    if (
+        offset is None and mask is not None
+    ):  # as many groups as the mask has, so that they need no repeating
         channels = g.mask_groups * math.prod(g.kernel) * len(g.kernel)
         offset = b.zeros(g.batch, channels, *g.point_size)
         g = g._replace(offset_groups=g.mask_groups)
@@ -217,16 +241,17 @@ def _geometry(
     dilation: list[int],
     groups: int,
     output_padding: list[int] | None,
+    kernel: Sequence[int],
 ) -> Geometry:
     """The sizes of a call, with tensors of the graph for those that are not known."""
     input, weight, offset, mask, _ = tensors
     batch, channels, *size = b.sizes(input)
-    first, second, *kernel = b.sizes(weight)
+    first, second, *kernel = (groups, 1, *kernel) if weight is None else b.sizes(weight)
     points, n = math.prod(kernel), len(kernel)
     which = mask if offset is None else offset
     if output_padding is None:
         image_channels, point_channels = channels, first
-        image_size, point_size = size, b.sizes(which)[2:]
+        image_size, point_size = size, [] if which is None else b.sizes(which)[2:]
     else:
         image_channels, point_channels = second * groups, channels
         image_size, point_size = [], size
