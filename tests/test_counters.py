@@ -56,6 +56,38 @@ def test_fvcore(n, transposed):
     assert not [name for name in count.unsupported_ops() if "deform" in name]
 
 
+class Aggregate(nn.Module):
+    def forward(self, x):
+        n = x.dim() - 2
+        offset = x.new_zeros(len(x), n * 3**n, *x.shape[2:])
+        return getattr(deformnd, f"deform_aggregate{n}d")(x, offset, None, 3, padding=1)
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_fvcore_of_an_aggregation(n):
+    fvcore = pytest.importorskip("fvcore.nn")
+    x = inputs(n)[0]
+    count = fvcore.FlopCountAnalysis(Aggregate(), x).set_op_handle(**counters.fvcore())
+    assert count.total() == x.numel() * 3**n
+    assert not [name for name in count.unsupported_ops() if "deform" in name]
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_ptflops_of_an_aggregation(n):
+    ptflops = pytest.importorskip("ptflops")
+    x = inputs(n)[0][:1]
+    macs, _ = ptflops.get_model_complexity_info(
+        Aggregate(),
+        tuple(x.shape[1:]),
+        backend="aten",
+        as_strings=False,
+        print_per_layer_stat=False,
+        custom_modules_hooks=counters.ptflops(),
+    )
+    assert macs == x.numel() * 3**n
+
+
 @pytest.mark.parametrize("n", RANKS)
 @pytest.mark.parametrize("transposed", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*ersion class:DeprecationWarning")

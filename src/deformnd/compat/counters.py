@@ -2,7 +2,8 @@
 
 Each function gives a dictionary to hand over. Counted are the multiplications of the ordinary
 convolution, those of the predictors of a packed layer among them, as the packages count them, and
-not the interpolation. torch.utils.flop_counter knows the operators without help.
+not the interpolation; of deform_aggregate, which thop does not see, those of a depthwise
+convolution. torch.utils.flop_counter knows the operators without help.
 
 Example:
     >>> import torch
@@ -49,7 +50,13 @@ def fvcore() -> dict[str, Callable[..., int]]:
 
         return count
 
-    return {f"deformnd::{name}": handle(t) for name, t in _OPERATORS.items()}
+    def aggregate(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+        output = outputs[0].type().sizes()
+        kernel = [size.toIValue() for size in inputs[3].node().inputs()]
+        return _products(output, (output[1], *kernel))
+
+    handles = {f"deformnd::{name}": handle(t) for name, t in _OPERATORS.items()}
+    return handles | {"deformnd::deform_aggregate": aggregate}
 
 
 def thop() -> dict[type, Callable[..., None]]:
@@ -78,7 +85,12 @@ def ptflops() -> dict[Any, Callable[..., Any]]:
 
         return count
 
+    def aggregate(inputs: Sequence[Any], outputs: Sequence[Tensor]) -> int:
+        output = outputs[0].shape
+        return _products(output, (output[1], *inputs[3]))
+
     operators = {getattr(torch.ops.deformnd, k): of_operator(t) for k, t in _OPERATORS.items()}
+    operators[torch.ops.deformnd.deform_aggregate] = aggregate
     return {**dict.fromkeys(_layers(), of_layer), **operators}
 
 
