@@ -2,9 +2,12 @@
 
     python benchmarks/cpu.py --output benchmarks/results/cpu.json
     python benchmarks/cpu.py --threads 1 2 4 8 16 --output benchmarks/results/cpu-threads.json
+    python benchmarks/cpu.py --aggregate --threads 1 2
 
 The second form shows how one call spreads over threads, beside dense convolution alone, and at the
 largest number what each gradient takes by itself and what bfloat16 gains; about 90 seconds.
+The third is deform_aggregate2d, and depthwise deform_conv2d, beside the dense depthwise
+convolution, which reads one pixel where they read four.
 Peers that are not installed are left out. Times are medians of interleaved rounds in milliseconds;
 `best` in the JSON are the least, for a machine that others use too. Memory is the peak resident
 set beyond what was there before the call and beyond its results, in a fresh process (Linux).
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -28,6 +32,7 @@ from typing import Any
 
 import torch
 
+import deformnd
 from deformnd import bench
 from deformnd.bench import Problem, has, relative
 from deformnd.kernels import cpu, reference
@@ -230,6 +235,86 @@ def by_dtype(count: int, seconds: float) -> dict[str, Any]:
     return results
 
 
+# Channels, groups, height and width, of InternImage's stages at 224 pixels and of a detector's.
+AGGREGATES = [(64, 4, 56, 56), (128, 8, 28, 28), (256, 16, 14, 14), (192, 6, 100, 100)]
+
+
+def aggregators(
+    channels: int, groups: int, size: Sequence[int], dtype: torch.dtype, last: bool
+) -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
+    """Each peer, and the tensors that it has gradients by."""
+    torch.manual_seed(0)
+    x = torch.randn(1, *size, channels).permute(0, 3, 1, 2)
+    leaves = (
+        (x if last else x.contiguous()),
+        torch.randn(channels, 1, 3, 3),
+        torch.randn(1, groups * 18, *size),
+        torch.rand(1, groups * 9, *size),
+    )
+    x, weight, offset, mask = (t.to(dtype).requires_grad_() for t in leaves)
+
+    def dense() -> torch.Tensor:
+        return torch.conv2d(x, weight, padding=1, groups=channels)
+
+    def aggregate() -> torch.Tensor:
+        return deformnd.deform_aggregate2d(x, offset, mask, 3, padding=1)
+
+    def depthwise() -> torch.Tensor:
+        return deformnd.deform_conv2d(x, weight, offset, mask, padding=1, groups=channels)
+
+    return {
+        "dense": (dense, [x, weight]),
+        "aggregate": (aggregate, [x, offset, mask]),
+        "depthwise": (depthwise, [x, weight, offset, mask]),
+    }
+
+
+def aggregates(counts: list[int], seconds: float) -> dict[str, Any]:
+    """Milliseconds by shape, dtype, layout, number of threads and phase; kernels of 3x3."""
+
+    def without(function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return function()
+
+    def both(function: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> object:
+        output = function()
+        return torch.autograd.grad(output, leaves, output.detach())
+
+    results: dict[str, Any] = {}
+    kinds = itertools.product(AGGREGATES, (torch.float32, torch.bfloat16), (True, False))
+    for (channels, groups, *size), dtype, last in kinds:
+        name = f"{size[0]}x{size[1]}x{channels} in {groups}, {str(dtype)[6:]}, channels "
+        name += "last" if last else "first"
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        peers = aggregators(channels, groups, size, dtype, last).items()
+        results[name] = {}
+        for count in counts:
+            torch.set_num_threads(count)
+            results[name][count] = {
+                "forward": quick(
+                    {k: functools.partial(without, f) for k, (f, _) in peers}, seconds
+                ),
+                "forward+backward": quick(
+                    {k: functools.partial(both, f, leaves) for k, (f, leaves) in peers}, seconds
+                ),
+            }
+    return results
+
+
+def table_of_aggregates(results: dict[str, Any], key: str) -> str:
+    lines, peers = [], ("dense", "aggregate", "depthwise")
+    for phase in ("forward", "forward+backward"):
+        heads = ["", "threads", *peers, "aggregate / (4 dense)"]
+        lines += [f"\n{phase}, {key} ms\n", "| " + " | ".join(heads) + " |"]
+        lines += ["|---" * len(heads) + "|"]
+        for name, found in results.items():
+            for count, phases in found.items():
+                times = [phases[phase][peer][key] for peer in peers]
+                cells = [name, str(count), *(f"{t:.3g}" for t in times)]
+                lines.append("| " + " | ".join(cells) + f" | {times[1] / times[0] / 4:.2f} |")
+    return "\n".join(lines)
+
+
 def table_by_dtype(results: dict[str, Any]) -> str:
     lines = []
     for phase in ("forward", "forward+backward"):
@@ -303,12 +388,19 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each group of peers")
     parser.add_argument("--threads", type=int, nargs="+", help="only spread over so many threads")
+    parser.add_argument("--aggregate", action="store_true", help="only the aggregation")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         case, peer, both = args.peak
         print(peak(case, peer, both == "1", 2))
+        return
+    if args.aggregate:
+        report = {"device": device(), "cases": aggregates(args.threads or [1, 2], 0.5)}
+        for key in ("median", "best"):
+            print(table_of_aggregates(report["cases"], key))
+        save(report, args.output)
         return
     if args.threads:
         report = {"device": device(), "cases": by_threads(args.threads, 0.5)}
