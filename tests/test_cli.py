@@ -133,7 +133,8 @@ def test_info(capsys):
     assert "kernels: " in out and "OpenMP threads" in out
     if deformnd.has_ops():
         assert f"C++ core with {cpu.LEVELS[cpu.best_level()]}" in out
-    assert out.count(" ok\n") >= 6 and "deform_conv_transpose3d" in out
+    assert out.count(" ok\n") >= 9
+    assert "deform_conv_transpose3d" in out and "deform_aggregate3d" in out
 
 
 def test_info_says_why_the_reference_runs(monkeypatch, capsys):
@@ -148,7 +149,7 @@ def test_info_finds_wrong_kernels(monkeypatch, capsys):
     exact = reference.gather
     monkeypatch.setattr(reference, "gather", lambda *args: exact(*args) * 1.001)
     assert cli.main(["info"]) == 1
-    assert capsys.readouterr().out.count("WRONG") == 3
+    assert capsys.readouterr().out.count("WRONG") == 6
 
 
 def test_info_finds_gradients_that_are_nan(monkeypatch, capsys):
@@ -156,7 +157,7 @@ def test_info_finds_gradients_that_are_nan(monkeypatch, capsys):
     calls = itertools.count(1)
     monkeypatch.setattr(bench, "relative", lambda *a: exact(*a) if next(calls) % 3 else math.nan)
     assert cli.main(["info"]) == 1
-    assert capsys.readouterr().out.count("WRONG") >= 6
+    assert capsys.readouterr().out.count("WRONG") >= 9
 
 
 def test_export_and_check(model, capsys):

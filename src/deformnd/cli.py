@@ -195,7 +195,7 @@ def _add_info(commands: Any) -> None:
         "test",
         "versions, devices, the kernels that run here and why, and a self-test",
         "Says what is installed, which kernels the operators run on each device and why, and "
-        "compares the six operators, forward and backward, with the definition in float64 on each "
+        "compares the operators, forward and backward, with the definition in float64 on each "
         "device. Exit code 1 if one is wrong.",
     )
 

@@ -134,18 +134,30 @@ def _gpu_kernels() -> str:
 
 
 def self_test() -> Iterator[tuple[str, str, float, bool]]:
-    """Compare the six operators with the definition in float64, on each device.
+    """Compare the operators with the definition in float64, on each device.
 
     Yields:
         The operator's name, the device, the largest relative error of output and gradients, and
         whether it is small enough.
     """
     from . import bench
+    from .ops import functional
 
+    sizes = ((9,), (6, 7), (4, 5, 6))
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+    def result(name: str, device: str, got: Any, want: Any) -> tuple[str, str, float, bool]:
+        errors = [
+            bench.relative(a.detach(), b.detach())
+            for a, b in zip(got, want, strict=True)
+            if b is not None
+        ]
+        error = float(torch.tensor(errors).max())  # NaN if any is, unlike Python's max
+        return name, device, error, error < 1e-5
+
     for device in devices:
         for transposed in (False, True):
-            for size in ((9,), (6, 7), (4, 5, 6)):
+            for size in sizes:
                 shape = bench.Shape(2, 4, size, 6, 3, 2, stride=2, transposed=transposed)
                 p = bench.Problem(shape, device=device)
                 leaves: Any = tuple(t.requires_grad_() for t in p.tensors())
@@ -154,11 +166,16 @@ def self_test() -> Iterator[tuple[str, str, float, bool]]:
                 exact = p.exact(shape.batch)
                 by_image, by_points, *rest = exact.kernel_backward(reference)
                 wanted = (exact.kernel(reference), by_points if transposed else by_image, *rest)
-                errors = [
-                    bench.relative(got.detach(), want.detach())
-                    for got, want in zip((output, *grads), wanted, strict=True)
-                    if want is not None
-                ]
-                error = float(torch.tensor(errors).max())  # NaN if any is, unlike Python's max
                 name = f"deform_conv{'_transpose' if transposed else ''}{len(size)}d"
-                yield name, device, error, error < 1e-5
+                yield result(name, device, (output, *grads), wanted)
+        for size in sizes:
+            name = f"deform_aggregate{len(size)}d"
+            p = bench.Problem(bench.Shape(2, 4, size, 4, 3, 2, stride=2, groups=4), device=device)
+            p.weight, p.bias = torch.ones_like(p.weight), torch.zeros_like(p.bias)
+            leaves = tuple(t.requires_grad_() for t in (p.input, p.offset, p.mask))
+            output = getattr(functional, name)(*leaves, 3, stride=2, padding=1)
+            grads = torch.autograd.grad(output, leaves, p.grad)
+            exact = p.exact(2)
+            by_image, _, _, *rest = exact.kernel_backward(reference)
+            wanted = (exact.kernel(reference), by_image, *rest[:2])
+            yield result(name, device, (output, *grads), wanted)
