@@ -1,21 +1,12 @@
 // Points from the image where each channel is a group by itself: the forward of deform_aggregate
 // and of depthwise deform_conv. Included by kernel.cpp inside the namespace of one instruction set.
-//
-// Note [in place]
-// Where the image lies channels last, in the computing type, and blocks are whole vectors of its
-// channels, it is read where it lies, not packed: cells then have the index of their first pixel
-// there. Of a cell that is not inside with all corners, find() gives the complement of its index
-// in a packed plane, and its corners outside are read from zeros.
 
 // The samples of a tile in one block, and their sums over the kernel points.
 template <class T>
 struct Aggregation {
   i64 count, kernel, table;  // pixels, kernel points, and the step from one of these to the next
-  const T* image;            // its block
-  i64 pixel;                 // elements from one pixel to the next
+  const T* image;            // the packed block
   const i64* steps;          // from the first corner of a cell to each, in elements
-  const i64 *size, *padded;  // of the image, for Note [in place]
-  const T* zeros;            // [block], likewise
   const i32* index;          // [kernel point][table] first corner
   const T* weight;           // [kernel point][table][corner] interpolation weight times mask
   const T* scale;            // [kernel point][block] of depthwise deform_conv
@@ -27,27 +18,6 @@ struct Aggregation {
 template <class T>
 using Aggregator = void (*)(const Aggregation<T>&);
 
-// The corners of a cell that is not all inside, by its index in a packed plane.
-template <class T, int ND>
-NOINLINE void corners_at_edge(const Aggregation<T>& s, i64 index, const T** from) {
-  i64 cell[ND], step[ND];
-  for (int v = ND - 1; v >= 0; v--) {
-    cell[v] = (v ? index % s.padded[v] : index) - 1;
-    index /= s.padded[v];
-    step[v] = v == ND - 1 ? s.pixel : step[v + 1] * s.size[v + 1];
-  }
-  for (int q = 0; q < 1 << ND; q++) {
-    bool inside = true;
-    i64 at = 0;
-    for (int v = 0; v < ND; v++) {
-      const i64 x = cell[v] + (q >> (ND - 1 - v) & 1);
-      inside = inside && x >= 0 && x < s.size[v];
-      at += x * step[v];
-    }
-    from[q] = inside ? s.image + at : s.zeros;
-  }
-}
-
 // A block has NC vectors of N lanes. Several sums at a time, since one by itself waits for each of
 // its terms.
 template <class T, int ND, int N, int NC, bool Scaled>
@@ -56,13 +26,13 @@ NOINLINE void aggregate_block(const Aggregation<T>& s) {
   using V = typename L::V;
   constexpr int Q = 1 << ND, Sums = Scaled || NC > 2 ? 1 : Q < 4 / NC ? Q : 4 / NC;
   // In registers: a store could change what s refers to.
-  const i64 count = s.count, kernel = s.kernel, table = s.table, pixel = s.pixel, step = s.step;
-  const T *RESTRICT image = s.image, *RESTRICT scale = s.scale;
+  const i64 count = s.count, kernel = s.kernel, table = s.table, step = s.step;
+  const T* RESTRICT scale = s.scale;
   T* RESTRICT to = s.to;
-  i64 steps[Q];
+  const T* corner[Q];
   V start[NC];
   UNROLL
-  for (int c = 0; c < Q; c++) steps[c] = s.steps[c];
+  for (int c = 0; c < Q; c++) corner[c] = s.image + s.steps[c];
   UNROLL
   for (int v = 0; v < NC; v++) start[v] = s.bias ? L::load(s.bias + v * N) : L::zero();
   for (i64 m = 0; m < count; m++, to += step) {
@@ -76,24 +46,14 @@ NOINLINE void aggregate_block(const Aggregation<T>& s) {
       for (int i = 1; i < Sums; i++) sums[i][v] = L::zero();
     }
     for (i64 k = 0; k < kernel; k++, index += table, weight += table * Q) {
-      const i64 at = *index;
-      const T* from[Q];
-      if (at >= 0) {
-        UNROLL
-        for (int c = 0; c < Q; c++) from[c] = image + at * pixel + steps[c];
-      } else {
-        const T* found[Q];  // or `from` would lie in memory
-        corners_at_edge<T, ND>(s, ~at, found);
-        UNROLL
-        for (int c = 0; c < Q; c++) from[c] = found[c];
-      }
+      const i64 at = i64(*index) * (N * NC);
       V sample[NC];
       UNROLL
       for (int c = 0; c < Q; c++) {
         const V factor = L::splat(weight[c]);
         UNROLL
         for (int v = 0; v < NC; v++) {
-          const V term = factor * L::load(from[c] + v * N);
+          const V term = factor * L::load(corner[c] + at + v * N);
           if (Scaled)
             sample[v] = c == 0 ? term : sample[v] + term;
           else
@@ -134,21 +94,11 @@ Status aggregate(const Call& call) {
   const Aggregator<T> aggregator = scaled ? aggregator_of<T, ND, true>(p.lanes, p.vectors)
                                           : aggregator_of<T, ND, false>(p.lanes, p.vectors);
   const bool whole = p.run % p.block == 0;
-  const bool in_place = whole && call.image.last && call.image.dtype == DtypeOf<T>::value;
   const bool direct = whole && call.points.last && call.points.dtype == DtypeOf<T>::value;
-  const i64 pixel = in_place ? p.image_channels : p.block;
-  i64 steps[P::Q];
-  for (int q = 0; q < P::Q; q++) {
-    steps[q] = 0;
-    for (i64 v = ND - 1, step = pixel; v >= 0; v--) {
-      if (q >> (ND - 1 - v) & 1) steps[q] += step;
-      step *= in_place ? p.image_size[v] : p.padded[v];
-    }
-  }
 
   // Images at a time, and parts of the blocks where the tiles are too few for the threads.
-  const i64 fitting = most(kFlightBytes / p.image_bytes(), divide_up(p.threads, p.tiles));
-  const i64 flight = in_place ? p.batch : least(p.batch, fitting);
+  const i64 flight =
+      least(p.batch, most(kFlightBytes / p.image_bytes(), divide_up(p.threads, p.tiles)));
   const i64 splits = p.share_tiles(flight, p.threads, p.blocks);
 
   struct Scratch {
@@ -164,13 +114,12 @@ Status aggregate(const Call& call) {
   const i64 scratch_bytes = i64(measure.used);
   const i64 edge_size = most(Field<T>::scratch_size, p.K * p.block);
 
-  T *packed, *weights, *zeros, *edge;
+  T *packed, *weights, *edge;
   T* taints;  // of each thread, see Cells
   char* scratch;
   const auto layout = [&](Carver c) {
-    packed = c.take<T>(in_place ? 0 : flight * p.blocks * p.plane * p.block);
+    packed = c.take<T>(flight * p.blocks * p.plane * p.block);
     weights = c.take<T>(scaled ? p.units() * p.block : 0);
-    zeros = c.take<T>(p.block);
     edge = c.take<T>(p.team * edge_size);
     taints = c.take<T>(p.team);
     scratch = c.take<char>(p.team * scratch_bytes);
@@ -181,8 +130,6 @@ Status aggregate(const Call& call) {
   layout(Carver{memory});
 
   memset(taints, 0, size_t(p.team) * sizeof(T));
-  memset(zeros, 0, size_t(p.block) * sizeof(T));
-  const Field<T> image{call.image, p.image_channels, p.pixels};
   const Field<T> points{call.points, p.point_channels, p.P};
   const i64 pages = touch_tasks(call.points, p.batch * p.point_channels * p.P, p.team);
   together(p.team, [&](const Worker& worker) {
@@ -190,7 +137,7 @@ Status aggregate(const Call& call) {
     for (i64 first = 0; first < p.batch; first += flight) {
       const i64 images = least(flight, p.batch - first);
       const i64 once = first == 0 ? pages + (scaled ? p.blocks : 0) : 0;
-      worker.share(once + (in_place ? 0 : pack_image_tasks(p, images)), [&](i64 task) {
+      worker.share(once + pack_image_tasks(p, images), [&](i64 task) {
         if (task >= once) return pack_image(p, first, task - once, packed, spare);
         if (task < pages) return touch(call.points, task);
         pack_weight_by_channel(p, task - pages, weights, spare);
@@ -208,28 +155,20 @@ Status aggregate(const Call& call) {
           const i64 count = p.block_channels(b);
           if (sample_group != current) {
             current = sample_group;
-            for (i64 k = 0; k < p.K; k++) {
-              if (in_place)
-                s.cells.template find<false, true>(p, tile, sample_group, k, k);
-              else
-                s.cells.template find<false>(p, tile, sample_group, k, k);
-            }
+            for (i64 k = 0; k < p.K; k++) s.cells.template find<false>(p, tile, sample_group, k, k);
           }
           if (call.bias.data) {
             read(call.bias, channel, count, s.bias);
             for (i64 i = count; i < p.block; i++) s.bias[i] = 0;
           }
-          const T* from = in_place ? reinterpret_cast<const T*>(call.image.data) +
-                                         image.at(first + n, channel, 0)
-                                   : packed + (n * p.blocks + b) * p.plane * p.block;
           for (i64 i = 0; i < tile.segments; i++) {
             const i64 m = i * tile.length, at = tile.first + i * tile.step;
             T* to =
                 direct ? reinterpret_cast<T*>(call.points.data) + points.at(tile.image, channel, at)
                        : s.points;
             const i64 step = direct ? p.point_channels : p.block;
-            aggregator({tile.length, p.K, p.table, from, pixel, steps, p.image_size, p.padded,
-                        zeros, s.cells.index + m, s.cells.weight + m * p.Q,
+            aggregator({tile.length, p.K, p.table, packed + (n * p.blocks + b) * p.plane * p.block,
+                        p.steps, s.cells.index + m, s.cells.weight + m * p.Q,
                         weights + b * p.K * p.block, call.bias.data ? s.bias : nullptr, to, step});
             if (!direct) points.store(tile.image, channel, count, at, tile.length, to, step, spare);
           }

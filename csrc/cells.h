@@ -44,8 +44,7 @@ struct Cells {
       for (i64 m = tile.count; m < least(p.table, tile.count + p.N); m++) base[v * p.table + m] = 0;
   }
 
-  // InPlace: see Note [in place] in aggregate.h.
-  template <bool Reverse, bool InPlace = false>
+  template <bool Reverse>
   void find(const Plan<T, ND>& p, const Tile& tile, i64 sample_group, i64 k, i64 slot) {
     using L = Lanes<T, Plan<T, ND>::N>;
     using V = typename L::V;
@@ -133,19 +132,6 @@ struct Cells {
             corner[2 * q + 1] = high;
             corner[2 * q] = corner[q] - high;
           }
-        }
-        if (InPlace) {
-          M whole = inside;
-          UNROLL
-          for (int v = 0; v < ND; v++)
-            whole = whole & L::mask((cell[v] >= L::splat_index(0)) &
-                                    (cell[v] < L::splat_index(i32(p.image_size[v]) - 1)));
-          I here = L::splat_index(0);
-          UNROLL
-          for (int v = 0; v < ND; v++)
-            here = here * L::splat_index(i32(p.image_size[v])) +
-                   L::select_index(whole, cell[v], L::splat_index(0));
-          index_value = L::select_index(whole, here, L::splat_index(-1) - index_value);
         }
         L::store_index(index + slot * p.table + m, index_value);
         L::template transpose<Q>(corner);

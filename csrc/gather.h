@@ -85,8 +85,8 @@ Status gather(const Call& call) {
           const i64 skipped = j % p.panels * p.panel, point = p.group_point(group) + skipped;
           const i64 count = least(some * p.panel, p.points_in(group) - skipped);
           const i64 width = some * p.panel;
-          each_tile([&](const Tile& tile, T* sums) {
-            if (call.bias.data) {
+          if (call.bias.data) {
+            each_tile([&](const Tile& tile, T* sums) {
               for (i64 m = 0; m < tile.count; m++) {
                 if (m == 0)
                   read(call.bias, point, count, sums);
@@ -94,8 +94,8 @@ Status gather(const Call& call) {
                   memcpy(sums + m * width, sums, size_t(count) * sizeof(T));
                 for (i64 i = count; i < width; i++) sums[m * width + i] = 0;
               }
-            }
-          });
+            });
+          }
           for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
             const i64 units = least(chunk_units, group_units - u0);
             const i64 step = p.column_words(chunk_units), inner = p.column_words(units);

@@ -81,7 +81,9 @@ struct Plan {
     team = threads > 1 && !c.alone ? c.threads : 1;  // all or one, see Note [threads]
 
     const i64 width = point_size[ND - 1], rows = P / width;
-    const i64 wanted = narrow() ? kWideTile : most(kTileWidth, kTilePixels / rows);
+    const i64 wanted = narrow()    ? kWideTile
+                       : depthwise ? kTilePixels  // likewise
+                                   : most(kTileWidth, kTilePixels / rows);
     const i64 columns = divide_up(width, divide_up(width, least(wanted, width)));
     cut_tiles(most(1, least(rows, (kTilePixels + columns / 2) / columns)), columns);
 

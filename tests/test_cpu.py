@@ -313,7 +313,7 @@ def channels_last(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("call", AGGREGATIONS, ids=lambda c: str(c.g[:7]))
 def test_without_a_weight(call: Call) -> None:
-    """Channels last are read in place where blocks are whole; the same numbers come out."""
+    """Any layout and number of threads give the same numbers."""
     call.image_bias = call.point_bias = None
     ones = call.to(torch.float64)
     ones.weight = torch.ones(call.g.groups, 1, *call.g.kernel, dtype=torch.float64)
@@ -344,7 +344,7 @@ def test_without_a_weight(call: Call) -> None:
 def test_what_lies_outside_is_not_read(
     size: tuple[int, ...], dtype: torch.dtype, level: int
 ) -> None:
-    """A NaN reaches the samples that it is a corner of, also where the image is not packed."""
+    """A NaN reaches the samples that it is a corner of, and no others."""
     call = aggregation(1, 16, size, 1).to(dtype)
     call.point_bias = call.mask = None
     call.g = call.g._replace(mask_groups=0)
