@@ -29,7 +29,7 @@ _lib = torch.library.Library("deformnd", "DEF")
 
 _SIZES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 _CONV = "Tensor input, Tensor weight, Tensor? offset, Tensor? mask"
-# Of each family: the tensors that have derivatives of second order, the others, the parameters.
+# Of each family: the tensors that its derivatives need, the bias, the parameters.
 _SCHEMAS = {
     "deform_conv": (_CONV, ", Tensor? bias", f"{_SIZES}, SymInt groups"),
     "deform_conv_transpose": (
