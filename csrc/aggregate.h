@@ -137,12 +137,17 @@ Status aggregate(const Call& call) {
     for (i64 first = 0; first < p.batch; first += flight) {
       const i64 images = least(flight, p.batch - first);
       const i64 once = first == 0 ? pages + (scaled ? p.blocks : 0) : 0;
-      worker.share(once + pack_image_tasks(p, images), [&](i64 task) {
-        if (task >= once) return pack_image(p, first, task - once, packed, spare);
-        if (task < pages) return touch(call.points, task);
-        pack_weight_by_channel(p, task - pages, weights, spare);
+      if (once > 0)
+        worker.share(once, [&](i64 task) {
+          if (task < pages) return touch(call.points, task);
+          pack_weight_by_channel(p, task - pages, weights, spare);
+        });
+      const i64 tasks = pack_image_tasks(p, images), lines = tasks / (images * p.blocks);
+      worker.share_in_order(tasks, [&](i64 task) {  // by line, as the tiles come, not by block
+        const i64 b = task % p.blocks, n = task / p.blocks / lines, line = task / p.blocks % lines;
+        pack_image(p, first, (n * p.blocks + b) * lines + line, packed, spare);
       });
-      worker.share(images * p.tiles * splits, [&](i64 task) {
+      worker.share_in_order(images * p.tiles * splits, [&](i64 task) {
         Carver carver{scratch + worker.thread * scratch_bytes};
         Scratch s(carver, p);
         const i64 split = task % splits, n = task / splits / p.tiles;

@@ -104,6 +104,19 @@ struct Worker {
 #endif
     for (i64 task = 0; task < tasks; task++) body(task);
   }
+
+  // The same, but each thread takes tasks that follow one another: where two shares run through the
+  // same memory, what a thread writes in the first it finds in its own cache in the second.
+  template <class Body>
+  void share_in_order(i64 tasks, const Body& body) const {
+    for (i64 task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++)
+      body(task);
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
 };
 
 // Run body(worker) on each of the threads, see Note [threads].
