@@ -54,15 +54,14 @@ class Limits:
     work: float  # products of the forward at most
     pixels: int  # of an image at most
     hopper: bool = False  # whether to draw channels that only Hopper's kernels like
-    aggregates: bool = True  # whether the backend has kernels for deform_aggregate
     steps: float = math.inf  # blocks of positions, kernel points and channels at most (_steps)
     ranks: tuple[int, ...] = (1, 2, 2, 3)
 
 
 CPU = Limits(FLOATS, FLOATS, 2e6, 2000)
 COMPILED = Limits((torch.float32, torch.float64), FLOATS[2:], 2e5, 300)
-INTERPRETER = Limits(FLOATS[:3], FLOATS[:3], 3e5, 150, aggregates=False, steps=50)
-GPU = Limits(FLOATS[:3], FLOATS[:3], 3e8, 3000, hopper=True, aggregates=False)
+INTERPRETER = Limits(FLOATS[:3], FLOATS[:3], 3e5, 150, steps=50)
+GPU = Limits(FLOATS[:3], FLOATS[:3], 3e8, 3000, hopper=True)
 FAMILY = {family.name: family for family in FAMILIES}
 
 
@@ -280,8 +279,8 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
     def divisor(number: int) -> int:
         return rng.choice([d for d in range(1, number + 1) if number % d == 0])
 
-    more = [*["hopper"] * limits.hopper, *["aggregate"] * limits.aggregates]
-    style = rng.choice(("one", "one", "units", "groups", "depthwise", *more))
+    more = ["hopper"] * limits.hopper
+    style = rng.choice(("one", "one", "units", "groups", "depthwise", *more, "aggregate"))
     image, points, groups = channels(), channels(), 1
     offset_groups = mask_groups = 1
     if style == "hopper":

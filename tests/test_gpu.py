@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -317,6 +317,38 @@ def test_interpreted_depthwise(
         check(case.make(torch.float32, "cpu"), 1e-6, 1e-6)
 
 
+# No weight: the depthwise kernels take one of ones.
+AGGREGATIONS = [
+    Case((6, 7), (3, 3), image=8, points=8, groups=8, offset_groups=2, mask_groups=2, bias=False),
+    Case((11,), (4,), image=6, points=6, groups=6, offset_groups=3, mask_groups=0, stride=(2,),
+         padding=(3,), bias=False),
+    Case((3, 2, 3), (2, 1, 2), image=20, points=20, groups=20, offset_groups=0, mask_groups=4,
+         batch=1, last=True, padding=(1, 0, 1), bias=False),
+]  # fmt: skip
+
+
+def check_aggregation(case: Case, dtype: torch.dtype, device: str, *bounds: float) -> None:
+    made = dataclasses.replace(case.make(dtype, device, float_offset=True), weight=None)
+    exact = made.double()
+    assert close(made.forward(backend), exact.forward(reference), bounds[0])
+    needs = (True, False, True, True, False)
+    want = exact.backward(reference, needs)
+    for name, got, expected in zip("xwomb", made.backward(backend, needs), want, strict=True):
+        if expected is None:
+            assert got is None
+        else:
+            assert close(got, expected, bounds[1]), f"{name}: {error(got, expected):.2e}"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", AGGREGATIONS, ids=str)
+def test_interpreted_aggregation(
+    case: Case, deterministic: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeatable(monkeypatch, deterministic)
+    check_aggregation(case, torch.float32, "cpu", 1e-6, 1e-6)
+
+
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_interpreted(case: Case, interpreted: None) -> None:
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
@@ -591,17 +623,15 @@ def names(plan: Plan) -> list[str]:
     return [step.name for step in plan.steps]
 
 
-@needs_gluon
-@pytest.mark.parametrize("transposed", [False, True])
-def test_calls_are_recalled(
-    transposed: bool, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A call like an earlier one runs its plan at once, with the tensors in the plan's order; any
-    other call is looked at anew."""
-    straight: list[tuple[Plan, list[int]]] = []
+@pytest.fixture
+def straight(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Plan, Sequence[int]]]:
+    """Plans that were run at once, at these addresses; `plans` are those that were looked for."""
+    found: list[tuple[Plan, Sequence[int]]] = []
 
-    def run_at(plan: Plan, given: list[int]) -> list[Tensor]:
-        straight.append((plan, given))
+    def run_at(plan: Plan, given: Sequence[int]) -> list[Tensor]:
+        found.append((plan, given))
         return [torch.empty(r.shape) for r in plan.results]
 
     monkeypatch.setattr(Plan, "run_at", run_at)
@@ -613,6 +643,46 @@ def test_calls_are_recalled(
     monkeypatch.setattr(Plan, "run", run)
     monkeypatch.setattr(backend, "ahead", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the CPU's index is
+    return found
+
+
+@needs_gluon
+def test_aggregations_are_recalled(
+    plans: list[Plan], straight: list[tuple[Plan, Sequence[int]]]
+) -> None:
+    """With the weight of ones, which the call does not have."""
+    family = geometry.FAMILIES[2]
+    forward = backend.recalled(library._forward_kernel(family, lambda: backend), range(3), False)
+    backward = library._backward_kernel(family, lambda: backend)
+    backward = backend.recalled(backward, (1, 0, 2, 3), True)
+    x, offset, mask = (torch.randn(2, c, 9, 9).half() for c in (16, 36, 18))
+    parameters = [[3, 3], [1, 1], [1, 1], [1, 1]]
+    for needs in ([True] * 3, [False, True, True], [True, False, False]):
+        args = (torch.randn_like(x), x, offset, mask, *parameters, needs)
+        for call, given in ((forward, args[1:-1]), (backward, args)):
+            call(*given)
+            plans.clear(), straight.clear()
+            call(*given)
+            (plan, addresses) = straight[0]
+            assert not plans and len(straight) == 1
+            (weight,) = backend._ONES.values()
+            tensors = [x, weight, offset, mask]
+            tensors[1:1] = [args[0]] if call is backward else []
+            assert list(addresses) == [t.data_ptr() for t in tensors]
+            assert [b.shape for b in plan.given if b] == [t.shape for t in tensors]
+    assert (weight == 1).all() and weight.shape == (16, 1, 3, 3)
+
+
+@needs_gluon
+@pytest.mark.parametrize("transposed", [False, True])
+def test_calls_are_recalled(
+    transposed: bool,
+    plans: list[Plan],
+    straight: list[tuple[Plan, Sequence[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call like an earlier one runs its plan at once, with the tensors in the plan's order; any
+    other call is looked at anew."""
     family = geometry.FAMILIES[transposed]
     order = (0, 1, 2, 3, 4) if transposed else (1, 0, 2, 3, 4)
     forward = backend.recalled(
@@ -1424,6 +1494,32 @@ def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
     # Offsets in float32: coordinates in half of these sizes are exact only nearly.
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
     assert not variants.BROKEN
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", AGGREGATIONS, ids=str)
+def test_gpu_aggregation(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
+    check_aggregation(case, dtype, "cuda", *TOLERANCE[dtype])
+
+
+@gpu
+def test_gpu_aggregations_repeat() -> None:
+    """By the function, whose later calls go straight to a plan that has a weight."""
+    torch.manual_seed(0)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            shapes = ((2, 16, 9, 9), (2, 36, 9, 9), (2, 18, 9, 9))
+            tensors = [torch.randn(shape, device="cuda").requires_grad_() for shape in shapes]
+            exact = [t.detach().double().requires_grad_() for t in tensors]
+            for _ in range(3):
+                results = []
+                for given in (tensors, exact):
+                    y = deformnd.deform_aggregate2d(*given, kernel_size=3, padding=1)
+                    results.append((y, *torch.autograd.grad(y.sum(), given)))
+                for got, want in zip(*results, strict=True):
+                    assert close(got, want, 1e-5)
 
 
 # With fewer multiprocessors than any device has, so that small images do not need more programs.

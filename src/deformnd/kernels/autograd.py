@@ -61,8 +61,8 @@ class _Known(NamedTuple):
 class Operator:
     """An operator that goes the direct way (direct.py) where a call allows it.
 
-    count: of its tensors. ways: by dispatch keys two functions, of calls that are differentiated and others. repeat: makes
-    a result that of a known call that is differentiated.
+    count: of its tensors. ways: by dispatch keys two functions, of calls that are differentiated
+    and others. repeat: makes a result that of a known call that is differentiated.
     """
 
     repeat: Callable[..., Tensor]

@@ -94,11 +94,6 @@ def compiled_keys() -> list[str]:
     return [key for key, _ in _BACKENDS[1:] if there[key]]
 
 
-def _backends(family: Family) -> list[tuple[str, Callable[[], Any]]]:
-    """Those that know the family; the GPU kernels want a weight."""
-    return [b for b in _BACKENDS if family.weighted or b[0] != "CUDA"]
-
-
 def _remembered(family: Family) -> Callable[..., Geometry]:
     """The family's geometry, but a call with the sizes of an earlier one is not checked again."""
     known: dict[Any, Geometry] = {}
@@ -327,14 +322,14 @@ def _register(family: Family) -> None:
         f"({', '.join(['Tensor'] * family.tensors)})",
     ):
         _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    backends = _backends(family)
-    kernels = {key: _forward_kernel(family, backend) for key, backend in backends}
-    backward_kernels = {key: _backward_kernel(family, backend) for key, backend in backends}
+    kernels = {key: _forward_kernel(family, backend) for key, backend in _BACKENDS}
+    backward_kernels = {key: _backward_kernel(family, backend) for key, backend in _BACKENDS}
     if "CUDA" in kernels:
-        kernels["CUDA"] = _recalled(kernels["CUDA"], (0, 1, 2, 3, 4), False)
-        order = (0, 1, 2, 3, 4) if family.transposed else (1, 0, 2, 3, 4)
+        kernels["CUDA"] = _recalled(kernels["CUDA"], range(family.tensors), False)
+        first = (0, 1) if family.transposed else (1, 0)
+        order = (*first, *range(2, 1 + family.saved))
         backward_kernels["CUDA"] = _recalled(backward_kernels["CUDA"], order, True)
-    for key, _ in backends:
+    for key, _ in _BACKENDS:
         _lib.impl(family.name, kernels[key], key)
         _lib.impl(backward, backward_kernels[key], key)
     autograd.register(_lib, family, kernels, backward_kernels)

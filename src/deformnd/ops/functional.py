@@ -642,8 +642,7 @@ their checkpoints the channels stand in another order than here.
 
 Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any order
 in all three tensors, backwards and forwards. Derivatives and determinism are those of
-deform_conv{n}d. On GPUs plain PyTorch computes it so far, which is slow and needs memory for all
-samples.
+deform_conv{n}d.
 
 References:
     InternImage (DCNv3), arXiv 2211.05778; DCNv4, arXiv 2401.06197.

@@ -23,7 +23,7 @@ from .runtime import Launch, Plan, ahead
 def gather(
     g: Geometry,
     image: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
@@ -52,7 +52,7 @@ def gradients(
     g: Geometry,
     image: Tensor,
     points: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     needs: Sequence[bool],
@@ -90,16 +90,49 @@ def _replay(plan: Plan, tf32: bool | None, addresses: Sequence[int]) -> list[Ten
     return plan.run_at(addresses)
 
 
+def _replay_with(
+    replay: direct.Replay, place: int, weight: Tensor, addresses: Sequence[int]
+) -> list[Tensor] | None:
+    """Likewise, of a call that has no weight: its place among the tensors, and the one of ones."""
+    found: list[Tensor] | None = replay((*addresses[:place], weight.data_ptr(), *addresses[place:]))
+    return found
+
+
+_ONES: dict[Any, Tensor] = {}
+
+
+def _ones(g: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weight of an aggregation, for the depthwise kernels."""
+    key = (g.image_channels, g.kernel, dtype, device)
+    if key in _ONES:
+        return _ONES[key]
+    weight = torch.ones(g.image_channels, 1, *g.kernel, dtype=dtype, device=device)
+    if _keeps(device):
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams will read it
+        _ONES[key] = weight
+    return weight
+
+
+def _keeps(device: torch.device) -> bool:
+    """Whether a tensor may be kept for later calls: not the memory of a CUDA graph."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def recalled(kernel: Callable[..., Any], order: Sequence[int], backward: bool) -> Any:
     """A kernel of the dispatcher's, but a call like an earlier one only runs that one's plan.
 
-    `order`: its first five arguments, which are tensors or None, as plans have them. See
+    `order`: its first arguments, which are tensors or None, as plans have them. See
     Note [calls like earlier ones] in direct.py.
     """
 
     def call(*args: Any) -> Any:
         parts, addresses = direct.described([args[i] for i in order])
-        key = (kernel, *parts, *[tuple(p) if isinstance(p, list) else p for p in args[5:]])
+        key = (
+            kernel,
+            *parts,
+            *[tuple(p) if isinstance(p, list) else p for p in args[len(order) :]],
+        )
         if key in _CALLS:
             replay, wanted = _CALLS[key]
             results = replay(addresses)
@@ -130,20 +163,22 @@ def _run(
     g: Geometry,
     image: Tensor | None,
     points: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     offset: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
     wanted: tuple[bool, ...] = (),
 ) -> list[Tensor]:
     """Run the plan of the call, which `make` writes."""
-    device = weight.device
+    like = points if image is None else image
+    assert like is not None
+    device, dtype = like.device, like.dtype
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _run(make, g, image, points, weight, offset, mask, bias, wanted)
-    like = points if image is None else image
-    assert like is not None
-    dtype = like.dtype
+    ones = None
+    if weight is None:
+        weight = ones = _ones(g, dtype, device)
     tensors: list[Tensor | None] = []
     layouts: list[Any] = []
     for t in (image, points, weight if weight.dtype == dtype else weight.to(dtype)):
@@ -179,7 +214,12 @@ def _run(
     as_given = all(t is u for t, u in zip(tensors, given, strict=True))
     if as_given and ahead():
         tf32 = allows_tf32() if dtype == torch.float32 else None
-        direct.latest.replay = functools.partial(_replay, plan, tf32)
+        replay = functools.partial(_replay, plan, tf32)
+        if ones is None:
+            direct.latest.replay = replay
+        elif _keeps(device):
+            place = [t is None for t in (image, points)].count(False)
+            direct.latest.replay = functools.partial(_replay_with, replay, place, ones)
     return plan.run(tensors)
 
 
