@@ -109,7 +109,7 @@ class Operator:
             return None
         result: Tensor = results[0]
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-            return self.repeat(*tensors, (known, addresses, result))
+            return self.repeat(*tensors, (known, result))
         return result
 
 
@@ -300,31 +300,24 @@ def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> A
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             ctx.set_materialize_grads(False)
-            saved = args[: family.saved]
-            ctx.save_for_backward(*saved)
-            ctx.known, addresses, result = args[family.tensors]
+            ctx.save_for_backward(*args[: family.saved])
+            ctx.known, result = args[family.tensors]
             ctx.parameters = ctx.known.parameters
-            ctx.addresses = addresses[: len([t for t in saved if t is not None])]
             return result
 
         @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            (grad_output,) = grads
-            # Hooks may have made others of the saved tensors, which then lie elsewhere.
-            if (
-                grad_output is None
-                or direct.backward_kernel(kernels, grads) is None
-                or _addresses(ctx.saved_tensors) != ctx.addresses
-            ):
+        def backward(ctx: Any, grad_output: Any) -> Any:
+            input, *others = ctx.saved_tensors
+            both = (grad_output, input) if family.transposed else (input, grad_output)
+            tensors = (*both, *others)  # as plans have them: the image is before the points
+            if grad_output is None or direct.backward_kernel(kernels, tensors) is None:
                 return (*gradient(ctx, grad_output)[: family.tensors], None)
-            parts, addresses = direct.described(grads)
+            parts, addresses = direct.described(tensors)
             key = (ctx.needs_input_grad, *parts)
             backwards = ctx.known.backwards
             if key in backwards:
                 replay, wanted = backwards[key]
-                image, *others = ctx.addresses
-                both = (*addresses, image) if family.transposed else (image, *addresses)
-                results = replay((*both, *others))
+                results = replay(addresses)
                 if results is not None:
                     return (*direct.spread(results, wanted), None)
             direct.latest.replay = None
@@ -334,10 +327,6 @@ def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> A
             return (*found, None)
 
     return direct.apply(Repeated)
-
-
-def _addresses(tensors: Tensors) -> list[int]:
-    return [t.data_ptr() for t in tensors if t is not None]
 
 
 def _backward_gradient(family: Family, ctx: Any, *along: Tensor | None) -> tuple[Any, ...]:
