@@ -81,5 +81,7 @@ class Core:
             return status
 
 
-core = cpu._run = Core(os.environ["DEFORMND_EMULATED"])
-cpu.best_level = lambda: core.level
+def pytest_configure() -> None:
+    """Before tests are imported, which ask for the level."""
+    core = cpu._run = Core(os.environ["DEFORMND_EMULATED"])
+    cpu.best_level = lambda: core.level
