@@ -13,10 +13,11 @@ from torch import Tensor
 from ..ops.functional import _ints, _outside_a_trace
 
 # As in deformnd itself: imported when they are first asked for.
-_LAZY = ("counters", "mmcv", "torch_pruning", "torchvision", "tvdcn")
+_LAZY = ("counters", "internimage", "mmcv", "torch_pruning", "torchvision", "tvdcn")
 
 if TYPE_CHECKING:
     from . import counters as counters
+    from . import internimage as internimage
     from . import mmcv as mmcv
     from . import torch_pruning as torch_pruning
     from . import torchvision as torchvision

@@ -638,7 +638,8 @@ Raises:
 
 DCNv3 passes a softmax of the mask over the kernel points, DCNv4 the mask as it is. Both packages
 keep channels last, count the kernel points in column-major order and give offsets as (x, y): in
-their checkpoints the channels stand in another order than here.
+their checkpoints the channels stand in another order than here; `deformnd.compat.internimage` has
+their modules.
 
 Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any order
 in all three tensors, backwards and forwards. Derivatives and determinism are those of
