@@ -1,6 +1,7 @@
 """Counters and pruners of other packages take the layers as convolutions."""
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -120,6 +121,39 @@ def test_ptflops(n, transposed, backend):
         )
         biases = (2 * 6 + 6) * math.prod(x.shape[2:]) if bias and backend == "pytorch" else 0
         assert macs == model.products(x) + biases
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.filterwarnings("ignore:.*ersion class:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The distutils:DeprecationWarning")
+def test_packed_aggregations(n):
+    x = inputs(n)[0][:1]
+    options = {"padding": 1, "offset_groups": 2, "mask_activation": None}
+    model = nn.Sequential(getattr(deformnd, f"PackedDeformAggregate{n}d")(4, 3, **options))
+    predictors = sum(p.numel() for p in model.parameters())
+    expected = math.prod(x.shape[2:]) * (predictors + 4 * 3**n)
+    rules = counters.thop()
+    assert type(model[0]) in rules and type(model[0]) in counters.ptflops()
+    ran = False
+    for package in ("thop", "ptflops"):
+        try:
+            module = importlib.import_module(package)
+        except ImportError:
+            continue
+        ran = True
+        if package == "thop":
+            macs = module.profile(copy.deepcopy(model), (x,), custom_ops=rules, verbose=False)[0]
+        else:
+            macs, _ = module.get_model_complexity_info(
+                model,
+                tuple(x.shape[1:]),
+                as_strings=False,
+                print_per_layer_stat=False,
+                custom_modules_hooks=counters.ptflops(),
+            )
+        assert macs == expected
+    if not ran:
+        pytest.skip("neither thop nor ptflops is installed")
 
 
 def test_a_subclass_defined_by_then_is_counted():

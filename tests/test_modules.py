@@ -1,4 +1,4 @@
-"""The twelve layers."""
+"""The layers."""
 
 import copy
 import io
@@ -119,6 +119,11 @@ def test_a_fresh_packed_layer_is_the_plain_convolution(n, transposed, modulated)
         generator_bias=True,
     )
     plain = getattr(nn, f"ConvTranspose{n}d" if transposed else f"Conv{n}d")(4, 6, 3, padding=1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1e9)
+        module.reset_parameters()
+    assert 0 < module.weight.abs().max() < 1 and 0 < module.bias.abs().max() < 1  # torch's
     plain.load_state_dict({k: module.state_dict()[k] for k in ("weight", "bias")})
     x = torch.randn(2, 4, *SIZES[n])
     torch.testing.assert_close(module(x), plain(x))
@@ -457,6 +462,7 @@ def test_inputs_of_layers_that_pad_or_predict(error, input, message):
     for make in (
         deformnd.PackedDeformConv2d,
         deformnd.PackedDeformConvTranspose2d,
+        lambda *sizes: deformnd.PackedDeformAggregate2d(sizes[0], sizes[-1]),
         lambda *sizes: deformnd.PackedDeformConv2d(*sizes, padding=1, padding_mode="reflect"),
     ):
         with pytest.raises(error, match=r"^PackedDeform") as caught:
@@ -542,3 +548,109 @@ def test_a_layer_that_was_pruned_by_hand(transposed):
         torch.testing.assert_close(packed(x[:, :3]), expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="input has 4 channels, expected in_channels 3"):
             packed(x)
+
+
+# Aggregations
+
+
+def aggregation(n, **options):
+    options = {"padding": 1, "offset_groups": 2, "mask_groups": 4, **options}
+    return getattr(deformnd, f"PackedDeformAggregate{n}d")(4, 3, **options)
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_a_fresh_aggregation_is_an_average_or_a_sum(n):
+    x = torch.randn(2, 4, *SIZES[n])
+    average = getattr(F, f"avg_pool{n}d")(x, 3, 1, 1)  # with the zeros around
+    module = aggregation(n)
+    torch.testing.assert_close(module(x), average)
+    torch.testing.assert_close(module(x[0]), average[0])
+    module(x).square().sum().backward()
+    for generator in (module.offset_generator, module.mask_generator):
+        assert generator.weight.grad.any()
+    for options in ({"mask_activation": "sigmoid"}, {"modulated": False}):
+        torch.testing.assert_close(aggregation(n, **options)(x), 3**n * average)
+    plain = aggregation(n, deformable=False, modulated=False)
+    assert not plain.state_dict()
+    torch.testing.assert_close(plain(x), 3**n * average)
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2, "offset_activation": torch.tanh},
+        {"padding": "same", "dilation": 2, "mask_activation": None, "generator_groups": 1},
+        {"padding": "valid", "mask_activation": nn.Tanh(), "generator_bias": True},
+    ],
+)
+def test_an_aggregation_is_generators_and_function(n, options):
+    module = wake(aggregation(n, **options))
+    x = torch.randn(2, 4, *SIZES[n]) if n < 3 else torch.randn(2, 4, 7, 6, 8)
+    offset, mask = module.offset_generator(x), module.mask_generator(x)
+    if "offset_activation" in options:
+        offset = offset.tanh()
+    if "mask_activation" not in options:
+        mask = getattr(deformnd, f"mask_softmax{n}d")(mask, 3)
+    elif options["mask_activation"] is not None:
+        mask = mask.tanh()
+    sizes = {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    expected = getattr(deformnd, f"deform_aggregate{n}d")(x, offset, mask, **sizes)
+    assert torch.equal(module(x), expected)
+    again = aggregation(n, **options)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), expected)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(copied(x), expected)
+    buffer = io.BytesIO()
+    if "offset_activation" not in options:
+        torch.jit.save(torch.jit.script(module), buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.jit.load(buffer)(x), expected)
+    exported = torch.export.export(module.eval(), (x,)).module()
+    assert torch.equal(exported(x), expected)
+    torch.compiler.reset()  # or the cases before count for its limit of compilations
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_training_tools_know_an_aggregation(n):
+    model = nn.Sequential(wake(aggregation(n)))
+    others, predictors = deformnd.parameter_groups(model, lr=1.0)
+    assert (len(others["params"]), len(predictors["params"])) == (0, 2)
+    nn.init.constant_(model[0].offset_generator.weight, 1000.0)
+    with deformnd.watch_offsets(model, every=1), pytest.warns(RuntimeWarning, match="of 0 is"):
+        model(torch.rand(2, 4, *SIZES[n]))
+    deformnd.reset_offsets(model)
+    assert not any(p.any() for p in model.parameters())
+    wake(model[0])
+    model[0].reset_parameters()
+    assert not any(p.any() for p in model.parameters())
+
+
+def test_arguments_of_aggregations():
+    for options, error, message in (
+        ({"groups": 2}, TypeError, "unexpected argument 'groups'"),
+        ({"deform_groups": 2}, TypeError, "'deform_groups'; its name here is offset_groups"),
+        ({"offset_groups": 3}, ValueError, "offset_groups is 3, expected a divisor of in_channels"),
+        ({"mask_groups": 3}, ValueError, "mask_groups is 3, expected a divisor of in_channels 4"),
+        ({"generator_groups": 3}, ValueError, "generator_groups is 3, expected a divisor of in_ch"),
+        ({"mask_activation": "relu"}, ValueError, "mask_activation is 'relu', expected 'sigmoid'"),
+        ({"padding": "same", "stride": 2}, ValueError, "padding is 'same', which expects stride 1"),
+        ({"padding": -1}, ValueError, "padding is -1, expected an int or 2 ints from 0"),
+        ({"stride": "2"}, TypeError, "stride is '2', expected an int or 2 ints"),
+        ({"modulated": "yes"}, TypeError, "modulated is 'yes', expected a bool"),
+        ({"dtype": "float32"}, TypeError, "dtype is 'float32', expected a floating torch.dtype"),
+    ):
+        with pytest.raises(error) as caught:
+            aggregation(2, **options)
+        assert str(caught.value).startswith("PackedDeformAggregate2d: ")
+        assert message in str(caught.value)
+    with pytest.raises(ValueError, match="2d: in_channels is 0, expected an int from 1"):
+        deformnd.PackedDeformAggregate2d(0, 3)
+    module = aggregation(2, dtype=torch.float64, device="meta")
+    assert module.mask_generator.weight.is_meta and repr(module).startswith(
+        "PackedDeformAggregate2d(\n  4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), "
+        "offset_groups=2, mask_groups=4, deformable=True, modulated=True"
+    )

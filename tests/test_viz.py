@@ -115,6 +115,20 @@ def test_stacked_layers():
     assert regular.positions[:2].tolist() == [[10, 6], [10, 8]]
 
 
+def test_aggregations():
+    torch.manual_seed(0)
+    layer = deformnd.PackedDeformAggregate2d(4, 3, 2, "valid", offset_groups=2, mask_groups=2)
+    nn.init.normal_(layer.offset_generator.weight)
+    nn.init.normal_(layer.mask_generator.weight)
+    image = torch.randn(2, 4, 9, 8)
+    (step,) = viz.steps(layer, image, index=1)
+    assert step[:4] == ((3, 3), (2, 2), (0, 0), (1, 1))
+    torch.testing.assert_close(step.offset, layer.offset_generator(image)[1])
+    found = viz.follow([step], (2, 1), group=1)
+    assert found.positions.shape == (9, 2)
+    torch.testing.assert_close(found.weights.sum(), torch.tensor(1.0))
+
+
 class Pack(nn.Module):
     """A hand-written pack, with names of its own, around one DeformConv2d."""
 

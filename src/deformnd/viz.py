@@ -88,7 +88,7 @@ def steps(layers: nn.Module | Iterable[nn.Module], input: Tensor, index: int = 0
     x = input[index : index + 1]
     for layer in _flatten(layers):
         before = x
-        deformable = [m for m in layer.modules() if isinstance(m, _modules._DeformConvNd)]
+        deformable = [m for m in layer.modules() if isinstance(m, _DEFORMABLE)]
         if len(deformable) == 1:
             x, offset, mask = _observe(layer, deformable[0], x)
             found.append(_step(deformable[0], offset, mask))
@@ -105,6 +105,7 @@ def steps(layers: nn.Module | Iterable[nn.Module], input: Tensor, index: int = 0
     return found
 
 
+_DEFORMABLE = (_modules._DeformConvNd, _modules._PackedDeformAggregateNd)
 _REGULAR = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -126,7 +127,7 @@ def _observe(
     seen: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
 
     def note(input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> None:
-        if isinstance(deformable, _modules._Packed):
+        if isinstance(deformable, _modules._Predicting):
             offset, mask = deformable._offset(input), deformable._mask(input)
         seen.append((input, offset, mask))
 
@@ -148,7 +149,8 @@ def _observe(
 
 def _step(layer: Any, offset: Tensor | None, mask: Tensor | None) -> Step:
     # The rank stands in the name of torch's poolings and nowhere else.
-    n = len(layer.kernel_size) if hasattr(layer, "weight") else int(type(layer).__name__[-2])
+    known = isinstance(layer, _DEFORMABLE) or hasattr(layer, "weight")
+    n = len(layer.kernel_size) if known else int(type(layer).__name__[-2])
 
     def values(size: Any) -> tuple[int, ...]:
         return tuple(_values(size, n))

@@ -10,7 +10,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from ..ops.modules import _DeformConvNd, _DeformConvTransposeNd, _Packed
+from ..ops.modules import _DeformConvNd, _DeformConvTransposeNd, _Predicting
 from . import packages
 
 
@@ -90,7 +90,7 @@ def reset_offsets(model: nn.Module) -> None:
         False
     """
     _check_model("reset_offsets", model)
-    layers = [m for m in model.modules() if isinstance(m, _Packed)]
+    layers = [m for m in model.modules() if isinstance(m, _Predicting)]
     if not layers:
         raise ValueError("reset_offsets: the model has no packed layer of deformnd")
     for parameter in [p for layer in layers for p in layer._to_zero()]:
@@ -160,7 +160,7 @@ class watch_offsets:
 
     def _watch(self, name: str, layer: Any) -> None:
         package, kind, packed = packages.known(layer) or ("", "", False)
-        if isinstance(layer, _Packed) or (package == "tvdcn" and packed):
+        if isinstance(layer, _Predicting) or (package == "tvdcn" and packed):
             if layer.offset_generator is not None:
                 look = _Look(self, name, layer.offset_activation, 1.0)
                 self._handles.append(layer.offset_generator.register_forward_hook(look))

@@ -2,8 +2,8 @@
 
 Each function gives a dictionary to hand over. Counted are the multiplications of the ordinary
 convolution, those of the predictors of a packed layer among them, as the packages count them, and
-not the interpolation; of deform_aggregate, which thop does not see, those of a depthwise
-convolution. torch.utils.flop_counter knows the operators without help.
+not the interpolation; of deform_aggregate, which thop sees in packed layers alone, those of a
+depthwise convolution. torch.utils.flop_counter knows the operators without help.
 
 Example:
     >>> import torch
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.modules import _DeformConvNd, _DeformConvTransposeNd, _Packed
+from ..ops.modules import _DeformConvNd, _DeformConvTransposeNd, _Predicting
 
 __all__ = ["fvcore", "ptflops", "thop"]
 
@@ -75,7 +75,7 @@ def ptflops() -> dict[Any, Callable[..., Any]]:
     """
 
     def of_layer(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        biases = 0 if layer.bias is None else output.numel()
+        biases = 0 if getattr(layer, "bias", None) is None else output.numel()
         layer.__flops__ += _of_layer(layer, inputs[0], output) + biases
         layer.__flops__ += _taken(layer, "__flops__")
 
@@ -101,8 +101,10 @@ def _products(positions: Sequence[int], weight: Sequence[int]) -> int:
 
 def _of_layer(layer: Any, input: Tensor, output: Tensor) -> int:
     positions = input if layer.transposed else output
-    batched = positions.dim() == layer.weight.dim()
-    return _products((positions if batched else positions[None]).shape, layer.weight.shape)
+    batched = positions.dim() == layer.rank + 2
+    weight = getattr(layer, "weight", None)
+    shape = (layer.in_channels, *layer.kernel_size) if weight is None else weight.shape
+    return _products((positions if batched else positions[None]).shape, shape)
 
 
 def _taken(module: nn.Module, count: str) -> Any:
@@ -122,7 +124,7 @@ def _taken(module: nn.Module, count: str) -> Any:
 
 def _layers() -> set[type]:
     found: set[type] = set()
-    new: list[type] = [_DeformConvNd, _DeformConvTransposeNd, _Packed]
+    new: list[type] = [_DeformConvNd, _DeformConvTransposeNd, _Predicting]
     while new:
         kind = new.pop()
         if kind not in found:

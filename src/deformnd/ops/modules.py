@@ -1,7 +1,8 @@
-"""Layers: the six operators as modules, and packed ones that predict their own offset and mask.
+"""Layers: the operators as modules, and packed ones that predict their own offset and mask.
 
-The rank-free bases do the work; the twelve classes name it. Weight initialisation, repr, dtype and
-device arguments and state_dict names are those of torch's own convolutions, which they subclass.
+The rank-free bases do the work; the fifteen classes name it. Weight initialisation, repr, dtype and
+device arguments and state_dict names are those of torch's own convolutions, which they subclass;
+aggregations, which have no weight, are packed ones alone.
 """
 
 # ruff: noqa: UP006, UP007, UP035, UP045
@@ -11,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, List, Optional, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, List, Optional, TypeVar, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from .functional import (
     _ints,
     _node,
     _outside_a_trace,
+    deform_aggregate,
     deform_conv,
     deform_conv_transpose,
 )
@@ -40,6 +42,9 @@ __all__ = [
     "DeformConvTranspose1d",
     "DeformConvTranspose2d",
     "DeformConvTranspose3d",
+    "PackedDeformAggregate1d",
+    "PackedDeformAggregate2d",
+    "PackedDeformAggregate3d",
     "PackedDeformConv1d",
     "PackedDeformConv2d",
     "PackedDeformConv3d",
@@ -130,6 +135,37 @@ Example:
 """
 
 
+_AGGREGATE_DOC = """`deform_aggregate{n}d` that predicts its own offset and mask: forward(input).
+
+The layer has no weight, and each channel is sampled by itself: pointwise convolutions around it mix
+them. The predictors `offset_generator` and `mask_generator` are convolutions with this layer's
+kernel size, stride, padding and dilation. They start at zero: a fresh layer computes the average
+over the kernel points, or with mask_activation 'sigmoid' their sum.
+
+Args:
+    in_channels: of the input, and of the output as well.
+    kernel_size ... dilation: as for `deform_aggregate{n}d`.
+    offset_groups, mask_groups: blocks of channels with an offset, or a mask, of their own; each
+        divides in_channels. DCNv3 and DCNv4 have one for each 16 or 32 channels.
+    generator_bias ... modulated: as for `PackedDeformConv{n}d`, but modulated is True by default,
+        since the mask does here what a weight does there.
+    offset_activation, mask_activation: as for `PackedDeformConv{n}d`, but for the default of the
+        latter, 'softmax' as in DCNv3. None is DCNv4's, whose fresh layer gives zero.
+    device, dtype: of the generators.
+    generator_groups: as for `PackedDeformConv{n}d`.
+
+Shapes, errors and precision are those of `deform_aggregate{n}d`. InternImage's own layers are in
+`deformnd.compat.internimage`.
+
+Example:
+    >>> import torch
+    >>> from deformnd import PackedDeformAggregate{n}d
+    >>> layer = PackedDeformAggregate{n}d(4, 3, padding=1, offset_groups=2, mask_groups=2)
+    >>> layer(torch.rand(2, 4, {size})).shape
+    torch.Size([2, 4, {size}])
+"""
+
+
 def _words(n: int) -> dict[str, Any]:
     return {"n": n, "size": ", ".join(["8"] * n), "offset": n * 3**n}
 
@@ -195,7 +231,7 @@ def _refuse(module: Any, options: dict[str, Any]) -> None:
     for key in options:
         hint = ""
         if key in ("offset_groups", "mask_groups", "deform_groups", "deformable_groups"):
-            if not isinstance(module, _Packed):
+            if not isinstance(module, _Predicting):
                 source = "mask" if key == "mask_groups" else "offset"
                 hint = f"; the number of groups is read off the {source}'s channels"
             else:
@@ -228,14 +264,15 @@ def _check_input(module: Any, input: Tensor) -> None:
             f"{name}: input has {channels} channels, expected in_channels {expected}; "
             f"input {list(input.shape)}"
         )
-    if weight is not None:
-        if weight.device != input.device:
-            raise ValueError(
-                f"{name}: input is on {input.device}, expected {weight.device} as weight"
-            )
-        if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    key, like = "weight", weight
+    if isinstance(module, _PackedDeformAggregateNd):
+        key, like = module._generators_weight()
+    if like is not None:
+        if like.device != input.device:
+            raise ValueError(f"{name}: input is on {input.device}, expected {like.device} as {key}")
+        if like.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(
-                f"{name}: input has dtype {input.dtype}, expected {weight.dtype} as weight"
+                f"{name}: input has dtype {input.dtype}, expected {like.dtype} as {key}"
             )
     # As F.pad takes them: the last axis first.
     around = [0, 0] * n if module.transposed else module._reversed_padding_repeated_twice
@@ -264,6 +301,18 @@ def _check_output_size(module: Any, sizes: Any) -> None:
     if not isinstance(sizes, (list, tuple)) or not all(isinstance(s, ints) for s in sizes):
         name = type(module).__name__
         raise TypeError(f"{name}: output_size is {sizes!r}, expected a list of ints")
+
+
+def _around(module: Any) -> List[int]:
+    """The padding as F.pad takes it: the last axis first."""
+    around: List[int] = []
+    for a in reversed(range(module.rank)):
+        if isinstance(module.padding, str):
+            total = (module.padding == "same") * module.dilation[a] * (module.kernel_size[a] - 1)
+            around += [total // 2, total - total // 2]
+        else:
+            around += [module.padding[a]] * 2
+    return around
 
 
 class _DeformConvNd(ConvNd):
@@ -306,15 +355,8 @@ class _DeformConvNd(ConvNd):
             device=device,
             dtype=dtype,
         )
-        # As F.pad takes it: the last axis first. torch has the same by this name, a private one.
-        around: List[int] = []
-        for a in reversed(range(self.rank)):
-            if isinstance(self.padding, str):
-                total = (padding == "same") * self.dilation[a] * (self.kernel_size[a] - 1)
-                around += [total // 2, total - total // 2]
-            else:
-                around += [self.padding[a]] * 2
-        self._reversed_padding_repeated_twice = around
+        # torch has the same by this name, a private one.
+        self._reversed_padding_repeated_twice = _around(self)
 
     def forward(
         self, input: Tensor, offset: Optional[Tensor], mask: Optional[Tensor] = None
@@ -551,10 +593,16 @@ def _module(activation: Any) -> Optional[nn.Module]:
     return _Call(activation)
 
 
-class _Packed(ConvNd):
-    """What the packed layers add to either family: the generators and their activations."""
+class _Predicting(nn.Module):
+    """What the packed layers add: the generators and their activations."""
 
     rank: int
+    if TYPE_CHECKING:  # TorchScript would take them for types of its own
+        in_channels: int
+        kernel_size: tuple[int, ...]
+        transposed: bool
+
+        def reset_parameters(self) -> None: ...
 
     def _add_generators(
         self,
@@ -638,13 +686,6 @@ class _Packed(ConvNd):
                         f"expected a divisor of {side} {channels}"
                     )
 
-    def reset_parameters(self) -> None:
-        """Initialise the weight as torch's convolution does, and the generators with zero."""
-        zeros = self._to_zero()
-        super().reset_parameters()
-        for parameter in zeros:
-            nn.init.zeros_(parameter)
-
     def _to_zero(self) -> list[Tensor]:
         """The parameters that make the generators' outputs zero if they are zero."""
         found = []
@@ -682,6 +723,23 @@ class _Packed(ConvNd):
             mask = self.mask_activation(mask)
         return mask
 
+    def _repr_of_predictions(self) -> str:
+        return (
+            f"offset_groups={self.offset_groups}, mask_groups={self.mask_groups}, "
+            f"deformable={self.deformable}, modulated={self.modulated}"
+        )
+
+
+class _Packed(_Predicting, ConvNd):
+    """A convolution of either family that predicts its own offset and mask."""
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight as torch's convolution does, and the generators with zero."""
+        zeros = self._to_zero()
+        super().reset_parameters()
+        for parameter in zeros:
+            nn.init.zeros_(parameter)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -700,11 +758,7 @@ class _Packed(ConvNd):
 
     def extra_repr(self) -> str:
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
-        return (
-            f"{plain}, offset_groups={self.offset_groups}, "
-            f"mask_groups={self.mask_groups}, deformable={self.deformable}, "
-            f"modulated={self.modulated}"
-        )
+        return f"{plain}, {self._repr_of_predictions()}"
 
 
 def _last_convolution(generator: nn.Module) -> Optional[ConvNd]:
@@ -849,6 +903,111 @@ class _PackedDeformConvTransposeNd(_Packed, _DeformConvTransposeNd):
         if not torch.jit.is_scripting():
             _outside_a_trace(_check_input, self, input)
         return self._deform(input, self._offset(input), self._mask(input), output_size)
+
+
+class _PackedDeformAggregateNd(_Predicting):
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
+        dilation: Size = 1,
+        offset_groups: int = 1,
+        mask_groups: int = 1,
+        generator_bias: bool = False,
+        deformable: bool = True,
+        modulated: bool = True,
+        offset_activation: Activation = None,
+        mask_activation: Activation = "softmax",
+        device: Any = None,
+        dtype: Any = None,
+        generator_groups: Optional[int] = None,
+        **unknown: Any,
+    ) -> None:
+        _refuse(self, unknown)
+        super().__init__()
+        name = type(self).__name__
+        (self.in_channels,) = check_ints(name, "in_channels", in_channels, 0, 1)
+        self.out_channels = self.in_channels
+        self.kernel_size = _tuple(self, "kernel_size", kernel_size)
+        self.stride = _tuple(self, "stride", stride)
+        if isinstance(padding, str):
+            _check_padding(self, padding, self.stride)
+        self.padding = padding if isinstance(padding, str) else _tuple(self, "padding", padding)
+        self.dilation = _tuple(self, "dilation", dilation)
+        self.transposed = False
+        self.padding_mode = "zeros"
+        self._reversed_padding_repeated_twice = _around(self)
+        generator = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "bias": generator_bias,
+            "device": device,
+            "dtype": dtype,
+        }
+        self._add_generators(
+            generator,
+            offset_groups,
+            mask_groups,
+            deformable,
+            modulated,
+            offset_activation,
+            mask_activation,
+            generator_groups,
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialise the generators with zero."""
+        for parameter in self._to_zero():
+            nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            _outside_a_trace(_check_input, self, input)
+        return deform_aggregate(
+            len(self.kernel_size),
+            input,
+            self._offset(input),
+            self._mask(input),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+
+    def _generators_weight(self) -> tuple[str, Optional[Tensor]]:
+        """The name of a weight that an input must agree with, and it."""
+        for key in ("offset_generator", "mask_generator"):
+            weight = getattr(getattr(self, key), "_parameters", {}).get("weight")
+            if weight is not None:
+                return f"{key}.weight", weight
+        return "", None
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if self.padding != (0,) * self.rank:
+            text += f", padding={self.padding}"
+        if self.dilation != (1,) * self.rank:
+            text += f", dilation={self.dilation}"
+        return f"{text}, {self._repr_of_predictions()}"
+
+
+class PackedDeformAggregate1d(_PackedDeformAggregateNd):
+    __doc__ = _AGGREGATE_DOC.format(**_words(1))
+    rank = 1
+
+
+class PackedDeformAggregate2d(_PackedDeformAggregateNd):
+    __doc__ = _AGGREGATE_DOC.format(**_words(2))
+    rank = 2
+
+
+class PackedDeformAggregate3d(_PackedDeformAggregateNd):
+    __doc__ = _AGGREGATE_DOC.format(**_words(3))
+    rank = 3
 
 
 class PackedDeformConv1d(_PackedDeformConvNd, DeformConv1d):
