@@ -151,7 +151,7 @@ def random_state(shapes):
 NORM = {f"dw_conv.1.0.running_{k}": (C,) for k in ("mean", "var")}
 CASES3 = {
     "plain": ({}, saved3()),
-    "scaled": ({"offset_scale": 2.0}, saved3()),
+    "scaled": ({"offset_scale": 2.0, "use_dcn_v4_op": True}, saved3()),
     "shrunk": ({"offset_scale": 0.7, "kernel_size": 5, "pad": 2}, saved3(5, None, 25)),
     "strided": ({"stride": 2, "center_feature_scale": True}, saved3(center=True)),
     "dilated": ({"dilation": 2, "pad": 2, "offset_scale": 1.5, "stride": 3}, saved3()),
@@ -348,6 +348,107 @@ def test_forward_refuses():
     with pytest.raises(TypeError, match=r"DCNv4: shape is 4, expected two ints"):
         layer(x, 4)
     assert layer(x, torch.Size([4, 5])).shape == x.shape
+
+
+def stand_in(kind, module, **options):
+    """What `convert` sees of an original: its parts, attributes and names, and the formula."""
+    made = awake(kind, **options)[0]
+
+    class Original(nn.Module):
+        def __init__(self):
+            super().__init__()
+            vars(self).update({k: v for k, v in vars(made).items() if k[0] != "_"})
+            self.__dict__["made"] = made
+            self._modules.update({k: m for k, m in made._modules.items() if m is not None})
+            self._parameters.update({k: p for k, p in made._parameters.items() if p is not None})
+            if self.center_feature_scale:
+                self.center_feature_scale_module = nn.Identity()
+
+        def forward(self, input, shape=None):
+            state = dict(self.named_parameters())
+            if kind is DCNv3:
+                return formula3(state, input, made)
+            return formula4(state, input, made, *(shape or (6, 6)))
+
+    Original.__name__, Original.__module__ = kind.__name__, module
+    return Original()
+
+
+CENTERED = {"center_feature_scale": True, "remove_center": True, "offset_scale": 2.0}
+
+
+@pytest.mark.parametrize("options", [{}, CENTERED, {"dw_kernel_size": 5}])
+@pytest.mark.parametrize(
+    "kind, module",
+    [
+        (DCNv3, "ops_dcnv3.modules.dcnv3"),
+        (DCNv3, "transformers_modules.OpenGVLab.internimage_t_1k_224.dcnv3"),
+        (DCNv4, "DCNv4.modules.dcnv4"),
+    ],
+)
+def test_convert(kind, module, options, capsys):
+    x = torch.randn(2, 6, 6, C) if kind is DCNv3 else torch.randn(2, 36, C)
+    model = nn.Sequential(stand_in(kind, module, **options), nn.Identity()).eval()
+    expected, parameters = model(x), dict(model.named_parameters())
+    old = model[0]
+    seen = []
+    old.register_forward_hook(lambda m, args, out: seen.append(out))
+    assert deformnd.convert(model, check=x) is model
+    assert capsys.readouterr().out == (
+        f"deformnd.convert: 1 layer replaced\n  {kind.__name__} -> {kind.__name__}: 0\n"
+    )
+    assert type(model[0]) is kind and not model[0].training
+    assert {k: id(p) for k, p in model.named_parameters()} == {
+        k: id(p) for k, p in parameters.items()
+    }
+    seen.clear()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 1  # the hook came along
+    with pytest.raises(ValueError, match="found nothing to replace; no other layer of it looks"):
+        deformnd.convert(model)
+
+
+def test_convert_refuses():
+    module = "ops_dcnv3.modules.dcnv3"
+    for change, message in (
+        (lambda m: setattr(m, "stride", 2), "stride is 2, expected 1"),
+        (lambda m: delattr(m, "pad"), "has no pad, expected a DCNv3 as OpenGVLab's"),
+        (lambda m: setattr(m, "pad", 0), "pad is 0, expected 1"),
+        (lambda m: setattr(m, "gate", nn.Linear(1, 1)), r"has other parts .* \['gate', 'gate.bias"),
+        (lambda m: setattr(m, "drop", nn.Dropout()), r"has other parts .* \['drop'\]"),
+    ):
+        layer = stand_in(DCNv3, module)
+        change(layer)
+        with pytest.raises(ValueError, match=f"convert: DCNv3 '0'.* ?{message}"):
+            deformnd.convert(nn.Sequential(layer))
+
+    class Mine(DCNv3):  # by whatever name
+        pass
+
+    Mine.__name__, Mine.__module__ = "DCNv3", module
+    with pytest.raises(ValueError, match="found nothing to replace; no other layer of it looks"):
+        deformnd.convert(nn.Sequential(Mine(C, group=G)))
+
+
+@pytest.mark.parametrize("kind", [DCNv3, DCNv4])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_watch_offsets(kind, theirs):
+    layer, x = awake(kind, offset_scale=2.0, remove_center=True)
+    predictor = layer.offset if kind is DCNv3 else layer.offset_mask
+    nn.init.zeros_(predictor.weight)
+    both = torch.full((G, 3, 8), 30.0)
+    both[:, 2] = 1e6  # of DCNv4 the masks
+    with torch.no_grad():
+        predictor.bias.fill_(1e6)[: 72 if kind is DCNv4 else 48] = (
+            both.flatten() if kind is DCNv4 else 30.0
+        )
+    if theirs:
+        original = stand_in(kind, f"x.{kind.__name__}", offset_scale=2.0, remove_center=True)
+        original._modules.update(layer._modules)
+        layer = original
+    with deformnd.watch_offsets(nn.Sequential(layer), every=1):
+        with pytest.warns(RuntimeWarning, match="of 0 is 60 pixels, above 50"):
+            predictor(x) if theirs else layer(x)  # a stand-in calls none of its parts
 
 
 def test_names():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..compat import mmcv
+from ..compat import internimage, mmcv
 from ..ops.bases import ConvNd
 from ..ops.checkpoints import Part, take_original
 from ..ops.modules import (
@@ -120,8 +120,9 @@ def convert(
 
     Known are torchvision's DeformConv2d; mmcv's DeformConv2d, ModulatedDeformConv2d and their
     Packs, also under the names and in the packages (mmdet, mmedit, BasicSR) that carried them
-    before; all twelve layers of tvdcn. A subclass counts only if it does not change forward. Layers
-    whose forward takes another input for the offset cannot be replaced:
+    before; all twelve layers of tvdcn; OpenGVLab's DCNv3 and DCNv4 of stride 1, wherever a file or
+    folder dcnv3 or dcnv4 has them (Hugging Face's InternImage). A subclass counts only if it does
+    not change forward. Layers whose forward takes another input for the offset cannot be replaced:
     `deformnd.compat.torchvision.accelerate()` reaches them if they call torchvision's function.
 
     The new layers hold the same Parameter objects, so optimizers stay valid; only where one
@@ -241,6 +242,9 @@ def _others(model: nn.Module, replaced: Collection[str]) -> str:
     return f"without a rule: {found}"
 
 
+_LAYERS = (_DeformConvNd, _DeformConvTransposeNd, internimage.DCNv3, internimage.DCNv4)
+
+
 def _deform_like(model: nn.Module, replaced: Collection[str] = ()) -> Counter[str]:
     """Layers, not deformnd's, not replaced and with none inside, that look deformable by name."""
     return Counter(
@@ -249,7 +253,7 @@ def _deform_like(model: nn.Module, replaced: Collection[str] = ()) -> Counter[st
         else f"a scripted {m.original_name}"
         for name, m in model.named_modules()
         if packages.looks_deformable(m)
-        and not any(isinstance(c, (_DeformConvNd, _DeformConvTransposeNd)) for c in m.modules())
+        and not any(isinstance(c, _LAYERS) for c in m.modules())
         and not inside(name, replaced)
     )
 
@@ -260,6 +264,8 @@ def _from_package(where: str, module: Any) -> nn.Module | None:
     if found is None:
         return None
     package, name, packed = found
+    if package == "opengvlab":
+        return _from_opengvlab(where, module, name)
     if package == "mmcv" and packed:
         joint = "conv_offset" if name.startswith("Modulated") else None
         return _from_rule(where, module, PackRule("conv_offset", joint))
@@ -289,6 +295,43 @@ def _from_package(where: str, module: Any) -> nn.Module | None:
     _check_leftovers(where, module, module, [getattr(module, key) for key in keys])
     layer.offset_generator = module.offset_generator
     layer.mask_generator = module.mask_generator
+    take_place(layer, module)
+    return layer  # type: ignore[no-any-return]
+
+
+_SIZES = ("channels", "kernel_size", "dw_kernel_size", "stride", "pad", "dilation", "group")
+
+
+def _from_opengvlab(where: str, module: Any, name: str) -> nn.Module:
+    """DCNv3 and DCNv4: what has the same parts by the same names takes them over."""
+    keys = [*_SIZES, "offset_scale", "center_feature_scale"]
+    absent = [key for key in keys if not hasattr(module, key)]
+    if absent:
+        raise ValueError(f"{where} has no {absent[0]}, expected a {name} as OpenGVLab's")
+    if module.stride != 1:
+        raise ValueError(
+            f"{where}: stride is {module.stride}, expected 1: with another it reads offsets of "
+            "other positions, which deformnd does not imitate"
+        )
+    options = {key: getattr(module, key) for key in keys}
+    options["remove_center"] = getattr(module, "remove_center", False)
+    kind: Any = internimage.DCNv3
+    if name == "DCNv4":
+        kind, options["without_pointwise"] = internimage.DCNv4, module.without_pointwise
+    try:
+        with torch.device("meta"):
+            layer = kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    for key in [key for key, child in layer.named_children()]:
+        setattr(layer, key, getattr(module, key))
+    for key in [key for key, _ in layer.named_parameters(recurse=False)]:
+        setattr(layer, key, getattr(module, key))
+    kept = {"center_feature_scale_module", *dict(layer.named_children())}  # a function of no state
+    more = {key for key, _ in module.named_children()} - kept
+    more |= set(module.state_dict()) ^ set(layer.state_dict())
+    if more:
+        raise ValueError(f"{where} has other parts than OpenGVLab's {name}: {sorted(more)}")
     take_place(layer, module)
     return layer  # type: ignore[no-any-return]
 

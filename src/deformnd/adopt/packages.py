@@ -10,11 +10,14 @@ from torch import nn
 _OLD_AND_NEW = ("DeformConv", "DeformConv2d")
 _PLAIN = {f"{prefix}{name}" for prefix in ("", "Modulated") for name in _OLD_AND_NEW}
 _MMCV = {**dict.fromkeys(_PLAIN, False), **dict.fromkeys((f"{n}Pack" for n in _PLAIN), True)}
+_OPENGVLAB = ("DCNv3", "DCNv3_pytorch", "DCNv4")
 _MMCV_PACKAGES = ("mmcv", "mmdet", "mmedit", "basicsr", "easyocr")
 
 
 def known(module: nn.Module) -> tuple[str, str, bool] | None:
-    """The package ('torchvision', 'mmcv' or 'tvdcn'), the class and whether it predicts its offset.
+    """The package, the class and whether it predicts its offset.
+
+    The package is 'torchvision', 'mmcv', 'tvdcn' or 'opengvlab', whose files are copied around.
 
     None for any other module, and for a subclass, or an object, that changes forward.
     """
@@ -29,9 +32,16 @@ def known(module: nn.Module) -> tuple[str, str, bool] | None:
             return package, name, False
         if package in _MMCV_PACKAGES and name in _MMCV:
             return "mmcv", name, _MMCV[name]
+        if name in _OPENGVLAB and re.search("dcnv[34]", kind.__module__.lower()):
+            return None if ours(module) else ("opengvlab", name, True)
         if package == "tvdcn" and re.fullmatch(r"(Packed)?DeformConv(Transpose)?[123]d", name):
             return package, name, name.startswith("Packed")
     return None
+
+
+def ours(module: nn.Module) -> bool:
+    """Whether it is a layer of this package, or of a class made of one."""
+    return any(kind.__module__.startswith("deformnd.") for kind in type(module).__mro__)
 
 
 def is_aligner(module: nn.Module) -> bool:

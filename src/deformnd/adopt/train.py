@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor, nn
 
+from ..compat import internimage
 from ..ops.modules import _DeformConvNd, _DeformConvTransposeNd, _Predicting
 from . import packages
 
@@ -122,8 +124,8 @@ class watch_offsets:
     that is saved and loaded, is not watched.
 
     Args:
-        model: has deformable layers: deformnd's, or those of torchvision, mmcv, BasicSR or tvdcn
-            that `convert` knows.
+        model: has deformable layers: deformnd's, or those of torchvision, mmcv, BasicSR, tvdcn or
+            OpenGVLab that `convert` knows.
         limit: in pixels, at least 0. 50 is what BasicSR warns at.
         every: look at the first of so many calls (each look waits for the device).
 
@@ -164,6 +166,10 @@ class watch_offsets:
             if layer.offset_generator is not None:
                 look = _Look(self, name, layer.offset_activation, 1.0)
                 self._handles.append(layer.offset_generator.register_forward_hook(look))
+        elif package == "opengvlab" or isinstance(layer, (internimage.DCNv3, internimage.DCNv4)):
+            predictor = layer.offset_mask if hasattr(layer, "offset_mask") else layer.offset
+            look = _Look(self, name, functools.partial(_offset_of_opengvlab, layer), 1.0)
+            self._handles.append(predictor.register_forward_hook(look))
         elif packed or packages.is_aligner(layer):
             # Two of three channels of a modulated layer's prediction are the offset.
             share = 2 / 3 if not packed or kind.startswith("Modulated") else 1.0
@@ -186,6 +192,16 @@ class watch_offsets:
         self.remove()
 
 
+def _offset_of_opengvlab(layer: Any, predicted: Tensor) -> Tensor:
+    """In pixels, of what DCNv3's `offset` or DCNv4's `offset_mask` predicts."""
+    if hasattr(layer, "offset_mask"):
+        points = layer.kernel_size**2 - layer.remove_center
+        predicted = predicted[..., : layer.group * points * 3].unflatten(-1, (layer.group, -1))
+        predicted = predicted[..., : points * 2]
+    offset: Tensor = predicted * layer.offset_scale
+    return offset
+
+
 class _Look:
     """The hook of one layer: a forward hook of its predictor, or a forward pre-hook of itself."""
 
@@ -205,7 +221,8 @@ class _Look:
         if (self.calls - 1) % self.watch.every:
             return
         with torch.no_grad():
-            offset = offset[:, : round(self.share * offset.shape[1])]
+            if self.share < 1:
+                offset = offset[:, : round(self.share * offset.shape[1])]
             if self.activation is not None:
                 offset = self.activation(offset)
             mean = offset.abs().mean().item()

@@ -214,6 +214,7 @@ class DCNv3(_Module):
         center_feature_scale: blend each output with the projected input at its middle, by a share
             that is predicted for each group.
         remove_center: leave out the kernel point in the middle; kernel_size is odd then.
+        use_dcn_v4_op: has no meaning here; the two operators compute the same.
 
     Raises:
         ValueError, TypeError: an argument or the input does not fit; the message names it.
@@ -245,6 +246,7 @@ class DCNv3(_Module):
         norm_layer: str = "LN",
         center_feature_scale: bool = False,
         remove_center: bool = False,
+        use_dcn_v4_op: bool = False,
     ) -> None:
         super().__init__(
             channels,
@@ -258,6 +260,7 @@ class DCNv3(_Module):
             center_feature_scale,
             remove_center,
         )
+        del use_dcn_v4_op
         name, size = type(self).__name__, self.dw_kernel_size or 1
         if norm_layer not in ("LN", "BN"):
             raise ValueError(f"{name}: norm_layer is {norm_layer!r}, expected 'LN' or 'BN'")
