@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -272,8 +273,14 @@ def test_in_torchs_tools(kind, options):
     file = io.BytesIO()
     torch.jit.save(scripted, file)
     file.seek(0)
-    for again in (scripted, torch.jit.load(file), torch.export.export(module, (x,)).module()):
-        torch.testing.assert_close(again(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(module, (x,))
+    others = [traced, scripted, torch.jit.load(file), torch.export.export(module, (x,)).module()]
+    if kind is DCNv3:
+        others.append(torch.fx.symbolic_trace(module))
+    for other in others:
+        torch.testing.assert_close(other(x), expected)
     if kind is DCNv3:
         sizes = {i: torch.export.Dim.DYNAMIC for i in range(3)}
         program = torch.export.export(module, (x,), dynamic_shapes=(sizes,)).module()
@@ -287,6 +294,32 @@ def test_in_torchs_tools(kind, options):
         half = module(x)
     assert half.dtype == torch.bfloat16 and relative_error(half, expected) < 0.05
     assert relative_error(module.bfloat16()(x.bfloat16()), expected) < 0.05
+
+
+class OfAnImage(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, image):
+        return self.layer(image.flatten(2).transpose(1, 2), image.shape[2:])
+
+
+def test_dcnv4_of_the_shape_of_an_image():
+    model = OfAnImage(awake(DCNv4, offset_scale=2.0)[0]).eval()
+    image, larger = torch.randn(2, C, 4, 5), torch.randn(1, C, 7, 6)
+    expected = formula4(
+        dict(model.layer.named_parameters()), larger.flatten(2).mT.contiguous(), model.layer, 7, 6
+    )
+    torch.testing.assert_close(model(larger), expected, rtol=1e-4, atol=1e-4)
+    sizes = ({i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},)
+    exported = torch.export.export(model, (image,), dynamic_shapes=sizes).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, (image,))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for other in (exported, traced, compiled):
+        torch.testing.assert_close(other(larger), model(larger))
 
 
 def test_half_offsets_keep_their_precision_where_they_are_scaled():
@@ -416,6 +449,7 @@ def test_convert_refuses():
         (lambda m: setattr(m, "pad", 0), "pad is 0, expected 1"),
         (lambda m: setattr(m, "gate", nn.Linear(1, 1)), r"has other parts .* \['gate', 'gate.bias"),
         (lambda m: setattr(m, "drop", nn.Dropout()), r"has other parts .* \['drop'\]"),
+        (lambda m: delattr(m, "mask"), "has no mask, expected a DCNv3 as Op"),
     ):
         layer = stand_in(DCNv3, module)
         change(layer)

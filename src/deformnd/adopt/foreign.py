@@ -305,9 +305,9 @@ _SIZES = ("channels", "kernel_size", "dw_kernel_size", "stride", "pad", "dilatio
 def _from_opengvlab(where: str, module: Any, name: str) -> nn.Module:
     """DCNv3 and DCNv4: what has the same parts by the same names takes them over."""
     keys = [*_SIZES, "offset_scale", "center_feature_scale"]
-    absent = [key for key in keys if not hasattr(module, key)]
-    if absent:
-        raise ValueError(f"{where} has no {absent[0]}, expected a {name} as OpenGVLab's")
+    for key in keys:
+        if not hasattr(module, key):
+            raise ValueError(f"{where} has no {key}, expected a {name} as OpenGVLab's")
     if module.stride != 1:
         raise ValueError(
             f"{where}: stride is {module.stride}, expected 1: with another it reads offsets of "
@@ -317,15 +317,17 @@ def _from_opengvlab(where: str, module: Any, name: str) -> nn.Module:
     options["remove_center"] = getattr(module, "remove_center", False)
     kind: Any = internimage.DCNv3
     if name == "DCNv4":
-        kind, options["without_pointwise"] = internimage.DCNv4, module.without_pointwise
+        kind = internimage.DCNv4
+        options["without_pointwise"] = getattr(module, "without_pointwise", False)
     try:
         with torch.device("meta"):
             layer = kind(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    for key in [key for key, child in layer.named_children()]:
-        setattr(layer, key, getattr(module, key))
-    for key in [key for key, _ in layer.named_parameters(recurse=False)]:
+    parts = [*layer.named_children(), *layer.named_parameters(recurse=False)]
+    for key, _ in parts:
+        if not hasattr(module, key):
+            raise ValueError(f"{where} has no {key}, expected a {name} as OpenGVLab's")
         setattr(layer, key, getattr(module, key))
     kept = {"center_feature_scale_module", *dict(layer.named_children())}  # a function of no state
     more = {key for key, _ in module.named_children()} - kept

@@ -20,7 +20,7 @@ Example:
 """
 
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Optional, Tuple
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.geometry import check_ints, check_tensor
-from ..ops.functional import _outside_a_trace, deform_aggregate
+from ..ops.functional import _ints, _outside_a_trace, deform_aggregate
 
 __all__ = ["DCNv3", "DCNv3_pytorch", "DCNv4"]
 
@@ -61,14 +61,16 @@ class _Module(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        sizes = {"channels": channels, "kernel_size": kernel_size, "stride": stride}
-        sizes |= {"dilation": dilation, "group": group}
+        channels = check_ints(name, "channels", channels, 0, 1)[0]
+        kernel_size = check_ints(name, "kernel_size", kernel_size, 0, 1)[0]
+        stride = check_ints(name, "stride", stride, 0, 1)[0]
+        pad = check_ints(name, "pad", pad, 0, 0)[0]
+        dilation = check_ints(name, "dilation", dilation, 0, 1)[0]
+        group = check_ints(name, "group", group, 0, 1)[0]
         if dw_kernel_size is not None:
-            sizes["dw_kernel_size"] = dw_kernel_size
-        for key, value in sizes.items():
-            check_ints(name, key, value, 0, 1)
-        check_ints(name, "pad", pad, 0, 0)
-        if isinstance(offset_scale, bool) or not isinstance(offset_scale, (int, float)):
+            dw_kernel_size = check_ints(name, "dw_kernel_size", dw_kernel_size, 0, 1)[0]
+        scale: Any = offset_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"{name}: offset_scale is {offset_scale!r}, expected a number")
         if channels % group:
             raise ValueError(f"{name}: group is {group}, expected a divisor of channels {channels}")
@@ -92,7 +94,7 @@ class _Module(nn.Module):
         self.pad = pad
         self.group = group
         self.group_channels = channels // group
-        self.offset_scale = float(offset_scale)
+        self.offset_scale = float(scale)
         self.center_feature_scale = bool(center_feature_scale)
         self.remove_center = int(remove_center)
         self.points = kernel_size * kernel_size - self.remove_center
@@ -387,7 +389,11 @@ class DCNv4(_Module):
         if not torch.jit.is_scripting():
             _outside_a_trace(_check_shape, self, input, shape)
         if shape is None:
-            size = [int(input.shape[1] ** 0.5)] * 2
+            length = input.shape[1]
+            if not torch.jit.is_scripting():
+                if torch.jit.is_tracing():
+                    length = _ints(length)
+            size = [int(length**0.5)] * 2
         else:
             size = [shape[0], shape[1]]
         image = input.unflatten(1, size)
