@@ -136,9 +136,15 @@ Status gather(const Call& call) {
             });
           }
           each_tile([&](const Tile& tile, const T* sums) {
-            for (i64 i = 0; i < tile.segments; i++)
-              points.store(tile.image, point, count, tile.first + i * tile.step, tile.length,
-                           sums + i * tile.length * width, width, spare);
+            for (i64 i = 0; i < tile.segments; i++) {
+              const i64 pixel = tile.first + i * tile.step;
+              const T* from = sums + i * tile.length * width;
+              if constexpr (kPairs)
+                store_pairs(points, tile.image, point, count, pixel, tile.length, from, width,
+                            spare);
+              else
+                points.store(tile.image, point, count, pixel, tile.length, from, width, spare);
+            }
           });
           j += some;
         }

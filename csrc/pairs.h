@@ -93,6 +93,32 @@ INLINE typename Lanes<float, N>::V pair(typename Lanes<float, N>::V low,
   }
 }
 
+// Field::store of a field of bfloat16: `from` has memory for a multiple of 16 channels. Pairs of
+// pixels are transposed, 32 pixels of 16 channels at a time.
+NOINLINE void store_pairs(const Field<float>& field, i64 image, i64 channel, i64 count, i64 pixel,
+                          i64 n, const float* from, i64 step, float* scratch) {
+  if (field.array.last) return field.store(image, channel, count, pixel, n, from, step, scratch);
+  using L = Lanes<float, 16>;
+  uint16_t* to =
+      reinterpret_cast<uint16_t*>(field.array.data) + field.at(image, channel, pixel);
+  for (i64 p = 0; p < n; p += 32)
+    for (i64 c = 0; c < count; c += 16) {
+      const __mmask32 inside = n - p < 32 ? (1u << (n - p)) - 1 : ~0u;
+      L::V words[16];
+      UNROLL
+      for (int i = 0; i < 16; i++) {
+        const float* row = from + least(p + 2 * i, n - 1) * step + c;
+        const float* next = from + least(p + 2 * i + 1, n - 1) * step + c;
+        words[i] = pair<16>(L::load(row), L::load(next));
+      }
+      L::transpose<16>(words);
+      UNROLL
+      for (int i = 0; i < 16; i++)
+        if (c + i < count)
+          _mm512_mask_storeu_epi16(to + (c + i) * field.pixels + p, inside, (__m512i)words[i]);
+    }
+}
+
 // Between four neighbouring numbers and a vector.
 INLINE Lanes<float, 4>::V widen4(const void* numbers) {
   return (Lanes<float, 4>::V)_mm_slli_epi32(
@@ -232,6 +258,8 @@ void multiply_pairs(bool tiles, int vectors, i64 rows, i64 panels, i64 inner, co
 void pair_up(const float*, const float*, i64, float*);
 template <class Field>
 void load_pairs(const Field&, i64, i64, i64, i64, i64, i64, i64, float*, i64, float*);
+template <class Field>
+void store_pairs(const Field&, i64, i64, i64, i64, i64, const float*, i64, float*);
 template <int N>
 void split(const void*, typename Lanes<float, N>::V*);
 template <int N>
