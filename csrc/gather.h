@@ -8,7 +8,7 @@
 template <class T, int ND>
 Status gather(const Call& call) {
   using P = Plan<T, ND>;
-  P p(call, 2, 1);
+  P p(call, kPairs ? 4 : 2, 1);
   const Sampler<T> sampler = sampler_of<T, ND, kColumnsWork, false>(p.lanes, p.vectors);
   const i64 group_units = p.units() / p.groups, group_words = p.column_words(group_units);
   const i64 chunk_units = p.units_per_chunk(group_units, kPairs ? kTileNumbers : 1,

@@ -9,9 +9,8 @@
 // Columns are interpolated in float32 and rounded once, to bfloat16.
 //
 // The instructions multiply rows of pairs by columns of pairs and add up in float32. In Gather's
-// product the pairs are of columns, as they lie in the image. In Reverse's for the gradients of
-// the columns, they are points i and 16 + i of 32 each; in that for the gradient of the weight,
-// neighbouring pixels. AMX takes 16 rows and 16 words at a time: what an inner dimension lacks is
+// product the pairs are of neighbouring columns. In Reverse's for the gradients of the columns, they
+// are points i and 16 + i of 32 each; in that for the gradient of the weight, neighbouring pixels. AMX takes 16 rows and 16 words at a time: what an inner dimension lacks is
 // filled up with zeros, while what is too much of rows and panels is only never read.
 // All of these instructions take subnormal numbers for zero.
 
@@ -71,25 +70,36 @@ INLINE void split(const void* words, typename Lanes<float, N>::V* to) {
   to[1] = (typename Lanes<float, N>::V)(both & i32(0xffff0000));
 }
 
+// Their numbers, rounded: first those of `low`, then those of `high`.
+template <int N>
+INLINE typename Lanes<float, N>::V narrow(typename Lanes<float, N>::V low,
+                                          typename Lanes<float, N>::V high) {
+  using V = typename Lanes<float, N>::V;
+  if constexpr (N == 16)
+    return (V)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  else if constexpr (N == 8)
+    return (V)_mm256_cvtne2ps_pbh((__m256)high, (__m256)low);
+  else
+    return (V)_mm_cvtne2ps_pbh((__m128)high, (__m128)low);
+}
+
 // Their words, rounded.
 template <int N>
 INLINE typename Lanes<float, N>::V pair(typename Lanes<float, N>::V low,
                                         typename Lanes<float, N>::V high) {
   using V = typename Lanes<float, N>::V;
+  const V both = narrow<N>(low, high);
   if constexpr (N == 16) {
     typedef short Numbers __attribute__((vector_size(64)));
     const Numbers order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    return (V)_mm512_permutexvar_epi16((__m512i)order, both);
+    return (V)_mm512_permutexvar_epi16((__m512i)order, (__m512i)both);
   } else if constexpr (N == 8) {
     typedef short Numbers __attribute__((vector_size(32)));
     const Numbers order = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
-    const __m256i both = (__m256i)_mm256_cvtne2ps_pbh((__m256)high, (__m256)low);
-    return (V)_mm256_permutexvar_epi16((__m256i)order, both);
+    return (V)_mm256_permutexvar_epi16((__m256i)order, (__m256i)both);
   } else {
-    const __m128i both = (__m128i)_mm_cvtne2ps_pbh((__m128)high, (__m128)low);
-    return (V)_mm_unpacklo_epi16(both, _mm_srli_si128(both, 8));
+    return (V)_mm_unpacklo_epi16((__m128i)both, _mm_srli_si128((__m128i)both, 8));
   }
 }
 
@@ -262,6 +272,8 @@ template <class Field>
 void store_pairs(const Field&, i64, i64, i64, i64, i64, const float*, i64, float*);
 template <int N>
 void split(const void*, typename Lanes<float, N>::V*);
+template <int N>
+typename Lanes<float, N>::V narrow(typename Lanes<float, N>::V, typename Lanes<float, N>::V);
 template <int N>
 typename Lanes<float, N>::V pair(typename Lanes<float, N>::V, typename Lanes<float, N>::V);
 Lanes<float, 4>::V widen4(const void*);

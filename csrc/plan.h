@@ -300,20 +300,21 @@ void pack_weight_by_point(const Plan<T, ND>& p, i64 task, T* packed, T* scratch)
   const i64 part = task % p.panel_vectors, b = task / p.panel_vectors % group_blocks;
   const i64 panel = task / p.panel_vectors / group_blocks;  // of all
   const i64 group = panel / p.panels, first = panel % p.panels * p.panel + part * p.N;
-  T* spare = scratch + p.N * size;
+  T* spare = scratch + p.N * words;
   for (i64 i = 0; i < p.N; i++) {
-    T* row = scratch + i * size;
-    if (first + i < p.group_points)
-      load_weight(p, group * p.group_points + first + i, group * group_blocks + b, row, spare);
-    else
-      memset(row, 0, size_t(size) * sizeof(T));
+    T* row = scratch + i * words;
+    if (first + i >= p.group_points) {
+      memset(row, 0, size_t(words) * sizeof(T));
+      continue;
+    }
+    T* numbers = kPairs ? spare + size : row;
+    load_weight(p, group * p.group_points + first + i, group * group_blocks + b, numbers, spare);
     if constexpr (kPairs)
-      for (i64 c = 0, n = p.pair_lanes(); c < size; c += 2 * n)
-        pair_up(row + c, row + c + n, n, row + c / 2);
+      for (i64 c = 0; c < size; c += 2) pair_up(numbers + c, numbers + c + 1, 1, row + c / 2);
   }
   const i64 group_words = p.column_words(group_blocks * p.K);
   T* to = packed + (panel * group_words + b * words) * p.panel + part * p.N;
-  transpose(scratch, size, to, p.panel, words, p.N);
+  transpose(scratch, words, to, p.panel, words, p.N);
   if (b == group_blocks - 1)
     for (i64 w = words; w < group_words - b * words; w++)
       memset(to + w * p.panel, 0, size_t(p.N) * sizeof(T));

@@ -90,7 +90,7 @@ NOINLINE void sample(const Samples<T>& s) {
       } else if constexpr (!Across && G == 1) {
         narrow4(value[0], column);
       } else if constexpr (!Across) {
-        L::store(column + v / 2 * N, pair<N>(value[0], value[G - 1]));
+        L::store(column + v / 2 * N, narrow<N>(value[0], value[G - 1]));
       } else {
         UNROLL
         for (int g = 0; g < G; g++) {
