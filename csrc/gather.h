@@ -122,6 +122,13 @@ Status gather(const Call& call) {
               }
               const bool accumulate = call.bias.data || u0 > 0;
               if constexpr (kPairs) {
+                // The results are short runs, far apart: what comes now, store need not wait for.
+                if (u0 + units == group_units && !call.points.last)
+                  for (i64 c = 0; c < count; c++)
+                    for (i64 i = 0; i < tile.segments; i++)
+                      prefetch(call.points,
+                               points.at(tile.image, point + c, tile.first + i * tile.step),
+                               tile.length);
                 const i64 words = units * p.words;
                 for (i64 m = 0; m < tile.count && words < inner; m++)
                   memset(s.columns + m * step + words, 0, size_t(inner - words) * sizeof(T));
