@@ -310,7 +310,8 @@ void pack_weight_by_point(const Plan<T, ND>& p, i64 task, T* packed, T* scratch)
     T* numbers = kPairs ? spare + size : row;
     load_weight(p, group * p.group_points + first + i, group * group_blocks + b, numbers, spare);
     if constexpr (kPairs)
-      for (i64 c = 0; c < size; c += 2) pair_up(numbers + c, numbers + c + 1, 1, row + c / 2);
+      convert(numbers, size, reinterpret_cast<uint16_t*>(row),
+              [](T f) { return uint16_t(to_bits(f) >> 16); });
   }
   const i64 group_words = p.column_words(group_blocks * p.K);
   T* to = packed + (panel * group_words + b * words) * p.panel + part * p.N;
