@@ -12,7 +12,7 @@ Status gather(const Call& call) {
   const Sampler<T> sampler = sampler_of<T, ND, kColumnsWork, false>(p.lanes, p.vectors);
   const i64 group_units = p.units() / p.groups, group_words = p.column_words(group_units);
   const i64 chunk_units = p.units_per_chunk(group_units, kPairs ? kTileNumbers : 1,
-                                            p.stacks() ? kTerms * kPerWord : kColumns);
+                                            p.stacks() ? kTerms * kPerWord : kColumns / kPerWord);
   const i64 slots = p.blocks_per_sample_group() == 1 ? 1 : p.K;
   const i64 all_panels = p.groups * p.panels;
 

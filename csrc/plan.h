@@ -81,11 +81,14 @@ struct Plan {
     team = threads > 1 && !c.alone ? c.threads : 1;  // all or one, see Note [threads]
 
     const i64 width = point_size[ND - 1], rows = P / width;
+    // Gather's pairs take half the bytes, and AMX twice the rows at a time.
+    const bool twice = kPairs && c.gather && !depthwise;
+    const i64 pixels_of_tile = twice ? 2 * kTilePixels : kTilePixels;
     const i64 wanted = narrow()    ? kWideTile
                        : depthwise ? kTilePixels  // likewise
-                                   : most(kTileWidth, kTilePixels / rows);
+                                   : most(kTileWidth, pixels_of_tile / rows);
     const i64 columns = divide_up(width, divide_up(width, least(wanted, width)));
-    cut_tiles(most(1, least(rows, (kTilePixels + columns / 2) / columns)), columns);
+    cut_tiles(most(1, least(rows, (pixels_of_tile + columns / 2) / columns)), columns);
 
     for (int q = 0; q < Q; q++) {
       steps[q] = 0;
