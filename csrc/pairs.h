@@ -9,9 +9,11 @@
 // Columns are interpolated in float32 and rounded once, to bfloat16.
 //
 // The instructions multiply rows of pairs by columns of pairs and add up in float32. In Gather's
-// product the pairs are of neighbouring columns. In Reverse's for the gradients of the columns, they
-// are points i and 16 + i of 32 each; in that for the gradient of the weight, neighbouring pixels. AMX takes 16 rows and 16 words at a time: what an inner dimension lacks is
-// filled up with zeros, while what is too much of rows and panels is only never read.
+// product the pairs are of neighbouring columns. In Reverse's for the gradients of the columns,
+// they are points i and 16 + i of 32 each; in that for the gradient of the weight, neighbouring
+// pixels.
+// AMX takes 16 rows and 16 words at a time: what an inner dimension lacks is filled up with zeros,
+// while what is too much of rows and panels is only never read.
 // All of these instructions take subnormal numbers for zero.
 
 // Of the inner dimension of a product.
@@ -109,8 +111,7 @@ NOINLINE void store_pairs(const Field<float>& field, i64 image, i64 channel, i64
                           i64 n, const float* from, i64 step, float* scratch) {
   if (field.array.last) return field.store(image, channel, count, pixel, n, from, step, scratch);
   using L = Lanes<float, 16>;
-  uint16_t* to =
-      reinterpret_cast<uint16_t*>(field.array.data) + field.at(image, channel, pixel);
+  uint16_t* to = reinterpret_cast<uint16_t*>(field.array.data) + field.at(image, channel, pixel);
   for (i64 p = 0; p < n; p += 32)
     for (i64 c = 0; c < count; c += 16) {
       const __mmask32 inside = n - p < 32 ? (1u << (n - p)) - 1 : ~0u;
