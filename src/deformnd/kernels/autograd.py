@@ -281,20 +281,32 @@ def _forward_gradient(
     grad_output: Tensor | None,
 ) -> tuple[Any, ...]:
     """`kernels` are the backward's own, by keys as direct.py has them."""
-    needs = list(ctx.needs_input_grad[: family.tensors])
     if grad_output is None:
-        return (None,) * (len(needs) + len(ctx.parameters))
-    tensors = (grad_output, *ctx.saved_tensors)
+        return (None,) * (family.tensors + len(ctx.parameters))
+    grads = _gradients(family, kernels, ctx, grad_output, ctx.saved_tensors)
+    return (*grads, *(None for _ in ctx.parameters))
+
+
+def _gradients(
+    family: Family,
+    kernels: dict[int, Callable[..., Gradients]],
+    ctx: Any,
+    grad_output: Tensor,
+    saved: Tensors,
+) -> Gradients:
+    """`saved` are the context's, which whoever asks for them twice unpacks twice: the hooks of
+    torch.utils.checkpoint forbid that."""
+    tensors = (grad_output, *saved)
     backward = direct.backward_kernel(kernels, tensors)
     if backward is None:
         backward = getattr(torch.ops.deformnd, family.name + "_backward")
-    grads = backward(*tensors, *ctx.parameters, needs)
-    return (*grads, *(None for _ in ctx.parameters))
+    needs = list(ctx.needs_input_grad[: family.tensors])
+    grads: Gradients = backward(*tensors, *ctx.parameters, needs)
+    return grads
 
 
 def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> Any:
     """The `repeat` of the family's operator: its tensors, and what it knows of the call."""
-    gradient = functools.partial(_forward_gradient, family, kernels)
 
     class Repeated(torch.autograd.Function):
         @staticmethod
@@ -307,11 +319,14 @@ def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> A
 
         @staticmethod
         def backward(ctx: Any, grad_output: Any) -> Any:
-            input, *others = ctx.saved_tensors
+            if grad_output is None:
+                return (None,) * (family.tensors + 1)
+            saved = ctx.saved_tensors
+            input, *others = saved
             both = (grad_output, input) if family.transposed else (input, grad_output)
             tensors = (*both, *others)  # as plans have them: the image is before the points
-            if grad_output is None or direct.backward_kernel(kernels, tensors) is None:
-                return (*gradient(ctx, grad_output)[: family.tensors], None)
+            if direct.backward_kernel(kernels, tensors) is None:
+                return (*_gradients(family, kernels, ctx, grad_output, saved), None)
             parts, addresses = direct.described(tensors)
             key = (ctx.needs_input_grad, *parts)
             backwards = ctx.known.backwards
@@ -321,7 +336,7 @@ def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> A
                 if results is not None:
                     return (*direct.spread(results, wanted), None)
             direct.latest.replay = None
-            found = gradient(ctx, grad_output)[: family.tensors]
+            found = _gradients(family, kernels, ctx, grad_output, saved)
             if direct.latest.replay is not None:
                 backwards[key] = direct.latest.replay, tuple([t is not None for t in found])
             return (*found, None)
