@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import functools
+import weakref
 
 import pytest
 import torch
@@ -304,6 +305,39 @@ def test_calls_like_earlier_ones(case, looked_at, monkeypatch):
     looked_at.clear()
     function(**tensors, **{**parameters, "dilation": [1] * case.n})
     assert looked_at
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the core is not built")
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[4], SMALL_AGGREGATES[1]], ids=str)
+def test_what_is_remembered_is_of_the_same_call(case, looked_at):
+    """Of one that fails nothing, nor of one that the hooks of saved tensors make."""
+    tensors = requires_grad(case.tensors(torch.float32))
+    function, parameters = getattr(deformnd, case.name), case.parameters()
+    wrong = {**parameters, "dilation": 1.0}
+    with pytest.raises(TypeError, match=r"dilation is 1\.0"):
+        function(**tensors, **wrong)
+    function(**tensors, **{**parameters, "padding": list(case.values("padding"))})  # not remembered
+    with pytest.raises(TypeError, match=r"dilation is 1\.0"):
+        function(**tensors, **wrong)
+
+    tensors = {k: torch.randn_like(t) for k, t in tensors.items() if t is not None}
+    gone = weakref.ref(tensors["offset"])
+    with pytest.raises(TypeError, match=r"dilation is 1\.0"):
+        function(**tensors, **wrong)
+    del tensors
+    assert gone() is None
+
+    tensors, other = requires_grad(case.tensors(torch.float32)), SMALL[0]
+    operator, args = other.operator(), tuple(t.detach() for t in arguments(other)[:5])
+
+    def pack(t):
+        operator(*args, *other.operator_parameters())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        want = case.call(tensors)
+    for _ in range(2):
+        torch.testing.assert_close(case.call(tensors), want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("needs", [[], [True] * 4, [True] * 6], ids=len)

@@ -21,7 +21,6 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +40,10 @@ class _Call(threading.local):
     """Of the operator that this thread runs."""
 
     differentiated = False  # whether its result will have gradients
-    asked: tuple[Any, Tensors, tuple[Any, ...]] | None = None  # as what to remember the call
+    # As what to remember a user's call: its key, the ids of its tensors, its sizes. `known_as` is
+    # that of one whose checks have passed, until its kernel takes it.
+    asked: tuple[Any, tuple[int, ...], tuple[Any, ...]] | None = None
+    known_as = asked
 
 
 call = _Call()
@@ -72,20 +74,29 @@ class Operator:
         self.known: dict[Any, _Known] = {}
 
     def __call__(self, *args: Any) -> Any:
-        tensors, parameters = args[: self.count], args[self.count :]
-        keys = direct.forward_keys(tensors)
+        keys = direct.forward_keys(args[: self.count])
         way = None if keys is None else self.ways.get(keys)
         if way is None:
             return self.dispatched(*args)
-        asked, call.asked = call.asked, None
-        direct.latest.replay = None
-        result = _go(way, args, self.count)
-        replay = direct.latest.replay
-        if asked and replay and all(map(is_, asked[1], tensors)):
-            if len(self.known) >= 4096:
-                self.known.clear()
-            self.known[asked[0]] = _Known(replay, asked[2], parameters, {})
-        return result
+        call.known_as, call.asked = call.asked, None
+        return _go(way, args, self.count)
+
+    def remembers(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """The kernel of one of the ways, which says here how to run it again: what runs behind it,
+        as hooks of saved tensors, may call this operator, too."""
+
+        def forward(*args: Any) -> Any:
+            asked, call.known_as = call.known_as, None
+            direct.latest.replay = None
+            result = kernel(*args)
+            replay = direct.latest.replay
+            if asked and replay and asked[1] == tuple(map(id, args[: self.count])):
+                if len(self.known) >= 4096:
+                    self.known.clear()
+                self.known[asked[0]] = _Known(replay, asked[2], args[self.count :], {})
+            return result
+
+        return forward
 
     def again(self, tensors: Tensors, sizes: tuple[Any, ...]) -> Tensor | None:
         """The result of a user's call like an earlier one. None: the call has to be looked at,
@@ -94,7 +105,10 @@ class Operator:
             return None
         try:
             keys = direct.forward_keys(tensors)
-            if keys is None or keys not in self.ways or direct.forward_mode():
+            if keys is None:
+                return None
+            call.asked = None  # what is left of a call that failed
+            if keys not in self.ways or direct.forward_mode():
                 return None
             parts, addresses = direct.described(tensors)
             key = (keys, *parts, *sizes)
@@ -105,7 +119,7 @@ class Operator:
         if known is not None and all(map(_alike, known.sizes, sizes)):
             results = known.replay(addresses)
         if results is None:
-            call.asked = key, tensors, sizes
+            call.asked = key, tuple(map(id, tensors)), sizes
             return None
         result: Tensor = results[0]
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
@@ -216,8 +230,10 @@ def _register(
         OPERATORS[name] = Operator(getattr(torch.ops.deformnd, name), count, {})
         return
 
-    ways = {}
+    ways: dict[int, Any] = {}
+    OPERATORS[name] = Operator(getattr(torch.ops.deformnd, name), count, ways)
     for keys, below in direct.kernels_by_keys(kernels).items():
+        below = OPERATORS[name].remembers(below)
         known: Any = type("Differentiable", (Differentiable,), {"forward": staticmethod(below)})
         ways[keys] = direct.apply(known), below
     otherwise = apply, Differentiable.forward
@@ -228,7 +244,6 @@ def _register(
         return _go(ways.get(keys.raw_repr(), otherwise) if ways else otherwise, args, count)
 
     lib.impl(name, kernel, "Autograd", with_keyset=True)
-    OPERATORS[name] = Operator(getattr(torch.ops.deformnd, name), count, ways)
 
 
 def _go(way: tuple[Any, Any], args: Sequence[Any], count: int) -> Any:
