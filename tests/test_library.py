@@ -1,5 +1,6 @@
 """What the registration promises: opcheck, derivatives, autocast, vmap, compile, export."""
 
+import collections
 import ctypes
 import dataclasses
 import functools
@@ -299,7 +300,13 @@ def test_calls_like_earlier_ones(case, looked_at, monkeypatch):
 
     # Sizes that are equal but not alike, and lists, are looked at.
     function, parameters = getattr(deformnd, case.name), case.parameters()
-    for name, wrong in (("groups", float(case.groups)), ("dilation", (1.0,) * case.n)):
+    axes = collections.namedtuple("axes", [f"axis{i}" for i in range(case.n)])
+    function(**tensors, **{**parameters, "dilation": axes(*[1] * case.n)})
+    for name, wrong in (
+        ("groups", float(case.groups)),
+        ("dilation", (1.0,) * case.n),
+        ("dilation", axes(*[1.0] * case.n)),
+    ):
         with pytest.raises(TypeError, match=f"{name} is"):
             function(**tensors, **{**parameters, name: wrong})
     looked_at.clear()

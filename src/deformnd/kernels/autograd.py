@@ -131,7 +131,7 @@ def _alike(known: Any, size: Any) -> bool:
     """Whether sizes that are equal are of the same type, as 1, 1.0 and True are not."""
     return known is size or (
         type(known) is type(size)
-        and (type(size) is not tuple or all([type(value) is int for value in size]))
+        and (not isinstance(size, tuple) or all([type(value) is int for value in size]))
     )
 
 
