@@ -362,6 +362,21 @@ def test_a_wrong_number_of_needs(case, device, needs):
         case.operator(backward=True)(*args, *case.operator_parameters(), needs)
 
 
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[4], SMALL_AGGREGATES[1]], ids=str)
+def test_inference_mode_with_gradients_enabled(case, looked_at):
+    """As torch's own operators: nothing is recorded, so tensors of inference mode may come in."""
+    tensors = requires_grad(case.tensors(torch.float32))
+    for _ in range(2):
+        with torch.inference_mode(), torch.enable_grad():
+            inputs = {**tensors, "input": tensors["input"] * 1}
+            output = case.call(inputs)
+            assert torch.equal(
+                output, case.operator()(*inputs.values(), *case.operator_parameters())
+            )
+        assert output.is_inference() and not output.requires_grad
+    assert case.call(tensors).requires_grad
+
+
 def test_meta_tensors_give_shapes():
     case = CASES[4]
     meta = {k: None if t is None else t.to("meta") for k, t in case.tensors().items()}

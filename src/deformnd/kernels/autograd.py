@@ -122,7 +122,7 @@ class Operator:
             call.asked = key, tuple(map(id, tensors)), sizes
             return None
         result: Tensor = results[0]
-        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        if _recorded(tensors):
             return self.repeat(*tensors, (known, result))
         return result
 
@@ -248,15 +248,22 @@ def _register(
 
 def _go(way: tuple[Any, Any], args: Sequence[Any], count: int) -> Any:
     """`count`: of the tensors among the arguments."""
-    if direct.forward_mode() or (
-        torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:count]])
-    ):
+    if direct.forward_mode() or _recorded(args[:count]):
         call.differentiated = True
         try:
             return way[0](*args)
         finally:
             call.differentiated = False
     return way[1](*args)
+
+
+def _recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records a call; in inference mode it does not, gradients enabled or not."""
+    return (
+        torch.is_grad_enabled()
+        and any([t is not None and t.requires_grad for t in tensors])
+        and not torch.is_inference_mode_enabled()
+    )
 
 
 def _at_front(lib: torch.library.Library, name: str, kernel: Callable[..., Any]) -> bool:
