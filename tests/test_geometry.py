@@ -1,5 +1,6 @@
 """Every check, tried as a new user would."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,12 @@ conv2d, transpose2d = deformnd.deform_conv2d, deformnd.deform_conv_transpose2d
         (ValueError, "padding is [1], expected an int or 2 ints", (X, W, OFF), {"padding": [1]}),
         (TypeError, "dilation is 1.5, expected an int or 2 ints", (X, W, OFF), {"dilation": 1.5}),
         (TypeError, "stride is None, expected an int or 2 ints", (X, W, OFF), {"stride": None}),
+        (
+            TypeError,
+            "stride is a ndarray of shape [3], expected an int or 2 ints",
+            (X, W, OFF),
+            {"stride": np.arange(3)},
+        ),
         (TypeError, "stride is True, expected an int or 2 ints", (X, W, OFF), {"stride": True}),
         (
             ValueError,
@@ -309,7 +316,7 @@ AGGREGATED = "; input [1, 6, 6, 6], offset [1, 18, 4, 4], mask [1, 9, 4, 4]"
         (TypeError, "mask is a int, expected a Tensor", (X, OFF, 3, 3), {}),
         (
             TypeError,
-            "kernel_size is Parameter containing",
+            "kernel_size is a Parameter of shape [4, 6, 3, 3], expected an int or 2 ints",
             (X, OFF, None, torch.nn.Parameter(W)),
             {},
         ),

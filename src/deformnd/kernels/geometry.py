@@ -313,7 +313,7 @@ def check_call(
         wanted = "an int" if length == 1 else f"an int or {length} ints"
         for v in value if sequence and key != "groups" else (value,):
             if not isinstance(v, (int, torch.SymInt, Integral)) or isinstance(v, bool):
-                raise TypeError(f"{name}: {key} is {value!r}, expected {wanted}")
+                raise TypeError(f"{name}: {key} is {_told(value)}, expected {wanted}")
             if not isinstance(v, torch.SymInt) and abs(int(v)) > LARGEST:
                 raise ValueError(f"{name}: {key} is {value!r}, expected at most {LARGEST}")
         if sequence and len(value) != length:
@@ -326,12 +326,19 @@ def check_ints(name: str, key: str, value: Any, n: int, least: int) -> tuple[int
     values = tuple(value) if many else (value,) * max(n, 1)
     wanted = "an int" if n == 0 else f"an int or {n} int{'s' if n > 1 else ''}"
     if not all(isinstance(v, Integral) and not isinstance(v, bool) for v in values):
-        raise TypeError(f"{name}: {key} is {value!r}, expected {wanted}")
+        raise TypeError(f"{name}: {key} is {_told(value)}, expected {wanted}")
     if len(values) != max(n, 1):
         raise ValueError(f"{name}: {key} is {value!r}, expected {wanted}")
     if not all(least <= v <= LARGEST for v in values):
         raise ValueError(f"{name}: {key} is {value!r}, expected {wanted} from {least} to {LARGEST}")
     return tuple(map(int, values))
+
+
+def _told(value: Any) -> str:
+    """A wrong size, but not the numbers of a tensor, as of a weight where none is taken."""
+    if getattr(value, "ndim", 0):
+        return f"a {type(value).__name__} of shape {list(value.shape)}"
+    return repr(value)
 
 
 Fail = Callable[[str], NoReturn]
