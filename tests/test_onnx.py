@@ -589,6 +589,26 @@ def test_weights_in_a_file_beside(target, tmp_path, monkeypatch, capsys):
             assert relative_error(got, layer(x).detach()) < 1e-5
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_3d_where_only_the_batch_is_dynamic(target, tmp_path):
+    """By the tall image where the target has it, in whose sizes the batch is the one unknown."""
+    case = Case((4, 3, 5), (2, 2, 1), offset_groups=2, mask_groups=2, groups=2)
+
+    class Model(nn.Module):
+        def forward(self, input, weight, offset, mask, bias):
+            output = deformnd.deform_conv3d(input, weight, offset, mask, bias, groups=2)
+            return output, deformnd.deform_aggregate3d(input, offset, mask, (2, 2, 1))
+
+    args = [t.float() for t in case.tensors().values()]
+    shapes = tuple({0: DYNAMIC} if t.dim() == 5 and i != 1 else None for i, t in enumerate(args))
+    path = tmp_path / "model.onnx"
+    export(Model(), tuple(args), path, target=target, dynamic_shapes=shapes, verbose=False)
+    args = [torch.cat((t, t)) if shape else t for t, shape in zip(args, shapes, strict=True)]
+    for engine in engines(target):
+        for got, want in zip(run(engine, path, args), Model()(*args), strict=True):
+            assert relative_error(got, want) < BOUND[target]
+
+
 @pytest.mark.parametrize("opset", [19, 22])
 def test_reading_plain_files_in_openvino(opset, tmp_path):
     model = Calls([c for c in FORWARD if c.n < 3])

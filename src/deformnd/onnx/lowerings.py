@@ -297,18 +297,18 @@ def native3d(
     low = b.op.Floor(z)
     part = b.op.Sub(z, low)
     row = b.op.Add(b.op.Mul(low, b.scalar(plane, b.float)), y)
-    shape = (batch, groups, 1, points, 1, *wanted)
+    # In five dimensions: where the batch is not known, OpenVINO broadcasts seven wrong.
+    shape = (batch, groups, points, *wanted)
     r = b.scaled(b.arange(wanted[0], b.float), stride[0], b.float)
-    r = b.reshape(r, 1, 1, 1, 1, 1, wanted[0], 1)
+    r = b.reshape(r, 1, 1, 1, wanted[0], 1)
     c = b.scaled(b.arange(wanted[1], b.float), stride[1], b.float)
-    k = b.array(np.arange(points).reshape(1, 1, 1, points, 1, 1, 1), b.float)
+    k = b.array(np.arange(points).reshape(1, 1, points, 1, 1), b.float)
     dy = b.op.Sub(b.reshape(row, *shape), r)
     dx = b.op.Sub(b.op.Sub(b.reshape(x, *shape), c), k)
-    step = b.op.Sub(b.scalar(plane, b.float), b.number(1))
-    below = b.op.Add(dy, step)
-    offset = b.op.Concat(
-        b.op.Concat(dy, dx, axis=4), b.op.Concat(below, dx, axis=4), axis=2
-    )  # [B, G, 2, K, 2, *wanted]
+    below = b.op.Add(dy, b.op.Sub(b.scalar(plane, b.float), b.number(1)))
+    dy, dx, below = (b.unsqueeze(t, 3) for t in (dy, dx, below))
+    pairs = (b.op.Concat(y, dx, axis=3) for y in (dy, below))
+    offset = b.op.Concat(*(b.unsqueeze(t, 2) for t in pairs), axis=2)  # [B, G, 2, K, 2, *wanted]
     offset = b.reshape(offset, batch, groups * 2 * points * 2, *wanted)
     offset = b.pad(offset, before, [0, 0, *extra])
     share = b.unsqueeze(part, 2)
