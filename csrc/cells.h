@@ -6,7 +6,7 @@ template <class T, int ND>
 struct Cells {
   i32* base;    // [axis][table] position without kernel point and offset
   i32* index;   // [slot][table]
-  T* weight;    // [slot][table][corner] interpolation weight times mask
+  T* weight;    // [slot][table][corner] interpolation weight times mask; see Note [planar]
   T* fraction;  // [slot][axis][table], for Reverse only
   T* mask;      // [slot][table], likewise
   T* spare;     // [axis + 1][kPiece + lanes]
@@ -134,12 +134,19 @@ struct Cells {
           }
         }
         L::store_index(index + slot * p.table + m, index_value);
-        L::template transpose<Q>(corner);
+        if (!p.planar) L::template transpose<Q>(corner);
+        T* to = weight + slot * p.table * Q + m * (p.planar ? 1 : Q);
         UNROLL
-        for (int q = 0; q < Q; q++) L::store(weight + (slot * p.table + m) * Q + q * N, corner[q]);
+        for (int q = 0; q < Q; q++) L::store(to + q * (p.planar ? p.table : N), corner[q]);
         if (Reverse) L::store(mask + slot * p.table + m, mask_value);
       }
     }
     L::store(taint, L::load(taint) + tainted);
+    if (!p.planar) return;
+    // What fills up the last vector of samples has no weight.
+    const i64 end = slot * p.table + tile.count;
+    L::store_index(index + end, L::splat_index(i32(p.outside())));
+    for (int q = 0; q < Q; q++)
+      L::store(weight + slot * p.table * Q + q * p.table + tile.count, L::zero());
   }
 };

@@ -1,6 +1,22 @@
 // Points from the image: the forward of deform_conv, but for depthwise ones.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
+// Field::store, but from[c * step + p].
+template <class T>
+void store_planes(const Field<T>& field, i64 image, i64 channel, i64 count, i64 pixel, i64 n,
+                  const T* from, i64 step, T* scratch) {
+  if (!field.array.last) {
+    for (i64 c = 0; c < count; c++)
+      write(field.array, field.at(image, channel + c, pixel), n, from + c * step);
+    return;
+  }
+  for (i64 c = 0; c < count; c += 64) {
+    const i64 some = least(64, count - c);
+    transpose(from + c * step, step, scratch, some, n, some);
+    field.store(image, channel + c, some, pixel, n, scratch, some, nullptr);
+  }
+}
+
 // A thread takes a tile through all columns. Where many groups have few channels each, the rows of
 // their images that a tile touches, some fifteen, fill the cache before the tile below comes to
 // touch almost the same: there a thread takes a stack of tiles through some columns, those of a few
@@ -9,7 +25,7 @@ template <class T, int ND>
 Status gather(const Call& call) {
   using P = Plan<T, ND>;
   P p(call, kPairs ? 4 : 2, 1);
-  const Sampler<T> sampler = sampler_of<T, ND, kColumnsWork, false>(p.lanes, p.vectors);
+  const Sampler<T> sampler = sampler_of<T, ND, kColumnsWork, false>(p.lanes, p.vectors, p.planar);
   const i64 group_units = p.units() / p.groups, group_words = p.column_words(group_units);
   const i64 chunk_units = p.units_per_chunk(group_units, kPairs ? kTileNumbers : 1,
                                             p.stacks() ? kTerms * kPerWord : kColumns / kPerWord);
@@ -54,7 +70,8 @@ Status gather(const Call& call) {
 
   memset(taints, 0, size_t(p.team) * sizeof(T));
   const Field<T> points{call.points, p.point_channels, p.P};
-  const i64 weight_tasks = all_panels * p.panel_vectors * (p.blocks / p.groups);
+  const i64 weight_tasks =
+      p.planar ? p.blocks * p.group_points : all_panels * p.panel_vectors * (p.blocks / p.groups);
   const i64 pages = touch_tasks(call.points, p.batch * p.point_channels * p.P, p.team);
   together(p.team, [&](const Worker& worker) {
     T* spare = edge + worker.thread * edge_size;
@@ -64,7 +81,10 @@ Status gather(const Call& call) {
       worker.share(once + pack_image_tasks(p, images), [&](i64 task) {
         if (task >= once) return pack_image(p, first, task - once, packed, spare);
         if (task < pages) return touch(call.points, task);
-        pack_weight_by_point(p, task - pages, weights, spare);
+        if (p.planar)
+          pack_weight_by_plane(p, task - pages, weights, spare);
+        else
+          pack_weight_by_point(p, task - pages, weights, spare);
       });
       worker.share(images * tasks * splits, [&](i64 task) {
         Carver carver{scratch + worker.thread * scratch_bytes};
@@ -87,6 +107,14 @@ Status gather(const Call& call) {
           const i64 width = some * p.panel;
           if (call.bias.data) {
             each_tile([&](const Tile& tile, T* sums) {
+              if (p.planar) {
+                for (i64 i = 0; i < count; i++) {
+                  T bias;
+                  read(call.bias, point + i, 1, &bias);
+                  for (i64 m = 0; m < p.tile_room; m++) sums[i * p.tile_room + m] = bias;
+                }
+                return;
+              }
               for (i64 m = 0; m < tile.count; m++) {
                 if (m == 0)
                   read(call.bias, point, count, sums);
@@ -98,7 +126,8 @@ Status gather(const Call& call) {
           }
           for (i64 u0 = 0; u0 < group_units; u0 += chunk_units) {
             const i64 units = least(chunk_units, group_units - u0);
-            const i64 step = p.column_words(chunk_units), inner = p.column_words(units);
+            const i64 step = p.planar ? p.tile_room : p.column_words(chunk_units);
+            const i64 inner = p.column_words(units);
             T* panel = weights + (j * group_words + u0 * p.words) * p.panel;
             each_tile([&](const Tile& tile, T* sums) {
               if (tile.first != placed) {
@@ -115,10 +144,11 @@ Status gather(const Call& call) {
                   for (i64 q = 0; q < p.K; q++)
                     s.cells.template find<false>(p, tile, sample_group, q, q);
                 }
+                const i64 column = (u - u0) * (p.planar ? p.run * step : p.words);
                 sampler({tile.count, packed + (image * p.blocks + b) * p.plane * p.words, nullptr,
                          p.steps, s.cells.index + slot * p.table,
-                         s.cells.weight + slot * p.Q * p.table, nullptr,
-                         s.columns + (u - u0) * p.words, step, nullptr});
+                         s.cells.weight + slot * p.Q * p.table, nullptr, s.columns + column, step,
+                         nullptr, p.run, p.table, false});
               }
               const bool accumulate = call.bias.data || u0 > 0;
               if constexpr (kPairs) {
@@ -135,22 +165,29 @@ Status gather(const Call& call) {
                 multiply_pairs(call.tiles, p.panel_vectors, tile.count, some, inner, s.columns,
                                step, {panel, p.panel, group_words * p.panel},
                                {sums, width, p.panel}, accumulate);
+              } else if (p.planar) {
+                multiply<T, false, false>(2, count, divide_up(tile.count, 2 * p.N), inner,
+                                          weights + point * group_words + u0 * p.run, group_words,
+                                          s.columns, step, 2 * p.N, sums, step, accumulate);
               } else {
-                multiply<T, false, false>(p.panel_vectors, tile.count, some, inner, s.columns,
-                                          step, panel, group_words * p.panel, sums, width,
+                multiply<T, false, false>(p.panel_vectors, tile.count, some, inner, s.columns, step,
+                                          panel, p.panel, group_words * p.panel, sums, width,
                                           accumulate);
               }
             });
           }
           each_tile([&](const Tile& tile, const T* sums) {
             for (i64 i = 0; i < tile.segments; i++) {
-              const i64 pixel = tile.first + i * tile.step;
-              const T* from = sums + i * tile.length * width;
+              const i64 pixel = tile.first + i * tile.step, m = i * tile.length;
               if constexpr (kPairs)
-                store_pairs(points, tile.image, point, count, pixel, tile.length, from, width,
-                            spare);
+                store_pairs(points, tile.image, point, count, pixel, tile.length, sums + m * width,
+                            width, spare);
+              else if (p.planar)
+                store_planes(points, tile.image, point, count, pixel, tile.length, sums + m,
+                             p.tile_room, spare);
               else
-                points.store(tile.image, point, count, pixel, tile.length, from, width, spare);
+                points.store(tile.image, point, count, pixel, tile.length, sums + m * width, width,
+                             spare);
             }
           });
           j += some;

@@ -14,6 +14,8 @@
 // a block counts as a weight group, aggregate.h is the forward, and in Reverse scale() and the like
 // take the place of the products, or nothing does where there is no weight.
 //
+// Note [planar], in samples.h, is about samples of at most four channels.
+//
 // Note [order]
 // Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
 // the channel in the block. Every sum runs in an order that depends on the sizes and the number of
@@ -37,7 +39,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef DEFORMND_PAIRS  // this is the namespace bfloat16
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #ifdef DEFORMND_SANITIZE

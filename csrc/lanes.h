@@ -121,6 +121,45 @@ struct Lanes {
     return f - select(v < f, splat(1), zero());
   }
 
+  // Four values from each of N / 4 places.
+  static INLINE V load4(const T* const* from) {
+    if constexpr (N == 4) {
+      return load(*from);
+    } else {
+      using Half = Lanes<T, N / 2>;
+      return join(Half::load4(from), Half::load4(from + N / 8), All{});
+    }
+  }
+  template <class H, int... J>
+  static INLINE V join(H a, H b, Seq<J...>) {
+#if DEFORMND_VECTORS && defined(__AVX__)
+    if constexpr (N == 8 && sizeof(T) == 4)  // which compilers do not find
+      return (V)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)a), (__m128)b, 1);
+#endif
+#if DEFORMND_VECTORS && (defined(__clang__) || __GNUC__ >= 12)
+    return __builtin_shufflevector(a, b, J...);
+#else
+    H both[] = {a, b};
+    V v;
+    memcpy(&v, both, sizeof v);
+    return v;
+#endif
+  }
+  // In each block of four lanes, transpose four vectors.
+  static INLINE void transpose4(V* a) { transpose4(a, All{}); }
+  template <int... J>
+  static INLINE void transpose4(V* a, Seq<J...>) {
+    const V b[] = {shuffle(a[0], a[1], Seq<(J / 4 * 4 + J % 2 + J % 4 / 2 * N)...>{}),
+                   shuffle(a[2], a[3], Seq<(J / 4 * 4 + J % 2 + J % 4 / 2 * N)...>{}),
+                   shuffle(a[0], a[1], Seq<(J / 4 * 4 + 2 + J % 2 + J % 4 / 2 * N)...>{}),
+                   shuffle(a[2], a[3], Seq<(J / 4 * 4 + 2 + J % 2 + J % 4 / 2 * N)...>{})};
+    UNROLL
+    for (int i = 0; i < 4; i += 2) {
+      a[i] = shuffle(b[i], b[i + 1], Seq<(J / 4 * 4 + J % 2 * 2 + J % 4 / 2 * N)...>{});
+      a[i + 1] = shuffle(b[i], b[i + 1], Seq<(J / 4 * 4 + 1 + J % 2 * 2 + J % 4 / 2 * N)...>{});
+    }
+  }
+
   template <int... J>
   static INLINE V low(V a, V b, Seq<J...>) {
     return shuffle(a, b, Seq<(J / 2 + J % 2 * N)...>{});

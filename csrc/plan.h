@@ -21,20 +21,22 @@ template <class T, int ND>
 struct Plan {
   static constexpr int Q = 1 << ND, Dots = Q < 4 ? 4 : Q;
   static constexpr int N = Machine<T>::lanes;
+  static constexpr i64 kLine = 64 / sizeof(T);
 
   const Call& call;
   i64 batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[ND], point_size[ND], kernel[ND], stride[ND], padding[ND], dilation[ND];
-  i64 threads;  // that the work is cut for
-  i64 team;     // that run it
-  bool depthwise;
-  i64 K, P, pixels;       // kernel points, point positions, image pixels
-  i64 padded[ND], plane;  // sizes and pixels of a packed plane
-  i64 sample_groups;      // one offset group and one mask group each
-  i64 runs, run;          // runs of channels of one sample group and one weight group
-  int lanes, vectors;     // of a block
+  i64 threads;             // that the work is cut for
+  i64 team;                // that run it
+  bool depthwise, planar;  // see the notes of these names
+  i64 K, P, pixels;        // kernel points, point positions, image pixels
+  i64 padded[ND], plane;   // sizes and pixels of a packed plane
+  i64 sample_groups;       // one offset group and one mask group each
+  i64 runs, run;           // runs of channels of one sample group and one weight group
+  int lanes, vectors;      // of a block
   i64 block, blocks_per_run, blocks;
   i64 words;                         // of a packed pixel of a block
+  i64 depth;                         // channels of the columns of a unit
   i64 group_points, group_channels;  // channels of a weight group
   i64 point_words;                   // of the points of a weight group, as an inner dimension
   int panel_vectors;
@@ -68,6 +70,7 @@ struct Plan {
         }
     block = lanes * vectors, words = block / kPerWord, blocks_per_run = run_vectors / vectors;
     blocks = runs * blocks_per_run;
+    planar = !kPairs && !depthwise && run <= 4, depth = planar ? run : block;
     if (depthwise) groups = blocks;
     group_points = depthwise ? block : point_channels / groups;
     group_channels = depthwise ? 1 : image_channels / groups;
@@ -118,6 +121,8 @@ struct Plan {
     row_tiles = divide_up(P / width, rows), column_tiles = divide_up(width, columns);
     tiles = row_tiles * column_tiles, tile_pixels = rows * columns;
     tile_room = kPairs ? round_up(tile_pixels, kTileNumbers) : tile_pixels;
+    // An odd number of cache lines, so that the rows of a panel do not compete for the same ones.
+    if (planar) tile_room = (divide_up(round_up(tile_pixels, 2 * N), kLine) | 1) * kLine;
     table = round_up(tile_pixels, N) + N;
   }
 
@@ -185,7 +190,7 @@ struct Plan {
 
   // Words between the columns of two pixels, or of a whole group, as an inner dimension.
   i64 column_words(i64 units) const {
-    return kPairs ? round_up(units * words, kTileWords) : units * words;
+    return kPairs ? round_up(units * words, kTileWords) : units * depth;
   }
 
   i64 units_per_chunk(i64 units_together, i64 alignment, i64 columns = kColumns) const {
@@ -237,6 +242,64 @@ i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64
   return n;
 }
 
+// Field::load of channels first, at most four, to[4 p + c], zeros in the padding.
+template <class T>
+NOINLINE void load_four(const Field<T>& field, i64 image, i64 channel, i64 count, i64 pixel, i64 n,
+                        T* to, T* scratch) {
+  using L = Lanes<T, Machine<T>::lanes>;
+  constexpr i64 N = L::size;
+  const T* from[4] = {};
+  for (i64 c = 0; c < count; c++)
+    from[c] = view(field.array, field.at(image, channel + c, pixel), n, scratch + c * kPiece);
+  if (n < N) {
+    for (i64 p = 0; p < n; p++)
+      for (i64 c = 0; c < 4; c++) to[4 * p + c] = c < count ? from[c][p] : 0;
+    return;
+  }
+  for (i64 p0 = 0; p0 < n; p0 += N) {
+    const i64 p = least(p0, n - N);  // the last ones overlap those before
+    typename L::V a[4];
+    UNROLL
+    for (int c = 0; c < 4; c++) a[c] = c < count ? L::load(from[c] + p) : L::zero();
+    L::template transpose<4>(a);
+    memcpy(to + 4 * p, a, sizeof a);
+  }
+}
+
+// Field::store of channels first, at most four, from[4 p + c].
+template <class T>
+NOINLINE void store_four(const Field<T>& field, i64 image, i64 channel, i64 count, i64 pixel, i64 n,
+                         const T* from, T* scratch) {
+  using L = Lanes<T, Machine<T>::lanes>;
+  constexpr i64 N = L::size;
+  const bool direct = field.array.dtype == DtypeOf<T>::value;
+  T* to[4] = {};
+  for (i64 c = 0; c < count; c++) {
+    const i64 at = field.at(image, channel + c, pixel);
+    to[c] = direct ? reinterpret_cast<T*>(field.array.data) + at : scratch + c * kPiece;
+  }
+  if (n < N)
+    for (i64 p = 0; p < n; p++)
+      for (i64 c = 0; c < count; c++) to[c][p] = from[4 * p + c];
+  for (i64 p0 = 0; n >= N && p0 < n; p0 += N) {
+    const i64 p = least(p0, n - N);
+    typename L::V a[4];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      const T* places[N / 4];
+      UNROLL
+      for (int l = 0; l < N / 4; l++) places[l] = from + 4 * (p + 4 * l + i);
+      a[i] = L::load4(places);
+    }
+    L::transpose4(a);
+    UNROLL
+    for (int c = 0; c < 4; c++)
+      if (c < count) L::store(to[c] + p, a[c]);
+  }
+  for (i64 c = 0; c < count && !direct; c++)
+    write(field.array, field.at(image, channel + c, pixel), n, to[c]);
+}
+
 // A row of the packed image, or a piece of one; as many tasks as pack_image_tasks says.
 template <class T, int ND>
 void pack_image(const Plan<T, ND>& p, i64 first, i64 task, T* packed, T* scratch) {
@@ -259,7 +322,8 @@ void pack_image(const Plan<T, ND>& p, i64 first, i64 task, T* packed, T* scratch
     memset(line + begin * p.words, 0, size_t((end - begin) * p.words) * sizeof(T));
   };
   if (x == 0) zero(0, 1);
-  if (!inside || count < p.block) zero(x + 1, least(width, x + kPiece) + 1);
+  const bool four = p.block == 4 && !kPairs && !image.array.last;
+  if (!inside || (count < p.block && !four)) zero(x + 1, least(width, x + kPiece) + 1);
   if (x + kPiece >= width) zero(width + 1, padded);
   if (!inside) return;
   const i64 pixel = row * width + x, some = least(kPiece, width - x);
@@ -267,6 +331,8 @@ void pack_image(const Plan<T, ND>& p, i64 first, i64 task, T* packed, T* scratch
   if constexpr (kPairs)
     load_pairs(image, first + n, p.channel(b), count, pixel, some, p.pair_lanes(), p.words, to,
                p.words, scratch);
+  else if (four)
+    load_four(image, first + n, p.channel(b), count, pixel, some, to, scratch);
   else
     image.load(first + n, p.channel(b), count, pixel, some, to, p.block, scratch);
 }
@@ -276,13 +342,23 @@ i64 pack_image_tasks(const Plan<T, ND>& p, i64 images) {
   return images * p.blocks * (p.plane / p.padded[ND - 1]) * divide_up(p.image_size[ND - 1], kPiece);
 }
 
-// Weights of one point channel and one block as [kernel point][channel], zeros in the padding.
+// Weights of one point channel and one block as [kernel point][channel of `width`], zeros in the
+// padding.
 template <class T, int ND>
-void load_weight(const Plan<T, ND>& p, i64 point, i64 b, T* to, T* scratch) {
+void load_weight(const Plan<T, ND>& p, i64 point, i64 b, T* to, i64 width, T* scratch) {
   const i64 count = p.block_channels(b), channel = p.channel(b) % p.group_channels;
   const i64 at = (point * p.group_channels + channel) * p.K;
-  if (count < p.block) memset(to, 0, size_t(p.K * p.block) * sizeof(T));
-  transpose(view(p.call.weight, at, count * p.K, scratch), p.K, to, p.block, p.K, count);
+  if (count < width) memset(to, 0, size_t(p.K * width) * sizeof(T));
+  transpose(view(p.call.weight, at, count * p.K, scratch), p.K, to, width, p.K, count);
+}
+
+// For Note [planar]: [point][column of the group]; a task for each block and point of its group
+template <class T, int ND>
+void pack_weight_by_plane(const Plan<T, ND>& p, i64 task, T* packed, T* scratch) {
+  const i64 b = task / p.group_points, group_blocks = p.blocks / p.groups;
+  const i64 point = b / group_blocks * p.group_points + task % p.group_points;
+  load_weight(p, point, b, packed + (point * group_blocks + b % group_blocks) * p.K * p.run, p.run,
+              scratch);
 }
 
 // For Note [depthwise]: [unit][channel of the block]; a task for each block
@@ -311,7 +387,8 @@ void pack_weight_by_point(const Plan<T, ND>& p, i64 task, T* packed, T* scratch)
       continue;
     }
     T* numbers = kPairs ? spare + size : row;
-    load_weight(p, group * p.group_points + first + i, group * group_blocks + b, numbers, spare);
+    load_weight(p, group * p.group_points + first + i, group * group_blocks + b, numbers, p.block,
+                spare);
     if constexpr (kPairs)
       convert(numbers, size, reinterpret_cast<uint16_t*>(row),
               [](T f) { return uint16_t(to_bits(f) >> 16); });
@@ -358,7 +435,7 @@ void pack_weight_by_column(const Plan<T, ND>& p, const Chunk* chunks, i64 count,
   T* more = scratch + size;
   const auto load = [&](i64 o, T* to) {
     if (o < p.group_points)
-      load_weight(p, b / group_blocks * p.group_points + o, b, to, more + size);
+      load_weight(p, b / group_blocks * p.group_points + o, b, to, p.block, more + size);
     else
       memset(to, 0, size_t(size) * sizeof(T));
   };

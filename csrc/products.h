@@ -1,12 +1,12 @@
 // The matrix products. Included by kernel.cpp inside the namespace of one instruction set.
 
-// C[R, NV vectors] += A[R, inner] B[inner, NV vectors]; the rows of B follow one another.
+// C[R, NV vectors] += A[R, inner] B[inner, NV vectors].
 // A(i, k) lies at i * a_step + k, or at k * a_step + i where it is Transposed.
 // A long sum in one float32 loses digits with the square root of its length: so kTerms at a time
 // are summed on their own, and C is the sum of those sums.
 template <class T, int R, int NV, bool Transposed>
 NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* RESTRICT b,
-                           T* RESTRICT c, i64 c_step, bool accumulate) {
+                           i64 b_step, T* RESTRICT c, i64 c_step, bool accumulate) {
   using L = Lanes<T, Machine<T>::lanes>;
   for (i64 first = 0; first < inner; first += kTerms, accumulate = true) {
     typename L::V sums[R][NV];
@@ -19,7 +19,7 @@ NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* 
     for (i64 k = first; k < end; k++) {
       typename L::V row[NV];
       UNROLL
-      for (int j = 0; j < NV; j++) row[j] = L::load(b + (k * NV + j) * L::size);
+      for (int j = 0; j < NV; j++) row[j] = L::load(b + k * b_step + j * L::size);
       UNROLL
       for (int i = 0; i < R; i++) {
         const typename L::V s = L::splat(Transposed ? a[k * a_step + i] : a[i * a_step + k]);
@@ -39,7 +39,7 @@ NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* 
 }
 
 template <class T>
-using MicroKernel = void (*)(i64, const T*, i64, const T*, T*, i64, bool);
+using MicroKernel = void (*)(i64, const T*, i64, const T*, i64, T*, i64, bool);
 
 template <class T, int NV, bool Transposed, int... R>
 MicroKernel<T> micro_kernel_of(i64 rows, Seq<R...>) {
@@ -50,8 +50,8 @@ MicroKernel<T> micro_kernel_of(i64 rows, Seq<R...>) {
 // C[rows, panels] (+)= A B, with B in panels of NV vectors. RowsOutside: the loop over rows is
 // the outer one, for few panels that stay in the cache.
 template <class T, int NV, bool Transposed, bool RowsOutside>
-void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const T* b, i64 b_panel,
-                 T* c, i64 c_step, bool accumulate) {
+void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const T* b, i64 b_step,
+                 i64 b_panel, T* c, i64 c_step, bool accumulate) {
   constexpr int height = Machine<T>::rows;
   constexpr i64 width = NV * Machine<T>::lanes;
   using All = typename MakeSeq<height>::type;
@@ -60,7 +60,7 @@ void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const 
     const i64 row = strip * height;
     const MicroKernel<T> kernel =
         micro_kernel_of<T, NV, Transposed>(least(height, rows - row), All{});
-    kernel(inner, a + (Transposed ? row : row * a_step), a_step, b + panel * b_panel,
+    kernel(inner, a + (Transposed ? row : row * a_step), a_step, b + panel * b_panel, b_step,
            c + row * c_step + panel * width, c_step, accumulate);
   };
   if (RowsOutside)
@@ -73,13 +73,13 @@ void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const 
 
 template <class T, bool Transposed, bool RowsOutside>
 void multiply(int vectors, i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const T* b,
-              i64 b_panel, T* c, i64 c_step, bool accumulate) {
+              i64 b_step, i64 b_panel, T* c, i64 c_step, bool accumulate) {
   if (vectors == 1)
-    multiply_by<T, 1, Transposed, RowsOutside>(rows, panels, inner, a, a_step, b, b_panel, c,
-                                               c_step, accumulate);
+    multiply_by<T, 1, Transposed, RowsOutside>(rows, panels, inner, a, a_step, b, b_step, b_panel,
+                                               c, c_step, accumulate);
   else
-    multiply_by<T, 2, Transposed, RowsOutside>(rows, panels, inner, a, a_step, b, b_panel, c,
-                                               c_step, accumulate);
+    multiply_by<T, 2, Transposed, RowsOutside>(rows, panels, inner, a, a_step, b, b_step, b_panel,
+                                               c, c_step, accumulate);
 }
 
 template <int N>

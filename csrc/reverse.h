@@ -65,8 +65,8 @@ struct Reverse {
     mode = (c.grad_weight.data ? kColumnsWork : 0) |
            (c.grad_offset.data || c.grad_mask.data ? kDotsWork : 0) |
            (c.grad_image.data ? kSpreadWork : 0);
-    sampler = sampler_of<T, ND>(mode, p.lanes, p.vectors);
-    weight_size = p.units() * p.block * (p.depthwise ? 1 : p.group_width);
+    sampler = sampler_of<T, ND>(mode, p.lanes, p.vectors, p.planar);
+    weight_size = p.units() * p.depth * (p.depthwise ? 1 : p.group_width);
     image_size = p.blocks * p.plane * p.block, packed_size = p.blocks * p.plane * p.words;
     offset_size = p.offset_groups * p.K * ND * p.P;
     mask_size = p.mask_groups * p.K * p.P;
@@ -180,6 +180,8 @@ struct Reverse {
           }
           if (p.depthwise)
             pack_weight_by_channel(p, task, weights, spare);
+          else if (p.planar)
+            pack_weight_by_plane(p, task, weights, spare);
           else
             pack_weight_by_column(p, chunks, chunk_count, task, weights, spare);
         });
@@ -222,15 +224,16 @@ struct Reverse {
     Touched& slices = touched[(band * flight + image) * parts + part];
     slices = {0, 0};
     const i64 tile_end = p.tiles * (band + 1) / bands;
+    const i64 group_columns = p.units() / p.groups * p.depth;  // of a weight group, if planar
     for (i64 t = p.tiles * band / bands; t < tile_end; t++) {
       const Tile tile = p.tile(first + image, t);
       const bool fresh = first + image < weight_slots && t == p.tiles * band / bands;
       s.cells.place(p, tile);
       s.loaded = -1;
-      i64 current = -1;
+      i64 current = -1, block = -1;  // the sample group whose cells are found, its first block
       for (i64 i = part_chunks[part]; i < part_chunks[part + 1]; i++) {
         const Chunk& chunk = chunks[i];
-        const i64 columns = chunk.count * p.block;
+        const i64 columns = chunk.count * p.depth, step = p.planar ? p.tile_room : chunk_columns;
         load_points(s, tile, chunk.group, thread);
         if (mode & (kDotsWork | kSpreadWork)) {
           if constexpr (kPairs)
@@ -240,16 +243,21 @@ struct Reverse {
           else if (p.depthwise && call.weight.data)
             scale(tile.count, p.block, chunk.count, s.grad_columns, chunk_columns,
                   weights + chunk.weights, s.by_panel);
+          else if (p.planar)
+            multiply<T, true, false>(
+                2, columns, divide_up(tile.count, 2 * N), p.group_points,
+                weights + chunk.group * (p.group_points - 1) * group_columns + chunk.unit * p.run,
+                group_columns, s.by_point, step, 2 * N, s.grad_columns, step, false);
           else if (!p.depthwise)
             multiply<T, true, false>(2, tile.count, chunk.panels, p.group_points, s.by_point,
-                                     p.tile_pixels, weights + chunk.weights, p.group_points * 2 * N,
-                                     s.grad_columns, chunk_columns, false);
+                                     p.tile_room, weights + chunk.weights, 2 * N,
+                                     p.group_points * 2 * N, s.grad_columns, chunk_columns, false);
         }
         for (i64 u = chunk.unit; u < chunk.unit + chunk.count; u++) {
           const i64 b = u / p.K, k = u % p.K, sample_group = p.sample_group(b);
           if (sample_group != current) {
             if (current >= 0) store_dots(s, tile, first, image, part, current);
-            current = sample_group;
+            current = sample_group, block = b;
             for (i64 q = 0; q < p.K; q++) s.cells.template find<true>(p, tile, sample_group, q, q);
             if (mode & kSpreadWork) {
               const Touched more = slices_of(s.cells, tile.count);
@@ -257,14 +265,15 @@ struct Reverse {
                 clear(grad_image + c * size, slices, more);
               slices = join(slices, more);
             }
-            if (mode & kDotsWork) memset(s.dots, 0, size_t(p.K * p.table * Dots) * sizeof(T));
+            if (mode & kDotsWork && !p.planar)
+              memset(s.dots, 0, size_t(p.K * p.table * Dots) * sizeof(T));
           }
-          const i64 column = (u - chunk.unit) * p.block;
+          const i64 column = (u - chunk.unit) * (p.planar ? p.run * step : p.block);
           const bool ones = !call.weight.data;  // then the points are every unit's columns
           sampler({tile.count, image_packed + b * p.plane * p.words, grad_image + b * size, p.steps,
                    s.cells.index + k * p.table, s.cells.weight + k * Q * p.table,
                    ones ? s.by_panel : s.grad_columns + column, s.columns + column,
-                   ones ? p.block : chunk_columns, s.dots + k * p.table * Dots});
+                   ones ? p.block : step, s.dots + k * p.table * Dots, p.run, p.table, b == block});
         }
         if (mode & kColumnsWork) {
           if constexpr (kPairs) {
@@ -278,9 +287,14 @@ struct Reverse {
             if (fresh) memset(grad_weight + chunk.unit * p.block, 0, size_t(columns) * sizeof(T));
             add_products(tile.count, p.block, chunk.count, s.columns, chunk_columns,
                          grad_weight + chunk.unit * p.block, s.by_panel);
+          } else if (p.planar) {
+            multiply<T, false, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
+                                     step, s.by_panel, p.panel, p.tile_room * p.panel,
+                                     grad_weight + chunk.unit * p.run * p.group_width,
+                                     p.group_width, !fresh);
           } else {
             multiply<T, true, true>(p.panel_vectors, columns, p.panels, tile.count, s.columns,
-                                    chunk_columns, s.by_panel, p.tile_pixels * p.panel,
+                                    chunk_columns, s.by_panel, p.panel, p.tile_room * p.panel,
                                     grad_weight + chunk.unit * p.block * p.group_width,
                                     p.group_width, !fresh);
           }
@@ -326,7 +340,7 @@ struct Reverse {
     s.loaded = group;
     if constexpr (kPairs) return load_point_pairs(s, tile, group, thread);
     const Field<T> points{call.points, p.point_channels, p.P};
-    const i64 point = p.group_point(group), count = p.points_in(group), step = p.tile_pixels;
+    const i64 point = p.group_point(group), count = p.points_in(group), step = p.tile_room;
     if (p.depthwise) {
       if (count < p.block) memset(s.by_panel, 0, size_t(tile.count * p.block) * sizeof(T));
       for (i64 i = 0; i < tile.segments; i++)
@@ -349,6 +363,9 @@ struct Reverse {
           read(call.points, points.at(tile.image, point + o, pixel), tile.length, to + o * step);
       }
     }
+    if (p.planar)
+      for (i64 o = 0; o < count; o++)
+        for (i64 m = tile.count; m < round_up(tile.count, 2 * N); m++) s.by_point[o * step + m] = 0;
     if (!(mode & kColumnsWork)) return;
     for (i64 j = 0; j < p.panels; j++) {
       const i64 some = least(p.panel, count - j * p.panel);
@@ -412,6 +429,10 @@ struct Reverse {
                       p.mask_group(sample_group), &fresh_mask);
     const typename L::I outside = L::splat_index(i32(p.outside()));
     V tainted = L::zero();
+    if (p.planar)  // the last vector may be longer than the tile
+      for (i64 k = 0; k < p.K; k++)
+        for (int q = 0; q < Q; q++)
+          L::store(s.dots + (k * Dots + q) * p.table + tile.count, L::zero());
     for (i64 k = 0; k < p.K; k++)
       for (i64 i = 0; i < tile.segments; i++)
         for (i64 c0 = 0; c0 < tile.length; c0 += N) {
@@ -419,10 +440,14 @@ struct Reverse {
           const i64 m = k * p.table + i * tile.length + c;
           const i64 pixel = tile.first + i * tile.step + c;
           T rows[Dots * N];
-          transpose_by<T, 4>(s.dots + m * Dots, Dots, rows, N, Dots, N);
+          const T* dots = rows;
+          if (p.planar)
+            dots = s.dots + k * p.table * Dots + i * tile.length + c;
+          else
+            transpose_by<T, 4>(s.dots + m * Dots, Dots, rows, N, Dots, N);
           V value[Q], slope[ND][Q];
           UNROLL
-          for (int q = 0; q < Q; q++) value[q] = L::load(rows + q * N);
+          for (int q = 0; q < Q; q++) value[q] = L::load(dots + q * (p.planar ? p.table : N));
           // Interpolate axis by axis; the slope of an axis is interpolated along the later ones.
           UNROLL
           for (int v = 0; v < ND; v++) {
@@ -527,7 +552,10 @@ struct Reverse {
       for (i64 m = 0; m < some; m++)
         for (i64 c = 0; c < count; c++) sums[m * p.block + c] += bias[c];
     }
-    image.store(first + n, p.channel(b), count, row * width + x, some, sums, p.block, spare);
+    if (p.block == 4 && !image.array.last)
+      store_four(image, first + n, p.channel(b), count, row * width + x, some, sums, spare);
+    else
+      image.store(first + n, p.channel(b), count, row * width + x, some, sums, p.block, spare);
   }
 
   i64 unpack_weight_tasks() const {
@@ -545,7 +573,7 @@ struct Reverse {
       write(call.grad_weight, p.channel(b) * p.K, count * p.K, spare);
       return;
     }
-    const i64 size = p.K * p.block, strips = divide_up(p.group_points, N);
+    const i64 size = p.K * p.depth, strips = divide_up(p.group_points, N);
     const i64 b = task / strips, o = task % strips * N, some = least(N, p.group_points - o);
     const i64 count = p.block_channels(b), channel = p.channel(b) % p.group_channels;
     T* sums = spare;  // [point][kernel point][channel]
@@ -568,7 +596,7 @@ struct Reverse {
         for (i64 i = 0; i < some * size; i++) sums[i] += more[i];
     }
     for (i64 i = 0; i < some; i++) {
-      transpose(sums + i * size, p.block, more, p.K, count, p.K);
+      transpose(sums + i * size, p.depth, more, p.K, count, p.K);
       write(call.grad_weight,
             ((b / group_blocks * p.group_points + o + i) * p.group_channels + channel) * p.K,
             count * p.K, more);

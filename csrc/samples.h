@@ -16,6 +16,10 @@ struct Samples {
   T* column;             // likewise, in words of kPerWord channels, or pixels if Across
   i64 column_step;
   T* dots;  // [count][corner, at least 4] sums of grad_column times corner
+  // For Note [planar]: how many channels, the table's size, and whether to set dots or to add to
+  // them.
+  i64 channels, table;
+  bool fresh;
 };
 
 template <class T>
@@ -116,9 +120,100 @@ NOINLINE void sample(const Samples<T>& s) {
     }
 }
 
+// Note [planar]
+// Where samples have at most four channels, those of one sample would leave most of a vector empty,
+// and a product of few points, too. There a vector holds one channel of as many samples: a corner
+// of each, four channels side by side in the packed image, is transposed on its way. (Gathers, one
+// for each channel, take several times as long.) Weights and dots are [corner][table] then, columns
+// and points [channel][pixel of the tile], so that the products have pixels in lanes, and columns
+// without padding. Vectors are of 32 bytes: wider ones are put together by more instructions.
+template <class T, int ND, int Mode>
+NOINLINE void sample_planes(const Samples<T>& s) {
+  constexpr int Most = 32 / sizeof(T), Q = 1 << ND;
+  constexpr int N = Machine<T>::lanes < Most ? Machine<T>::lanes : Most;
+  constexpr int G = Q < 4 ? Q : 4;  // corners at a time, as many as fit into registers
+  using L = Lanes<T, N>;
+  using V = typename L::V;
+  using F = Lanes<T, 4>;
+  const i64 count = s.count, channels = s.channels, table = s.table, step = s.column_step;
+  const T *RESTRICT image = s.image, *RESTRICT weights = s.weight;
+  const T* RESTRICT grad_column = s.grad_column;
+  const i32* RESTRICT index = s.index;
+  T *RESTRICT column = s.column, *RESTRICT sums = s.dots;
+  T* corners[Q];  // of grad_image
+  const bool fresh = s.fresh;
+  i64 steps[Q];
+  UNROLL
+  for (int q = 0; q < Q; q++) steps[q] = s.steps[q], corners[q] = s.grad_image + s.steps[q];
+  for (i64 m = 0; m < count; m += N) {
+    V grad[4], value[4];
+    UNROLL
+    for (int c = 0; c < 4; c++) {
+      grad[c] = value[c] = L::zero();
+      if (Mode & (kDotsWork | kSpreadWork) && c < channels)
+        grad[c] = L::load(grad_column + c * step + m);
+    }
+    if (Mode & (kColumnsWork | kDotsWork)) {
+      // A loop that stays one: unrolled, the compiler would keep all corners to the end.
+      for (int first = 0; first < Q; first += G) {
+        V x[G][4];
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+          const T* from[N / 4];
+          UNROLL
+          for (int l = 0; l < N / 4; l++) from[l] = image + i64(index[m + 4 * l + i]) * 4;
+          UNROLL
+          for (int q = 0; q < G; q++) {
+            const T* corner[N / 4];
+            UNROLL
+            for (int l = 0; l < N / 4; l++) corner[l] = from[l] + steps[first + q];
+            x[q][i] = L::load4(corner);
+          }
+        }
+        UNROLL
+        for (int q = 0; q < G; q++) {
+          L::transpose4(x[q]);
+          const i64 at = (first + q) * table + m;
+          const V weight = L::load(weights + at);
+          V dot = L::zero();
+          UNROLL
+          for (int c = 0; c < 4; c++) {
+            if (Mode & kColumnsWork) value[c] = value[c] + weight * x[q][c];
+            if (Mode & kDotsWork) dot = dot + grad[c] * x[q][c];
+          }
+          if (Mode & kDotsWork) L::store(sums + at, fresh ? dot : L::load(sums + at) + dot);
+        }
+      }
+      if (Mode & kColumnsWork) {
+        UNROLL
+        for (int c = 0; c < 4; c++)
+          if (c < channels) L::store(column + c * step + m, value[c]);
+      }
+    }
+    if (Mode & kSpreadWork) {
+      L::transpose4(grad);
+      T rows[4][N];
+      UNROLL
+      for (int i = 0; i < 4; i++) L::store(rows[i], grad[i]);
+      UNROLL
+      for (int i = 0; i < N; i++) {
+        const i64 at = i64(index[m + i]) * 4;
+        const typename F::V row = F::load(rows[i % 4] + i / 4 * 4);
+        UNROLL
+        for (int q = 0; q < Q; q++) {
+          T* to = corners[q] + at;
+          F::store(to, F::load(to) + F::splat(weights[q * table + m + i]) * row);
+        }
+      }
+    }
+  }
+}
+
 template <class T, int ND, int Mode, bool Across>
-Sampler<T> sampler_of(int lanes, int vectors) {
+Sampler<T> sampler_of(int lanes, int vectors, bool planar) {
   constexpr int N = Machine<T>::lanes;
+  if constexpr (!kPairs)
+    if (planar) return sample_planes<T, ND, Mode>;
   if (lanes == N && vectors == 4) return sample<T, ND, N, 4, Mode, Across>;
   if (lanes == N && vectors == 2) return sample<T, ND, N, 2, Mode, Across>;
   if constexpr (kPairs) {  // two of half the lanes
@@ -135,14 +230,14 @@ Sampler<T> sampler_of(int lanes, int vectors) {
 
 // For Reverse.
 template <class T, int ND>
-Sampler<T> sampler_of(int mode, int lanes, int vectors) {
+Sampler<T> sampler_of(int mode, int lanes, int vectors, bool planar) {
   switch (mode) {
-    case 1: return sampler_of<T, ND, 1, kPairs>(lanes, vectors);
-    case 2: return sampler_of<T, ND, 2, kPairs>(lanes, vectors);
-    case 3: return sampler_of<T, ND, 3, kPairs>(lanes, vectors);
-    case 4: return sampler_of<T, ND, 4, kPairs>(lanes, vectors);
-    case 5: return sampler_of<T, ND, 5, kPairs>(lanes, vectors);
-    case 6: return sampler_of<T, ND, 6, kPairs>(lanes, vectors);
-    default: return sampler_of<T, ND, 7, kPairs>(lanes, vectors);
+    case 1: return sampler_of<T, ND, 1, kPairs>(lanes, vectors, planar);
+    case 2: return sampler_of<T, ND, 2, kPairs>(lanes, vectors, planar);
+    case 3: return sampler_of<T, ND, 3, kPairs>(lanes, vectors, planar);
+    case 4: return sampler_of<T, ND, 4, kPairs>(lanes, vectors, planar);
+    case 5: return sampler_of<T, ND, 5, kPairs>(lanes, vectors, planar);
+    case 6: return sampler_of<T, ND, 6, kPairs>(lanes, vectors, planar);
+    default: return sampler_of<T, ND, 7, kPairs>(lanes, vectors, planar);
   }
 }
