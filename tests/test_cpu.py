@@ -255,7 +255,7 @@ def test_cases(case: Case, level: int) -> None:
 
 
 # Chosen for the paths of the core: full and ragged blocks of channels, groups that span the
-# parts of the reverse, tiles of whole and partial rows, long kernels, depthwise.
+# parts of the reverse, tiles of whole and partial rows, long kernels, depthwise, few channels.
 GEOMETRIES = [
     plain(2, 64, 40, (9, 40)),
     plain(1, 130, 33, (5, 70)),
@@ -268,6 +268,9 @@ GEOMETRIES = [
     plain(1, 1, 1, (1, 1, 1)),
     Geometry(1, 20, 300, 2, 2, 5, (90,), (29,), (31,), (2,), (3,), (1,)),
     Geometry(2, 5, 7, 1, 1, 1, (600, 2), (601, 1), (2, 2), (1, 3), (1, 1), (1, 2)),
+    plain(2, 3, 3, (5, 37)),
+    plain(1, 12, 51, (3, 340), groups=3, mask_groups=2),
+    Geometry(2, 4, 20, 1, 1, 0, (9, 7, 13), (5, 4, 7), (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1)),
 ]
 
 
@@ -515,9 +518,10 @@ def test_offset_and_mask_of_other_dtypes(level: int) -> None:
     "dtype", [*KINDS, *((level, torch.bfloat16) for level in LEVELS)], indirect=True, ids=str
 )
 @pytest.mark.parametrize("size", [(40,), (6, 40), (3, 5, 9)], ids=str)
-def test_layouts(size: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("channels", (3, 36))
+def test_layouts(channels: int, size: tuple[int, ...], dtype: torch.dtype) -> None:
     """Channels last and slices give what contiguous tensors give, in the layout of the tensor."""
-    call = Call(plain(2, 36, 70, size)).to(dtype)
+    call = Call(plain(2, channels, 70, size)).to(dtype)
     want = call.run()
     last = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}[len(size)]
 
@@ -541,7 +545,7 @@ def test_layouts(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_computes_only_what_is_needed(dtype: torch.dtype) -> None:
-    for g in (GEOMETRIES[0], GEOMETRIES[2], GEOMETRIES[6]):
+    for g in (GEOMETRIES[0], GEOMETRIES[2], GEOMETRIES[6], GEOMETRIES[-2]):
         call = Call(g).to(dtype)
         given = (call.image, call.points, call.weight, call.offset, call.mask)
         full = cpu.gradients(g, *given, ALL)
@@ -559,6 +563,7 @@ def test_computes_only_what_is_needed(dtype: torch.dtype) -> None:
         plain(2, 64, 24, (9, 40), offset_groups=16),
         plain(1, 8, 8, (64, 64)),  # one block of channels: threads share the image
         plain(1, 16, 16, (48, 50), groups=16),
+        plain(1, 3, 5, (48, 50)),
         plain(1, 12, 5, (12, 14, 15)),
     ],
     ids=lambda g: "x".join(map(str, (*g[:6], *g.image_size))),
