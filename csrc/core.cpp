@@ -152,10 +152,13 @@ int best_level() {
 #endif
 }
 
-// Whether all products are of bfloat16, see Note [pairs] in pairs.h.
+// Whether all products are of bfloat16, see Note [pairs] in pairs.h. Where they are of few channels
+// and few points, those of Note [planar] in samples.h are faster.
 [[maybe_unused]] bool in_pairs(const Call& c) {
   const auto has = [](const Array& a, i64 dtype) { return a.data && a.dtype == dtype; };
-  return !c.depthwise && has(c.weight, kBFloat16) && has(c.points, kBFloat16) &&
+  const i64 sharing = c.groups > c.offset_groups ? c.groups : c.offset_groups;
+  const bool few = c.image_channels <= 4 * sharing && c.point_channels <= 16 * c.groups;
+  return !c.depthwise && !few && has(c.weight, kBFloat16) && has(c.points, kBFloat16) &&
          (!c.image.data || has(c.image, kBFloat16)) && !has(c.offset, kFloat64) &&
          !has(c.mask, kFloat64);
 }
