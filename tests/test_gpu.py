@@ -1281,7 +1281,7 @@ def test_finds_unset_registers(plans: list[Plan], tmp_path: Path) -> None:
     """The check above misses an instruction that writes what a product's descriptor is made of."""
     if INTERPRETING or not triton.__version__.startswith("3.6"):
         pytest.skip("made for the listings of Triton 3.6")
-    Case((16, 16), (3, 3), image=64, points=64, groups=2).make(torch.float16, "cpu").forward(
+    Case((16, 16), (3, 3), image=192, points=192, groups=2).make(torch.float16, "cpu").forward(
         backend
     )
     (step,) = (step for step in plans[0].steps if step.name == "forward")

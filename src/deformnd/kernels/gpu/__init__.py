@@ -66,7 +66,7 @@ def gradients(
         return reference.gradients(g, image, points, weight, offset, mask, needs, summed)
     by_image, by_points, by_weight, by_offset, by_mask = needs
     wanted = (
-        *(by_image, by_points, by_weight),
+        *(by_image, by_points, by_weight and weight is not None),
         *(by_offset and offset is not None, by_mask and mask is not None),
         *(summed is image, summed is points),
     )
