@@ -724,9 +724,7 @@ class Call:
         if order == Order.BY_GROUP or self.g.groups > 1:
             lengths = (n.group_in, columns)
         plain = columns == n.group_in and n.padded_outputs == n.outputs and not self.spread
-        group_in, group_out = n.group_in, n.outputs
-        if self.spread:
-            group_in, group_out = self._in_a_group()
+        group_in, group_out = self._given_group()
         if n.taps == 1 and not bf16x3 and order == Order.PLAIN and plain:
             return weight.buffer._replace(shape=(n.outputs, columns))
         shape = ((arrays + bf16x3) * n.taps * n.padded_outputs, columns)
@@ -744,10 +742,13 @@ class Call:
         self._made[key] = out
         return out
 
-    def _in_a_group(self) -> tuple[int, int]:
-        """Channels and outputs of a group of the weight as it is given."""
-        groups = self.weight_groups
-        return self.sizes.channels // groups, self.sizes.outputs // groups
+    def _given_group(self) -> tuple[int, int]:
+        """Channels of a group of the weight as it is given, and of how many outputs they begin at
+        the same one: all, unless it is spread."""
+        n = self.sizes
+        if not self.spread:
+            return n.group_in, n.outputs
+        return n.channels // self.weight_groups, n.outputs // self.weight_groups
 
     def sums(self, source: Operand, out: Buffer) -> None:
         """Sums over everything but the channels."""
@@ -810,7 +811,7 @@ class Call:
         """Sum partial weights [splits, taps, group_in, padded_outputs] to a weight; group_in are
         all channels where that is spread."""
         n, splits = self.sizes, parts.shape[0]
-        group_in, group_out = self._in_a_group() if self.spread else (n.group_in, n.outputs)
+        group_in, group_out = self._given_group()
         # Few weights have many splits: more programs for them.
         few = group_in * n.taps * n.outputs <= 1 << 14
         block_k, warps = (2, 2) if few else (16, 4)
