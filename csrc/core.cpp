@@ -90,7 +90,8 @@ struct Workspace {
 
 thread_local Workspace workspace;
 
-using Run = Status (*)(const Call&);
+template <class C>
+using Run = Status (*)(const C&);
 
 #if defined(DEFORMND_X86) && defined(_MSC_VER)
 bool has(int leaf, int reg, int bit) {
@@ -163,11 +164,8 @@ int best_level() {
          !has(c.mask, kFloat64);
 }
 
-Run run_of(const Call& call, i64 level) {
-#if defined(DEFORMND_BFLOAT16)
-  if (level >= 3 && in_pairs(call)) return bfloat16::run;
-#endif
-  (void)call;
+template <class C>
+Run<C> run_of(const C&, i64 level) {
 #if defined(DEFORMND_X86)
   if (level >= 2) return avx512::run;
   if (level == 1) return avx2::run;
@@ -175,6 +173,12 @@ Run run_of(const Call& call, i64 level) {
   (void)level;
   return baseline::run;
 }
+
+#if defined(DEFORMND_BFLOAT16)
+Run<Call> run_of(const Call& call, i64 level) {
+  return level >= 3 && in_pairs(call) ? bfloat16::run : run_of<Call>(call, level);
+}
+#endif
 
 // Calls at this moment. Each calling thread has a pool of its own: where there are as many callers
 // as threads to a call, the processor is busy, and more threads would only wait for each other.
@@ -186,6 +190,28 @@ std::atomic<bool> forked{false};
 #if defined(__unix__) || defined(__APPLE__)
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true, calls = 0; });
 #endif
+
+i64 used_level(i64 level) {
+  const i64 best = best_level();
+  return level < 0 || level > best ? best : level;
+}
+
+template <class C>
+Status run_counted(C& call, i64 level) {
+  call.alone = ++calls >= call.threads || forked;
+  const Status status = run_of(call, level)(call);
+  --calls;
+  return status;
+}
+
+// Of an array in the words of kernels/cpu.py.
+Array array_of(const i64*& next) {
+  Array a;
+  a.data = reinterpret_cast<char*>(static_cast<intptr_t>(*next++));
+  a.dtype = *next & 3, a.last = *next >> 2 & 1;
+  next++;
+  return a;
+}
 
 }  // namespace
 
@@ -233,11 +259,8 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   for (i64* sizes : {c.image_size, c.point_size, c.kernel, c.stride, c.padding, c.dilation})
     for (i64 v = 0; v < c.rank; v++) sizes[v] = *next++;
   for (Array* a : {&c.image, &c.points, &c.weight, &c.offset, &c.mask, &c.bias, &c.grad_image,
-                   &c.grad_weight, &c.grad_offset, &c.grad_mask}) {
-    a->data = reinterpret_cast<char*>(static_cast<intptr_t>(*next++));
-    a->dtype = *next & 3, a->last = *next >> 2 & 1;
-    next++;
-  }
+                   &c.grad_weight, &c.grad_offset, &c.grad_mask})
+    *a = array_of(next);
   c.depthwise = !c.weight.data ||
                 (c.groups > 1 && c.groups == c.image_channels && c.groups == c.point_channels);
   i64 image = c.batch * c.image_channels, points = c.batch * c.point_channels, cells = c.batch;
@@ -247,10 +270,33 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   advise_result(c.grad_image, image);
   advise_result(c.grad_offset, cells * c.offset_groups * c.rank);
   advise_result(c.grad_mask, cells * c.mask_groups);
-  const i64 best = best_level(), used = level < 0 || level > best ? best : level;
+  const i64 used = used_level(level);
   c.tiles = used >= 4;
-  c.alone = ++calls >= c.threads || forked;
-  const Status status = run_of(c, used)(c);
-  --calls;
-  return static_cast<int>(status);
+  return static_cast<int>(run_counted(c, used));
+}
+
+// The same for deform_attention.
+EXPORT int deformnd_attend(const deformnd::i64* words) {
+  using namespace deformnd;
+  const i64* next = words;
+  const i64 level = *next++;
+  Attention c;
+  c.reverse = *next++ != 0;
+  c.threads = *next++;
+  c.exactly = c.threads < 0;
+  if (c.exactly) c.threads = -c.threads;
+  for (i64* size :
+       {&c.rank, &c.batch, &c.queries, &c.heads, &c.channels, &c.levels, &c.points, &c.pixels})
+    *size = *next++;
+  for (Array* a : {&c.value, &c.locations, &c.weights, &c.output, &c.grad_value, &c.grad_locations,
+                   &c.grad_weights})
+    *a = array_of(next);
+  c.sizes = next;
+  const i64 channels = c.batch * c.heads * c.channels;
+  const i64 samples = c.batch * c.queries * c.heads * c.levels * c.points;
+  if (!c.reverse) advise_result(c.output, channels * c.queries);
+  advise_result(c.grad_value, channels * c.pixels);
+  advise_result(c.grad_locations, samples * c.rank);
+  advise_result(c.grad_weights, samples);
+  return static_cast<int>(run_counted(c, used_level(level)));
 }

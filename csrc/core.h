@@ -38,6 +38,20 @@ struct Call {
   Array grad_image, grad_weight, grad_offset, grad_mask;
 };
 
+// A call of deform_attention, or of its backward with the gradients that have data. All arrays are
+// contiguous; the value is of the computing type, float32 or float64, and channels are a multiple of
+// 4.
+struct Attention {
+  bool reverse;  // the output is the given gradient
+  i64 threads;   // this and the two below as in Call
+  bool exactly;
+  bool alone;
+  i64 rank, batch, queries, heads, channels, levels, points;
+  i64 pixels;        // of all levels
+  const i64* sizes;  // [level][axis]
+  Array value, locations, weights, output, grad_value, grad_locations, grad_weights;
+};
+
 // kOdd is done, too, with a mask, or a gradient by offset or mask, that is not finite: see
 // Note [infinity] in kernels/cpu.py.
 enum Status : i64 { kDone, kNoMemory, kOdd };
@@ -57,12 +71,15 @@ Status run(const Call&);
 }
 namespace avx512 {
 Status run(const Call&);
-}
+Status run(const Attention&);
+}  // namespace avx512
 namespace avx2 {
 Status run(const Call&);
-}
+Status run(const Attention&);
+}  // namespace avx2
 namespace baseline {
 Status run(const Call&);
-}
+Status run(const Attention&);
+}  // namespace baseline
 
 }  // namespace deformnd

@@ -79,6 +79,7 @@ constexpr i64 kColumns = 576;   // of one product; of pairs in Gather half, for 
 constexpr i64 kTerms = 144;     // of one sum, see micro_kernel; words of a column for a stack
 constexpr i64 kPiece = 512;     // most pixels that a layout change or conversion handles at once
 constexpr i32 kFar = 1 << 30;   // of offsets; positions without one are less, see cpu.py
+constexpr i64 kSamplesPerThread = 125000;  // of a channel: 20 microseconds, see threads_worth
 constexpr i64 kFlightBytes = 32 << 20;  // of packed images at a time, where one is smaller
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
@@ -171,6 +172,7 @@ inline void touch(const Array& a, i64 task) {
 #include "aggregate.h"
 #include "gather.h"
 #include "reverse.h"
+#include "attention.h"
 // clang-format on
 
 template <class T, int ND>
@@ -197,6 +199,19 @@ Status run(const Call& c) {
              : run<float>(c);
 #endif
 }
+
+#ifndef DEFORMND_PAIRS
+template <class T>
+Status run(const Attention& call) {
+  return call.rank == 1   ? attend<T, 1>(call)
+         : call.rank == 2 ? attend<T, 2>(call)
+                          : attend<T, 3>(call);
+}
+
+Status run(const Attention& c) {
+  return c.value.dtype == kFloat64 ? run<double>(c) : run<float>(c);
+}
+#endif
 
 }  // namespace DEFORMND_ISA
 }  // namespace deformnd

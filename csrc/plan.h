@@ -17,6 +17,13 @@ struct Tile {
   i64 count;
 };
 
+// The threads that a call is worth, of so many: each wants about 20 microseconds of work, ten times
+// what waking it costs, and all of a large team want more than two.
+inline i64 threads_worth(double worth, i64 threads) {
+  if (worth < 2 + double(threads - 2) / 8) return 1;
+  return worth < double(threads) ? i64(worth) : threads;
+}
+
 template <class T, int ND>
 struct Plan {
   static constexpr int Q = 1 << ND, Dots = Q < 4 ? 4 : Q;
@@ -103,16 +110,12 @@ struct Plan {
   // A sample takes as long as its products with so many points; AMX multiplies eight times as fast.
   static i64 points_per_sample(const Call& c) { return kPairs && c.tiles ? 128 : 16; }
 
-  // The threads that a call is worth: each wants about 20 microseconds of work, ten times what
-  // waking it costs, and all of a large team want more than two.
   static i64 threads_for(const Call& c) {
     if (c.exactly) return c.threads;
     const i64 sample = points_per_sample(c);
     double work = double(c.batch) * c.image_channels * (c.point_channels / c.groups + sample);
     for (int v = 0; v < ND; v++) work *= double(c.point_size[v] * c.kernel[v]);
-    const double worth = work / (125e3 * double(sample));
-    if (worth < 2 + double(c.threads - 2) / 8) return 1;
-    return worth < double(c.threads) ? i64(worth) : c.threads;
+    return threads_worth(work / (double(kSamplesPerThread) * double(sample)), c.threads);
   }
 
   void cut_tiles(i64 rows, i64 columns) {

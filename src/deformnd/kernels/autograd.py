@@ -170,11 +170,11 @@ def register(
             of(_backward_vmap, family),
         ),
     ):
-        _register(lib, name, own, count, saved, gradient, tangent, vmap_rule)
+        register_one(lib, name, own, count, saved, gradient, tangent, vmap_rule)
     OPERATORS[family.name].repeat = _repeated(family, direct_backward)
 
 
-def _register(
+def register_one(
     lib: torch.library.Library,
     name: str,
     kernels: dict[str, Callable[..., Any]],

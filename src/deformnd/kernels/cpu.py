@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import __version__
 from . import reference
-from .geometry import DTYPES, Geometry, empty
+from .geometry import DTYPES, Attention, Geometry, empty
 
 # The names of the levels that the core counts, see best_level in csrc/core.cpp.
 LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16", "AMX")
@@ -92,6 +93,7 @@ def _check_whole(path: Path) -> None:
 
 _library = _load()
 _run: Callable[[bytes], int] | None = None if _library is None else _library.deformnd_run
+_attend: Callable[[bytes], int] | None = None if _library is None else _library.deformnd_attend
 
 
 def available() -> bool:
@@ -264,6 +266,99 @@ def _call(
             *words,
         )
     )
+    if status == _NO_MEMORY:
+        raise MemoryError("deformnd: no memory for the workspace of a CPU call")
+    return status == _ODD
+
+
+def attend(a: Attention, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """The forward of deform_attention: [B, Q, H * C]."""
+    if not _attends(a):
+        return reference.attend(a, value, locations, weights)
+    room = _room(a)
+    out = torch.empty(a.batch, a.queries, a.heads, room, dtype=value.dtype, device=value.device)
+    if _call_attention(a, (value, locations, weights), out, None) and _infinite(weights):
+        return reference.attend(a, value, locations, weights)
+    return out[..., : a.channels].flatten(2)
+
+
+def attend_gradients(
+    a: Attention,
+    grad_output: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of deform_attention by (value, locations, weights), None where not needed."""
+    tensors = value, locations, weights
+    if not _attends(a):
+        return reference.attend_gradients(a, grad_output, *tensors, needs)
+    room = _room(a)
+    shapes = ((*value.shape[:3], room), locations.shape, weights.shape)
+    grads = [
+        torch.empty(shape, dtype=t.dtype, device=t.device) if need else None
+        for shape, t, need in zip(shapes, tensors, needs, strict=True)
+    ]
+    grad_output = grad_output.reshape(a.batch, a.queries, a.heads, a.channels)
+    odd = _call_attention(a, tensors, _with_room(grad_output, room).contiguous(), grads)
+    if odd and _infinite(grad_output, *tensors):
+        return reference.attend_gradients(a, grad_output.flatten(2), *tensors, needs)
+    by_value, *rest = grads
+    if by_value is not None:
+        by_value = by_value[..., : a.channels].contiguous()
+    return (by_value, *rest)
+
+
+def _attends(a: Attention) -> bool:
+    """As _fits."""
+    sizes = (a.batch, a.queries, a.heads, a.channels, a.points)
+    return min(sizes) > 0 and a.pixels < 2**30 and a.heads * _room(a) < 2**31
+
+
+def _room(a: Attention) -> int:
+    """The channels of a head in the core, which takes them by four."""
+    return (a.channels + 3) // 4 * 4
+
+
+def _with_room(t: Tensor, room: int) -> Tensor:
+    return t if t.shape[-1] == room else F.pad(t, (0, room - t.shape[-1]))
+
+
+def _call_attention(
+    a: Attention,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    output: Tensor,
+    grads: Sequence[Tensor | None] | None,
+) -> bool:
+    """Run the core: the output, or with it as its gradient the gradients. As _call."""
+    value, locations, weights = tensors
+    dtype = torch.promote_types(torch.float32, value.dtype)
+    for t in (locations, weights):
+        dtype = torch.promote_types(dtype, t.dtype)
+    value = _with_room(value.to(dtype), _room(a)).contiguous()
+    arrays = (value, locations.contiguous(), weights.contiguous(), output)
+    words: list[int] = []
+    for array in (*arrays, *(grads or (None, None, None))):
+        words += _ABSENT if array is None else (array.data_ptr(), _CODE[array.dtype])
+    sizes = [size for shape in a.shapes for size in shape]
+    numbers = (
+        level,
+        grads is not None,
+        -threads or torch.get_num_threads(),
+        len(a.shapes[0]),
+        a.batch,
+        a.queries,
+        a.heads,
+        _room(a),
+        len(a.shapes),
+        a.points,
+        a.pixels,
+        *words,
+        *sizes,
+    )
+    assert _attend is not None
+    status = _attend(struct.pack(f"={len(numbers)}q", *numbers))
     if status == _NO_MEMORY:
         raise MemoryError("deformnd: no memory for the workspace of a CPU call")
     return status == _ODD

@@ -218,6 +218,85 @@ def conv_transpose_geometry(
     )
 
 
+class Attention(NamedTuple):
+    """All sizes of a call of deform_attention."""
+
+    batch: int
+    queries: int
+    heads: int
+    channels: int  # of a head
+    points: int  # of a level
+    shapes: tuple[tuple[int, ...], ...]  # the levels' sizes
+    pixels: int  # of all levels
+
+    @property
+    def starts(self) -> list[int]:
+        """The first pixel of each level."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        return [sum(sizes[:level]) for level in range(len(sizes))]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.queries, self.heads * self.channels)
+
+
+def attention_geometry(
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[int]
+) -> Attention:
+    """Geometry of a deform_attention call; raises ValueError or TypeError for bad arguments.
+
+    shapes: the levels' sizes one after another, as many values each as a location has.
+    """
+    tensors: dict[str, Tensor | None] = {
+        "value": value,
+        "locations": locations,
+        "weights": weights,
+    }
+    n = 0
+
+    def fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
+        sizes = [_show(shapes[i : i + n]) for i in range(0, len(shapes), n)] if n else shapes
+        listed = ", ".join(map(str, sizes))
+        raise error(f"deform_attention: {message}; {_shapes(tensors)}, shapes [{listed}]")
+
+    for key, t, dim, what in (
+        ("value", value, 4, "batch, pixels, heads, channels"),
+        ("locations", locations, 6, "batch, queries, heads, levels, points, axes"),
+        ("weights", weights, 5, "batch, queries, heads, levels, points"),
+    ):
+        problem = _no_dense_tensor(t) or (_no_dtype(t) if t.dtype not in DTYPES else "")
+        if problem:
+            fail(f"{key} {problem}", TypeError)
+        if t.device != value.device:
+            fail(f"{key} is on {t.device}, expected {value.device}, where value is")
+        if t.dim() != dim:
+            fail(f"{key} has {t.dim()} dimensions, expected {dim} ({what})")
+    n = int(locations.shape[-1])
+    if not 1 <= n <= 3:
+        n, got = 0, n
+        fail(f"locations have {got} coordinates, expected 1 to 3, in the last dimension")
+    if not shapes or len(shapes) % n:
+        n, axes = 0, n
+        fail(f"shapes have {len(shapes)} values, expected {axes} for each level, as locations have")
+    levels = tuple(tuple(shapes[i : i + n]) for i in range(0, len(shapes), n))
+    if any(size < 1 for size in shapes):
+        fail("shapes are expected to be at least 1 on every axis")
+    batch, pixels = value.shape[:2]
+    heads, channels = map(int, value.shape[2:])
+    total = sum(math.prod(level) for level in levels)
+    if pixels != total:
+        fail(f"value has {pixels} pixels, expected {total}, the sum of all levels'")
+    queries, points = locations.shape[1], int(locations.shape[4])
+    samples = (batch, queries, heads, len(levels), points)
+    for key, t, expected, names in (
+        ("locations", locations, (*samples, n), "batch, queries, heads, levels, points, axes"),
+        ("weights", weights, samples, "batch, queries, heads, levels, points"),
+    ):
+        if tuple(t.shape) != expected:
+            fail(f"{key} has shape {list(t.shape)}, expected {list(expected)} ({names})")
+    return Attention(batch, queries, heads, channels, points, levels, total)
+
+
 # What the kernels and the derivatives take: (input, weight, offset, mask, bias), or the first four,
 # or as many of whatever belongs to each.
 Slots = Sequence[Any]
@@ -318,6 +397,40 @@ def check_call(
                 raise ValueError(f"{name}: {key} is {value!r}, expected at most {LARGEST}")
         if sequence and len(value) != length:
             raise ValueError(f"{name}: {key} is {value!r}, expected {wanted}")
+
+
+def check_attention(value: Any, shapes: Any, locations: Any, weights: Any) -> list[int]:
+    """Check the types of what deform_attention was given; its shapes one after another."""
+    name = "deform_attention"
+    for key, t in (("value", value), ("locations", locations), ("weights", weights)):
+        problem = _no_dense_tensor(t)
+        if problem:
+            raise TypeError(f"{name}: {key} {problem}")
+    given = shapes
+    if isinstance(shapes, Tensor):
+        if shapes.dim() != 2 or shapes.is_floating_point() or shapes.dtype == torch.bool:
+            raise TypeError(
+                f"{name}: shapes is a tensor {list(shapes.shape)} of {shapes.dtype}, expected ints "
+                "[levels, axes], or a list of the levels' sizes"
+            )
+        shapes = shapes.tolist()
+    n = locations.shape[-1] if locations.dim() else 0
+    wanted = f"a list of the levels' sizes, each of {n} int{'s' if n > 1 else ''}"
+    if not isinstance(shapes, (tuple, list)) or any(
+        not isinstance(level, (tuple, list)) for level in shapes
+    ):
+        raise TypeError(f"{name}: shapes is {given!r}, expected {wanted}")
+    sizes: list[int] = [size for level in shapes for size in level]
+    for size in sizes:
+        if not isinstance(size, (int, torch.SymInt, Integral)) or isinstance(size, bool):
+            raise TypeError(f"{name}: shapes is {given!r}, expected {wanted}")
+        if not isinstance(size, torch.SymInt) and abs(int(size)) > LARGEST:
+            raise ValueError(f"{name}: shapes is {given!r}, expected at most {LARGEST}")
+    if any(len(level) != n for level in shapes):
+        raise ValueError(
+            f"{name}: shapes is {given!r}, expected {wanted}, as many as locations have"
+        )
+    return sizes
 
 
 def check_ints(name: str, key: str, value: Any, n: int, least: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, cpu, reference, sharding
+from . import attention, autograd, cpu, reference, sharding
 from .autograd import Gradients
 from .geometry import FAMILIES, Family, Geometry, Slots, empty
 
@@ -311,7 +311,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
             (family.name + "_backward", _backward_kernel(family, lambda: reference)),
         ):
             table[getattr(torch.ops.deformnd, name).default] = kernel
-    return table
+    return table | attention.decompositions()
 
 
 def _register(family: Family) -> None:
@@ -347,6 +347,8 @@ def _register(family: Family) -> None:
 
 for _family in FAMILIES:
     _register(_family)
+# The GPU kernels do not know it yet.
+attention.register(_lib, [both for both in _BACKENDS if both[0] != "CUDA"])
 
 if "torch.distributed.tensor" in sys.modules:
     sharding.register()

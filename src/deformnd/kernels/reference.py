@@ -5,7 +5,8 @@ order. It is what runs where no kernel exists, and the oracle for the kernels.
 
 Shapes: B batch, K kernel points, P positions of the points, G groups, OG and MG offset and mask
 groups, C image channels, O point channels, R rows of the bordered image (see _rows). Columns are
-[B, K, P, C]: the image sampled at every point, channels last.
+[B, K, P, C]: the image sampled at every point, channels last. Of deform_attention: S pixels of all
+levels, Q queries, H heads, P points of a level.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Geometry, memory_format
+from .geometry import Attention, Geometry, memory_format
 
 
 def gather(
@@ -289,3 +290,129 @@ def _add_bias(image: Tensor, bias: Tensor | None) -> Tensor:
 def channel_sums(t: Tensor) -> Tensor:
     """Sums [channels] over everything else: the gradient of a bias."""
     return t.sum((0, *range(2, t.dim())))
+
+
+def attend(a: Attention, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """The forward of deform_attention: [B, Q, H * C]."""
+    return attend_along(a, (value, locations, weights), (value, None, None))
+
+
+def attend_along(a: Attention, tensors: Sequence[Tensor], along: Sequence[Tensor | None]) -> Tensor:
+    """The derivative of `attend` along a direction in (value, locations, weights)."""
+    dtype = _compute_dtype(*tensors, *along)
+    value, locations, weights = (t.to(dtype) for t in tensors)
+    by_value, by_location, by_weight = (None if t is None else t.to(dtype) for t in along)
+    total = value.new_zeros(a.batch, a.queries, a.heads, a.channels)
+    for level in range(len(a.shapes)):
+        part, weight = _level(a, locations, level), weights[:, :, :, level]
+        for bits, index, inside in part.corners:
+            factor = part.factor(bits)
+            if by_value is not None:
+                taken = _take_pixels(a, by_value, index, inside)
+                total = total + (taken * (factor * weight).unsqueeze(-1)).sum(3)
+            change: Tensor | float = 0.0
+            if by_weight is not None:
+                change = change + factor * by_weight[:, :, :, level]
+            if by_location is not None:
+                for axis, size in enumerate(a.shapes[level]):
+                    moved = by_location[:, :, :, level, :, -1 - axis] * size
+                    change = change + part.factor(bits, axis) * moved * weight
+            if isinstance(change, Tensor):
+                taken = _take_pixels(a, value, index, inside)
+                total = total + (taken * change.unsqueeze(-1)).sum(3)
+    return total.flatten(2).to(tensors[0].dtype)
+
+
+def attend_gradients(
+    a: Attention,
+    grad_output: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of deform_attention by (value, locations, weights), None where not needed."""
+    dtype = _compute_dtype(value, locations, weights)
+    tensors = value, locations, weights
+    value, locations, weights = (t.to(dtype) for t in tensors)
+    grad_output = grad_output.to(dtype).view(a.batch, a.queries, a.heads, 1, a.channels)
+    rows = value.new_zeros(a.batch * a.pixels * a.heads, a.channels)
+    by_locations, by_weights = [], []
+    for level, sizes in enumerate(a.shapes):
+        part, weight = _level(a, locations, level), weights[:, :, :, level]
+        by_weight: Tensor | float = 0.0
+        slopes: list[Tensor | float] = [0.0] * len(sizes)
+        for bits, index, inside in part.corners:
+            factor = part.factor(bits)
+            if needs[0]:
+                spread = grad_output * torch.where(inside, factor * weight, 0.0).unsqueeze(-1)
+                flat = index.reshape(-1, 1).expand(-1, a.channels)
+                rows = rows.scatter_add(0, flat, spread.reshape(flat.shape))
+            if needs[1] or needs[2]:
+                dot = (_take_pixels(a, value, index, inside) * grad_output).sum(-1)
+                by_weight = by_weight + factor * dot
+                for axis in range(len(sizes)):
+                    slopes[axis] = slopes[axis] + part.factor(bits, axis) * dot
+        by_weights.append(torch.as_tensor(by_weight))
+        moved = [slope * weight * size for slope, size in zip(slopes, sizes, strict=True)]
+        by_locations.append(torch.stack(moved[::-1], -1) if needs[1] else weight)
+    grads = (
+        rows.view(value.shape) if needs[0] else None,
+        torch.stack(by_locations, 3) if needs[1] else None,
+        torch.stack(by_weights, 3) if needs[2] else None,
+    )
+    return tuple(
+        None if grad is None else grad.to(t.dtype).contiguous()
+        for grad, t in zip(grads, tensors, strict=True)
+    )
+
+
+class _Level(NamedTuple):
+    """Where the samples of one level lie, [B, Q, H, P] each."""
+
+    fractions: tuple[Tensor, ...]  # position in the cell along each axis, in [0, 1)
+    # Of each corner its bits, its row among those of the value, and whether it is inside.
+    corners: list[tuple[tuple[int, ...], Tensor, Tensor]]
+
+    def factor(self, bits: tuple[int, ...], slope: int = -1) -> Tensor:
+        """The interpolation weight of a corner, or its derivative by the position on one axis."""
+        factor = torch.ones_like(self.fractions[0])
+        for axis, (bit, fraction) in enumerate(zip(bits, self.fractions, strict=True)):
+            if axis == slope:
+                factor = factor if bit else -factor
+            else:
+                factor = factor * (fraction if bit else 1 - fraction)
+        return factor
+
+
+def _level(a: Attention, locations: Tensor, level: int) -> _Level:
+    sizes = a.shapes[level]
+    cells, fractions = [], []
+    valid = torch.ones((), dtype=torch.bool, device=locations.device)
+    for axis, size in enumerate(sizes):
+        # x, the last axis, comes first.
+        position = locations[:, :, :, level, :, -1 - axis] * size - 0.5
+        near = position.abs() < 2**30
+        position = torch.where(near, position, 0.0)
+        floor = position.detach().floor()
+        cells.append(floor.long())
+        fractions.append(position - floor)
+        valid = valid & near & (floor >= -1) & (floor < size)
+    fractions = [torch.where(valid, fraction, 0.0) for fraction in fractions]
+    batch = torch.arange(a.batch, device=locations.device).view(-1, 1, 1, 1)
+    head = torch.arange(a.heads, device=locations.device).view(-1, 1)
+    corners = []
+    for bits in itertools.product((0, 1), repeat=len(sizes)):
+        pixel, inside = torch.zeros_like(cells[0]), valid
+        for cell, bit, size in zip(cells, bits, sizes, strict=True):
+            inside = inside & (cell + bit >= 0) & (cell + bit < size)
+            pixel = pixel * size + cell + bit
+        pixel = a.starts[level] + torch.where(inside, pixel, 0)
+        corners.append((bits, (batch * a.pixels + pixel) * a.heads + head, inside))
+    return _Level(tuple(fractions), corners)
+
+
+def _take_pixels(a: Attention, value: Tensor, index: Tensor, inside: Tensor) -> Tensor:
+    """Rows of the value [B, Q, H, P, C], zeros for those outside."""
+    taken = _take(value.reshape(-1, a.channels), index)
+    return torch.where(inside.unsqueeze(-1), taken, 0.0)

@@ -1,4 +1,4 @@
-"""The nine functions.
+"""The functions.
 
 They are thin on purpose: each brings sizes to lists, resolves padding='same' and unbatched input,
 and calls torch.ops.deformnd, or the ordinary convolution where there is nothing to deform. All of
@@ -16,12 +16,13 @@ from torch.overrides import has_torch_function
 
 from ..kernels import library as library  # registers torch.ops.deformnd
 from ..kernels.autograd import OPERATORS
-from ..kernels.geometry import check_call, conv_geometry, conv_transpose_geometry
+from ..kernels.geometry import check_attention, check_call, conv_geometry, conv_transpose_geometry
 
 __all__ = [
     "deform_aggregate1d",
     "deform_aggregate2d",
     "deform_aggregate3d",
+    "deform_attention",
     "deform_conv1d",
     "deform_conv2d",
     "deform_conv3d",
@@ -33,9 +34,11 @@ __all__ = [
 if TYPE_CHECKING:
     Size = Union[int, Sequence[int]]
     Padding = Union[str, int, Sequence[int]]
+    Levels = Union[Sequence[Sequence[int]], Tensor]
 else:  # TorchScript knows no Sequence and no Tuple[int, ...].
     Size = Union[int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
     Padding = Union[str, int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
+    Levels = List[List[int]]
 
 
 def deform_conv1d(
@@ -403,6 +406,78 @@ def deform_aggregate(
             input, offset, mask, kernel, strides, paddings, dilations
         )
     return output.squeeze(0) if unbatched else output  # type: ignore[no-any-return]
+
+
+def deform_attention(
+    value: Tensor,
+    shapes: Levels,
+    locations: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Multi-scale deformable attention in 1-D, 2-D and 3-D, the operator of Deformable DETR.
+
+    Each head of each query samples a few points of every level, with linear, bilinear or trilinear
+    interpolation of the value, and sums the samples up by learned weights. No query meets a key:
+    its features say where it looks, and how much each look counts.
+
+    Args:
+        value: [B, S, heads, C], the pixels of all levels one after another: S is the sum of their
+            products. float16, bfloat16, float32 or float64.
+        shapes: the levels' sizes, such as [(32, 48), (16, 24)] of heights and widths. A tensor
+            [L, n] of ints will do, as transformers and mmcv have it, but brings its values to the
+            host, for which a GPU has to be waited for, and which torch.compile, torch.export and
+            TorchScript do not follow: give them a list.
+        locations: [B, Q, heads, L, P, n], P points of each of L levels, from 0 at the image's first
+            edge to 1 at its last, whatever its size. n is 1, 2 or 3, and x comes first: the last
+            axis of an image. The centre of pixel i is at (i + 0.5) / size. Any floating dtype;
+            float32 with a half value is the accurate choice, since half locations hit no pixel of
+            a large level exactly.
+        weights: [B, Q, heads, L, P], of any floating dtype; models bring a softmax over L and P.
+
+    Returns:
+        [B, Q, heads * C] in value's dtype. Outside the image is zero: a sample fades out between
+        the border pixel's centre and one pixel beyond, as torch.nn.functional.grid_sample has it
+        with align_corners=False. A NaN or infinite location samples 0 and gets no gradient.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any
+    order in all three tensors, backwards and forwards; the derivative by a location is that of the
+    cell between pixels' centres in which it lies. The CPU kernels give the first derivatives,
+    bitwise the same with any number of threads; all others, and on GPUs everything, come of the
+    reference in plain PyTorch. Autocast casts the value alone.
+
+    References:
+        Deformable DETR, arXiv 2010.04159.
+
+    Example:
+        >>> import torch
+        >>> from deformnd import deform_attention
+        >>> value = torch.rand(1, 8 * 8 + 4 * 4, 2, 16)  # 2 heads of 16 channels
+        >>> locations = torch.rand(1, 5, 2, 2, 4, 2)  # 5 queries, 4 points of each of 2 levels
+        >>> weights = torch.rand(1, 5, 2, 8).softmax(-1).unflatten(-1, (2, 4))
+        >>> deform_attention(value, [(8, 8), (4, 4)], locations, weights).shape
+        torch.Size([1, 5, 32])
+    """
+    if torch.jit.is_scripting():
+        sizes: List[int] = []
+        for level in shapes:
+            for size in level:
+                sizes.append(size)
+        return torch.ops.deformnd.deform_attention(  # type: ignore[no-any-return]
+            value, locations, weights, sizes
+        )
+    args = (value, shapes, locations, weights)
+    if has_torch_function(args):
+        node = _node(deform_attention, args)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
+    if torch.jit.is_tracing():
+        shapes = _ints(shapes)
+    flat = _outside_a_trace(check_attention, value, shapes, locations, weights)
+    output: Tensor = OPERATORS["deform_attention"](value, locations, weights, flat)
+    return output
 
 
 _AGGREGATES = (deform_aggregate1d, deform_aggregate2d, deform_aggregate3d)
