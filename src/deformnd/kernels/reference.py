@@ -414,5 +414,5 @@ def _level(a: Attention, locations: Tensor, level: int) -> _Level:
 
 def _take_pixels(a: Attention, value: Tensor, index: Tensor, inside: Tensor) -> Tensor:
     """Rows of the value [B, Q, H, P, C], zeros for those outside."""
-    taken = _take(value.reshape(-1, a.channels), index)
+    taken = _take(value.reshape(a.batch * a.pixels * a.heads, a.channels), index)
     return torch.where(inside.unsqueeze(-1), taken, 0.0)
