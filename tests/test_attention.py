@@ -141,31 +141,20 @@ def test_the_core_is_the_definition(seed, monkeypatch):
     )
     a = attention_geometry(*tensors, flat(shapes))
     grad_output = torch.randn(a.output_shape, dtype=torch.float64)
-    wanted = (
-        reference.attend(a, *tensors),
-        *reference.attend_gradients(a, grad_output, *tensors, [True] * 3),
-    )
     for level in LEVELS:
         monkeypatch.setattr(cpu, "level", level)
         monkeypatch.setattr(cpu, "threads", rng.choice((0, 1, 2, 3, 16)))
         for dtype, close in ((torch.float64, 1e-11), (torch.float32, 3e-5)):
             given = [t.to(dtype) for t in tensors]
-            if dtype == torch.float32:  # positions by the same rounding
-                exact = [t.double() for t in given]
-                wanted_here = [
-                    reference.attend(a, exact[0], given[1], exact[2]),
-                    *reference.attend_gradients(
-                        a, grad_output, exact[0], given[1], exact[2], [True] * 3
-                    ),
-                ]
-            else:
-                wanted_here = wanted
-            for g, w in zip(
-                with_gradients(call(shapes), given, grad_output), wanted_here, strict=True
-            ):
-                torch.testing.assert_close(
-                    g.double(), w.double(), atol=close * max(w.abs().max().item(), 1), rtol=0
-                )
+            exact = [t.double() for t in given]
+            wanted = [
+                reference.attend(a, *exact),
+                *reference.attend_gradients(a, grad_output, *exact, [True] * 3),
+            ]
+            got = with_gradients(call(shapes), given, grad_output)
+            for g, w in zip(got, wanted, strict=True):
+                scale = max(w.abs().max().item(), 1)
+                torch.testing.assert_close(g.double(), w, atol=close * scale, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
