@@ -3,12 +3,12 @@
 //
 // Note [attention]
 // Nothing is packed: channels are last in the value, so a corner of a sample is a row of its head's
-// channels. A corner outside is a row of zeros beside the value. Queries are shared among the
-// threads, and each computes the gradients of its locations and weights. The value's gradient would
-// be added to by all of them; so there each thread owns heads of an image (if these are too few,
-// some of a head's channels, or a band of the pixels), goes through all queries, and adds in a copy
-// of its own. Each sum runs in the order of the queries, so no gradient depends on the number of
-// threads.
+// channels, and a corner outside a row of zeros beside the value. Queries are shared among the
+// threads, and each computes the gradients of its locations and weights; while one head's samples
+// are summed up, the pixels of the next head's are on their way. All queries add to the value's
+// gradient: so there each thread owns heads of an image (if these are too few, some of a head's
+// channels, or a band of the pixels), goes through all queries, and adds in a copy of its own. Each
+// sum runs in the order of the queries, so no gradient depends on the number of threads.
 
 constexpr i64 kQueries = 16;  // of a task
 
@@ -24,16 +24,16 @@ struct Corners {
   const Attention& call;
   i64 count, table;  // samples; room for them
   // Of each sample's level.
-  T* scale;             // [axis][table] size
-  i32 *size, *step;     // [axis][table] size, and pixels from one to the next
-  i32* start;           // [table] first pixel
-  T* given;             // [table * ND] locations in another type
-  T *position, *weight; // [axis][table], [table]
-  T* fraction;          // [axis][table]
-  i32* index;           // [corner][table] pixel, or -1 for one outside
-  T* factor;            // [corner][table] interpolation weight times weight
-  i64* offset;          // [corner][table] from the head's first row to that of the corner
-  V taint;              // see Cells
+  T* scale;              // [axis][table] size
+  i32 *size, *step;      // [axis][table] size, and pixels from one to the next
+  i32* start;            // [table] first pixel
+  T* given;              // [table * ND] locations in another type
+  T *position, *weight;  // [axis][table], [table]
+  T* fraction;           // [axis][table]
+  i32* index;            // [corner][table] pixel, or -1 for one outside
+  T* factor;             // [corner][table] interpolation weight times weight
+  i64* offset;           // [corner][table] from the head's first row to that of the corner
+  V taint;               // see Cells
 
   Corners(Carver& carver, const Attention& c) : call(c) {
     count = c.levels * c.points, table = round_up(count, N);
@@ -152,6 +152,12 @@ struct Corners {
     }
   }
 
+  // Bring the rows' beginnings into the cache.
+  void fetch(const T* rows, i64 channels) const {
+    for (i64 i = 0; i < Q * table; i++)
+      for (i64 c = 0; c < channels; c += 64 / i64(sizeof(T))) PREFETCH(rows + offset[i] + c);
+  }
+
   // Of the corners' products with the output's gradient, [corner][table]: the gradients of weights
   // and, in the layout of the locations, of these.
   void contract(const T* dots, T* by_weight, T* by_location) {
@@ -162,12 +168,12 @@ struct Corners {
       const V given_weight = L::load(weight + i);
       UNROLL
       for (int v = 0; v < ND; v++) {
-        const V slope =
-            contracted(dots + i, i, v) * given_weight * L::load(scale + v * table + i);
+        const V slope = contracted(dots + i, i, v) * given_weight * L::load(scale + v * table + i);
         taint = taint + slope * L::zero();
         T lanes[N];
         L::store(lanes, slope);
-        for (int lane = 0; lane < N; lane++) by_location[(i + lane) * ND + ND - 1 - v] = lanes[lane];
+        for (int lane = 0; lane < N; lane++)
+          by_location[(i + lane) * ND + ND - 1 - v] = lanes[lane];
       }
     }
   }
@@ -227,8 +233,7 @@ NOINLINE void attend_block(const Rows<T>& r) {
       const T* row = value + offset[q * table + i];
       const V f = L::splat(factor[q * table + i]);
       UNROLL
-      for (int v = 0; v < NC; v++)
-        sums[q % Sums][v] = sums[q % Sums][v] + f * L::load(row + v * N);
+      for (int v = 0; v < NC; v++) sums[q % Sums][v] = sums[q % Sums][v] + f * L::load(row + v * N);
     }
   }
   UNROLL
@@ -309,7 +314,7 @@ void by_blocks(Rows<T> r, i64 channels) {
     else if (channels >= N)
       done = N, block<step, T, Q, N, 1>(r);
     else if (N > 8 && channels >= 8)
-      done = 8, block<step, T, Q, N < 8 ? N : 8, 1>(r);
+      done = 8, block < step, T, Q, N<8 ? N : 8, 1>(r);
     else
       block<step, T, Q, 4, 1>(r);
     channels -= done;
@@ -334,19 +339,19 @@ Status attend(const Attention& call) {
   const i64 wanted = divide_up(threads, images * heads);
   const i64 part = round_up(divide_up(channels, least(wanted, divide_up(channels, N))), 4);
   const i64 parts = divide_up(channels, part);
-  const i64 bands = most(divide_up(wanted, parts),
-                         divide_up(pixels * part * i64(sizeof(T)), kFlightBytes));
+  const i64 bands =
+      most(divide_up(wanted, parts), divide_up(pixels * part * i64(sizeof(T)), kFlightBytes));
   const i64 band = divide_up(pixels, least(bands, pixels));
 
   struct Scratch {
-    Corners<T, ND> samples;
+    Corners<T, ND> corners[2];
     T *row, *dots, *by_weight, *by_location, *rows;
     Scratch(Carver& c, const Attention& call, i64 rows_size)
-        : samples(c, call),
+        : corners{{c, call}, {c, call}},
           row(c.take<T>(call.channels)),
-          dots(c.take<T>(call.reverse ? Q * samples.table : 0)),
-          by_weight(c.take<T>(call.reverse ? samples.table : 0)),
-          by_location(c.take<T>(call.reverse ? ND * samples.table : 0)),
+          dots(c.take<T>(call.reverse ? Q * corners[0].table : 0)),
+          by_weight(c.take<T>(call.reverse ? corners[0].table : 0)),
+          by_location(c.take<T>(call.reverse ? ND * corners[0].table : 0)),
           rows(c.take<T>(rows_size)) {}
   };
   const i64 rows_size = scatters ? (band + 1) * part : 0;
@@ -374,38 +379,49 @@ Status attend(const Attention& call) {
   together(team, [&](const Worker& worker) {
     Carver carver{scratch + worker.thread * scratch_bytes};
     Scratch s(carver, call, rows_size);
-    Corners<T, ND>& samples = s.samples;
-    samples.prepare();
+    Corners<T, ND>* corners = s.corners;
+    for (int i = 0; i < 2; i++) corners[i].prepare();
+    Corners<T, ND>& samples = corners[0];
     if (pages) worker.share(pages, [&](i64 task) { touch(result, task); });
     if (queried)
       worker.share(images * tasks, [&](i64 task) {
         const i64 image = task / tasks, first = task % tasks * kQueries;
-        for (i64 query = first; query < least(first + kQueries, call.queries); query++)
-          for (i64 head = 0; head < heads; head++) {
-            const i64 row = (image * call.queries + query) * heads + head;
-            const T* base = value + image * pixels * by + head * channels;
-            samples.find(row);
-            samples.place(0, pixels, by,
-                          i64(reinterpret_cast<intptr_t>(zeros) -
-                              reinterpret_cast<intptr_t>(base)) / i64(sizeof(T)));
-            Rows<T> r{samples.count, samples.table, samples.offset, samples.factor, base, s.row,
-                      s.row, s.dots};
-            if (!call.reverse) {
-              const bool direct = call.output.dtype == DtypeOf<T>::value;
-              if (direct) r.to = reinterpret_cast<T*>(call.output.data) + row * channels;
-              by_blocks<kAttend, T, Q>(r, channels);
-              if (!direct) write(call.output, row * channels, channels, s.row);
-              continue;
-            }
-            r.grad = view(call.output, row * channels, channels, s.row);
-            memset(s.dots, 0, size_t(Q * samples.table) * sizeof(T));
-            by_blocks<kDot, T, Q>(r, channels);
-            samples.contract(s.dots, s.by_weight, s.by_location);
-            const i64 count = samples.count;
-            if (call.grad_weights.data) write(call.grad_weights, row * count, count, s.by_weight);
-            if (call.grad_locations.data)
-              write(call.grad_locations, row * count * ND, count * ND, s.by_location);
+        const i64 count = least(kQueries, call.queries - first) * heads;
+        const i64 begin = (image * call.queries + first) * heads;
+        const auto find = [&](i64 i) {
+          const T* base = value + image * pixels * by + i % heads * channels;
+          const i64 outside =
+              (reinterpret_cast<intptr_t>(zeros) - reinterpret_cast<intptr_t>(base)) /
+              i64(sizeof(T));
+          corners[i % 2].find(begin + i);
+          corners[i % 2].place(0, pixels, by, outside);
+          corners[i % 2].fetch(base, channels);
+          return base;
+        };
+        const T* next = find(0);
+        for (i64 i = 0; i < count; i++) {
+          const T* base = next;
+          if (i + 1 < count) next = find(i + 1);
+          Corners<T, ND>& samples = corners[i % 2];
+          const i64 row = begin + i;
+          Rows<T> r{samples.count, samples.table, samples.offset, samples.factor,
+                    base,          s.row,         s.row,          s.dots};
+          if (!call.reverse) {
+            const bool direct = call.output.dtype == DtypeOf<T>::value;
+            if (direct) r.to = reinterpret_cast<T*>(call.output.data) + row * channels;
+            by_blocks<kAttend, T, Q>(r, channels);
+            if (!direct) write(call.output, row * channels, channels, s.row);
+            continue;
           }
+          r.grad = view(call.output, row * channels, channels, s.row);
+          memset(s.dots, 0, size_t(Q * samples.table) * sizeof(T));
+          by_blocks<kDot, T, Q>(r, channels);
+          samples.contract(s.dots, s.by_weight, s.by_location);
+          const i64 all = samples.count;
+          if (call.grad_weights.data) write(call.grad_weights, row * all, all, s.by_weight);
+          if (call.grad_locations.data)
+            write(call.grad_locations, row * all * ND, all * ND, s.by_location);
+        }
       });
     if (scatters)
       worker.share(images * heads * parts * bands, [&](i64 task) {
@@ -428,7 +444,7 @@ Status attend(const Attention& call) {
                 ((image * pixels + first + pixel) * heads + head) * channels + channel, some,
                 s.rows + pixel * part);
       });
-    taints[worker.thread] = samples.tainted();
+    taints[worker.thread] = corners[0].tainted() + corners[1].tainted();
   });
   const Status status = status_of(taints, team);
   workspace_give(team);

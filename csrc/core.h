@@ -39,8 +39,8 @@ struct Call {
 };
 
 // A call of deform_attention, or of its backward with the gradients that have data. All arrays are
-// contiguous; the value is of the computing type, float32 or float64, and channels are a multiple of
-// 4.
+// contiguous; the value is of the computing type, float32 or float64, and channels are a multiple
+// of 4.
 struct Attention {
   bool reverse;  // the output is the given gradient
   i64 threads;   // this and the two below as in Call

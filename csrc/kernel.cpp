@@ -80,7 +80,7 @@ constexpr i64 kTerms = 144;     // of one sum, see micro_kernel; words of a colu
 constexpr i64 kPiece = 512;     // most pixels that a layout change or conversion handles at once
 constexpr i32 kFar = 1 << 30;   // of offsets; positions without one are less, see cpu.py
 constexpr i64 kSamplesPerThread = 125000;  // of a channel: 20 microseconds, see threads_worth
-constexpr i64 kFlightBytes = 32 << 20;  // of packed images at a time, where one is smaller
+constexpr i64 kFlightBytes = 32 << 20;     // of packed images at a time, where one is smaller
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
