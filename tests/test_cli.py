@@ -133,8 +133,9 @@ def test_info(capsys):
     assert "kernels: " in out and "OpenMP threads" in out
     if deformnd.has_ops():
         assert f"C++ core with {cpu.LEVELS[cpu.best_level()]}" in out
-    assert out.count(" ok\n") >= 9
+    assert out.count(" ok\n") >= 12
     assert "deform_conv_transpose3d" in out and "deform_aggregate3d" in out
+    assert "deform_attention, 3-D" in out
 
 
 def test_info_says_why_the_reference_runs(monkeypatch, capsys):

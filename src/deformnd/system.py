@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from .kernels import cpu, reference
+from .kernels.geometry import attention_geometry
 
 
 def has_ops() -> bool:
@@ -179,3 +181,21 @@ def self_test() -> Iterator[tuple[str, str, float, bool]]:
             by_image, _, _, *rest = exact.kernel_backward(reference)
             wanted = (exact.kernel(reference), by_image, *rest[:2])
             yield result(name, device, (output, *grads), wanted)
+        for size in sizes:
+            samples = (2, 5, 2, 1, 3)  # batch, queries, heads, levels, points
+            tensors = (
+                torch.randn(2, math.prod(size), 2, 4, device=device),
+                torch.rand(*samples, len(size), device=device),
+                torch.rand(samples, device=device),
+            )
+            leaves = tuple(t.requires_grad_() for t in tensors)
+            output = functional.deform_attention(leaves[0], [size], *leaves[1:])
+            grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
+            value, locations, weights = (t.detach().double() for t in tensors)
+            a = attention_geometry(value, locations, weights, size)
+            ones = torch.ones_like(output)
+            wanted = (
+                reference.attend(a, value, locations, weights),
+                *reference.attend_gradients(a, ones, value, locations, weights, (True,) * 3),
+            )
+            yield result(f"deform_attention, {len(size)}-D", device, (output, *grads), wanted)

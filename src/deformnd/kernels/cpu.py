@@ -275,11 +275,12 @@ def attend(a: Attention, value: Tensor, locations: Tensor, weights: Tensor) -> T
     """The forward of deform_attention: [B, Q, H * C]."""
     if not _attends(a):
         return reference.attend(a, value, locations, weights)
-    room = _room(a)
-    out = torch.empty(a.batch, a.queries, a.heads, room, dtype=value.dtype, device=value.device)
+    out = value.new_empty(a.batch, a.queries, a.heads * _room(a))
     if _call_attention(a, (value, locations, weights), out, None) and _infinite(weights):
         return reference.attend(a, value, locations, weights)
-    return out[..., : a.channels].flatten(2)
+    if _room(a) > a.channels:  # no view leaves an operator
+        out = out.unflatten(2, (a.heads, -1))[..., : a.channels].flatten(2).contiguous()
+    return out
 
 
 def attend_gradients(
@@ -305,7 +306,7 @@ def attend_gradients(
     if odd and _infinite(grad_output, *tensors):
         return reference.attend_gradients(a, grad_output.flatten(2), *tensors, needs)
     by_value, *rest = grads
-    if by_value is not None:
+    if by_value is not None and room > a.channels:
         by_value = by_value[..., : a.channels].contiguous()
     return (by_value, *rest)
 
