@@ -147,7 +147,7 @@ def check_operators():
     import deformnd
     from cases import Case, aggregate, requires_grad
     from deformnd.kernels import reference
-    from deformnd.kernels.geometry import FAMILIES
+    from deformnd.kernels.geometry import FAMILIES, attention_geometry
 
     for family in FAMILIES:
         if family.weighted:
@@ -163,19 +163,23 @@ def check_operators():
         def got(*tensors, case=case):
             return case.operator()(*tensors, *case.operator_parameters())
 
-        tensors = list(requires_grad(case.tensors()).values())
-        for function in (lambda f, ts: [f(*ts)], first, second):
-            torch.testing.assert_close(function(got, tensors), function(expected, tensors))
-        with torch.no_grad():
-            torch.testing.assert_close(got(*tensors), expected(*tensors))
-        detached = [t.detach() for t in tensors]
-        stacked = [torch.stack([t, -t]) for t in detached]
-        each = torch.stack([expected(*detached), expected(*(-t for t in detached))])
-        torch.testing.assert_close(torch.vmap(got)(*stacked), each)
-        x, *rest = detached
-        along = functools.partial(lambda got, rest, x: got(x, *rest), got, rest)
-        limited(torch.func.vjp, along, x)
-        limited(torch.func.jvp, along, (x,), (x,))
+        compare(got, expected, list(requires_grad(case.tensors()).values()))
+
+    shapes = [(3, 4), (2, 1)]
+
+    def attend(value, locations, weights):
+        return deformnd.deform_attention(value, shapes, locations, weights)
+
+    def defined(*tensors):
+        return reference.attend(attention_geometry(*tensors, (3, 4, 2, 1)), *tensors)
+
+    tensors = {
+        "value": torch.randn(1, 14, 2, 3).double(),
+        "locations": torch.rand(1, 5, 2, 2, 3, 2).double(),
+        "weights": torch.rand(1, 5, 2, 2, 3).double(),
+    }
+    compare(attend, defined, list(requires_grad(tensors).values()))
+
     x = torch.rand(1, 3, 6, 6)
     layer = deformnd.PackedDeformConv2d(3, 4, 3, padding=1, modulated=True)
     dense = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
@@ -183,6 +187,21 @@ def check_operators():
     layer(x).sum().backward()
     assert layer.weight.grad.isfinite().all()
     torch.testing.assert_close(torch.jit.trace(layer, (x,), check_trace=False)(x), dense)
+
+
+def compare(got, expected, tensors):
+    for function in (lambda f, ts: [f(*ts)], first, second):
+        torch.testing.assert_close(function(got, tensors), function(expected, tensors))
+    with torch.no_grad():
+        torch.testing.assert_close(got(*tensors), expected(*tensors))
+    detached = [t.detach() for t in tensors]
+    stacked = [torch.stack([t, -t]) for t in detached]
+    each = torch.stack([expected(*detached), expected(*(-t for t in detached))])
+    torch.testing.assert_close(torch.vmap(got)(*stacked), each)
+    x, *rest = detached
+    along = functools.partial(lambda got, rest, x: got(x, *rest), got, rest)
+    limited(torch.func.vjp, along, x)
+    limited(torch.func.jvp, along, (x,), (x,))
 
 
 def first(f, tensors):
