@@ -304,7 +304,7 @@ INLINE void block(const Rows<T>& r) {
 // All channels, which are a multiple of 4, in blocks as wide as possible.
 template <Step step, class T, int Q>
 void by_blocks(Rows<T> r, i64 channels) {
-  constexpr int N = Machine<T>::lanes;
+  constexpr int N = Machine<T>::lanes, Half = N < 8 ? N : 8;
   while (channels > 0) {
     i64 done = 4;
     if (channels >= 4 * N)
@@ -313,8 +313,8 @@ void by_blocks(Rows<T> r, i64 channels) {
       done = 2 * N, block<step, T, Q, N, 2>(r);
     else if (channels >= N)
       done = N, block<step, T, Q, N, 1>(r);
-    else if (N > 8 && channels >= 8)
-      done = 8, block < step, T, Q, N<8 ? N : 8, 1>(r);
+    else if (channels >= Half)
+      done = Half, block<step, T, Q, Half, 1>(r);
     else
       block<step, T, Q, 4, 1>(r);
     channels -= done;
