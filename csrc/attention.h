@@ -83,8 +83,8 @@ struct Corners {
       for (i64 i = 0; i < count; i++)
         position[v * table + i] = location[i * ND + ND - 1 - v] * scale[v * table + i];
 #if defined(__GNUC__)
-    // The product is rounded before the half is taken off, as the definition has it: fused, the
-    // two would put a sample at a pixel's centre into the cell before as often as into its own.
+    // The product is rounded before the half is taken off, as the definition has it. Fused, the two
+    // would now and then put a sample at a pixel's centre into another cell than there.
     asm volatile("" ::: "memory");
 #endif
     for (i64 i = 0; i < table; i += N) {

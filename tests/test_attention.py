@@ -174,14 +174,20 @@ def test_halves_are_summed_in_float32(dtype, half_locations):
         assert torch.equal(g, w.to(g.dtype))
 
 
-def test_a_sample_at_a_centre_lies_in_its_own_cell():
-    size = 133  # where i + 0.5 over it has no exact float
-    value = torch.randn(1, size, 1, 4)
-    centres = ((torch.arange(size) + 0.5) / size).view(1, size, 1, 1, 1, 1)
-    tensors = (value, centres, torch.ones(1, size, 1, 1, 1))
-    a = attention_geometry(*tensors, [size])
-    grad_output = torch.randn(1, size, 4)
-    got = with_gradients(call([(size,)]), tensors, grad_output)
+def test_samples_at_centres_lie_in_the_cells_of_the_definition():
+    """The slope tells. Where the location of a centre is rounded, its position may be, too."""
+    torch.manual_seed(14)
+    sizes = range(3, 103)
+    shapes = [(size,) for size in sizes]
+    centres = torch.stack([(torch.arange(3) + 0.5) / size for size in sizes])
+    tensors = (
+        torch.randn(1, sum(sizes), 1, 4),
+        centres.view(1, 1, 1, 100, 3, 1),
+        torch.ones(1, 1, 1, 100, 3),
+    )
+    a = attention_geometry(*tensors, list(sizes))
+    grad_output = torch.randn(1, 1, 4)
+    got = with_gradients(call(shapes), tensors, grad_output)
     wanted = reference.attend_gradients(a, grad_output, *tensors, [True] * 3)
     torch.testing.assert_close(got[2], wanted[1], atol=1e-3, rtol=1e-5)
 
