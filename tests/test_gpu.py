@@ -236,6 +236,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dataclasses.replace(row, block_p=32, block_o=16, block_c=16) for row in tiles.PORTABLE
     )
     monkeypatch.setattr(tiles, "PORTABLE", rows)
+    # It truncates to bfloat16 where the hardware rounds, which the errors of small sums show.
+    monkeypatch.setattr(tiles, "FEW", 1024)
 
     random_calls.prepare_interpreter()
     forget()
@@ -748,12 +750,11 @@ def test_weights_are_spread(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) 
         (step,) = [step for step in plans[-1].steps if step.name.startswith("forward")]
         return step.arguments["g"].group_in < step.arguments["g"].channels
 
-    for architecture, half in (("sm_90", False), ("sm_86", True)):
+    for architecture, many in (("sm_90", 512), ("sm_86", 256)):
         on_device(monkeypatch, architecture)
         forget()
-        assert grouped(torch.float16) == half
-        assert not grouped(torch.float32)
-        for changes in (dict(image=256, points=256), dict(offset_groups=4), dict(mask_groups=2)):
+        assert not grouped(torch.float16) and not grouped(torch.float32)
+        for changes in (dict(image=many, points=64), dict(offset_groups=4), dict(mask_groups=2)):
             assert grouped(torch.float16, **changes) and grouped(torch.float32, **changes)
 
 
@@ -1277,13 +1278,15 @@ def test_compiles_for_hopper(
                 assert listing.count("WARPGROUP.DEPBAR") == 2
 
 
-def test_finds_unset_registers(plans: list[Plan], tmp_path: Path) -> None:
+def test_finds_unset_registers(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The check above misses an instruction that writes what a product's descriptor is made of."""
     if INTERPRETING or not triton.__version__.startswith("3.6"):
         pytest.skip("made for the listings of Triton 3.6")
-    Case((16, 16), (3, 3), image=192, points=192, groups=2).make(torch.float16, "cpu").forward(
-        backend
-    )
+    on_device(monkeypatch, "portable")
+    case = Case((16, 16), (3, 3), image=192, points=192)
+    case.make(torch.float16, "cpu").forward(backend)
     (step,) = (step for step in plans[0].steps if step.name == "forward")
     cubin = step.compile(target("sm_90")).asm["cubin"]
     lines = cuobjdump("--dump-sass", cubin, tmp_path).splitlines()

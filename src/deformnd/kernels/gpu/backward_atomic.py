@@ -81,7 +81,11 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     sums = sums + (total,)
                     if grad_image is not None:
                         w = amplitude * sampling.corner_weight(axes, q)
-                        touched = (valid & (w != 0.0))[:, :, None] & (c < g.group_channels)
+                        # Channels that only pad a sample group are added to as well, by 0: where
+                        # the mask is the same for four of them, one instruction adds all four.
+                        touched = (valid & (w != 0.0))[:, :, None]
+                        if not EVEN:
+                            touched = touched & tl.max_constancy(c < g.padded, 4)
                         tl.atomic_add(
                             grad_image + (place[:, :, None] + c), grad * w[:, :, None],
                             mask=touched, sem="relaxed",

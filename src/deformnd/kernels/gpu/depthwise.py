@@ -257,14 +257,15 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
                 sums = sums + (total,)
                 if grad_image is not None:
                     w = corner_weight(axes, q) * amplitude
-                    touched = (valid & (w != 0.0))[:, None]
                     place = grad_image + place_of(axes, q, c, g, INDEX)
                     for j in tl.static_range(CHUNKS):
-                        real = (c + j * BLOCK_C < g.group_channels)[None, :]
+                        touched = (valid & (w != 0.0))[:, None]  # as in backward_atomic
+                        if not EVEN:
+                            real = tl.max_constancy(c + j * BLOCK_C < g.padded, 4)
+                            touched = touched & real[None, :]
                         tl.atomic_add(
-                            place + j * BLOCK_C, grads[j] * w[:, None], mask=touched & real,
-                            sem="relaxed",
-                        )  # fmt: skip
+                            place + j * BLOCK_C, grads[j] * w[:, None], mask=touched, sem="relaxed"
+                        )
             dots = sums
         if by_position:
             sums = contract(dots, axes)

@@ -196,10 +196,10 @@ def write(
         run = max(block_o // together, 1) * together
     blocks = triton.cdiv(sizes.outputs, run) * triton.cdiv(run, block_o)
     programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
-    splits, steps = 1, taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
-    # A short sum is not worth another kernel.
-    if 2 * programs <= call.multiprocessors and steps >= 32:
-        splits = min(taps, call.multiprocessors // programs)
+    steps = taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
+    # About as many programs as fit; adding the parts is not worth a short sum's split.
+    at_once = 8 * call.multiprocessors // tiles.warps
+    splits = max(1, min(taps, at_once // programs, steps // 2))
     call.launch_split(
         *(forward, (programs, splits), dict(BLOCK_O=block_o, DEEP=deep, **constants), out, bias),
         **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks, run=run),

@@ -517,12 +517,12 @@ class Call:
         where an output has no channel.
 
         The products with zeros cost little where samples cost most, and the kernels of a single
-        group are faster: on an H200, one and a half times with two groups of 64 channels. In half
-        precision that is only true of Hopper's.
+        group are faster: on an H200, twice with 192 channels in two groups.
         """
         several = 1 < g.groups < g.image_channels and max(g.offset_groups, g.mask_groups) == 1
-        few = g.image_channels * g.point_channels <= tiles.SPREAD
-        return several and few and (self.architecture in tiles.BLOCKS or self.precision != "native")
+        by_blocks = self.architecture in tiles.BLOCKS
+        most = (tiles.SPREAD_BY_BLOCKS if by_blocks else tiles.SPREAD)[self.precision]
+        return several and max(g.image_channels, g.point_channels) <= most
 
     def make(
         self,

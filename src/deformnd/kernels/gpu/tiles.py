@@ -37,13 +37,11 @@ ANY = 1 << 31
 # 32/64/64/4/1 with many sample groups, and 64 point channels beside 32 image channels where neither
 # count is even. tests/test_gpu.py, unset_registers, looks for that in every row it compiles.
 PORTABLE = (
-    Tiles("forward", 2, 32, 128, 32, 32, 4, 2),
+    Tiles("forward", 2, 32, 64, 32, 32, 4, 1),
     Tiles("forward", 2, 64, 64, 64, 32, 4, 1),
-    Tiles("forward", 2, 128, 128, 128, 32, 4, 3),
-    Tiles("forward", 2, ANY, 128, 256, 32, 8, 1),
-    Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
-    Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
-    Tiles("forward", 4, ANY, 128, 256, 32, 8, 1),
+    Tiles("forward", 2, ANY, 64, 128, 32, 4, 1),
+    Tiles("forward", 4, 64, 64, 64, 32, 4, 1),
+    Tiles("forward", 4, ANY, 64, 128, 32, 4, 1),
     Tiles("forward deep", 2, 64, 64, 64, 32, 4, 2),
     Tiles("forward deep", 2, 128, 64, 128, 32, 4, 2),
     Tiles("forward deep", 2, 256, 128, 256, 32, 8, 1),
@@ -52,12 +50,11 @@ PORTABLE = (
     Tiles("forward deep", 4, 128, 64, 128, 32, 4, 2),
     Tiles("forward deep", 4, ANY, 128, 256, 16, 8, 2),
     Tiles("forward narrow", 2, 64, 64, 64, 32, 4, 1),
-    Tiles("forward narrow", 2, 128, 64, 128, 32, 4, 1),
-    Tiles("forward narrow", 2, ANY, 64, 256, 32, 8, 1),
+    Tiles("forward narrow", 2, ANY, 64, 128, 32, 4, 1),
     Tiles("forward narrow", 4, 64, 64, 64, 16, 4, 1),
     Tiles("forward narrow", 4, ANY, 64, 128, 32, 4, 1),
-    Tiles("backward_atomic", 2, 128, 64, 128, 32, 4, 2),
-    Tiles("backward_atomic", 2, 256, 64, 256, 64, 4, 2),
+    Tiles("backward_atomic", 2, 128, 64, 128, 32, 4, 1),
+    Tiles("backward_atomic", 2, 256, 64, 256, 32, 4, 1),
     Tiles("backward_atomic", 2, ANY, 64, 64, 64, 4, 2),
     Tiles("backward_atomic", 4, 64, 128, 64, 32, 4, 3),
     Tiles("backward_atomic", 4, 128, 64, 128, 32, 4, 2),
@@ -65,9 +62,10 @@ PORTABLE = (
     Tiles("backward_atomic few", 2, ANY, 64, 64, 16, 4, 1),
     Tiles("backward_atomic few", 4, ANY, 64, 64, 16, 4, 1),
     Tiles("backward_atomic narrow", 2, 64, 64, 64, 32, 4, 1),
-    Tiles("backward_atomic narrow", 2, 128, 128, 128, 32, 4, 1),
-    Tiles("backward_atomic narrow", 2, ANY, 64, 64, 32, 4, 2),
-    Tiles("backward_atomic narrow", 4, ANY, 32, 64, 64, 4, 1),
+    Tiles("backward_atomic narrow", 2, 128, 64, 128, 32, 4, 1),
+    Tiles("backward_atomic narrow", 2, ANY, 64, 256, 32, 4, 1),
+    Tiles("backward_atomic narrow", 4, 64, 32, 64, 64, 4, 1),
+    Tiles("backward_atomic narrow", 4, ANY, 64, 64, 32, 4, 1),
     Tiles("backward_sorted", 2, 32, 128, 32, 32, 4, 2),
     Tiles("backward_sorted", 2, 64, 128, 64, 64, 4, 2),
     Tiles("backward_sorted", 2, 128, 128, 32, 128, 4, 3),
@@ -83,7 +81,7 @@ PORTABLE = (
     Tiles("backward_weight", 4, ANY, 64, 256, 64, 8, 1),
     Tiles("backward_weight narrow", 2, 64, 64, 64, 32, 4, 1),
     Tiles("backward_weight narrow", 2, ANY, 64, 128, 32, 4, 1),
-    Tiles("backward_weight narrow", 4, ANY, 32, 64, 32, 4, 1),
+    Tiles("backward_weight narrow", 4, ANY, 32, 128, 32, 4, 1),
 )
 
 HOPPER = (
@@ -98,9 +96,11 @@ HOPPER = (
     Tiles("forward_hopper 3d", 4, 64, 64, 64, 32, 4, 2),
     Tiles("forward_hopper 3d", 4, ANY, 64, 128, 32, 4, 2),
     Tiles("forward_narrow_hopper", 2, 64, 64, 64, 32, 4, 2, registers=128),
-    Tiles("forward_narrow_hopper", 2, ANY, 64, 128, 64, 4, 2),
+    Tiles("forward_narrow_hopper", 2, 128, 64, 128, 64, 4, 2),
+    Tiles("forward_narrow_hopper", 2, ANY, 64, 256, 32, 4, 2),
     Tiles("forward_narrow_hopper", 4, 64, 64, 64, 32, 4, 2),
-    Tiles("forward_narrow_hopper", 4, ANY, 64, 128, 32, 4, 2),
+    Tiles("forward_narrow_hopper", 4, 128, 64, 128, 32, 4, 2),
+    Tiles("forward_narrow_hopper", 4, ANY, 64, 256, 32, 4, 2),
     Tiles("backward_narrow_hopper", 2, ANY, 64, 128, 32, 4, 2, resident=2),
     Tiles("backward_narrow_hopper", 4, ANY, 64, 128, 32, 4, 2, resident=2),
     Tiles("backward_atomic_hopper", 2, 128, 64, 128, 32, 4, 3),
@@ -131,23 +131,14 @@ HOPPER = (
 # shared memory as those of workstations have (99 KiB for a program): where rows of PORTABLE do not
 # fit, or spill many registers, blocks that do not. Chosen by what they compile to, not timed.
 AMPERE = (
-    Tiles("forward", 4, 64, 128, 64, 32, 4, 2),
-    Tiles("forward", 4, 128, 64, 128, 32, 4, 2),
-    Tiles("forward", 4, ANY, 64, 256, 32, 8, 1),
     Tiles("forward deep", 2, 256, 64, 256, 64, 8, 2),
     Tiles("forward deep", 4, 64, 64, 64, 32, 4, 2),
     Tiles("forward deep", 4, 128, 64, 128, 16, 4, 2),
     Tiles("forward deep", 4, ANY, 64, 256, 32, 8, 2),
-    Tiles("forward narrow", 2, 64, 64, 64, 32, 4, 1),
-    Tiles("forward narrow", 2, 128, 64, 128, 32, 4, 1),
-    Tiles("forward narrow", 2, ANY, 64, 256, 32, 8, 1),
-    Tiles("forward narrow", 4, ANY, 64, 64, 32, 4, 1),
     Tiles("backward_atomic", 2, 32, 64, 128, 32, 8, 1),
     Tiles("backward_atomic", 4, 64, 64, 64, 32, 8, 2),
     Tiles("backward_atomic", 4, 128, 64, 128, 32, 8, 2),
     Tiles("backward_atomic", 4, ANY, 64, 64, 64, 8, 2),
-    Tiles("backward_atomic narrow", 2, 64, 64, 64, 32, 4, 1),
-    Tiles("backward_atomic narrow", 2, 128, 64, 128, 32, 4, 1),
     Tiles("backward_sorted", 2, 32, 128, 32, 32, 4, 2),
     Tiles("backward_sorted", 2, 64, 128, 64, 64, 4, 2),
     Tiles("backward_sorted", 2, 128, 128, 32, 128, 4, 3),
@@ -180,11 +171,12 @@ NARROW = 32
 
 # In so few weights of a group and tap the errors of "bf16x3" (sampling.py, Note [precision]) do not
 # average out, and "tf32x3", which takes their place, is no bottleneck.
-FEW = 1024
+FEW = 16
 
-# Weights of several groups with at most so many channels of the image times those of the points
-# may be taken for weights of a single group (layout.py, Call).
-SPREAD = 1 << 14
+# A weight of several groups is taken for one of a single group (layout.py, Call) where image and
+# points have at most so many channels each, by precision: on most architectures, and on BLOCKS.
+SPREAD = {"native": 192, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
+SPREAD_BY_BLOCKS = SPREAD | {"native": 256, "bf16x3": 256}
 
 # A batch is taken in chunks where a call would need more scratch memory at once (in elements of the
 # image), as long as a chunk has about so many positions: four waves of programs of 64 on an H200,
