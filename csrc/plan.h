@@ -98,7 +98,10 @@ struct Plan {
                        : depthwise ? kTilePixels  // likewise
                                    : most(kTileWidth, pixels_of_tile / rows);
     const i64 columns = divide_up(width, divide_up(width, least(wanted, width)));
-    cut_tiles(most(1, least(rows, (pixels_of_tile + columns / 2) / columns)), columns);
+    i64 rows_of_tile = most(1, least(rows, (pixels_of_tile + columns / 2) / columns));
+    // Rows that end amid vectors of pixels would fill most of these with nothing.
+    if (planar) rows_of_tile = divide_up(rows, divide_up(rows, most(1, kWideTile / columns)));
+    cut_tiles(rows_of_tile, columns);
 
     for (int q = 0; q < Q; q++) {
       steps[q] = 0;
