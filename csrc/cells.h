@@ -9,7 +9,11 @@ struct Cells {
   T* weight;    // [slot][table][corner] interpolation weight times mask; see Note [planar]
   T* fraction;  // [slot][axis][table], for Reverse only
   T* mask;      // [slot][table], likewise
-  T* spare;     // [axis + 1][kPiece + lanes]
+  T* spare;     // [axis + 1][kPiece + lanes], or so many rows of what `loaded` is made of
+  // Of a tile and sample group, where they lie channels last: offsets [kernel point][axis][table]
+  // and masks [kernel point][table].
+  Array loaded[2];
+  i64 loaded_group = -1;
   // Lanes of 0, one NaN once a mask, or with Reverse a gradient, was not finite.
   T taint[Plan<T, ND>::N] = {};
 
@@ -19,7 +23,15 @@ struct Cells {
     weight = carver.take<T>(slots * p.Q * p.table);
     fraction = carver.take<T>(reverse ? slots * ND * p.table : 0);
     mask = carver.take<T>(reverse ? slots * p.table : 0);
-    spare = carver.take<T>((ND + 1) * (kPiece + p.N));
+    i64 rows = 0;
+    for (int i = 0; i < 2; i++) {
+      const Array& array = i == 0 ? p.call.offset : p.call.mask;
+      const i64 planes = array.data && array.last ? p.K * (i == 0 ? ND : 1) : 0;
+      loaded[i] = {reinterpret_cast<char*>(carver.take<T>(planes * p.table)), DtypeOf<T>::value,
+                   false};
+      rows = most(rows, planes * kRows);
+    }
+    spare = carver.take<T>(most(rows, (ND + 1) * (kPiece + p.N)));
   }
 
   T tainted() const {
@@ -29,6 +41,7 @@ struct Cells {
   }
 
   void place(const Plan<T, ND>& p, const Tile& tile) {
+    loaded_group = -1;
     for (i64 r = 0; r < tile.rows; r++) {
       i64 rest = tile.row + r;
       for (int v = ND - 2; v >= 0; v--) {
@@ -44,6 +57,32 @@ struct Cells {
       for (i64 m = tile.count; m < least(p.table, tile.count + p.N); m++) base[v * p.table + m] = 0;
   }
 
+  void load(const Plan<T, ND>& p, const Tile& tile, i64 sample_group) {
+    if (loaded_group == sample_group) return;
+    loaded_group = sample_group;
+    for (int i = 0; i < 2; i++) {
+      const Array& array = i == 0 ? p.call.offset : p.call.mask;
+      if (!array.data || !array.last) continue;
+      const i64 planes = p.K * (i == 0 ? ND : 1);
+      const Field<T> field{array, planes * (i == 0 ? p.offset_groups : p.mask_groups), p.P};
+      const i64 channel =
+          planes * (i == 0 ? p.offset_group(sample_group) : p.mask_group(sample_group));
+      for (i64 s = 0; s < tile.segments; s++)
+        for (i64 c = 0; c < tile.length; c += kRows) {
+          const i64 some = least(kRows, tile.length - c), pixel = tile.first + s * tile.step + c;
+          T* to = reinterpret_cast<T*>(loaded[i].data) + s * tile.length + c;
+          if (array.dtype == DtypeOf<T>::value) {
+            const i64 at = field.at(tile.image, channel, pixel);
+            transpose(reinterpret_cast<const T*>(array.data) + at, field.channels, to, p.table,
+                      planes, some);
+          } else {
+            field.load(tile.image, channel, planes, pixel, some, spare, planes, nullptr);
+            transpose(spare, planes, to, p.table, planes, some);
+          }
+        }
+    }
+  }
+
   template <bool Reverse>
   void find(const Plan<T, ND>& p, const Tile& tile, i64 sample_group, i64 k, i64 slot) {
     using L = Lanes<T, Plan<T, ND>::N>;
@@ -57,22 +96,37 @@ struct Cells {
       shift[v] = i32(rest % p.kernel[v] * p.dilation[v]);
       rest /= p.kernel[v];
     }
-    const i64 offset_plane =
-        ((tile.image * p.offset_groups + p.offset_group(sample_group)) * p.K + k) * ND;
-    const i64 mask_plane = (tile.image * p.mask_groups + p.mask_group(sample_group)) * p.K + k;
+    load(p, tile, sample_group);
+    const i64 point = p.given_point(k);
+    // The planes of offsets and mask: in which array, where in it, and of which size.
+    const Array* arrays[ND + 1];
+    i64 begin[ND + 1], step[ND + 1], size[ND + 1];
+    for (int v = 0; v <= ND; v++) {
+      const bool masks = v == ND;
+      const Array& given = masks ? p.call.mask : p.call.offset;
+      const i64 group = masks ? tile.image * p.mask_groups + p.mask_group(sample_group)
+                              : tile.image * p.offset_groups + p.offset_group(sample_group);
+      const i64 plane = masks ? point : point * ND + p.given_axis(v);
+      if (given.last) {
+        arrays[v] = &loaded[masks], size[v] = p.table, step[v] = tile.length;
+        begin[v] = plane * p.table;
+      } else {
+        arrays[v] = &given, size[v] = p.P, step[v] = tile.step;
+        begin[v] = (group * p.K * (masks ? 1 : ND) + plane) * p.P + tile.first;
+      }
+    }
     V tainted = L::zero();
     for (i64 s = 0; s < tile.segments; s++) {
-      const i64 pixel = tile.first + s * tile.step;
       const T* given[ND + 1];  // offsets and mask
       for (int v = 0; v <= ND; v++) {
-        const Array& array = v < ND ? p.call.offset : p.call.mask;
+        const Array& array = *arrays[v];
         T* scratch = spare + v * (kPiece + N);
         given[v] = nullptr;
         if (!array.data) continue;
-        const i64 at = (v < ND ? offset_plane + v : mask_plane) * p.P + pixel;
+        const i64 at = begin[v] + s * step[v];
         // A tile takes a short run of each plane, too short for the processor to see what follows:
         // the same run of the next kernel point, or of the next group's first.
-        prefetch(array, at + (v < ND ? ND : 1) * p.P, tile.length);
+        prefetch(array, at + (v < ND ? ND : 1) * size[v], tile.length);
         if (tile.length >= N) {
           given[v] = view(array, at, tile.length, scratch);
         } else {

@@ -248,7 +248,8 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   const i64* next = words;
   const i64 level = *next++;
   Call c;
-  c.gather = *next++ != 0;
+  c.gather = *next & 1, c.backwards = *next >> 1 & 1;
+  next++;
   c.threads = *next++;
   c.exactly = c.threads < 0;
   if (c.exactly) c.threads = -c.threads;

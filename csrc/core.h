@@ -15,8 +15,8 @@ using i32 = int32_t;
 
 enum Dtype : i64 { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-// A tensor of a call; no data stands for an absent one. Images and points lie channels first or
-// last, all others are contiguous.
+// A tensor of a call; no data stands for an absent one. Images, points, offsets and masks lie
+// channels first or last, all others are contiguous.
 struct Array {
   char* data;
   i64 dtype;
@@ -32,6 +32,8 @@ struct Call {
   bool alone;      // the work is cut for them, but the calling thread does it all
   bool tiles;      // the machine has AMX, see Note [pairs] in pairs.h
   bool depthwise;  // each channel is a group, see Note [depthwise] in kernel.cpp
+  bool backwards;  // in offsets and masks, axes and kernel points are in the order of the axes from
+                   // the last to the first, see Note [backwards] in kernels/cpu.py
   i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[3], point_size[3], kernel[3], stride[3], padding[3], dilation[3];
   Array image, points, weight, offset, mask, bias;

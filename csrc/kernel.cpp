@@ -78,6 +78,7 @@ constexpr i64 kStack = 4;       // such tiles, which touch almost the same rows 
 constexpr i64 kColumns = 576;   // of one product; of pairs in Gather half, for the L1 cache
 constexpr i64 kTerms = 144;     // of one sum, see micro_kernel; words of a column for a stack
 constexpr i64 kPiece = 512;     // most pixels that a layout change or conversion handles at once
+constexpr i64 kRows = 64;       // most pixels of offsets and masks transposed at once
 constexpr i32 kFar = 1 << 30;   // of offsets; positions without one are less, see cpu.py
 constexpr i64 kSamplesPerThread = 125000;  // of a channel: 20 microseconds, see threads_worth
 constexpr i64 kFlightBytes = 32 << 20;     // of packed images at a time, where one is smaller

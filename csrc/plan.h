@@ -180,6 +180,15 @@ struct Plan {
     for (int v = axis + 1; v < ND; v++) step *= padded[v];
     return step;
   }
+  // The place of a kernel point, and of an axis, among the offsets and masks of a group.
+  i64 given_point(i64 k) const {
+    if (!call.backwards) return k;
+    i64 place = 0;
+    for (int v = ND - 1; v >= 0; v--) place = place * kernel[v] + k % kernel[v], k /= kernel[v];
+    return place;
+  }
+  int given_axis(int v) const { return call.backwards ? ND - 1 - v : v; }
+
   i64 outside() const { return (image_size[0] + 1) * axis_step(0); }
   i64 image_bytes() const { return blocks * plane * block * i64(sizeof(T)); }
   i64 pair_lanes() const { return block == 4 ? 1 : least(N, words); }  // see Note [pairs]

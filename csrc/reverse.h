@@ -113,8 +113,8 @@ struct Reverse {
     for (i64 g = 0; g < groups; g++) n = most(n, last_part(g, groups) - first_part(g, groups) + 1);
     return n;
   }
-  // Set 0 is the result itself where that has the computing type.
-  bool direct(const Array& a) const { return a.dtype == DtypeOf<T>::value; }
+  // Set 0 is the result itself where that has the computing type, channels first.
+  bool direct(const Array& a) const { return a.dtype == DtypeOf<T>::value && !a.last; }
   T* set_at(const Array& result, T* buffer, i64 size, i64 set, i64 first, i64 image) const {
     if (set == 0 && direct(result))
       return reinterpret_cast<T*>(result.data) + (first + image) * size;
@@ -202,9 +202,9 @@ struct Reverse {
           task -= rows;
           if (task < images * offset_tasks)
             return add_sets(call.grad_offset, offset_buffer, offset_size, p.offset_groups, first,
-                            task);
+                            task, spare);
           add_sets(call.grad_mask, mask_buffer, mask_size, p.mask_groups, first,
-                   task - images * offset_tasks);
+                   task - images * offset_tasks, spare);
         });
       }
     });
@@ -433,7 +433,11 @@ struct Reverse {
       for (i64 k = 0; k < p.K; k++)
         for (int q = 0; q < Q; q++)
           L::store(s.dots + (k * Dots + q) * p.table + tile.count, L::zero());
-    for (i64 k = 0; k < p.K; k++)
+    for (i64 k = 0; k < p.K; k++) {
+      T* slopes[ND] = {};  // by axis, the planes of this kernel point
+      T* by_mask = masks ? masks + p.given_point(k) * p.P : nullptr;
+      for (int v = 0; v < ND && offsets; v++)
+        slopes[v] = offsets + (p.given_point(k) * ND + p.given_axis(v)) * p.P;
       for (i64 i = 0; i < tile.segments; i++)
         for (i64 c0 = 0; c0 < tile.length; c0 += N) {
           const i64 c = tile.length >= N ? least(c0, tile.length - N) : 0;
@@ -480,32 +484,48 @@ struct Reverse {
             const V mask = L::load(s.cells.mask + m);
             UNROLL
             for (int v = 0; v < ND; v++)
-              store(offsets + (k * ND + v) * p.P + pixel,
-                    L::select(valid, slope[v][0] * mask, L::zero()), fresh_offset);
+              store(slopes[v] + pixel, L::select(valid, slope[v][0] * mask, L::zero()),
+                    fresh_offset);
           }
-          if (masks) store(masks + k * p.P + pixel, value[0], fresh_mask);
+          if (masks) store(by_mask + pixel, value[0], fresh_mask);
         }
+    }
     L::store(s.cells.taint, L::load(s.cells.taint) + tainted);
   }
 
   // For each image.
   i64 set_tasks(const Array& result, i64 size, i64 sets) const {
-    return !result.data || (sets == 1 && direct(result)) ? 0 : size / p.P;
+    if (!result.data || (sets == 1 && direct(result))) return 0;
+    return result.last ? divide_up(p.P, kPiece) : size / p.P;
   }
 
-  void add_sets(const Array& result, T* buffer, i64 size, i64 groups, i64 first, i64 task) const {
+  // A plane of the result, or a piece of all planes where they lie channels last.
+  void add_sets(const Array& result, T* buffer, i64 size, i64 groups, i64 first, i64 task,
+                T* spare) const {
     const i64 planes = size / p.P;
-    const i64 image = task / planes, plane = task % planes, group = plane / (planes / groups);
-    const i64 count = last_part(group, groups) - first_part(group, groups) + 1;
-    for (i64 x = 0; x < p.P; x += kPiece) {
-      const i64 n = least(kPiece, p.P - x), at = plane * p.P + x;
-      T sum[kPiece];
-      memcpy(sum, set_at(result, buffer, size, 0, first, image) + at, size_t(n) * sizeof(T));
+    const auto add = [&](i64 image, i64 plane, i64 x, i64 n) {
+      const i64 group = plane / (planes / groups), at = plane * p.P + x;
+      const i64 count = last_part(group, groups) - first_part(group, groups) + 1;
+      T* sum = set_at(result, buffer, size, 0, first, image) + at;
       for (i64 set = 1; set < count; set++) {
         const T* more = set_at(result, buffer, size, set, first, image) + at;
         for (i64 i = 0; i < n; i++) sum[i] += more[i];
       }
-      write(result, (first + image) * size + at, n, sum);
+      return sum;
+    };
+    if (result.last) {
+      const i64 pieces = divide_up(p.P, kPiece), image = task / pieces;
+      const i64 x = task % pieces * kPiece, n = least(kPiece, p.P - x);
+      for (i64 plane = 0; plane < planes; plane++) add(image, plane, x, n);
+      store_planes(Field<T>{result, planes, p.P}, first + image, 0, planes, x, n,
+                   set_at(result, buffer, size, 0, first, image) + x, p.P, spare);
+      return;
+    }
+    const i64 image = task / planes, plane = task % planes;
+    for (i64 x = 0; x < p.P; x += kPiece) {
+      const i64 n = least(kPiece, p.P - x);
+      const T* sum = add(image, plane, x, n);
+      if (!direct(result)) write(result, (first + image) * size + plane * p.P + x, n, sum);
     }
   }
 

@@ -259,8 +259,32 @@ def test_nothing_is_copied_twice(kind):
         output = module(x)
     image, offset, mask = inputs.seen
     assert image.data_ptr() == values[0].data_ptr() and output.is_contiguous()
+    assert all(t.permute(0, 3, 2, 1).is_contiguous() for t in (image, offset, mask))
+
+
+def test_nothing_is_copied():
+    """Neither on the way to the operator nor in it, nor on the way back."""
+    module = DCNv3(C, group=G)
+    sizes = {"value": (C,), "offset": (G, 9, 2), "mask": (G, 9)}
+    leaves = {key: torch.rand(2, 5, 7, *size).requires_grad_() for key, size in sizes.items()}
+    with torch.profiler.profile() as profile:
+        module._sample(**leaves).backward(torch.rand(2, 5, 7, C))
+    called = {event.name for event in profile.events()}
+    assert "aten::permute" in called
+    assert not called & {"aten::copy_", "aten::clone", "aten::cat", "aten::contiguous"}
+    assert all(leaf.grad.is_contiguous() for leaf in leaves.values())
+
+
+def test_other_devices_and_symbolic_traces_copy():
+    """The way that no backend has to know of, and the same numbers."""
+    module, x = awake(DCNv3, offset_scale=2.0)
+    traced = torch.fx.symbolic_trace(module)
+    with torch.no_grad(), Inputs() as inputs:
+        output = traced(x)
+    image, offset, mask = inputs.seen
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert offset.is_contiguous() and mask.is_contiguous()
+    torch.testing.assert_close(output, module(x))
 
 
 @pytest.mark.parametrize("options", [{}, {"remove_center": True, "center_feature_scale": True}])

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import cases
 import deformnd
@@ -326,6 +327,8 @@ def test_without_a_weight(call: Call) -> None:
     rounded = single.to(torch.float64).run(reference)
     last = single.to(torch.float32)
     last.image, last.points = channels_last(last.image), channels_last(last.points)
+    if last.offset is not None:
+        last.offset = channels_last(last.offset)
     for cpu.level in LEVELS:
         first = single.run()
         for cpu.threads in (1, 2, 5, 16):
@@ -340,6 +343,93 @@ def test_without_a_weight(call: Call) -> None:
         half = call.to(dtype)
         half.offset = single.offset
         assert_close(half.run(), half.to(torch.float64).run(reference), limit)
+
+
+# Image size, point size, kernel, stride, padding, dilation.
+UNEVEN = [
+    ((6, 9), (5, 11), (2, 3), (1, 1), (0, 2), (1, 1)),
+    ((5, 40), (2, 40), (3, 3), (2, 1), (1, 2), (2, 2)),
+    ((4, 1), (4, 1), (3, 1), (1, 1), (1, 0), (1, 1)),
+    ((3, 5, 7), (5, 4, 4), (1, 2, 3), (1, 1, 2), (1, 0, 1), (1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("sizes", UNEVEN, ids=str)
+@pytest.mark.parametrize(
+    "channels,groups", ((8, (8, 4, 2)), (80, (80, 2, 0)), (3, (3, 0, 3)), (8, (2, 1, 2))), ids=str
+)
+def test_views_with_exchanged_axes(
+    sizes: tuple[tuple[int, ...], ...], channels: int, groups: tuple[int, ...]
+) -> None:
+    """What lies channels last with its axes backwards is read, and written, as it lies."""
+    call = Call(Geometry(2, channels, channels, *groups, *sizes))
+    if channels == groups[0]:
+        call.image_bias = call.point_bias = call.weight = None
+    keys = ("image", "points", "offset", "mask")
+
+    def backwards(t: Tensor) -> Tensor:
+        return t.permute(0, *range(t.dim() - 1, 0, -1))
+
+    for some in (keys, ("image",), keys[:3], keys[1:]):
+        for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 5e-4)):
+            other = call.to(dtype)
+            if dtype == torch.float16 and call.offset is not None:
+                other.offset = call.offset.float()
+            want = other.to(torch.float64).run(reference)
+            for key in some:
+                value = other.__dict__[key]
+                if value is not None:
+                    other.__dict__[key] = backwards(backwards(value).contiguous())
+            for cpu.level, cpu.threads in itertools.product(LEVELS, (1, 5)):
+                got = other.run()
+                assert_close(got, want, limit, (some, dtype, cpu.level))
+                for key in some:
+                    assert got[key] is None or backwards(got[key]).is_contiguous(), (key, some)
+                for key, owner in (("gather", "image"), ("scatter", "points")):
+                    assert owner not in some or backwards(got[key]).is_contiguous(), (key, some)
+
+
+@pytest.mark.parametrize("dtype", [*KINDS], indirect=True, ids=str)
+@pytest.mark.parametrize("size", [(6, 40), (3, 5, 9)], ids=str)
+def test_offsets_with_channels_last_are_not_copied(
+    size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    call = Call(plain(2, 8, 16, size)).to(dtype)
+    for key in ("image", "points", "offset", "mask"):
+        call.__dict__[key] = channels_last(call.__dict__[key])
+    with torch.profiler.profile() as profile:
+        got = call.run()
+    assert not {event.name for event in profile.events()} & {"aten::copy_", "aten::clone"}
+    for key in ("image", "points", "offset", "mask"):
+        assert got[key].movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("core", (True, False))
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("aggregate", (False, True))
+def test_layouts_are_foretold(
+    aggregate: bool, last: bool, core: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result has the strides that its fake has, whoever computes it."""
+    if not core:
+        monkeypatch.setattr(cpu, "_fits", lambda g: False)
+    turn = (0, 3, 1, 2) if last else (0, 3, 2, 1)
+    tensors = [torch.rand(2, 5, 6, c).permute(turn).requires_grad_() for c in (4, 18, 9)]
+    if not aggregate:
+        tensors.insert(1, torch.rand(3, 4, 3, 3).requires_grad_())
+
+    def results(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+        if aggregate:
+            output = deformnd.deform_aggregate2d(*tensors, 3, padding=1)
+        else:
+            output = deformnd.deform_conv2d(*tensors, padding=1)
+        grads = torch.autograd.grad(output, tensors, torch.ones_like(output))
+        return [t.stride() for t in (output, *grads)]
+
+    with FakeTensorMode() as mode:
+        foretold = results([mode.from_tensor(t) for t in tensors])
+    assert results(tensors) == foretold
+    assert foretold[0] == torch.empty(2, 5, 6, 4 if aggregate else 3).permute(turn).stride()
 
 
 @pytest.mark.parametrize("size", ((5,), (4, 5), (3, 4, 5)), ids=str)

@@ -108,23 +108,40 @@ class _Module(nn.Module):
         """The aggregation of value [N, H, W, C], by points that are in the originals' order.
 
         offset: [N, Ho, Wo, group, points, 2], (x, y) of the points column by column; mask: [N, Ho,
-        Wo, group, points]. The operator wants both with the channels first. The copy that brings
-        them there changes the order as well, so that it costs nothing; parameters stay as they are.
+        Wo, group, points]. The operator has them in this order if its image has the axes (x, y):
+        all three are then views of what is here, which the core reads in place. For GPUs, whose
+        kernels do not, the copy that brings the channels first changes the order, too.
         """
         k = self.kernel_size
         if self.remove_center:  # the operator samples the middle all the same, for nothing
             offset = _with_center(offset, 4, self.points // 2)
             mask = _with_center(mask, 4, self.points // 2)
-        places = offset.unflatten(4, [k, k]).permute(0, 3, 5, 4, 6, 1, 2)
-        x, y = places[:, :, :, :, 0], places[:, :, :, :, 1]
+        offset = offset.flatten(3)
         if self.offset_scale != 1.0:
             # It scales the regular grid, too, about its middle, which is `pad` from its corner.
             dtype = torch.promote_types(offset.dtype, torch.float32)
             grid = torch.arange(k, device=offset.device, dtype=dtype)
             grid = (grid * self.dilation - self.pad) * (self.offset_scale - 1.0)
-            x = torch.add(grid.view(k, 1, 1), x, alpha=self.offset_scale)
-            y = torch.add(grid.view(k, 1, 1, 1), y, alpha=self.offset_scale)
-        offset = torch.stack([y, x], 4).flatten(1, 4)
+            # Of all groups at once: long rows are added sooner.
+            grid = torch.cartesian_prod(grid, grid).flatten().repeat(self.group)
+            offset = torch.add(grid, offset, alpha=self.offset_scale)
+        in_place = True
+        if not torch.jit.is_scripting():
+            in_place = not isinstance(value, torch.fx.Proxy)  # whose device is not known
+        if in_place and value.is_cpu:
+            output = deform_aggregate(
+                2,
+                value.permute(0, 3, 2, 1),
+                offset.permute(0, 3, 2, 1),
+                mask.flatten(3).permute(0, 3, 2, 1),
+                k,
+                self.stride,
+                self.pad,
+                self.dilation,
+            )
+            return output.permute(0, 3, 2, 1)
+        places = offset.unflatten(3, [self.group, k, k, 2]).permute(0, 3, 5, 4, 6, 1, 2)
+        offset = torch.stack([places[:, :, :, :, 1], places[:, :, :, :, 0]], 4).flatten(1, 4)
         mask = mask.unflatten(4, [k, k]).permute(0, 3, 5, 4, 1, 2).flatten(1, 3)
         output = deform_aggregate(
             2, value.permute(0, 3, 1, 2), offset, mask, k, self.stride, self.pad, self.dilation

@@ -9,6 +9,12 @@ times infinity is NaN. The core multiplies the corners' weights by the mask, and
 gradient is made of corner by corner, which is the same but for infinite factors: those times
 corners of both signs are NaN, times the sample infinite. So it says where a mask or such a gradient
 is not finite, and if infinite values came in, the definition computes the call again.
+
+Note [backwards]
+Others have the offsets of x before those of y, and kernel points column by column. Such a call is
+one on the image with its axes exchanged, a view. Where a call's image is such a view of one with
+channels last, the core is called with all axes in the order of memory, and told that offsets and
+masks have them backwards.
 """
 
 from __future__ import annotations
@@ -28,7 +34,15 @@ from torch.nn import functional as F
 
 from .. import __version__
 from . import reference
-from .geometry import DTYPES, Attention, Geometry, empty
+from .geometry import (
+    DTYPES,
+    Attention,
+    Geometry,
+    backwards,
+    empty,
+    empty_gradient,
+    lies_backwards,
+)
 
 # The names of the levels that the core counts, see best_level in csrc/core.cpp.
 LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16", "AMX")
@@ -41,6 +55,8 @@ threads = 0
 # As enum Dtype in csrc/core.h; + 4 for channels last.
 _CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 _ABSENT = (0, 0)
+# Of the tensors of a call, which are weights and biases, and where the gradients begin.
+_WEIGHTS, _GRADIENTS = (2, 5, 7), 6
 # As enum Status there.
 _NO_MEMORY, _ODD = 1, 2
 _PACK = {n: struct.Struct(f"={4 + 6 + 6 * n + 2 * 10}q").pack for n in (1, 2, 3)}
@@ -167,9 +183,9 @@ def gradients(
     )
     grad_offset = grad_mask = None
     if by_offset and offset is not None:
-        grad_offset = torch.empty(offset.shape, dtype=offset.dtype, device=offset.device)
+        grad_offset = empty_gradient(offset)
     if by_mask and mask is not None:
-        grad_mask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+        grad_mask = empty_gradient(mask)
     odd = False
     if grad_points is not None:
         odd |= _call(g, True, image, grad_points, weight, offset, mask, None)
@@ -212,6 +228,11 @@ def _layout(t: Tensor) -> tuple[Tensor, int]:
     return t.contiguous(), 0
 
 
+def _turned_kernel(weight: Tensor) -> Tensor:
+    """With its axes in the reverse order, or the original of that; a bias has none."""
+    return weight.permute(*range(min(weight.dim(), 2)), *range(weight.dim() - 1, 1, -1))
+
+
 def _call(
     g: Geometry,
     gather: bool,
@@ -227,47 +248,50 @@ def _call(
 
     Whether infinite tensors may need the definition, see Note [infinity].
     """
+    turned = lies_backwards(points if image is None else image)
+    axes = slice(None, None, -1 if turned else 1)
     words: list[int] = []
     keep = []  # copies must outlive the call
-    for t in (image, points):
+    results = []  # those that do not lie as the core writes them, and what it writes
+    for i, t in enumerate((image, points, weight, offset, mask, bias, *grads)):
         if t is None:
             words += _ABSENT
+            continue
+        if i in _WEIGHTS:
+            there, last = (_turned_kernel(t) if turned else t).contiguous(), 0
+            back = _turned_kernel(there) if turned else there
+        elif turned:
+            there, last = backwards(t).contiguous(), 4
+            back = backwards(there)
         else:
-            t, last = _layout(t)
-            keep.append(t)
-            words += (t.data_ptr(), _CODE[t.dtype] + last)
-    for t in (weight, offset, mask, bias):
-        if t is None:
-            words += _ABSENT
-        else:
-            t = t.contiguous()
-            keep.append(t)
-            words += (t.data_ptr(), _CODE[t.dtype])
-    for i, t in enumerate(grads):
-        if t is None:
-            words += _ABSENT
-        else:
-            last = 4 if i == 0 and not t.is_contiguous() else 0
-            words += (t.data_ptr(), _CODE[t.dtype] + last)
+            there, last = _layout(t)
+            back = there
+        if there is not t and (i >= _GRADIENTS or (i == 1 and gather)):
+            if there.data_ptr() != t.data_ptr():
+                results.append((t, back))
+        keep.append(there)
+        words += (there.data_ptr(), _CODE[t.dtype] + last)
     assert _run is not None
     status = _run(
         _PACK[len(g.kernel)](
             level,
-            gather,
+            gather + 2 * turned,
             -threads or torch.get_num_threads(),
             len(g.kernel),
             *g[:6],
-            *g.image_size,
-            *g.point_size,
-            *g.kernel,
-            *g.stride,
-            *g.padding,
-            *g.dilation,
+            *g.image_size[axes],
+            *g.point_size[axes],
+            *g.kernel[axes],
+            *g.stride[axes],
+            *g.padding[axes],
+            *g.dilation[axes],
             *words,
         )
     )
     if status == _NO_MEMORY:
         raise MemoryError("deformnd: no memory for the workspace of a CPU call")
+    for t, back in results:
+        t.copy_(back)
     return status == _ODD
 
 

@@ -61,11 +61,42 @@ def memory_format(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def backwards(t: Tensor) -> Tensor:
+    """[B, C, *size] as [B, *reversed size, C], or that as the former."""
+    return t.permute(0, *range(t.dim() - 1, 0, -1))
+
+
+def lies_backwards(t: Tensor) -> bool:
+    """Whether a view with exchanged axes is taken as it lies, see Note [backwards] in cpu.py."""
+    return (
+        t.is_cpu
+        and t.dim() > 3
+        and t.stride(-1) != 1
+        and memory_format(t) == torch.contiguous_format
+        and backwards(t).is_contiguous()
+    )
+
+
 def empty(size: Sequence[int], like: Tensor) -> Tensor:
-    """In the dtype and memory format of the tensor that it belongs to."""
+    """In the dtype and layout of the tensor that it belongs to."""
+    if lies_backwards(like):
+        return backwards(like.new_empty((size[0], *reversed(size[1:]))))
     return torch.empty(
         size, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
     )
+
+
+def arranged(t: Tensor, like: Tensor) -> Tensor:
+    """In that dtype and layout."""
+    t = t.to(like.dtype)
+    if lies_backwards(like):
+        return backwards(backwards(t).contiguous())
+    return t.contiguous(memory_format=memory_format(like))
+
+
+def empty_gradient(given: Tensor) -> Tensor:
+    """Of an offset or a mask: in its layout on CPUs, contiguous on GPUs."""
+    return empty(given.shape, given) if given.is_cpu else given.new_empty(given.shape)
 
 
 def conv_geometry(

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import attention, autograd, cpu, reference, sharding
 from .autograd import Gradients
-from .geometry import FAMILIES, Family, Geometry, Slots, empty
+from .geometry import FAMILIES, Family, Geometry, Slots, empty, empty_gradient
 
 _lib = torch.library.Library("deformnd", "DEF")
 
@@ -240,9 +240,11 @@ def _backward_fake(family: Family, grad_output: Tensor, *args: Any) -> Gradients
     grads: list[Tensor | None] = [None] * 5
     if needs[0]:
         grads[0] = empty(input.shape, input)
-    for i, t in ((1, weight), (2, offset), (3, mask)):
+    if needs[1] and weight is not None:
+        grads[1] = weight.new_empty(weight.shape)
+    for i, t in ((2, offset), (3, mask)):
         if needs[i] and t is not None:
-            grads[i] = t.new_empty(t.shape)
+            grads[i] = empty_gradient(t)
     if needs[4]:
         grads[4] = grad_output.new_empty(grad_output.shape[1])
     return tuple(family.own(grads))

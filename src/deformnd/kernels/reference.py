@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Attention, Geometry, memory_format
+from .geometry import Attention, Geometry, arranged
 
 
 def gather(
@@ -34,7 +34,7 @@ def gather(
     """dF/dpoints [B, O, *point_size]: the forward of deform_conv."""
     dtype = _compute_dtype(image, offset, mask)
     columns = _masked(g, _sample(g, image.to(dtype), _cells(g, offset, image, dtype)), mask, dtype)
-    return _result(_add_bias(_contract(g, columns, weight), bias), image)
+    return arranged(_add_bias(_contract(g, columns, weight), bias), image)
 
 
 def scatter(
@@ -49,7 +49,7 @@ def scatter(
     dtype = _compute_dtype(points, offset, mask)
     columns = _masked(g, _expand(g, points.to(dtype), weight), mask, dtype)
     image = _spread(g, columns, _cells(g, offset, points, dtype))
-    return _result(_add_bias(image, bias), points)
+    return arranged(_add_bias(image, bias), points)
 
 
 def gradients(
@@ -73,16 +73,16 @@ def gradients(
     if by_image or by_offset or by_mask:
         expanded = _expand(g, points.to(dtype), weight)
         if by_image:
-            out[0] = _result(_spread(g, _masked(g, expanded, mask, dtype), cells), image)
+            out[0] = arranged(_spread(g, _masked(g, expanded, mask, dtype), cells), image)
         if by_offset and offset is not None:
             masked = _masked(g, expanded, mask, dtype)
             grad = _position_gradient(g, image.to(dtype), masked, cells)
-            out[3] = grad.to(offset.dtype).contiguous()
+            out[3] = _gradient(grad, offset)
     if by_points or by_weight or by_mask:
         sampled = _sample(g, image.to(dtype), cells)
         columns = _masked(g, sampled, mask, dtype)
         if by_points:
-            out[1] = _result(_contract(g, columns, weight), points)
+            out[1] = arranged(_contract(g, columns, weight), points)
         if by_weight and weight is not None:
             low = _grouped_points(g, points.to(dtype))
             high = columns.unflatten(3, (g.groups, -1))  # [B, K, P, G, C/G]
@@ -90,13 +90,13 @@ def gradients(
             out[2] = grad.reshape(weight.shape).to(weight.dtype).contiguous()
         if by_mask and mask is not None:
             product = (expanded * sampled).unflatten(3, (g.mask_groups, -1)).sum(4)
-            out[4] = product.permute(0, 3, 1, 2).reshape(mask.shape).to(mask.dtype).contiguous()
+            out[4] = _gradient(product.permute(0, 3, 1, 2).reshape(mask.shape), mask)
     return tuple(out)
 
 
-def _result(t: Tensor, like: Tensor) -> Tensor:
-    """In the dtype and memory format of the tensor it belongs to."""
-    return t.to(like.dtype).contiguous(memory_format=memory_format(like))
+def _gradient(t: Tensor, given: Tensor) -> Tensor:
+    """Of an offset or a mask, laid out as empty_gradient has it."""
+    return arranged(t, given) if given.is_cpu else t.to(given.dtype).contiguous()
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
