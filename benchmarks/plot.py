@@ -157,17 +157,17 @@ def table_of_sweep() -> str:
     """Of layers that nobody chose: geometric means (and the least) against torchvision."""
     rows = []
     for kernels, file in (
-        ("H100, H200", "sweep_h200.json"),
-        ("any other GPU's kernels, on an H200", "sweep_h200_portable.json"),
+        ("H100", "sweep_h200.json"),
+        ("other GPUs", "sweep_h200_portable.json"),
     ):
-        for how, time in (("one call", "ms"), ("the device alone", "device ms")):
+        for how, time in (("one call", "ms"), ("device alone", "device ms")):
             means = [
                 mean_of_sweep(read(file)["rows"], dtype, phase, time)
                 for dtype in ("float16", "float32")
                 for phase in bench.PHASES
             ]
             if any(means):
-                rows.append([f"{kernels}: {how}", *means])
+                rows.append([f"{kernels}, {how}", *means])
     head = ["kernels", "float16 forward", "float16 backward", "float32 forward"]
     return table([*head, "float32 backward"], rows)
 

@@ -197,8 +197,9 @@ def write(
     blocks = triton.cdiv(sizes.outputs, run) * triton.cdiv(run, block_o)
     programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
     steps = taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
-    # About as many programs as fit; adding the parts is not worth a short sum's split.
-    at_once = 8 * call.multiprocessors // tiles.warps
+    # About as many programs as fit, three of four warps on each multiprocessor; adding the parts is
+    # not worth a short sum's split.
+    at_once = 12 * call.multiprocessors // tiles.warps
     splits = max(1, min(taps, at_once // programs, steps // 2))
     call.launch_split(
         *(forward, (programs, splits), dict(BLOCK_O=block_o, DEEP=deep, **constants), out, bias),
