@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deformnd
 from deformnd import deform_attention
-from deformnd.kernels import cpu, reference
+from deformnd.kernels import autograd, cpu, direct, reference
 from deformnd.kernels.geometry import attention_geometry
+from test_library import placed
 
 SHAPES = {1: [(7,), (3,)], 2: [(5, 6), (3, 2), (1, 4)], 3: [(3, 4, 5), (2, 1, 3)]}
 LEVELS = range(min(cpu.best_level(), 2) + 1)
@@ -494,3 +495,64 @@ def test_deterministic_memory_is_never_read():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.skipif(not cpu.available(), reason="of the core")
+def test_calls_like_earlier_ones(monkeypatch):
+    """direct.py, Note [calls like earlier ones]: they are not looked at, and nobody notices."""
+    torch.manual_seed(15)
+    looked_at = []
+
+    def telling(function, count):
+        def told(a, *args):
+            looked_at.append(function.__name__)
+
+            def replay(addresses):
+                tensors = [placed(*both) for both in zip(addresses, args, strict=False)]
+                results = function(a, *tensors, *args[count:])
+                return [results] if count == 3 else [t for t in results if t is not None]
+
+            direct.latest.replay = replay
+            return function(a, *args)
+
+        return told
+
+    monkeypatch.setattr(direct, "replays", lambda tensor: True)
+    operator = autograd.OPERATORS["deform_attention"]
+    for name, count in (("attend", 3), ("attend_gradients", 4)):
+        monkeypatch.setattr(cpu, name, telling(getattr(cpu, name), count))
+    operator.known.clear()
+    try:
+        for looks in (["attend", "attend_gradients"], ["attend_gradients"], []):
+            tensors = make(2, dtype=torch.float32)
+            looked_at.clear()
+            got = with_gradients(call(SIZES), tensors)
+            assert looked_at == looks
+            a = attention_geometry(*tensors, flat(SIZES))
+            wanted = [
+                reference.attend(a, *tensors),
+                *reference.attend_gradients(a, torch.ones(2, 11, 12), *tensors, [True] * 3),
+            ]
+            for g, w in zip(got, wanted, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+        looked_at.clear()
+        deform_attention(tensors[0], [list(size) for size in SIZES], *tensors[1:])
+        assert not looked_at
+        # Other sizes of as many pixels, and sizes that are equal but not alike, are looked at.
+        other = [(6, 5), (2, 3), (4, 1)]
+        got = deform_attention(tensors[0], other, *tensors[1:])
+        assert looked_at == ["attend"]
+        a = attention_geometry(*tensors, flat(other))
+        torch.testing.assert_close(got, reference.attend(a, *tensors), rtol=1e-4, atol=1e-4)
+        with pytest.raises(TypeError, match="shapes is"):
+            deform_attention(tensors[0], [(5.0, 6), *SIZES[1:]], *tensors[1:])
+        for wrong in ([5, 6], [(5,), (6,)]):
+            with pytest.raises((TypeError, ValueError), match="shapes is"):
+                deform_attention(tensors[0], wrong, *tensors[1:])
+        # Second derivatives of a repeated call.
+        leaves = [t.requires_grad_() for t in tensors]
+        output = deform_attention(leaves[0], SIZES, *leaves[1:])
+        first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
+        assert all(t.isfinite().all() for t in torch.autograd.grad(first[1].sum(), leaves))
+    finally:
+        operator.known.clear()

@@ -29,7 +29,7 @@ from torch import Tensor
 import deformnd
 import random_calls
 from apart import apart
-from deformnd.kernels import autograd, geometry, library, reference
+from deformnd.kernels import attention, autograd, geometry, library, reference
 from deformnd.kernels.geometry import (
     Geometry,
     conv_geometry,
@@ -349,6 +349,174 @@ def test_interpreted_aggregation(
 ) -> None:
     repeatable(monkeypatch, deterministic)
     check_aggregation(case, torch.float32, "cpu", 1e-6, 1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attends:
+    """A call of deform_attention."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    batch: int = 2
+    queries: int = 11
+    heads: int = 3
+    channels: int = 8
+    points: int = 4
+    # The value is a part of a wider tensor; pixels come before the batch.
+    part: bool = False
+    pixels_first: bool = False
+
+    def make(
+        self, dtype: torch.dtype, device: str, other: torch.dtype = torch.float32, seed: int = 0
+    ) -> list[Tensor]:
+        """grad_output, value, and locations and weights of the other dtype."""
+        generator = torch.Generator().manual_seed(seed)
+        levels, n, pixels = len(self.shapes), len(self.shapes[0]), sum(map(math.prod, self.shapes))
+        samples = (self.batch, self.queries, self.heads, levels, self.points)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        # Positions away from the centres of pixels, where float32 and float64 may find different
+        # cells; some outside.
+        sizes = torch.tensor(self.shapes).flip(1).view(levels, 1, n)
+        whole = torch.rand(*samples, n, generator=generator) * (sizes + 4) - 2
+        position = whole.floor() + 0.15 + 0.7 * torch.rand(*samples, n, generator=generator)
+        locations = (position + 0.5) / sizes
+        value = randn(self.batch, pixels, self.heads + self.part, self.channels).to(device, dtype)
+        if self.pixels_first:
+            value = value.transpose(0, 1).contiguous().transpose(0, 1)
+        grad_output = randn(self.batch, self.queries, self.heads * self.channels)
+        return [
+            grad_output.to(device, dtype),
+            value[:, :, self.part :],
+            locations.to(device, other),
+            randn(*samples).to(device, other),
+        ]
+
+    def geometry(self, tensors: Sequence[Tensor]) -> geometry.Attention:
+        sizes = [size for shape in self.shapes for size in shape]
+        return geometry.attention_geometry(*tensors[1:], sizes)
+
+
+def check_attention(case: Attends, tensors: Sequence[Tensor], *bounds: float) -> None:
+    """Output and gradients against the float64 reference."""
+    a = case.geometry(tensors)
+    grad_output, *given = tensors
+    exact = [t.double() for t in given]
+    # By float32 positions, whose rounding is a part of the definition.
+    sizes = torch.tensor(case.shapes, device=given[0].device).flip(1).unsqueeze(1)
+    exact[1] = (given[1].float() * sizes).double() / sizes
+    wanted = [
+        reference.attend(a, *exact),
+        *reference.attend_gradients(a, grad_output.double(), *exact, [True] * 3),
+    ]
+    got = [backend.attend(a, *given), *backend.attend_gradients(a, *tensors, [True] * 3)]
+    likes = (grad_output, *given)
+    for i, (g, w, like) in enumerate(zip(got, wanted, likes, strict=True)):
+        assert g is not None and g.dtype == like.dtype and g.shape == like.shape
+        assert g.is_contiguous() and close(g, w, bounds[i > 0]), (i, error(g, w))
+
+
+# Channels that need masks, several chunks and blocks of them; points that 1, 2 and 4 divide.
+ATTENDS = [
+    Attends(((5, 6), (3, 2), (1, 4))),
+    Attends(((7,), (3,)), channels=5, points=3),
+    Attends(((3, 4, 5), (2, 1, 3)), channels=12, points=2, heads=1, batch=1),
+    Attends(((5, 6), (3, 2)), channels=32, queries=5, part=True),
+    Attends(((9, 3),), channels=100, points=1, queries=3, heads=2, batch=1),
+    Attends(((4, 4), (2, 2)), channels=1, points=6, pixels_first=True),
+    Attends(((4, 3), (2, 3)), channels=200, points=2, queries=2, heads=1, part=True),
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", ATTENDS, ids=str)
+def test_interpreted_attention(
+    case: Attends, deterministic: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeatable(monkeypatch, deterministic)
+    check_attention(case, case.make(torch.float32, "cpu"), 1e-6, 1e-6)
+    if case.channels in (5, 32):
+        monkeypatch.setattr(backend.attention, "SORTED", 1)  # a batch item at a time
+        half = torch.float16
+        check_attention(case, case.make(half, "cpu", half), *TOLERANCE[half])
+        check_attention(case, case.make(torch.bfloat16, "cpu"), 5e-3, 1e-2)
+
+
+def test_interpreted_attention_reads_the_value_as_it_lies(interpreted: None) -> None:
+    case = Attends(((5, 6), (3, 2)), queries=3, part=True, pixels_first=True)
+    tensors = case.make(torch.float32, "cpu")
+    value = tensors[1]
+    assert not value.is_contiguous() and backend.attention.reads(value)
+    turned = value.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not backend.attention.reads(turned)
+    tensors[2:] = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in tensors[2:]]
+    for given in (value, turned, value[:1, :, :1].expand(2, -1, 3, -1)):
+        check_attention(case, [tensors[0], given, *tensors[2:]], 1e-6, 1e-6)
+
+
+def test_interpreted_attention_nonfinite(interpreted: None) -> None:
+    attention_nonfinite("cpu")
+
+
+def attention_nonfinite(device: str) -> None:
+    """Locations that are not finite, or far; weights and pixels that are not, as the definition
+    has them. Pixels beside the sampled ones count nothing."""
+    case = Attends(((5, 6), (3, 2)), queries=13)
+    tensors = case.make(torch.float32, device)
+    _, value, locations, weights = tensors
+    for query, at in enumerate((math.nan, math.inf, -math.inf, 1e38, -3e9, 1e9)):
+        locations[:, query] = at
+    check_attention(case, tensors, 1e-6, 1e-6)
+    got = backend.attend(case.geometry(tensors), value, locations, weights)
+    assert (got[:, :6] == 0).all() and got[:, 6:].any()
+    weights[0, 0, 0, 0, 0], weights[0, 7, 0, 0, 0] = math.inf, -math.inf
+    value[1, 0, 1, 2], value[1, 29, 1, 1], value[0, 31] = math.inf, math.nan, math.nan
+    a = case.geometry(tensors)
+    for g, w in zip(
+        (backend.attend(a, *tensors[1:]), *backend.attend_gradients(a, *tensors, [True] * 3)),
+        (reference.attend(a, *tensors[1:]), *reference.attend_gradients(a, *tensors, [True] * 3)),
+        strict=True,
+    ):
+        torch.testing.assert_close(g, w, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_interpreted_attention_centres(interpreted: None) -> None:
+    attention_centres("cpu")
+
+
+def attention_centres(device: str) -> None:
+    """Samples at pixels' centres lie in the cells of the definition in float32, which the slope
+    tells: no fused product moves them."""
+    generator = torch.Generator().manual_seed(14)
+    sizes = range(3, 103)
+    centres = torch.stack([(torch.arange(3) + 0.5) / size for size in sizes])
+    tensors = [
+        torch.randn(1, 1, 4, generator=generator).to(device),
+        torch.randn(1, sum(sizes), 1, 4, generator=generator).to(device),
+        centres.view(1, 1, 1, 100, 3, 1).to(device),
+        torch.ones(1, 1, 1, 100, 3, device=device),
+    ]
+    a = geometry.attention_geometry(*tensors[1:], list(sizes))
+    got = backend.attend_gradients(a, *tensors, [False, True, False])[1]
+    wanted = reference.attend_gradients(a, *tensors, [True] * 3)[1]
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_interpreted_attention_needs(
+    deterministic: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeatable(monkeypatch, deterministic)
+    case = Attends(((3, 2), (2, 1)), queries=3, points=2, batch=1)
+    tensors = case.make(torch.float32, "cpu")
+    a = case.geometry(tensors)
+    wanted = reference.attend_gradients(a, *tensors, [True] * 3)
+    for needs in itertools.product([False, True], repeat=3):
+        got = backend.attend_gradients(a, *tensors, needs)
+        for g, w, need in zip(got, wanted, needs, strict=True):
+            assert (g is not None) == need
+            assert g is None or close(g, w.double(), 1e-5)
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
@@ -736,6 +904,104 @@ def test_calls_are_recalled(
         assert [g.shape for g in grads if g is not None] == [r.shape for r in plan.results]
     forget()
     assert new(forward, x, *rest)
+
+
+def test_attention_is_recalled(
+    plans: list[Plan], straight: list[tuple[Plan, Sequence[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = attention._forward_kernel(lambda: backend)
+    backward = attention._backward_kernel(lambda: backend)
+    forward, backward = (
+        backend.recalled(forward, range(3), False),
+        backend.recalled(backward, range(4), True),
+    )
+    case = Attends(((5, 6), (3, 2)))
+    shapes = [5, 6, 3, 2]
+    tensors = case.make(torch.float16, "cpu")
+
+    def new(call: Any, *args: Any) -> bool:
+        plans.clear(), straight.clear()
+        call(*args)
+        return bool(plans)
+
+    assert new(forward, *tensors[1:], shapes)
+    assert not new(forward, *[t.clone() for t in tensors[1:]], shapes)
+    assert new(forward, *tensors[1:], [6, 5, 3, 2]) and not new(forward, *tensors[1:], shapes)
+    assert list(straight[0][1]) == [t.data_ptr() for t in tensors[1:]]
+    turned = tensors[1].transpose(2, 3).contiguous().transpose(2, 3)
+    for _ in range(2):  # copied each time
+        assert new(forward, turned, *tensors[2:], shapes)
+    for needs in ([True] * 3, [False, True, False]):
+        assert new(backward, *tensors, shapes, needs)
+        plans.clear(), straight.clear()
+        grads = backward(*tensors, shapes, needs)
+        assert not plans and [g is not None for g in grads] == needs
+        assert list(straight[0][1]) == [t.data_ptr() for t in tensors]
+        plan = straight[0][0]
+        assert [g.shape for g in grads if g is not None] == [r.shape for r in plan.results]
+    repeatable(monkeypatch, True)  # whose sort no plan has
+    for _ in range(2):
+        assert new(backward, *tensors, shapes, [True] * 3)
+
+
+def test_attention_of_no_size_compiles_anything(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for deterministic, dtype, channels, points in (
+        *((d, t, 32, 4) for d in (False, True) for t in TOLERANCE),
+        (False, torch.float16, 5, 3),
+    ):
+        repeatable(monkeypatch, deterministic)
+        known: set[Any] = set()
+        for i, size in enumerate((1, 2, 7, 64, 129)):
+            shapes = ((size, size + 1), (size, 2), (1, 1))
+            case = Attends(
+                shapes, batch=1 + i % 3, queries=1 + 30 * size, channels=channels, points=points
+            )
+            tensors = case.make(dtype, "cpu")
+            plans.clear()
+            a = case.geometry(tensors)
+            backend.attend(a, *tensors[1:])
+            monkeypatch.setattr(torch, "cat", lambda parts: parts[0])  # the plans do not run
+            backend.attend_gradients(a, *tensors, [True] * 3)
+            found = {step.key for plan in plans for step in (*plan.steps, *plan.spares)}
+            known = known or found
+            assert found == known
+
+
+def test_attention_loads_the_kernels_of_its_backward(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(Plan, "load", lambda plan, *more: found.extend(more) or {})
+    monkeypatch.setattr(autograd.call, "differentiated", True)
+    case = Attends(((5, 6), (3, 2)))
+    for dtype, needs in itertools.product(TOLERANCE, ([True] * 3, [False, True, True])):
+        tensors = case.make(dtype, "cpu")
+        for t, need in zip(tensors[1:], needs, strict=True):
+            t.requires_grad_(need)
+        a = case.geometry(tensors)
+        plans.clear(), found.clear(), backend._PLANS.clear()
+        backend.attend(a, *tensors[1:])
+        more = {launch.key for launch in found[0]()}
+        backend.attend_gradients(a, *tensors, needs)
+        assert more and {step.key for step in plans[-1].steps} == more
+        assert not found[1]()
+
+
+def test_attention_bounds_memory(plans: list[Plan]) -> None:
+    """None grows with the points, and of float32 there is none."""
+    sizes = set()
+    for points in (1, 64):
+        case = Attends(((5, 6), (3, 2)), points=points)
+        for dtype in TOLERANCE:
+            tensors = case.make(dtype, "cpu")
+            plans.clear()
+            a = case.geometry(tensors)
+            backend.attend(a, *tensors[1:])
+            backend.attend_gradients(a, *tensors, [True] * 3)
+            sizes |= {(dtype.itemsize, plan.size) for plan in plans}
+    assert len(sizes) == 3 and {size for width, size in sizes if width == 4} == {0}
 
 
 @needs_gluon
@@ -1151,6 +1417,57 @@ def write_all(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
+@pytest.mark.parametrize(
+    ("architecture", "n", "channels", "dtype"),
+    [
+        *(("sm_90", n, 32, dtype) for n in (1, 2, 3) for dtype in TOLERANCE),
+        *(("sm_90", 2, channels, torch.float16) for channels in (4, 30, 64, 256)),
+        *((a, 2, 32, dtype) for a in ("sm_75", *ROOM) if a != "sm_90" for dtype in TOLERANCE),
+    ],
+    ids=str,
+)
+def test_attention_compiles(
+    architecture: str,
+    n: int,
+    channels: int,
+    dtype: torch.dtype,
+    plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Also where results must be repeatable. On an H200 nothing spills, a lane reads 16 bytes of
+    channels at once, and adds as many; nor do lanes of the forward's loop wait for each other."""
+    on_device(monkeypatch, architecture)
+    case = Attends(((5,) * n, (3,) * n), channels=channels)
+    tensors = case.make(dtype, "cpu")
+    a = case.geometry(tensors)
+    backend.attend(a, *tensors[1:])
+    for deterministic in (False, True):
+        repeatable(monkeypatch, deterministic)
+        monkeypatch.setattr(torch, "cat", lambda parts: parts[0])
+        backend.attend_gradients(a, *tensors, [True] * 3)
+    steps = [step for step in different(plans) if step.name != "prepare"]
+    assert {step.name for step in steps} == {
+        *("forward_attention", "backward_attention"),
+        *("list_cells", "backward_sorted_attention"),
+    }
+    for step in steps:
+        compiled = step.compile(target(architecture), 48 << 10)
+        if architecture != "sm_90":
+            continue
+        assert stack(compiled.asm["cubin"], tmp_path) == 0, step.name
+        if channels % 16 == 0 and step.name in ("forward_attention", "backward_attention"):
+            ptx = compiled.asm["ptx"]
+            width = "v2" if dtype.itemsize == 2 and step.name == "backward_attention" else "v4"
+            assert ptx.count(f"ld.global.{width}.b32") >= 2**n
+            if step.arguments.get("grad_value") is not None:
+                assert len(re.findall(r"(?:red|atom)\S*\.v4", ptx)) >= 2**n
+            if step.name == "forward_attention":
+                loop = ptx[ptx.index("ld.global") : ptx.rindex(f"ld.global.{width}.b32")]
+                assert "bar.sync" not in loop
+
+
+@pytest.mark.skipif(INTERPRETING, reason="does not compile")
 @pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float16), (4, torch.bfloat16)], ids=str)
 def test_odd_channels_compile_right(
     groups: int,
@@ -1523,6 +1840,180 @@ def test_gpu_aggregations_repeat() -> None:
                     results.append((y, *torch.autograd.grad(y.sum(), given)))
                 for got, want in zip(*results, strict=True):
                     assert close(got, want, 1e-5)
+
+
+GPU_ATTENDS = [
+    *ATTENDS,
+    Attends(((30, 41), (15, 20), (7, 10), (3, 5)), channels=32, heads=8, queries=700),
+    Attends(((30, 41), (15, 20)), channels=64, points=8, queries=100, pixels_first=True),
+    Attends(((300,), (150,), (75,)), channels=30, queries=500, part=True),
+    Attends(((7, 16, 15), (3, 8, 8)), channels=24, queries=300, points=5),
+    Attends(((20, 22),), channels=520, queries=100, heads=2, points=3),
+]
+
+
+@gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", GPU_ATTENDS, ids=str)
+def test_gpu_attention(
+    case: Attends, dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pixel's gradient is a sum of many numbers of either sign, so a half one errs more."""
+    repeatable(monkeypatch, deterministic)
+    check_attention(case, case.make(dtype, "cuda"), *TOLERANCE[dtype])
+    check_attention(case, case.make(dtype, "cuda", dtype, seed=1), *TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("part", range(20))
+def test_gpu_attention_random(
+    part: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(part)
+    for seed in range(5):
+        n = rng.choice((1, 2, 2, 3))
+        most = {1: 400, 2: 40, 3: 12}[n]
+        levels = rng.choice((1, 2, 3, 4, 5, 9))
+        case = Attends(
+            tuple(tuple(rng.randint(1, most) for _ in range(n)) for _ in range(levels)),
+            batch=rng.randint(1, 4),
+            queries=rng.choice((1, 7, 64, 333)),
+            heads=rng.choice((1, 2, 5, 8)),
+            channels=rng.choice((1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 33, 48, 64, 96, 128, 260)),
+            points=rng.randint(1, 9),
+            part=rng.random() < 0.3,
+            pixels_first=rng.random() < 0.3,
+        )
+        repeatable(monkeypatch, rng.random() < 0.3)
+        tensors = case.make(dtype, "cuda", rng.choice((torch.float32, dtype)), seed)
+        check_attention(case, tensors, *TOLERANCE[dtype])
+
+
+@gpu
+def test_gpu_attention_nonfinite() -> None:
+    attention_nonfinite("cuda")
+    attention_centres("cuda")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gpu_attention_repeats(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise, where algorithms are deterministic: many samples of few pixels, too."""
+    repeatable(monkeypatch, True)
+    for case in (GPU_ATTENDS[-5], Attends(((3, 2), (1, 1)), queries=2000, channels=32)):
+        tensors = case.make(dtype, "cuda")
+        a = case.geometry(tensors)
+        first = backend.attend_gradients(a, *tensors, [True] * 3)
+        for _ in range(3):
+            again = backend.attend_gradients(a, *tensors, [True] * 3)
+            for g, w in zip(again, first, strict=True):
+                assert g is not None and w is not None and torch.equal(g, w)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gpu_attention_by_the_function(dtype: torch.dtype) -> None:
+    """Differentiated, on several streams, under autocast; later calls are recalled, in memory that
+    holds NaN."""
+    case = GPU_ATTENDS[-5]
+    torch.cuda.empty_cache()
+    for seed in range(3):
+        room = torch.full((1 << 26,), math.nan, device="cuda")
+        del room
+        grad_output, *given = case.make(dtype, "cuda", seed=seed)
+        results = []
+        for tensors in (given, [t.double() for t in given]):
+            leaves = [t.detach().clone().requires_grad_() for t in tensors]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                y = deformnd.deform_attention(leaves[0], case.shapes, *leaves[1:])
+                grads = torch.autograd.grad(y, leaves, grad_output.to(y.dtype))
+            torch.cuda.synchronize()
+            results.append((y, *grads))
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            assert close(got, want, TOLERANCE[dtype][i > 0]), i
+    with torch.autocast("cuda", torch.float16):
+        y = deformnd.deform_attention(given[0].float(), case.shapes, *given[1:])
+    assert y.dtype == torch.float16
+
+
+@gpu
+def test_gpu_attention_of_no_size_compiles_anything() -> None:
+    known = 0
+    for size in (3, 4, 9, 33):
+        for batch in (1, 3):
+            case = Attends(((size, 2 * size), (size, 1)), batch, 5 * size, channels=32)
+            check_attention(case, case.make(torch.float16, "cuda"), *TOLERANCE[torch.float16])
+            known = known or len(runtime._LOADED)
+            assert len(runtime._LOADED) == known
+
+
+@gpu
+def test_gpu_attention_graph() -> None:
+    case = GPU_ATTENDS[-5]
+    tensors = case.make(torch.float16, "cuda")
+    a = case.geometry(tensors)
+    backend.attend(a, *tensors[1:]), backend.attend_gradients(a, *tensors, [True] * 3)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = (backend.attend(a, *tensors[1:]), *backend.attend_gradients(a, *tensors, [True] * 3))
+    tensors[1].copy_(torch.randn_like(tensors[1]))
+    graph.replay()
+    exact = [t.double() for t in tensors]
+    wanted = (
+        reference.attend(a, *exact[1:]),
+        *reference.attend_gradients(a, *exact, [True] * 3),
+    )
+    for g, w in zip(got, wanted, strict=True):
+        assert g is not None and error(g, w) <= 2e-3
+
+
+@gpu
+def test_gpu_attention_needs_no_memory_for_samples() -> None:
+    """Beyond results: none of the forward, the value's gradient in float32 of the backward."""
+    case = Attends(((64, 64), (32, 32)), channels=32, heads=8, queries=4096, points=8)
+    tensors = case.make(torch.float16, "cuda")
+    a = case.geometry(tensors)
+    for call, extra in (
+        (lambda: backend.attend(a, *tensors[1:]), 0),
+        (lambda: backend.attend_gradients(a, *tensors, [True] * 3), 4 * tensors[1].numel()),
+    ):
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = call()
+        after = torch.cuda.memory_allocated()
+        assert torch.cuda.max_memory_allocated() <= after + extra + (1 << 20)
+        del results
+        assert torch.cuda.memory_allocated() == before
+
+
+@gpu
+def test_gpu_attention_large() -> None:
+    """More than 2^31 elements in one item: 64-bit addresses."""
+    pixels, channels = 2**21 + 8, 1040
+    value = torch.zeros(1, pixels, 1, channels, device="cuda", dtype=torch.float16)
+    value[:, -64:] = torch.randn(64, 1, channels, device="cuda")
+    position = torch.arange(60, device="cuda") + pixels - 62.3
+    locations = ((position + 0.5) / pixels).view(1, 60, 1, 1, 1, 1)
+    weights = torch.randn(1, 60, 1, 1, 1, device="cuda")
+    grad_output = torch.randn(1, 60, channels, device="cuda").half()
+    a = geometry.attention_geometry(value, locations, weights, [pixels])
+    # The locations are rounded, to an eighth of a pixel: the same ones in the part.
+    at = (locations * pixels - 0.5) - (pixels - 64)
+    small = [value[:, -64:].double(), (at.double() + 0.5) / 64, weights.double()]
+    b = geometry.attention_geometry(*small, [64])
+    assert error(backend.attend(a, value, locations, weights), reference.attend(b, *small)) <= 1e-3
+    got = backend.attend_gradients(a, grad_output, value, locations, weights, [True] * 3)
+    wanted = reference.attend_gradients(b, grad_output.double(), *small, [True] * 3)
+    assert got[0] is not None and wanted[0] is not None
+    assert error(got[0][:, -64:], wanted[0]) <= 2e-3 and not got[0][:, :-64].any()
+    assert got[2] is not None and wanted[2] is not None and error(got[2], wanted[2]) <= 1e-3
 
 
 # With fewer multiprocessors than any device has, so that small images do not need more programs.

@@ -16,13 +16,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, reference
+from . import autograd, direct, reference
 from .autograd import Gradients
 from .directional import Tensors, plus
 from .geometry import attention_geometry
@@ -117,13 +117,13 @@ def _backward_flops(grad_output: Sequence[int], *args: Any, out_shape: Any) -> i
     return (bool(by_value) + bool(by_locations or by_weights)) * _flops(args[0], args[2])
 
 
-def _forward_gradient(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    grads: Gradients = (None, None, None)
-    if grad_output is not None:
-        backward = torch.ops.deformnd.deform_attention_backward
-        grads = backward(grad_output, *ctx.saved_tensors, *ctx.parameters, needs)
-    return (*grads, None)
+class _Kind(NamedTuple):
+    """As autograd.Kind."""
+
+    name: str = NAME
+    tensors: int = 3
+    saved: int = 3
+    transposed: bool = True
 
 
 def _tangent(tensors: Tensors, parameters: Sequence[Any], along: Tensors) -> Tensor:
@@ -203,8 +203,13 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     }
 
 
-def register(lib: torch.library.Library, backends: Sequence[tuple[str, Callable[[], Any]]]) -> None:
-    """Register the operator and its backward; the backends are by dispatch key."""
+def register(
+    lib: torch.library.Library,
+    backends: Sequence[tuple[str, Callable[[], Any]]],
+    recalled: Callable[..., Any],
+) -> None:
+    """Register the operator and its backward; the backends are by dispatch key. `recalled` wraps
+    the kernels for GPUs, as in gpu/__init__.py."""
     backward_name = NAME + "_backward"
     for schema in (
         f"{NAME}({_TENSORS}, SymInt[] shapes) -> Tensor",
@@ -213,11 +218,18 @@ def register(lib: torch.library.Library, backends: Sequence[tuple[str, Callable[
     ):
         lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     of = functools.partial
-    for name, make, count, gradient, tangent, fake, flops in (
-        (NAME, _forward_kernel, 3, _forward_gradient, _tangent, _forward_fake, _forward_flops),
+    forward = {key: _forward_kernel(backend) for key, backend in backends}
+    backward = {key: _backward_kernel(backend) for key, backend in backends}
+    if "CUDA" in forward:
+        forward["CUDA"] = recalled(forward["CUDA"], range(3), False)
+        backward["CUDA"] = recalled(backward["CUDA"], range(4), True)
+    directly = direct.kernels_by_keys(backward)
+    by_forward = of(autograd.forward_gradient, _Kind(), directly)
+    for name, kernels, count, gradient, tangent, fake, flops in (
+        (NAME, forward, 3, by_forward, _tangent, _forward_fake, _forward_flops),
         (
             backward_name,
-            _backward_kernel,
+            backward,
             4,
             _backward_gradient,
             _backward_tangent,
@@ -225,12 +237,12 @@ def register(lib: torch.library.Library, backends: Sequence[tuple[str, Callable[
             _backward_flops,
         ),
     ):
-        kernels: dict[str, Callable[..., Any]] = {key: make(backend) for key, backend in backends}
         for key, kernel in kernels.items():
             lib.impl(name, kernel, key)
         vmap_rule = of(_vmap, name, count)
         autograd.register_one(lib, name, kernels, count, count, gradient, tangent, vmap_rule)
         torch.library.register_fake(f"deformnd::{name}", fake, lib=lib)
         register_flop_formula(getattr(torch.ops.deformnd, name))(flops)
+    autograd.OPERATORS[NAME].repeat = autograd.repeated(_Kind(), directly)
     for device in ("cpu", "cuda", "mps", "xpu"):
         lib.impl(NAME, of(_autocast, device), "Autocast" + device.upper())

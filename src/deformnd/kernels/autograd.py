@@ -21,7 +21,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,24 @@ from .geometry import Family, Geometry, Slots, empty
 # Gradients by the operator's tensors, as by (input, weight, offset, mask, bias); None where not
 # needed.
 Gradients = tuple[Tensor | None, ...]
+
+
+class Kind(Protocol):
+    """What is the same for a Family of geometry.py and for deform_attention."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tensors(self) -> int:
+        """How many the operator takes,"""
+
+    @property
+    def saved(self) -> int:
+        """and how many of these its derivatives need."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether plans of the backward have the result's gradient before all else."""
 
 
 class _Call(threading.local):
@@ -156,7 +174,7 @@ def register(
             kernels,
             family.tensors,
             family.saved,
-            of(_forward_gradient, family, direct_backward),
+            of(forward_gradient, family, direct_backward),
             of(_tangent, family),
             of(_forward_vmap, family),
         ),
@@ -171,7 +189,7 @@ def register(
         ),
     ):
         register_one(lib, name, own, count, saved, gradient, tangent, vmap_rule)
-    OPERATORS[family.name].repeat = _repeated(family, direct_backward)
+    OPERATORS[family.name].repeat = repeated(family, direct_backward)
 
 
 def register_one(
@@ -296,8 +314,8 @@ def _geometry(family: Family, slots: Slots, parameters: Sequence[Any]) -> Geomet
     return family.geometry(*family.own((*slots[:4], None)), *parameters)
 
 
-def _forward_gradient(
-    family: Family,
+def forward_gradient(
+    family: Kind,
     kernels: dict[int, Callable[..., Gradients]],
     ctx: Any,
     grad_output: Tensor | None,
@@ -310,7 +328,7 @@ def _forward_gradient(
 
 
 def _gradients(
-    family: Family,
+    family: Kind,
     kernels: dict[int, Callable[..., Gradients]],
     ctx: Any,
     grad_output: Tensor,
@@ -327,7 +345,7 @@ def _gradients(
     return grads
 
 
-def _repeated(family: Family, kernels: dict[int, Callable[..., Gradients]]) -> Any:
+def repeated(family: Kind, kernels: dict[int, Callable[..., Gradients]]) -> Any:
     """The `repeat` of the family's operator: its tensors, and what it knows of the call."""
 
     class Repeated(torch.autograd.Function):

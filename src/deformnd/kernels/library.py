@@ -349,8 +349,7 @@ def _register(family: Family) -> None:
 
 for _family in FAMILIES:
     _register(_family)
-# The GPU kernels do not know it yet.
-attention.register(_lib, [both for both in _BACKENDS if both[0] != "CUDA"])
+attention.register(_lib, _BACKENDS, _recalled)
 
 if "torch.distributed.tensor" in sys.modules:
     sharding.register()

@@ -444,9 +444,11 @@ def deform_attention(
 
     Coordinates, interpolation and sums are computed in float32 at least. Differentiable to any
     order in all three tensors, backwards and forwards; the derivative by a location is that of the
-    cell between pixels' centres in which it lies. The CPU kernels give the first derivatives,
-    bitwise the same with any number of threads; all others, and on GPUs everything, come of the
-    reference in plain PyTorch. Autocast casts the value alone.
+    cell between pixels' centres in which it lies. Kernels give the first derivatives, on GPUs not
+    in float64; all others come of the reference in plain PyTorch. On CPUs they are bitwise the same
+    with any number of threads. On GPUs the value's gradient is not repeatable, unless
+    torch.use_deterministic_algorithms is on: then samples are sorted, up to 2^23 of them at once or
+    those of a batch item, for which each takes 32 bytes. Autocast casts the value alone.
 
     References:
         Deformable DETR, arXiv 2010.04159.
@@ -468,6 +470,13 @@ def deform_attention(
         return torch.ops.deformnd.deform_attention(  # type: ignore[no-any-return]
             value, locations, weights, sizes
         )
+    if isinstance(shapes, (tuple, list)):
+        again = OPERATORS["deform_attention"].again(
+            (value, locations, weights),
+            tuple([tuple(level) if isinstance(level, list) else level for level in shapes]),
+        )
+        if again is not None:
+            return again
     args = (value, shapes, locations, weights)
     if has_torch_function(args):
         node = _node(deform_attention, args)

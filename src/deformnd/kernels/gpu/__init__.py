@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import autograd, direct, reference
-from ..geometry import Geometry, memory_format
-from . import strategy
+from ..geometry import Attention, Geometry, memory_format
+from . import attention, strategy
 from .layout import allows_tf32
-from .runtime import Launch, Plan, ahead
+from .runtime import GIVEN, Buffer, Launch, Plan, ahead
 
 
 def gather(
@@ -73,6 +73,100 @@ def gradients(
     found = iter(_run(strategy.gradients, g, image, points, weight, offset, mask, None, wanted))
     grads = [next(found) if want else None for want in wanted[:5]]
     return (*grads, next(found, None))
+
+
+def attend(a: Attention, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """The forward of deform_attention: [B, Q, H * C]."""
+    found = _attend(attention.write_forward, a, (value, locations, weights), ())
+    return reference.attend(a, value, locations, weights) if found is None else found[0]
+
+
+def attend_gradients(
+    a: Attention,
+    grad_output: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of deform_attention by (value, locations, weights), None where not needed."""
+    tensors = (grad_output, value, locations, weights)
+    sorts = needs[0] and torch.are_deterministic_algorithms_enabled()
+    found = _attend(attention.write_gradients, a, tensors, (needs[0] and not sorts, *needs[1:]))
+    if found is None:
+        return reference.attend_gradients(a, *tensors, needs)
+    if sorts:
+        found.insert(0, _attention_by_sorting(a, *tensors))
+        direct.latest.replay = None  # which would be a part of it
+    return direct.spread(found, needs)
+
+
+def _attention_by_sorting(a: Attention, *tensors: Tensor) -> Tensor:
+    """The value's gradient, bitwise repeatable: Note [repeatable attention] in attention.py. As
+    many batch items at a time as their samples allow."""
+    parts = []
+    step = max(1, attention.SORTED // (a.queries * a.heads * len(a.shapes) * a.points))
+    for first in range(0, a.batch, step):
+        some = [t[first : first + step] for t in tensors]
+        part = a._replace(batch=len(some[0]))
+        keys, number = attention.keys_of(part, some[0].device)
+        _attend(attention.write_cells, part, (keys, *some[1:]), ())
+        keys, order = torch.sort(keys, stable=True)
+        starts = torch.searchsorted(keys, torch.arange(number + 1, device=keys.device).to(keys))
+        found = _attend(attention.write_sorted, part, (order, starts, *some), ())
+        assert found is not None
+        parts += found
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend(
+    make: Any, a: Attention, given: Sequence[Tensor], wanted: tuple[bool, ...]
+) -> list[Tensor] | None:
+    """Run the plan of a call of deform_attention, which `make` writes; None: the reference does it.
+
+    The last of what is given are value, locations and weights. The value is read as it lies if its
+    channels follow each other.
+    """
+    value = given[-3]
+    sizes = (a.batch, a.queries, a.heads, a.channels, a.points)
+    if 0 in sizes or a.pixels >= 2**31 or torch.float64 in [t.dtype for t in given]:
+        return None
+    device = value.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _attend(make, a, given, wanted)
+    tensors = [
+        _aligned(t if t.is_contiguous() or (t is value and attention.reads(t)) else t.contiguous())
+        for t in given
+    ]
+    strides = tensors[-3].stride()
+    key = (make, wanted, a, strides, device.index, *[t.dtype for t in given])
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = Plan(device, tensors)
+        attention.write(plan, make, a, strides, wanted)
+        more = functools.partial(_of_attention_backward, a, plan, strides, given)
+        for failure in plan.load(more).values():
+            raise failure
+        if len(_PLANS) >= 4096:
+            _PLANS.clear()
+        _PLANS[key] = plan
+    if all(t is u for t, u in zip(tensors, given, strict=True)) and ahead():
+        direct.latest.replay = functools.partial(_replay, plan, None)
+    return plan.run(tensors)
+
+
+def _of_attention_backward(
+    a: Attention, plan: Plan, strides: Sequence[int], given: Sequence[Tensor]
+) -> Sequence[Launch]:
+    """As _of_backward."""
+    needs = tuple([t.requires_grad for t in given])
+    if not autograd.call.differentiated or not any(needs) or len(given) != 3:
+        return ()
+    grad_output = Buffer(GIVEN, len(given), given[0].dtype, a.output_shape)
+    backward = Plan(plan.device, [])
+    backward.given = [grad_output, *plan.given]
+    return attention.write(backward, attention.write_gradients, a, strides, needs)
 
 
 def _replay(plan: Plan, tf32: bool | None, addresses: Sequence[int]) -> list[Tensor] | None:

@@ -436,6 +436,28 @@ class Steps:
         """A job to be done before the next launch; sums, which take longest, come first."""
         self._jobs.insert(0 if kind[0] == SUM.value else len(self._jobs), (job, kind))
 
+    def zero(self, buffer: Buffer) -> None:
+        """Zeros before the next launch."""
+        count = math.prod(buffer.shape)
+        self.first((ZERO.value, ZEROS), buffer, _ZeroSizes(-(-count // ZEROS), count))
+
+    def convert(self, source: Buffer, out: Buffer) -> None:
+        """Numbers of one dtype to another, before the next launch; the last two axes of both are
+        told to the kernel, others may have any size."""
+        channels = math.prod(out.shape[-2:])
+        pixels = math.prod(out.shape[:-2])
+        block_c = fit(channels, 64, least=1)
+        block_p = 4096 // max(block_c, 32)
+        blocks, across = triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)
+        strides = (pixels * channels, channels, channels)
+        sizes = _CopySizes(
+            *(blocks * across, 1, pixels, 1, channels, channels),
+            *(*strides, *strides, blocks, across),
+        )
+        vector = math.gcd(16, channels)
+        kind = (COPY.value, True, True, vector, vector, block_p, block_c, False)
+        self.first(kind, source, out, sizes)
+
     def then(self, launch: Launch) -> None:
         """A launch after what is to be done before the next one."""
         self._then.append(launch)
@@ -709,8 +731,7 @@ class Call:
         self.steps.first(kind, source.buffer, out.buffer, *([] if bias is None else [bias]), sizes)
 
     def zero(self, buffer: Buffer) -> None:
-        count = math.prod(buffer.shape)
-        self.steps.first((ZERO.value, ZEROS), buffer, _ZeroSizes(-(-count // ZEROS), count))
+        self.steps.zero(buffer)
 
     def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer:
         """[taps, padded_outputs, columns], or its bfloat16 heads and tails, as a matrix of rows."""

@@ -20,8 +20,9 @@ class Tiles:
     operation: str  # a kernel's name; for "deep" or "narrow" sample groups, "few" channels in all
     width: int  # bytes of an element of the image
     channels: int  # up to so many point channels of a weight group (sorted: of a sample group's)
-    block_p: int  # positions of a program (sorted: list entries; for Hopper: pixels of a tile)
-    block_o: int  # point channels
+    block_p: int  # positions of a program (sorted: list entries; for Hopper: pixels of a tile;
+    # attention: rows)
+    block_o: int  # point channels (attention: blocks of channels in the same lanes)
     block_c: int  # image channels
     warps: int
     stages: int
@@ -82,6 +83,19 @@ PORTABLE = (
     Tiles("backward_weight narrow", 2, 64, 64, 64, 32, 4, 1),
     Tiles("backward_weight narrow", 2, ANY, 64, 128, 32, 4, 1),
     Tiles("backward_weight narrow", 4, ANY, 32, 128, 32, 4, 1),
+    Tiles("forward_attention", 2, 8, 128, 1, 8, 4, 1),
+    Tiles("forward_attention", 2, 32, 64, 1, 32, 4, 1),
+    Tiles("forward_attention", 2, 64, 32, 1, 64, 4, 1),
+    Tiles("forward_attention", 2, ANY, 32, 2, 64, 4, 1),
+    Tiles("forward_attention", 4, 16, 64, 1, 16, 4, 1),
+    Tiles("forward_attention", 4, 32, 32, 1, 32, 4, 1),
+    Tiles("forward_attention", 4, ANY, 32, 2, 32, 4, 1),
+    Tiles("backward_attention", 2, 16, 32, 1, 16, 4, 1),
+    Tiles("backward_attention", 2, ANY, 16, 4, 32, 4, 1),
+    Tiles("backward_attention", 4, 16, 32, 1, 16, 4, 1),
+    Tiles("backward_attention", 4, ANY, 16, 4, 32, 4, 1),
+    Tiles("backward_sorted_attention", 2, ANY, 32, 1, 32, 4, 1),
+    Tiles("backward_sorted_attention", 4, ANY, 32, 1, 32, 4, 1),
 )
 
 HOPPER = (
