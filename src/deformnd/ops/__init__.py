@@ -1,9 +1,16 @@
 """What users call: the functions, the mask activations and the modules."""
 
-from . import functional, lazy, masks, modules
+from . import attention, functional, lazy, masks, modules
+from .attention import *  # noqa: F403
 from .functional import *  # noqa: F403
 from .lazy import *  # noqa: F403
 from .masks import *  # noqa: F403
 from .modules import *  # noqa: F403
 
-__all__ = [*functional.__all__, *masks.__all__, *modules.__all__, *lazy.__all__]
+__all__ = [
+    *functional.__all__,
+    *masks.__all__,
+    *modules.__all__,
+    *lazy.__all__,
+    *attention.__all__,
+]
