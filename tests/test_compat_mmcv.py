@@ -305,6 +305,9 @@ def test_compiled_operators_of_mmcv_come_back(theirs, monkeypatch):
             setattr(compiled, name, lambda *args, name=name, **sizes: called.append(name))
         monkeypatch.setitem(sys.modules, "mmcv._ext", compiled)
         monkeypatch.setitem(sys.modules, "mmcv.ops", types.ModuleType("mmcv.ops"))
+        file = types.ModuleType("mmcv.ops.multi_scale_deform_attn")
+        file.multi_scale_deformable_attn_pytorch = lambda value: value
+        monkeypatch.setitem(sys.modules, file.__name__, file)
     before = dict(vars(compiled))
     if not library.compiled_keys():
         with pytest.raises(RuntimeError, match="without its compiled kernels"):
@@ -320,3 +323,70 @@ def test_compiled_operators_of_mmcv_come_back(theirs, monkeypatch):
             with pytest.raises(TypeError):  # ours, which asks for more
                 compiled.deform_conv_forward(torch.empty(1))
     assert dict(vars(compiled)) == before
+
+
+SIZES = [(6, 5), (3, 4)]
+
+
+def attention():
+    torch.manual_seed(0)
+    shapes = [(2, 42, 2, 4), (2, 3, 2, 2, 4, 2), (2, 3, 2, 2, 4)]
+    value, at, weight = (torch.rand(shape).requires_grad_() for shape in shapes)
+    return [value, torch.tensor(SIZES), torch.tensor([0, 30]), at, weight]
+
+
+@pytest.mark.filterwarnings("ignore:You'd better set embed_dims:UserWarning")
+def test_attention_of_mmcv(theirs):
+    """In mmcv's own layer, checkpoints both ways; afterwards it runs as before."""
+    torch.manual_seed(0)
+    query, points = torch.rand(42, 2, 24), torch.rand(2, 42, 2, 4)
+    inputs = {"reference_points": points, "spatial_shapes": torch.tensor(SIZES)}
+    inputs["key_padding_mask"] = torch.rand(2, 42) < 0.3
+
+    def runs(call):
+        with profile() as p:
+            result = call()
+        return result, sum(e.name == "deformnd::deform_attention" for e in p.events())
+
+    compiled = bool(library.compiled_keys())
+    with accelerate():
+        from mmcv.ops import MultiScaleDeformableAttention
+
+        layer = MultiScaleDeformableAttention(24, 4, 2, 3, value_proj_ratio=0.5).eval()
+        for p in layer.parameters():
+            nn.init.normal_(p, std=0.3)
+        got, count = runs(lambda: layer(query, **inputs))
+        assert count == compiled
+        function = sys.modules[layer.__module__].multi_scale_deformable_attn_pytorch
+        args = attention()
+        both = [gradients(function(*args[:2], *args[3:]), [args[i] for i in (0, 3, 4)])]
+    wanted, count = runs(lambda: layer(query, **inputs))
+    assert count == 0
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    both.append(gradients(function(*args[:2], *args[3:]), [args[i] for i in (0, 3, 4)]))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    ours = mmcv.MultiScaleDeformableAttention(24, 4, 2, 3, value_proj_ratio=0.5).eval()
+    ours.load_state_dict(layer.state_dict())
+    layer.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(query, **inputs), wanted, rtol=1e-5, atol=1e-5)
+    converted = deformnd.convert(layer, check={"query": query, **inputs}, verbose=False)
+    assert type(converted) is mmcv.MultiScaleDeformableAttention
+    assert converted.value_proj is layer.value_proj
+    torch.testing.assert_close(converted(query, **inputs), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_attention_of_mmcv():
+    """What stands in for mmcv's compiled functions, as mmcv's Function calls them."""
+    value, sizes, start, at, weight = attention()
+    functions = mmcv_kernels._FUNCTIONS
+    args = (value, sizes, start, at, weight)
+    got = functions["ms_deform_attn_forward"](*args, im2col_step=64)
+    wanted = gradients(deformnd.deform_attention(value, SIZES, at, weight), [value, at, weight])
+    torch.testing.assert_close(got, wanted[0])
+    grad = torch.linspace(-1, 1, got.numel()).view(got.shape)
+    into = [torch.full_like(t, torch.nan) for t in (value, at, weight)]
+    with torch.no_grad():
+        functions["ms_deform_attn_backward"](*args, grad, *into, im2col_step=64)
+    for a, b in zip(into, wanted[1:], strict=True):
+        torch.testing.assert_close(a, b)

@@ -190,7 +190,7 @@ def test_every_public_name_is_in_the_reference(site):
         "deformnd.ops",
     }
     modules = ["compat.torchvision", "compat.mmcv", "compat.counters", "compat.torch_pruning"]
-    modules += ["compat.internimage"]
+    modules += ["compat.internimage", "compat.transformers"]
     for module in (
         viz,
         deformnd.onnx,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..compat import internimage, mmcv
+from ..compat import internimage, mmcv, transformers
 from ..ops.bases import ConvNd
 from ..ops.checkpoints import Part, take_original
 from ..ops.modules import (
@@ -120,9 +120,10 @@ def convert(
 
     Known are torchvision's DeformConv2d; mmcv's DeformConv2d, ModulatedDeformConv2d and their
     Packs, also under the names and in the packages (mmdet, mmedit, BasicSR) that carried them
-    before; all twelve layers of tvdcn; OpenGVLab's DCNv3 and DCNv4 of stride 1, wherever a file or
-    folder dcnv3 or dcnv4 has them (Hugging Face's InternImage). A subclass counts only if it does
-    not change forward. Layers whose forward takes another input for the offset cannot be replaced:
+    before; mmcv's and transformers' MultiScaleDeformableAttention; all twelve layers of tvdcn;
+    OpenGVLab's DCNv3 and DCNv4 of stride 1, wherever a file or folder dcnv3 or dcnv4 has them
+    (Hugging Face's InternImage). A subclass counts only if it does not change forward. Layers
+    whose forward takes another input for the offset cannot be replaced:
     `deformnd.compat.torchvision.accelerate()` reaches them if they call torchvision's function.
 
     The new layers hold the same Parameter objects, so optimizers stay valid; only where one
@@ -266,6 +267,8 @@ def _from_package(where: str, module: Any) -> nn.Module | None:
     package, name, packed = found
     if package == "opengvlab":
         return _from_opengvlab(where, module, name)
+    if name == "MultiScaleDeformableAttention":
+        return _attention(where, module, package)
     if package == "mmcv" and packed:
         joint = "conv_offset" if name.startswith("Modulated") else None
         return _from_rule(where, module, PackRule("conv_offset", joint))
@@ -295,6 +298,25 @@ def _from_package(where: str, module: Any) -> nn.Module | None:
     _check_leftovers(where, module, module, [getattr(module, key) for key in keys])
     layer.offset_generator = module.offset_generator
     layer.mask_generator = module.mask_generator
+    take_place(layer, module)
+    return layer  # type: ignore[no-any-return]
+
+
+def _attention(where: str, module: Any, package: str) -> nn.Module:
+    """transformers' layer, which has no parameters, or mmcv's, whose parts are taken over."""
+    if package == "transformers":
+        layer: Any = transformers.MultiScaleDeformableAttention()
+    else:
+        keys = ("embed_dims", "num_heads", "num_levels", "num_points", "batch_first")
+        options: dict[str, Any] = {key: getattr(module, key) for key in keys}
+        ratio = module.value_proj.out_features / module.embed_dims
+        with torch.device("meta"):
+            layer = mmcv.MultiScaleDeformableAttention(**options, value_proj_ratio=ratio)
+        for key, _ in layer.named_children():
+            setattr(layer, key, getattr(module, key))
+    more = {k for k, _ in _everything(module)} ^ {k for k, _ in _everything(layer)}
+    if more:
+        raise ValueError(f"{where} has other parts than {package}'s: {sorted(more)}")
     take_place(layer, module)
     return layer  # type: ignore[no-any-return]
 

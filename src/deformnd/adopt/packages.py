@@ -11,13 +11,15 @@ _OLD_AND_NEW = ("DeformConv", "DeformConv2d")
 _PLAIN = {f"{prefix}{name}" for prefix in ("", "Modulated") for name in _OLD_AND_NEW}
 _MMCV = {**dict.fromkeys(_PLAIN, False), **dict.fromkeys((f"{n}Pack" for n in _PLAIN), True)}
 _OPENGVLAB = ("DCNv3", "DCNv3_pytorch", "DCNv4")
+_ATTENTION = "MultiScaleDeformableAttention"
 _MMCV_PACKAGES = ("mmcv", "mmdet", "mmedit", "basicsr", "easyocr")
 
 
 def known(module: nn.Module) -> tuple[str, str, bool] | None:
     """The package, the class and whether it predicts its offset.
 
-    The package is 'torchvision', 'mmcv', 'tvdcn' or 'opengvlab', whose files are copied around.
+    The package is 'torchvision', 'mmcv', 'tvdcn', 'transformers' or 'opengvlab', whose files are
+    copied around.
 
     None for any other module, and for a subclass, or an object, that changes forward.
     """
@@ -32,6 +34,8 @@ def known(module: nn.Module) -> tuple[str, str, bool] | None:
             return package, name, False
         if package in _MMCV_PACKAGES and name in _MMCV:
             return "mmcv", name, _MMCV[name]
+        if package in ("mmcv", "transformers") and name == _ATTENTION:
+            return package, name, False
         if name in _OPENGVLAB and re.search("dcnv[34]", kind.__module__.lower()):
             return None if ours(module) else ("opengvlab", name, True)
         if package == "tvdcn" and re.fullmatch(r"(Packed)?DeformConv(Transpose)?[123]d", name):

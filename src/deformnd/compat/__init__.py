@@ -1,7 +1,9 @@
 """Faces of other packages, so that their users move by changing an import."""
 
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
+import inspect
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -10,10 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, List, Optional, Tuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..ops.functional import _ints, _outside_a_trace
+from ..ops.functional import _ints, _outside_a_trace, deform_attention
 
 # As in deformnd itself: imported when they are first asked for.
-_LAZY = ("counters", "internimage", "mmcv", "torch_pruning", "torchvision", "tvdcn")
+_LAZY = (
+    "counters",
+    "internimage",
+    "mmcv",
+    "torch_pruning",
+    "torchvision",
+    "transformers",
+    "tvdcn",
+)
 
 if TYPE_CHECKING:
     from . import counters as counters
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
     from . import mmcv as mmcv
     from . import torch_pruning as torch_pruning
     from . import torchvision as torchvision
+    from . import transformers as transformers
     from . import tvdcn as tvdcn
 else:
 
@@ -78,6 +89,55 @@ class _Acceleration:
 
     def __exit__(self, *error: object) -> None:
         self.undo()
+
+
+def _diverted(*args: Any, _deformnd: Callable[..., Any], **options: Any) -> Any:
+    return _deformnd(*args, **options)
+
+
+def _divert(
+    function: types.FunctionType, devices: Tuple[str, ...], ours: Callable[..., Any]
+) -> Callable[[], None]:
+    """Have a function of another package compute by ours; return what undoes that.
+
+    Its code is exchanged, not what its name stands for: so it reaches those who hold the function
+    already, such as layers that keep it as an attribute. Tensors on other devices than those keep
+    the function's own code. ours has the function's parameters, a tensor `value` among them.
+    """
+    signature = inspect.signature(function)
+    at = list(signature.parameters).index("value")
+    code, defaults, keywords = function.__code__, function.__defaults__, function.__kwdefaults__
+    theirs = types.FunctionType(code, function.__globals__, function.__name__, defaults)
+    theirs.__kwdefaults__ = keywords
+
+    def call(*args: Any, **options: Any) -> Any:
+        value = args[at] if len(args) > at else options["value"]
+        return (ours if value.device.type in devices else theirs)(*args, **options)
+
+    told: Any = function
+    told.__signature__ = signature
+    function.__kwdefaults__ = {"_deformnd": call}
+    function.__defaults__ = None
+    function.__code__ = _diverted.__code__
+
+    def undo() -> None:
+        function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, keywords
+        del told.__signature__
+
+    return undo
+
+
+def _attend(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
+    """deform_attention in the dtype that an interpolation and a product of torch's would have."""
+    device = value.device.type
+    # Always, it would be a context in exported graphs. Some devices (meta) know no autocast.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _attend(value, shapes, locations, weights)
+    output = deform_attention(value, shapes, locations, weights)
+    if value.dtype == weights.dtype:
+        return output
+    return output.to(torch.promote_types(value.dtype, weights.dtype))
 
 
 def _check_kernels(devices: Tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""mmcv's deformable convolutions: `from deformnd.compat.mmcv import ModulatedDeformConv2dPack`.
+"""mmcv's deformable operators: `from deformnd.compat.mmcv import ModulatedDeformConv2dPack`.
 
 Arguments and their order are mmcv's, mmcv need not be installed, and load_state_dict takes its
 checkpoints. Two things differ: weights are initialised as torch's convolutions are, and state_dict
@@ -30,13 +30,13 @@ from collections.abc import Callable
 from typing import Any, List, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from .. import ops
 from ..kernels.geometry import check_call, check_ints
 from ..ops.checkpoints import joint_names
-from ..ops.functional import Padding, Size, _ints, _node, _outside_a_trace, _values
+from ..ops.functional import Levels, Padding, Size, _ints, _node, _outside_a_trace, _values
 from . import _check_groups, _first_values
 from .mmcv_kernels import accelerate
 
@@ -45,9 +45,12 @@ __all__ = [
     "DeformConv2dPack",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "MultiScaleDeformableAttention",
+    "MultiScaleDeformableAttnFunction",
     "accelerate",
     "deform_conv2d",
     "modulated_deform_conv2d",
+    "multi_scale_deformable_attn_pytorch",
 ]
 
 
@@ -341,3 +344,128 @@ def _deform_groups(module: Any, value: Any) -> int:
 def _check_bias(name: str, bias: bool) -> None:
     if bias:
         raise ValueError(f"{name}: bias is {bias}, expected False, as in mmcv")
+
+
+def multi_scale_deformable_attn_pytorch(
+    value: Tensor,
+    value_spatial_shapes: Levels,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """deformnd.deform_attention by mmcv's arguments.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    return ops.deform_attention(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+class MultiScaleDeformableAttnFunction:
+    """mmcv's function for GPUs, by its one method `apply`: deformnd.deform_attention."""
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        value_spatial_shapes: Levels,
+        value_level_start_index: Optional[Tensor],
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        """deform_attention; value_level_start_index and im2col_step have no meaning here.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit.
+        """
+        return ops.deform_attention(
+            value, value_spatial_shapes, sampling_locations, attention_weights
+        )
+
+
+class MultiScaleDeformableAttention(ops.MultiScaleDeformableAttention):
+    """deformnd.MultiScaleDeformableAttention by mmcv's arguments.
+
+    Args:
+        embed_dims, num_heads, num_levels, num_points: as there, in the same order.
+        im2col_step, norm_cfg, init_cfg: have no meaning here.
+        dropout: of the output, before identity is added.
+        batch_first: whether query, value and output are [B, N, C], or else [N, B, C].
+        value_proj_ratio: channels between the projections, in units of embed_dims.
+
+    forward gives dropout(attention(query + query_pos)) + identity. identity is query where it is
+    not given, and so is value; key has no meaning. In key_padding_mask, [B, S], True is padding.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from deformnd.compat import mmcv
+        >>> layer = mmcv.MultiScaleDeformableAttention(32, 4, num_levels=2, batch_first=True)
+        >>> layer(
+        ...     torch.rand(1, 5, 32),
+        ...     value=torch.rand(1, 80, 32),
+        ...     reference_points=torch.rand(1, 5, 2, 4),
+        ...     spatial_shapes=torch.tensor([(8, 8), (4, 4)]),
+        ... ).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        im2col_step: int = 64,
+        dropout: float = 0.1,
+        batch_first: bool = False,
+        norm_cfg: Any = None,
+        init_cfg: Any = None,
+        value_proj_ratio: float = 1.0,
+    ) -> None:
+        inner = None if value_proj_ratio == 1.0 else int(embed_dims * value_proj_ratio)
+        super().__init__(embed_dims, num_heads, num_levels, num_points, inner_dim=inner)
+        self.embed_dims = self.embed_dim
+        self.im2col_step = im2col_step
+        self.norm_cfg = norm_cfg
+        self.dropout = nn.Dropout(dropout)
+        self.batch_first = batch_first
+
+    def init_weights(self) -> None:
+        """Initialise again; mmengine's models call it by this name."""
+        self.reset_parameters()
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Optional[Tensor] = None,
+        value: Optional[Tensor] = None,
+        identity: Optional[Tensor] = None,
+        query_pos: Optional[Tensor] = None,
+        key_padding_mask: Optional[Tensor] = None,
+        reference_points: Optional[Tensor] = None,
+        spatial_shapes: Optional[Levels] = None,
+        level_start_index: Optional[Tensor] = None,
+        **unused: Any,
+    ) -> Tensor:
+        if "residual" in unused:
+            warnings.warn(
+                f"{type(self).__name__}: residual is deprecated, identity is its name",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            identity = unused["residual"]
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        if query_pos is not None:
+            query = query + query_pos
+        if not self.batch_first:
+            query, value = query.transpose(0, 1), value.transpose(0, 1)
+        points: Any = reference_points  # which has no default that works, nor have the shapes
+        shapes: Any = spatial_shapes
+        output = super().forward(query, value, points, shapes, key_padding_mask)
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        dropped: Tensor = self.dropout(output)
+        return dropped + identity

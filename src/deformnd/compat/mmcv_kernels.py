@@ -14,24 +14,26 @@ import torch
 from torch import Tensor
 
 from ..kernels import library
-from . import _Acceleration, _check_groups, _check_kernels, _first_values
+from . import _Acceleration, _attend, _check_groups, _check_kernels, _divert, _first_values
 
 __all__ = ["accelerate"]
 
 
 class accelerate(_Acceleration):
-    """Run mmcv's deformable convolutions on deformnd's kernels.
+    """Run mmcv's deformable convolutions and attention on deformnd's kernels.
 
     It takes effect at once, for the whole process, until `undo()` or, as a context manager, until
     the block ends. What changes are the functions of mmcv's compiled module behind `deform_conv2d`
     and `modulated_deform_conv2d`, so that every caller gets there: these functions, the four
     layers, and 'DCN' and 'DCNv2' of mmcv's registry, imported or built before or inside the block.
+    So do `MultiScaleDeformableAttention` and what else calls `multi_scale_deformable_attn_pytorch`
+    or `MultiScaleDeformableAttnFunction`.
     mmcv's own Python stays around them, and so do its names, its checkpoints and its limits: no
     second derivatives. Offsets and masks that are larger than the output are read as mmcv reads
     them (see `modulated_deform_conv2d`).
 
     mmcv-lite has no compiled module. With it, or where mmcv's does not load, `mmcv.ops` can be
-    imported while this is in effect, and its deformable convolutions run on any device; its other
+    imported while this is in effect, and its deformable operators run on any device; its other
     compiled operators, such as nms, raise a NotImplementedError when called. So enter before you
     import what imports mmcv.ops, as mmdet's models do. `undo()` takes mmcv.ops and what it
     registered away again, and the next use brings the same back.
@@ -78,23 +80,32 @@ def _exchange(devices: tuple[str, ...]) -> Callable[[], None]:
     try:
         compiled: Any = importlib.import_module("mmcv._ext")
     except ImportError:
-        return _stand_in()
-    _check_kernels(devices)
-    importlib.import_module("mmcv.ops")  # which fills the registry
-    theirs = {name: getattr(compiled, name) for name in _FUNCTIONS}
-    for name, function in _FUNCTIONS.items():
-        setattr(compiled, name, _on(devices, function, theirs[name]))
+        take_away = _stand_in()
+    else:
+        _check_kernels(devices)
+        importlib.import_module("mmcv.ops")  # which fills the registry
+        theirs = {name: getattr(compiled, name) for name in _FUNCTIONS}
+        for name, function in _FUNCTIONS.items():
+            setattr(compiled, name, _on(devices, function, theirs[name]))
+
+        def take_away() -> None:
+            for name, function in theirs.items():
+                setattr(compiled, name, function)
+
+    # What attention is on CPUs, whether or not there are compiled operators.
+    in_torch = sys.modules["mmcv.ops.multi_scale_deform_attn"].multi_scale_deformable_attn_pytorch
+    give_back = _divert(in_torch, devices, _attention_in_torch)
 
     def undo() -> None:
-        for name, function in theirs.items():
-            setattr(compiled, name, function)
+        give_back()
+        take_away()
 
     return undo
 
 
-def _on(devices: tuple[str, ...], ours: Any, theirs: Any) -> Callable[..., None]:
-    def call(input: Tensor, *args: Any, **sizes: Any) -> None:
-        (ours if input.device.type in devices else theirs)(input, *args, **sizes)
+def _on(devices: tuple[str, ...], ours: Any, theirs: Any) -> Callable[..., Any]:
+    def call(input: Tensor, *args: Any, **sizes: Any) -> Any:
+        return (ours if input.device.type in devices else theirs)(input, *args, **sizes)
 
     return call
 
@@ -113,7 +124,7 @@ class _Missing(types.ModuleType):
                     ": it runs while deformnd.compat.mmcv.accelerate() is in effect"
                     if name in _FUNCTIONS
                     else "; deformnd.compat.mmcv.accelerate() brings those of the deformable "
-                    "convolutions alone"
+                    "convolutions and of deformable attention alone"
                 )
             )
 
@@ -237,12 +248,57 @@ def _modulated_deform_conv_backward(
     _backward("modulated_deform_conv2d", into, grad_output, input, weight, offset, mask, sizes)
 
 
-_FUNCTIONS: dict[str, Callable[..., None]] = {
+def _attention_in_torch(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+# These two return their results, or write gradients over what is there.
+
+
+def _attention_forward(
+    value: Tensor,
+    shapes: Tensor,
+    level_start_index: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    return _attend(value, shapes, locations, weights)
+
+
+def _attention_backward(
+    value: Tensor,
+    shapes: Tensor,
+    level_start_index: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_locations: Tensor,
+    grad_weights: Tensor,
+    im2col_step: int,
+) -> None:
+    sizes = shapes.flatten().tolist()
+    grads = torch.ops.deformnd.deform_attention_backward.default(
+        grad_output, value, locations, weights, sizes, [True] * 3
+    )
+    for target, grad in zip((grad_value, grad_locations, grad_weights), grads, strict=True):
+        target.copy_(grad)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "deform_conv_forward": _deform_conv_forward,
     "deform_conv_backward_input": _deform_conv_backward_input,
     "deform_conv_backward_parameters": _deform_conv_backward_parameters,
     "modulated_deform_conv_forward": _modulated_deform_conv_forward,
     "modulated_deform_conv_backward": _modulated_deform_conv_backward,
+    "ms_deform_attn_forward": _attention_forward,
+    "ms_deform_attn_backward": _attention_backward,
 }
 
 # stride, padding and dilation by the names that the two families give them.
