@@ -360,13 +360,13 @@ def grid_sample(
     if len(g.kernel) == 3:
         columns = _grid_sample3d(b, g, image, positions, batch, channels)
     else:
-        normal = [_normalised(b, p, s) for p, s in zip(positions, g.image_size, strict=True)]
+        normal = [normalised(b, p, s) for p, s in zip(positions, g.image_size, strict=True)]
         size = g.image_size
         if len(g.kernel) == 1:
             size = (1, *size)
             normal.insert(0, b.op.Mul(normal[0], b.number(0.0)))  # the middle of one row
         image = b.reshape(image, batch, channels, *size)
-        columns = _grid_sample2d(b, image, *normal)  # [B * G, C / G, K, P]
+        columns = grid_sample2d(b, image, *normal)  # [B * G, C / G, K, P]
     if mask is not None:
         columns = b.reshape(
             columns, g.batch, g.mask_groups, g.image_channels // g.mask_groups, points, *_flat(b, g)
@@ -377,7 +377,7 @@ def grid_sample(
     return _contract(b, g, columns, weight, bias)
 
 
-def _normalised(b: Graph, position: Value, size: Size) -> Value:
+def normalised(b: Graph, position: Value, size: Size) -> Value:
     """Positions in pixels as GridSample counts them without align_corners: edges at -1 and 1."""
     if isinstance(size, int):
         scale, shift = b.number(2 / size), b.number(1 / size - 1)
@@ -389,7 +389,7 @@ def _normalised(b: Graph, position: Value, size: Size) -> Value:
     return bounded(b, b.op.Add(b.op.Mul(position, scale), shift), -3.0, 3.0)
 
 
-def _grid_sample2d(b: Graph, image: Value, y: Value, x: Value) -> Value:
+def grid_sample2d(b: Graph, image: Value, y: Value, x: Value) -> Value:
     # OpenVINO joins along the last axis one number at a time, and transposes this faster.
     grid = b.op.Concat(b.unsqueeze(x, 0), b.unsqueeze(y, 0), axis=0)
     # align_corners=0 also where its value is the same for the result: 1 fails on axes of size 1,
@@ -420,7 +420,7 @@ def _grid_sample3d(
     pair = b.reshape(b.op.Concat(upper, lower, axis=1), batch, 2 * channels, rows, width)
     row = b.op.Mul(b.op.Add(low, b.number(1.0)), b.scalar(plane, b.float))
     row = b.op.Add(row, y)
-    sampled = _grid_sample2d(b, pair, _normalised(b, row, rows), _normalised(b, x, width))
+    sampled = grid_sample2d(b, pair, normalised(b, row, rows), normalised(b, x, width))
     axis = b.tensor(1)
     first = b.op.Slice(sampled, b.tensor(0), b.tensor(channels), axis)
     second = b.op.Slice(sampled, b.tensor(channels), b.tensor(2 * channels), axis)

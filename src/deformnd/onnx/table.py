@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..kernels import library as library  # registers torch.ops.deformnd
-from ..kernels.geometry import Geometry, check_ints
-from . import lowerings
-from .graph import Graph, Value
+from ..kernels.geometry import Attention, Geometry, check_ints
+from . import attention, lowerings
+from .graph import Graph, Size, Value
 
 # Each with the opset that it takes by default, and the oldest that it can.
 TARGETS = {
@@ -135,10 +135,17 @@ def translation_table(
         sizes = (stride, padding, dilation, int(input.shape[1]))
         return translate(op, lowering, tensors, *sizes, kernel=tuple(kernel))
 
+    def deform_attention(
+        value: Value, locations: Value, weights: Value, shapes: list[Any]
+    ) -> Value:
+        _check(target, version, "deform_attention", (value, locations, weights))
+        return translate_attention(op, target, value, locations, weights, shapes)
+
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.deformnd.deform_conv.default: deform_conv,
         torch.ops.deformnd.deform_conv_transpose.default: deform_conv_transpose,
         torch.ops.deformnd.deform_aggregate.default: deform_aggregate,
+        torch.ops.deformnd.deform_attention.default: deform_attention,
     }
     if hasattr(torch.ops.torchvision, "deform_conv2d"):
 
@@ -277,6 +284,25 @@ def _geometry(
     )
 
 
+def translate_attention(
+    op: Any, target: str, value: Value, locations: Value, weights: Value, shapes: list[Any]
+) -> Value:
+    """Write a call of deform_attention; shapes are the levels' sizes, one after another."""
+    b = Graph(op, (value, locations, weights))
+    batch, pixels, heads, channels = b.sizes(value)
+    queries, _, _, points, n = b.sizes(locations)[1:]
+    # A size that is not known is a scalar of the graph.
+    sizes: list[Size] = [s if isinstance(s, int) else b.reshape(s, 1) for s in shapes]
+    levels = tuple(tuple(sizes[i : i + n]) for i in range(0, len(sizes), n))
+    a = Attention(batch, queries, heads, channels, points, levels, pixels)
+    tensors = (
+        t if b.dtype(t) == b.float else b.cast(t, b.float) for t in (value, locations, weights)
+    )
+    result = choose_attention(target, a)(b, a, *tensors)
+    dtype = b.dtype(value)
+    return result if dtype == b.float else b.cast(result, dtype)
+
+
 # Rows of a tall image up to which positions in it are good to 1e-5 of the result; see the docs.
 _TALL = 1024
 
@@ -310,3 +336,14 @@ def _short(g: Geometry) -> bool:
     """Whether positions in the tall image of a 3-D call are fine enough; see _TALL."""
     depth, height, _ = g.image_size
     return isinstance(depth, int) and isinstance(height, int) and depth * (height + 1) <= _TALL
+
+
+def choose_attention(target: str, a: Attention) -> Lowering:
+    """The lowering of a deform_attention that is best for the target, as measured."""
+    if target == "standard":
+        return attention.grid_sample
+    # Where queries are few, GridSample's own order of the pixels costs more than it saves.
+    known = isinstance(a.queries, int) and isinstance(a.pixels, int)
+    if target == "openvino" and len(a.shapes[0]) == 2 and known and 4 * a.queries >= a.pixels:
+        return attention.grid_sample
+    return attention.gather
