@@ -445,6 +445,11 @@ def check_attention(value: Any, shapes: Any, locations: Any, weights: Any) -> li
                 "[levels, axes], or a list of the levels' sizes"
             )
         shapes = shapes.tolist()
+        if any(isinstance(size, torch.SymInt) for level in shapes for size in level):
+            raise TypeError(
+                f"{name}: shapes is a tensor, whose values are not known where a graph is made, "
+                "expected a list of the levels' sizes"
+            )
     n = locations.shape[-1] if locations.dim() else 0
     wanted = f"a list of the levels' sizes, each of {n} int{'s' if n > 1 else ''}"
     if not isinstance(shapes, (tuple, list)) or any(

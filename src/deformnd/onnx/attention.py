@@ -42,7 +42,9 @@ def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights:
         start = end
 
         def of_level(t: Value, level: int = level) -> Value:
-            return b.reshape(b.take(t, level, 0), maps, a.queries, points)
+            # allowzero: where there are no queries, 0 would mean as many as there are heads.
+            size = b.tensor(maps, a.queries, points)
+            return b.op.Reshape(b.take(t, level, 0), size, allowzero=1)
 
         samples = grid_sample2d(
             b, image, normalised(b, of_level(y), height), normalised(b, of_level(x), width)
@@ -50,7 +52,8 @@ def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights:
         samples = b.op.Mul(samples, b.unsqueeze(of_level(weights), 1))
         samples = b.op.ReduceSum(samples, b.tensor(3), keepdims=0)
         total = samples if total is None else b.op.Add(total, samples)
-    total = b.reshape(total, a.batch, a.heads, a.channels, a.queries)
+    shape = b.tensor(a.batch, a.heads, a.channels, a.queries)
+    total = b.op.Reshape(total, shape, allowzero=1)
     return b.reshape(b.transpose(total, 0, 3, 1, 2), *a.output_shape)
 
 

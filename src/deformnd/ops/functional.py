@@ -483,6 +483,7 @@ def deform_attention(
         if node is not None:
             return node  # type: ignore[no-any-return]
     if torch.jit.is_tracing():
+        library.hint_at_onnx()
         shapes = _ints(shapes)
     flat = _outside_a_trace(check_attention, value, shapes, locations, weights)
     output: Tensor = OPERATORS["deform_attention"](value, locations, weights, flat)
