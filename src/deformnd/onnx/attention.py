@@ -32,13 +32,13 @@ def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights:
     points = a.points * (2 if len(a.shapes[0]) == 3 else 1)
     # [L, B, H, Q, P]: what one GridSample takes is one after another.
     y, x, weights = (b.transpose(t, 3, 0, 2, 1, 4) for t in (*positions, weights))
-    images = b.reshape(b.transpose(value, 0, 2, 3, 1), maps, a.channels, a.pixels)
+    value = b.reshape(value, a.batch, a.pixels, a.heads * a.channels)
     total: Value = None
     start: Size = 0
     for level, (height, width) in enumerate(shapes):
         end = b.add(start, b.mul(height, width))
-        image = b.op.Slice(images, b.tensor(start), b.tensor(end), b.tensor(2))
-        image = b.reshape(image, maps, a.channels, height, width)
+        image = b.op.Slice(value, b.tensor(start), b.tensor(end), b.tensor(1))
+        image = b.reshape(b.transpose(image, 0, 2, 1), maps, a.channels, height, width)
         start = end
 
         def of_level(t: Value, level: int = level) -> Value:

@@ -342,8 +342,17 @@ def choose_attention(target: str, a: Attention) -> Lowering:
     """The lowering of a deform_attention that is best for the target, as measured."""
     if target == "standard":
         return attention.grid_sample
-    # Where queries are few, GridSample's own order of the pixels costs more than it saves.
-    known = isinstance(a.queries, int) and isinstance(a.pixels, int)
-    if target == "openvino" and len(a.shapes[0]) == 2 and known and 4 * a.queries >= a.pixels:
+    if target == "openvino" and len(a.shapes[0]) == 2 and not _few_queries(a):
         return attention.grid_sample
     return attention.gather
+
+
+def _few_queries(a: Attention) -> bool:
+    """Whether GridSample's order of the pixels costs more than it saves.
+
+    Where the number of queries is not known, they are the pixels themselves, as in an encoder; a
+    decoder has a number of its own.
+    """
+    if not isinstance(a.queries, int):
+        return False
+    return not isinstance(a.pixels, int) or 8 * a.queries < a.pixels
