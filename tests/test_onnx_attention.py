@@ -79,12 +79,13 @@ def test_every_rank(target, batch, tmp_path):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("queries", [3, 400])
-def test_openvino_gathers_for_few_queries(queries, dynamic, tmp_path):
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_few_queries_are_gathered(target, queries, dynamic, tmp_path):
     shapes = [(12, 20), (6, 10)]
     args = tuple(t.float() for t in make(2, queries=queries, shapes=shapes))
     sizes = (({}, {1: DYNAMIC}, {1: DYNAMIC}),) if dynamic else None
     model, path = Calls([shapes]), tmp_path / "model.onnx"
-    proto = save(path, args, "openvino", model, dynamic_shapes=sizes)
+    proto = save(path, args, target, model, dynamic_shapes=sizes)
     found = "GridSample" in [node.op_type for node in proto.graph.node]
     # As many as are not known are taken for many.
     assert found == (queries == 400 or dynamic)

@@ -342,13 +342,13 @@ def choose_attention(target: str, a: Attention) -> Lowering:
     """The lowering of a deform_attention that is best for the target, as measured."""
     if target == "standard":
         return attention.grid_sample
-    if target == "openvino" and len(a.shapes[0]) == 2 and not _few_queries(a):
-        return attention.grid_sample
-    return attention.gather
+    if target == "precise" or len(a.shapes[0]) != 2 or _few_queries(a):
+        return attention.gather
+    return attention.grid_sample
 
 
 def _few_queries(a: Attention) -> bool:
-    """Whether GridSample's order of the pixels costs more than it saves.
+    """Whether to bring all pixels into GridSample's order costs more than it saves.
 
     Where the number of queries is not known, they are the pixels themselves, as in an encoder; a
     decoder has a number of its own.
