@@ -282,7 +282,8 @@ def test_detectors_of_transformers(make_model, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model, image = Detector(make_model(transformers)), torch.randn(1, 3, 96, 128)
-    for parameter in model.parameters():  # no two queries score alike, whose order were chance
+    # Far from the initial values, so that no two queries score alike: their order would be chance.
+    for parameter in model.parameters():
         fan = parameter[0].numel() if parameter.dim() > 1 else 25
         parameter.data.add_(torch.randn_like(parameter), alpha=1 / math.sqrt(fan))
     with torch.no_grad():
