@@ -201,14 +201,12 @@ def table_of_threads(phase: str) -> str:
 
 
 def table_of_bfloat16() -> str:
-    """Milliseconds on all of the machine's processors."""
+    """Milliseconds on all of the machine's processors, the least of several."""
     rows = []
     for name, phases in read("cpu_threads.json")["bfloat16"].items():
         cells = [label(name)]
         for phase in ("forward", "forward+backward"):
-            ms = {
-                kind: times["median"] for kind, times in phases[phase].items() if "median" in times
-            }
+            ms = {kind: times["best"] for kind, times in phases[phase].items() if "best" in times}
             cells += [shown(ms[kind]) for kind in ("dense bfloat16", "bfloat16", "float32")]
         rows.append(cells)
     head = ["layer", "forward: dense", "deformnd", "deformnd float32"]
