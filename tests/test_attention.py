@@ -431,6 +431,10 @@ def test_transforms():
         return f(*tensors).sin().sum()
 
     argnums = (0, 1, 2)
+    none = [t[:0] for t in many]
+    assert torch.vmap(f)(*none).shape == (0, *f(*tensors).shape)
+    for grad, t in zip(torch.vmap(torch.func.grad(loss, argnums))(*none), tensors, strict=True):
+        assert grad.shape == (0, *t.shape)
     wanted = torch.autograd.functional.hessian(loss, tuple(tensors))
     for twice in (
         torch.func.hessian(loss, argnums),

@@ -447,6 +447,41 @@ def test_vmap(case, mapped):
         torch.testing.assert_close(got[i], torch.stack([e[i] for e in expected]))
 
 
+@pytest.mark.parametrize("mapped", ["input", "weight", "offset", "mask"])
+@pytest.mark.parametrize("name", ["deform_conv2d", "deform_conv_transpose2d", "deform_aggregate2d"])
+def test_vmap_of_nothing(name, mapped):
+    """As with torch.vmap of torch's own operators, the result is empty."""
+    output = (5, 5) if name == "deform_conv_transpose2d" else (3, 3)
+    tensors = {
+        "input": torch.randn(2, 4, 5, 5),
+        "weight": torch.randn(4, 4, 3, 3),
+        "offset": torch.randn(2, 18, *output),
+        "mask": torch.randn(2, 9, *output),
+    }
+    if name == "deform_aggregate2d":
+        if mapped == "weight":
+            return
+        del tensors["weight"]
+
+    def call(t):
+        given = {**tensors, mapped: t}
+        if name == "deform_aggregate2d":
+            return deformnd.deform_aggregate2d(**given, kernel_size=3)
+        return getattr(deformnd, name)(**given)
+
+    def loss(t):
+        return call(t).pow(2).sum()
+
+    one = tensors[mapped]
+    none = one.new_empty(*one.shape, 0).requires_grad_()
+    got = torch.vmap(call, -1)(none)
+    assert got.shape == (0, *call(one).shape)
+    assert torch.autograd.grad(got.sum(), none)[0].shape == none.shape
+    assert torch.vmap(torch.func.grad(loss), -1)(none).shape == (0, *one.shape)
+    assert torch.vmap(torch.func.hessian(loss), -1)(none).shape == (0, *one.shape, *one.shape)
+    assert torch.vmap(torch.vmap(call, -1))(torch.zeros(2, *none.shape)).shape[:2] == (2, 0)
+
+
 def network():
     torch.manual_seed(0)
     layers = torch.nn.Sequential(

@@ -204,6 +204,7 @@ def register_one(
 ) -> None:
     """For an operator of which the first `count` arguments are tensors; the derivatives need the
     first `saved` of these."""
+    vmap_rule = functools.partial(_vmap_of_any, name, vmap_rule)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -435,6 +436,21 @@ def _backward_tangent(
         torch.zeros_like(like) if need and t is None and like is not None else t
         for need, t, like in zip(needs, grads, family.own([*slots, bias_like]), strict=True)
     )
+
+
+def _vmap_of_any(
+    name: str, rule: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    """The rule, which divides by the number of calls that are mapped, also where there are none."""
+    if info.batch_size != 0:
+        return rule(info, in_dims, *args)  # type: ignore[no-any-return]
+    # Such a call's shapes come of one on zeros: the sums of nothing, which derivatives pass.
+    one = [t.sum(d) if isinstance(d, int) else t for t, d in zip(args, in_dims, strict=True)]
+    results = getattr(torch.ops.deformnd, name)(*one)
+    if isinstance(results, Tensor):
+        return results.unsqueeze(0)[:0], 0
+    none = tuple(None if t is None else t.unsqueeze(0)[:0] for t in results)
+    return none, tuple(None if t is None else 0 for t in none)
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int, into: int) -> Tensor | None:
