@@ -290,6 +290,16 @@ SIZES = SHAPES[2]
         (ValueError, "locations has 5 dimensions, expected 6", (V, SIZES, O[0], W)),
         (ValueError, "weights has 4 dimensions, expected 5", (V, SIZES, O, W[0])),
         (ValueError, "locations have 4 coordinates", (V, [(1,) * 4], torch.cat([O, O], -1), W)),
+        (ValueError, "locations have 4 coordinates", (V, SIZES, torch.cat([O, O], -1), W)),
+        (ValueError, "locations have 0 coordinates", (V, SIZES, O[..., :0], W)),
+        (
+            ValueError,
+            "locations has 0 dimensions, expected 6",
+            (V, SIZES, O.sum(), W),
+        ),
+        (ValueError, "locations has 4 dimensions, expected 6", (V, SIZES, V, W)),
+        (TypeError, "locations has dtype torch.int64, expected one of", (V, SIZES, V.long(), W)),
+        (TypeError, "shapes is 5, expected .* each of 1 to 3 ints", (V, 5, V, W)),
         (ValueError, "shapes have 0 values, expected 2 for each level", (V, [], O, W)),
         (
             TypeError,
@@ -300,6 +310,21 @@ SIZES = SHAPES[2]
         (TypeError, r"shapes is \[\(5.0, 6\)\], expected a list", (V, [(5.0, 6)], O, W)),
         (TypeError, r"shapes is a tensor \[2\] of torch.int64", (V, torch.tensor([5, 6]), O, W)),
         (TypeError, r"shapes is a tensor \[1, 2\] of torch.float32", (V, torch.ones(1, 2), O, W)),
+        (
+            TypeError,
+            "shapes is on meta, where it has no values",
+            (V, torch.ones(3, 2, dtype=torch.int64, device="meta"), O, W),
+        ),
+        (
+            TypeError,
+            "shapes has layout torch.sparse_coo",
+            (V, torch.ones(3, 2, dtype=torch.int64).to_sparse(), O, W),
+        ),
+        (
+            TypeError,
+            "shapes is a nested tensor",
+            (V, torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), O, W),
+        ),
         (ValueError, r"shapes is \[\(5,\)\], expected a list", (V, [(5,)], O, W)),
         (ValueError, "shapes is .*, expected at most", (V, [(5, 2**40)], O, W)),
         (ValueError, "shapes are expected to be at least 1", (V, [(5, 6), (0, 2), (1, 4)], O, W)),

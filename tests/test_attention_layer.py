@@ -182,7 +182,8 @@ def test_wrong_options(options, error, message):
         (
             {"points": torch.rand(2, 7, 2, 3)},
             ValueError,
-            r"reference_points is \[2, 7, 2, 3\], expected \[2, 7, 2\] and 2 for points or 4 for",
+            r"reference_points is \[2, 7, 2, 3\], expected \[2, 7, 2, 2\] for points or "
+            r"\[2, 7, 2, 4\] for boxes",
         ),
         ({"points": torch.rand(2, 7, 3, 2)}, ValueError, r"reference_points is \[2, 7, 3, 2\]"),
         (
@@ -193,6 +194,14 @@ def test_wrong_options(options, error, message):
         ({"sizes": [6, 5]}, TypeError, r"shapes is \[6, 5\], expected a list of the levels' sizes"),
         ({"sizes": [(6, 5), (3, 4.0)]}, TypeError, "shapes is .* each of 2 ints"),
         ({"sizes": None}, TypeError, "shapes is None"),
+        ({"sizes": [(6, 5), (3,)]}, ValueError, "shapes is .* each of 2 ints"),
+        ({"sizes": torch.rand(2, 2)}, TypeError, r"shapes is a tensor \[2, 2\] of torch.float32"),
+        ({"sizes": torch.zeros(2, 3, 4)}, TypeError, r"shapes is a tensor \[2, 3, 4\] of"),
+        (
+            {"sizes": torch.ones(2, 2, dtype=torch.int64, device="meta")},
+            TypeError,
+            "shapes is on meta, where it has no values",
+        ),
         (
             {"mask": torch.rand(2, 42)},
             TypeError,

@@ -437,36 +437,53 @@ def check_attention(value: Any, shapes: Any, locations: Any, weights: Any) -> li
         problem = _no_dense_tensor(t)
         if problem:
             raise TypeError(f"{name}: {key} {problem}")
+    n = locations.shape[-1] if locations.dim() == 6 else 0
+    # The operator knows better what is wrong with locations of another rank.
+    levels = check_levels(name, shapes, n if 1 <= n <= 3 else 0)
+    return [size for level in levels for size in level]
+
+
+# Dtypes of the sizes that come in a tensor.
+_INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_levels(name: str, shapes: Any, n: int) -> Sequence[Sequence[int]]:
+    """The levels' sizes as a function of that name was given them, out of a tensor.
+
+    n: how many values each has, 0 if that cannot be said.
+    """
     given = shapes
     if isinstance(shapes, Tensor):
-        if shapes.dim() != 2 or shapes.is_floating_point() or shapes.dtype == torch.bool:
-            raise TypeError(
-                f"{name}: shapes is a tensor {list(shapes.shape)} of {shapes.dtype}, expected ints "
+        problem = _no_dense_tensor(shapes)
+        if not problem and (shapes.dim() != 2 or shapes.dtype not in _INTS):
+            problem = (
+                f"is a tensor {list(shapes.shape)} of {shapes.dtype}, expected ints "
                 "[levels, axes], or a list of the levels' sizes"
             )
+        elif not problem and shapes.is_meta:
+            problem = "is on meta, where it has no values, expected a list of the levels' sizes"
+        if problem:
+            raise TypeError(f"{name}: shapes {problem}")
         shapes = shapes.tolist()
         if any(isinstance(size, torch.SymInt) for level in shapes for size in level):
             raise TypeError(
                 f"{name}: shapes is a tensor, whose values are not known where a graph is made, "
                 "expected a list of the levels' sizes"
             )
-    n = locations.shape[-1] if locations.dim() else 0
-    wanted = f"a list of the levels' sizes, each of {n} int{'s' if n > 1 else ''}"
+    axes = f"{n or '1 to 3'} int{'' if n == 1 else 's'}"
+    wanted = f"a list of the levels' sizes, each of {axes}"
     if not isinstance(shapes, (tuple, list)) or any(
         not isinstance(level, (tuple, list)) for level in shapes
     ):
         raise TypeError(f"{name}: shapes is {given!r}, expected {wanted}")
-    sizes: list[int] = [size for level in shapes for size in level]
-    for size in sizes:
+    for size in (size for level in shapes for size in level):
         if not isinstance(size, (int, torch.SymInt, Integral)) or isinstance(size, bool):
             raise TypeError(f"{name}: shapes is {given!r}, expected {wanted}")
         if not isinstance(size, torch.SymInt) and abs(int(size)) > LARGEST:
             raise ValueError(f"{name}: shapes is {given!r}, expected at most {LARGEST}")
-    if any(len(level) != n for level in shapes):
-        raise ValueError(
-            f"{name}: shapes is {given!r}, expected {wanted}, as many as locations have"
-        )
-    return sizes
+    if n and any(len(level) != n for level in shapes):
+        raise ValueError(f"{name}: shapes is {given!r}, expected {wanted}")
+    return shapes
 
 
 def check_ints(name: str, key: str, value: Any, n: int, least: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
 import math
-from numbers import Integral
 from typing import Any, Optional, Tuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function
 
-from ..kernels.geometry import check_ints, check_tensor
+from ..kernels.geometry import check_ints, check_levels, check_tensor
 from .functional import Levels, _ints, _node, _outside_a_trace, deform_attention
 
 __all__ = ["MultiScaleDeformableAttention"]
@@ -137,7 +136,7 @@ class MultiScaleDeformableAttention(nn.Module):
         """The output, and the weights [B, Q, heads, levels, points]."""
         if not torch.jit.is_scripting():
             if isinstance(shapes, Tensor):
-                shapes = _outside_a_trace(shapes.tolist)
+                shapes = _outside_a_trace(check_levels, type(self).__name__, shapes, self.dims)
             if torch.jit.is_tracing():
                 shapes = _ints(shapes)
             args = (query, value, reference_points, shapes, padding_mask)
@@ -221,20 +220,10 @@ def _check(
         or got[3] not in (n, 2 * n)
     ):
         raise ValueError(
-            f"{name}: reference_points is {got}, expected {want} and {n} for points or {2 * n} "
-            "for boxes"
+            f"{name}: reference_points is {got}, expected {[*want, n]} for points or "
+            f"{[*want, 2 * n]} for boxes"
         )
-    sizes = (int, torch.SymInt, Integral)
-    if not isinstance(shapes, (tuple, list)) or not all(
-        isinstance(level, (tuple, list))
-        and len(level) == n
-        and all(isinstance(s, sizes) and not isinstance(s, bool) for s in level)
-        for level in shapes
-    ):
-        axes = f"{n} int{'s' if n > 1 else ''}"
-        raise TypeError(
-            f"{name}: shapes is {shapes!r}, expected a list of the levels' sizes, each of {axes}"
-        )
+    check_levels(name, shapes, n)
     if len(shapes) != levels:
         raise ValueError(f"{name}: shapes is {shapes!r}, expected the sizes of {levels} levels")
     if padding_mask is not None:
