@@ -111,8 +111,10 @@ def _divert(
     theirs.__kwdefaults__ = keywords
 
     def call(*args: Any, **options: Any) -> Any:
-        value = args[at] if len(args) > at else options["value"]
-        return (ours if value.device.type in devices else theirs)(*args, **options)
+        value = args[at] if len(args) > at else options.get("value")
+        # Theirs says what is wrong with a call that has none.
+        there = isinstance(value, Tensor) and value.device.type in devices
+        return (ours if there else theirs)(*args, **options)
 
     told: Any = function
     told.__signature__ = signature
