@@ -260,6 +260,14 @@ def test_mmcv(batch_first):
             turn(same), residual=turn(2 * same), reference_points=points, spatial_shapes=sizes
         )
     torch.testing.assert_close(old, got + turn(same))
+    given = {"value": turn(value), "reference_points": points, "spatial_shapes": sizes}
+    for change, message in (
+        ({"spatial_shapes": None}, "spatial_shapes is None, expected a list"),
+        ({"spatial_shapes": sizes[:1]}, "spatial_shapes is .*, expected the sizes of 2 levels"),
+        ({"key_padding_mask": mask[:, 1:]}, r"key_padding_mask is \[2, 41\], expected \[2, 42\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"MultiScale.*Attention: {message}"):
+            layer(turn(same), **{**given, **change})
     layer.init_weights()
     assert not layer.attention_weights.weight.any()
     nn.init.zeros_(layer.output_proj.weight)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -459,6 +460,54 @@ def test_layer_of_the_same_name(n):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     del inputs["spatial_shapes_list"]  # as older versions call it
     torch.testing.assert_close(layer(query, **inputs)[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"encoder_hidden_states": None}, TypeError, "encoder_hidden_states is a NoneType"),
+        (
+            {"encoder_hidden_states": torch.rand(2, 64, 7)},
+            ValueError,
+            r"encoder_hidden_states is \[2, 64, 7\], expected \[B, S, 32\]; hidden_states \[2, 5",
+        ),
+        ({"reference_points": None}, TypeError, "reference_points is a NoneType"),
+        ({"spatial_shapes_list": [(8, 6)]}, ValueError, "spatial_shapes is .* sizes of 3 levels"),
+        (
+            {"spatial_shapes_list": None, "spatial_shapes": torch.rand(3, 2)},
+            TypeError,
+            r"spatial_shapes is a tensor \[3, 2\] of torch.float32",
+        ),
+        ({"attention_mask": torch.ones(2, 64)}, TypeError, "attention_mask is of torch.float32"),
+        (
+            {"attention_mask": torch.ones(2, 64, dtype=torch.int64)},
+            TypeError,
+            "attention_mask is of torch.int64, expected a Tensor of torch.bool",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 7, dtype=torch.bool)},
+            ValueError,
+            r"attention_mask is \[2, 7\], expected \[2, 64\], as encoder_hidden_states",
+        ),
+    ],
+)
+def test_messages_name_transformers_arguments(change, error, message):
+    layer = ours.DeformableDetrMultiscaleDeformableAttention(CONFIG, 4, 3)
+    query, inputs = of_the_layer(2)
+    with pytest.raises(error, match=f"^DeformableDetrMultiscaleDeformableAttention: {message}"):
+        layer(query, **{**inputs, **change})
+
+
+@needs_transformers
+@needs_core
+def test_a_wrong_call_has_transformers_message():
+    module = importlib.import_module("transformers.models.d_fine.modeling_d_fine")
+    function = module.multi_scale_deformable_attention_v2
+    for call in (function, lambda: function(None, [], None, None, [])):
+        with pytest.raises((TypeError, AttributeError)) as theirs:
+            call()
+        with accelerate(), pytest.raises(theirs.type, match=f"^{re.escape(str(theirs.value))}$"):
+            call()
 
 
 @needs_transformers

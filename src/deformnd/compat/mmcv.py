@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, List, Optional
+from typing import Any, ClassVar, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -410,6 +410,11 @@ class MultiScaleDeformableAttention(ops.MultiScaleDeformableAttention):
         ... ).shape
         torch.Size([1, 5, 32])
     """
+
+    _names: ClassVar[Dict[str, str]] = {
+        "shapes": "spatial_shapes",
+        "padding_mask": "key_padding_mask",
+    }
 
     def __init__(
         self,

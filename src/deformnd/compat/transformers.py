@@ -14,10 +14,11 @@ import re
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from .. import ops
@@ -91,6 +92,13 @@ class DeformableDetrMultiscaleDeformableAttention(ops.MultiScaleDeformableAttent
         (torch.Size([1, 5, 32]), torch.Size([1, 5, 4, 2, 4]))
     """
 
+    _names: ClassVar[dict[str, str]] = {
+        "query": "hidden_states",
+        "value": "encoder_hidden_states",
+        "shapes": "spatial_shapes",
+        "padding_mask": "attention_mask",
+    }
+
     def __init__(self, config: Any, num_heads: int, n_points: int) -> None:
         super().__init__(config.d_model, num_heads, config.num_feature_levels, n_points)
 
@@ -109,7 +117,9 @@ class DeformableDetrMultiscaleDeformableAttention(ops.MultiScaleDeformableAttent
     ) -> tuple[Tensor, Tensor]:
         if position_embeddings is not None:
             hidden_states = hidden_states + position_embeddings
-        padding = None if attention_mask is None else ~attention_mask
+        padding: Any = attention_mask
+        if isinstance(padding, Proxy) or getattr(padding, "dtype", None) == torch.bool:
+            padding = ~padding
         shapes: Any = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
         value: Any = encoder_hidden_states  # which has no default that works
         points: Any = reference_points

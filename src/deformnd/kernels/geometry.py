@@ -447,10 +447,10 @@ def check_attention(value: Any, shapes: Any, locations: Any, weights: Any) -> li
 _INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_levels(name: str, shapes: Any, n: int) -> Sequence[Sequence[int]]:
+def check_levels(name: str, shapes: Any, n: int, key: str = "shapes") -> Sequence[Sequence[int]]:
     """The levels' sizes as a function of that name was given them, out of a tensor.
 
-    n: how many values each has, 0 if that cannot be said.
+    n: how many values each has, 0 if that cannot be said. key: the argument's name.
     """
     given = shapes
     if isinstance(shapes, Tensor):
@@ -463,11 +463,11 @@ def check_levels(name: str, shapes: Any, n: int) -> Sequence[Sequence[int]]:
         elif not problem and shapes.is_meta:
             problem = "is on meta, where it has no values, expected a list of the levels' sizes"
         if problem:
-            raise TypeError(f"{name}: shapes {problem}")
+            raise TypeError(f"{name}: {key} {problem}")
         shapes = shapes.tolist()
         if any(isinstance(size, torch.SymInt) for level in shapes for size in level):
             raise TypeError(
-                f"{name}: shapes is a tensor, whose values are not known where a graph is made, "
+                f"{name}: {key} is a tensor, whose values are not known where a graph is made, "
                 "expected a list of the levels' sizes"
             )
     axes = f"{n or '1 to 3'} int{'' if n == 1 else 's'}"
@@ -475,14 +475,14 @@ def check_levels(name: str, shapes: Any, n: int) -> Sequence[Sequence[int]]:
     if not isinstance(shapes, (tuple, list)) or any(
         not isinstance(level, (tuple, list)) for level in shapes
     ):
-        raise TypeError(f"{name}: shapes is {given!r}, expected {wanted}")
+        raise TypeError(f"{name}: {key} is {given!r}, expected {wanted}")
     for size in (size for level in shapes for size in level):
         if not isinstance(size, (int, torch.SymInt, Integral)) or isinstance(size, bool):
-            raise TypeError(f"{name}: shapes is {given!r}, expected {wanted}")
+            raise TypeError(f"{name}: {key} is {given!r}, expected {wanted}")
         if not isinstance(size, torch.SymInt) and abs(int(size)) > LARGEST:
-            raise ValueError(f"{name}: shapes is {given!r}, expected at most {LARGEST}")
+            raise ValueError(f"{name}: {key} is {given!r}, expected at most {LARGEST}")
     if n and any(len(level) != n for level in shapes):
-        raise ValueError(f"{name}: shapes is {given!r}, expected {wanted}")
+        raise ValueError(f"{name}: {key} is {given!r}, expected {wanted}")
     return shapes
 
 

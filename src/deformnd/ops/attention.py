@@ -2,7 +2,7 @@
 
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, ClassVar, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,9 @@ class MultiScaleDeformableAttention(nn.Module):
         >>> layer(query, value, boxes, [(8, 8), (4, 4)]).shape
         torch.Size([1, 5, 64])
     """
+
+    # What messages call the arguments that have other names in a class below.
+    _names: ClassVar[Dict[str, str]] = {}
 
     def __init__(
         self,
@@ -136,7 +139,7 @@ class MultiScaleDeformableAttention(nn.Module):
         """The output, and the weights [B, Q, heads, levels, points]."""
         if not torch.jit.is_scripting():
             if isinstance(shapes, Tensor):
-                shapes = _outside_a_trace(check_levels, type(self).__name__, shapes, self.dims)
+                shapes = _outside_a_trace(_check_levels, self, shapes)
             if torch.jit.is_tracing():
                 shapes = _ints(shapes)
             args = (query, value, reference_points, shapes, padding_mask)
@@ -204,14 +207,15 @@ def _check(
     if any(isinstance(t, Proxy) for t in (*tensors.values(), padding_mask)):
         return
     name, dim, levels, n = type(layer).__name__, layer.embed_dim, layer.num_levels, layer.dims
+    names = {key: layer._names.get(key, key) for key in (*tensors, "shapes", "padding_mask")}
     for key, t in tensors.items():
-        check_tensor(name, key, t)
+        check_tensor(name, names[key], t)
     for key, letter in (("query", "Q"), ("value", "S")):
         t = tensors[key]
         if t.dim() != 3 or t.shape[2] != dim or t.shape[0] != query.shape[0]:
             raise ValueError(
-                f"{name}: {key} is {list(t.shape)}, expected [B, {letter}, {dim}]; "
-                f"query {list(query.shape)}"
+                f"{name}: {names[key]} is {list(t.shape)}, expected [B, {letter}, {dim}]; "
+                f"{names['query']} {list(query.shape)}"
             )
     got, want = list(reference_points.shape), [query.shape[0], query.shape[1], levels]
     if (
@@ -220,21 +224,29 @@ def _check(
         or got[3] not in (n, 2 * n)
     ):
         raise ValueError(
-            f"{name}: reference_points is {got}, expected {[*want, n]} for points or "
+            f"{name}: {names['reference_points']} is {got}, expected {[*want, n]} for points or "
             f"{[*want, 2 * n]} for boxes"
         )
-    check_levels(name, shapes, n)
+    _check_levels(layer, shapes)
     if len(shapes) != levels:
-        raise ValueError(f"{name}: shapes is {shapes!r}, expected the sizes of {levels} levels")
+        raise ValueError(
+            f"{name}: {names['shapes']} is {shapes!r}, expected the sizes of {levels} levels"
+        )
     if padding_mask is not None:
+        key = names["padding_mask"]
         if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
             what = getattr(padding_mask, "dtype", type(padding_mask).__name__)
-            raise TypeError(f"{name}: padding_mask is of {what}, expected a Tensor of torch.bool")
+            raise TypeError(f"{name}: {key} is of {what}, expected a Tensor of torch.bool")
         if padding_mask.shape != value.shape[:2]:
             raise ValueError(
-                f"{name}: padding_mask is {list(padding_mask.shape)}, expected "
-                f"{list(value.shape[:2])}, as value {list(value.shape)}"
+                f"{name}: {key} is {list(padding_mask.shape)}, expected "
+                f"{list(value.shape[:2])}, as {names['value']} {list(value.shape)}"
             )
+
+
+def _check_levels(layer: Any, shapes: Any) -> Any:
+    key = layer._names.get("shapes", "shapes")
+    return check_levels(type(layer).__name__, shapes, layer.dims, key)
 
 
 def _directions(heads: int, dims: int) -> Tensor:
