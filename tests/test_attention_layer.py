@@ -223,6 +223,17 @@ def test_wrong_arguments(change, error, message):
         layer(*{**given, **change}.values())
 
 
+def test_a_script_refuses_halves_of_boxes():
+    query, value, points = arguments(2, dtype=torch.float32)
+    layer = torch.jit.script(MultiScaleDeformableAttention(24, 4, 2, 3))
+    layer(query, value, points, SIZES[2])
+    points = torch.cat([points, points[..., :1]], -1)
+    with pytest.raises(
+        torch.jit.Error, match="reference_points have 3 coordinates, expected 2 for"
+    ):
+        layer(query, value, points, SIZES[2])
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_mmcv(batch_first):
     """By mmcv's arguments; a layer that has learned nothing adds dropout's zeros to identity."""

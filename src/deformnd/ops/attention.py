@@ -45,7 +45,7 @@ class MultiScaleDeformableAttention(nn.Module):
     - reference_points: [B, Q, num_levels, dims], from 0 to 1 and with x first, as the locations of
       `deform_attention`; the offsets are then in pixels of each level. Or [B, Q, num_levels,
       2 * dims], boxes: their centres and then their sizes, and an offset of num_points is half the
-      box. One level stands for all.
+      box. One level, query or batch item stands for all.
     - shapes: the levels' sizes, as for `deform_attention`.
     - padding_mask: [B, S], True for pixels that count as zero.
 
@@ -174,7 +174,13 @@ def _locations(
 ) -> Tensor:
     """Offsets [B, Q, heads, levels, points, dims] around the reference points, in float32."""
     last = reference_points.shape[3]
-    if not torch.jit.is_scripting():
+    if torch.jit.is_scripting():  # where _check does not run, and boxes of one size would broadcast
+        if last != dims and last != 2 * dims:
+            raise ValueError(
+                f"MultiScaleDeformableAttention: reference_points have {last} coordinates, "
+                f"expected {dims} for points or {2 * dims} for boxes"
+            )
+    else:
         args = (reference_points, offsets, shapes, dims, num_points)
         if has_torch_function(args):
             node = _node(_locations, args)
