@@ -5,6 +5,7 @@ import copy
 import importlib
 import inspect
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -496,6 +497,32 @@ def test_messages_name_transformers_arguments(change, error, message):
     query, inputs = of_the_layer(2)
     with pytest.raises(error, match=f"^DeformableDetrMultiscaleDeformableAttention: {message}"):
         layer(query, **{**inputs, **change})
+
+
+def test_a_call_may_come_between_the_steps_of_an_exchange():
+    """As one of another thread's does. Outside and inside, the result is the same."""
+
+    def theirs(value, more=1, *, scale=2):
+        return value * more * scale
+
+    results, code = [], theirs.__code__
+
+    def at_each_line(frame, event, _):
+        if frame.f_code.co_filename == compat.__file__:
+            results.append(theirs(torch.ones(())).item())
+            return at_each_line
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(at_each_line)
+    try:
+        undo = compat._divert(theirs, ("cpu",), lambda value, more=1, *, scale=2: value * 2)
+        inside = theirs.__code__
+        undo()
+    finally:
+        sys.settrace(before)
+    assert inside is not code and theirs.__code__ is code
+    assert len(results) > 10 and set(results) == {2.0}
 
 
 @needs_transformers

@@ -116,14 +116,17 @@ def _divert(
         there = isinstance(value, Tensor) and value.device.type in devices
         return (ours if there else theirs)(*args, **options)
 
+    # In such an order that another thread may call the function between any two of these.
     told: Any = function
     told.__signature__ = signature
-    function.__kwdefaults__ = {"_deformnd": call}
-    function.__defaults__ = None
+    function.__kwdefaults__ = {**(keywords or {}), "_deformnd": call}
     function.__code__ = _diverted.__code__
+    function.__defaults__ = None
 
     def undo() -> None:
-        function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, keywords
+        function.__defaults__ = defaults
+        function.__code__ = code
+        function.__kwdefaults__ = keywords
         del told.__signature__
 
     return undo
