@@ -482,7 +482,9 @@ def check_levels(name: str, shapes: Any, n: int, key: str = "shapes") -> Sequenc
         if not isinstance(size, torch.SymInt) and abs(int(size)) > LARGEST:
             raise ValueError(f"{name}: {key} is {given!r}, expected at most {LARGEST}")
     if n and any(len(level) != n for level in shapes):
-        raise ValueError(f"{name}: {key} is {given!r}, expected {wanted}")
+        raise ValueError(
+            f"{name}: {key} is {given!r}, expected {wanted}, as many as locations have"
+        )
     return shapes
 
 
