@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import deformnd
 from cases import CASES
 from deformnd import viz
+from deformnd.compat import internimage
 
 needs_matplotlib = pytest.mark.skipif(
     not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed"
@@ -150,6 +152,290 @@ def test_hand_written_pack_and_pooling():
     # The corner tap of the pooled position (1, 1) is (0, 0), whose window's centre is (.5, .5).
     zero = step._replace(offset=torch.zeros_like(step.offset))
     assert viz.follow([pool, zero], (1, 1)).positions[0].tolist() == [0.5, 0.5]
+
+
+class Aggregation(nn.Module):
+    """A hand-written block that calls functions, not layers."""
+
+    def __init__(self, kernel=3, padding="same"):
+        super().__init__()
+        self.options = kernel, 1, padding
+        points = kernel**2
+        self.where = nn.Conv2d(4, 2 * points, 1)
+        self.mask = nn.Conv2d(4, points, 1)
+
+    def forward(self, x):
+        return deformnd.deform_aggregate2d(x, self.where(x), self.mask(x), *self.options)
+
+
+@pytest.mark.parametrize("kernel", [3, 2])
+def test_hand_written_calls_of_functions(kernel):
+    """The zero that padding='same' puts behind an even kernel's input moves nothing."""
+    torch.manual_seed(0)
+    block, image = Aggregation(kernel), torch.randn(2, 4, 9, 8)
+    (step,) = viz.steps(block, image, index=1)
+    assert step[:4] == ((kernel,) * 2, (1, 1), ((kernel - 1) // 2,) * 2, (1, 1))
+    torch.testing.assert_close(step.offset, block.where(image)[1])
+    torch.testing.assert_close(step.mask, block.mask(image)[1])
+    smaller = nn.Sequential(nn.AvgPool2d(2), Aggregation())
+    smaller.add_module("up", nn.Upsample(scale_factor=2))
+    assert len(viz.steps(smaller[:2], image)) == 2
+    whole = nn.Module()
+    whole.inner = smaller
+    whole.forward = smaller.forward
+    message = "Module does not call its deform_aggregate2d on an input of its own size"
+    with pytest.raises(ValueError, match=message):
+        viz.steps(whole, image)
+
+
+def test_layers_without_offset_and_of_another_padding():
+    image = torch.randn(1, 4, 9, 8)
+    plain = deformnd.PackedDeformConv2d(4, 4, 3, padding=1, deformable=False)
+    assert viz.steps(plain, image) == [viz.Step((3, 3), (1, 1), (1, 1), (1, 1))]
+    layer = deformnd.PackedDeformConv2d(4, 4, 2, padding=(1, 2), padding_mode="reflect")
+    (step,) = viz.steps(layer, image)
+    assert step.padding == (1, 2) and step.offset.shape == (8, 10, 11)
+
+
+def test_batches():
+    """Where one image is expected, one of a batch may be named."""
+    torch.manual_seed(0)
+    offset, mask = torch.randn(3, 18, 8, 7), torch.rand(3, 9, 8, 7)
+    step = viz.Step((3, 3), (1, 1), (1, 1), (1, 1), offset, mask)
+    alone = step._replace(offset=offset[2], mask=mask[2])
+    for found, expected in zip(
+        viz.follow([step], (2, 3), index=2), viz.follow([alone], (2, 3)), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    one = step._replace(offset=offset[:1], mask=mask[:1])
+    assert len(viz.follow([one], (0, 0)).positions) == 9
+    with pytest.raises(ValueError, match="follow: offset is of 3 images, expected an index"):
+        viz.follow([step], (0, 0))
+    with pytest.raises(ValueError, match="follow: index is 3, expected one of the 3 images"):
+        viz.follow([step], (0, 0), index=3)
+    with pytest.raises(ValueError, match=r"follow: mask has shape \[9, 8\], expected"):
+        viz.follow([alone._replace(mask=mask[0, :, :, 0])], (0, 0))
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("kernel", [3, (3, 3)])
+def test_batches_drawn(kernel):
+    import matplotlib.pyplot as plt
+
+    torch.manual_seed(0)
+    offset, mask = torch.randn(3, 36, 8, 7), torch.rand(3, 9, 8, 7)
+
+    def pixels(figure):
+        return [torch.as_tensor(a.images[0].get_array()) for a in figure.axes if a.images]
+
+    for draw, field in ((viz.draw_offset, offset), (viz.draw_mask, mask)):
+        expected = pixels(draw(field[1], kernel))
+        for figure in (draw(field, kernel, index=1), draw(field[1:2], kernel)):
+            for found, tile in zip(pixels(figure), expected, strict=True):
+                torch.testing.assert_close(found, tile)
+        with pytest.raises(ValueError, match="index"):
+            draw(field, kernel)
+    plt.close("all")
+
+
+class Model(nn.Module):
+    """Branches, layouts and layers of every family, none of them on a chain from the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.left = nn.ModuleDict(
+            {
+                "packed": deformnd.PackedDeformConv2d(8, 8, 3, padding=1, offset_groups=2),
+                "lazy": deformnd.LazyPackedDeformConv2d(8, 3, padding=1, modulated=True),
+                "plain": deformnd.DeformConv2d(8, 8, 1),
+                "aggregate": deformnd.PackedDeformAggregate2d(8, 3, padding=1),
+                "up": deformnd.PackedDeformConvTranspose2d(8, 8, 4, stride=2, padding=1),
+                "regular": deformnd.PackedDeformConv2d(8, 8, 1, deformable=False),
+                "pack": Pack(),
+            }
+        )
+        self.v3 = internimage.DCNv3(8, group=2, offset_scale=2.0)
+        self.v4 = internimage.DCNv4(8, group=2, remove_center=True)
+        self.functions = Aggregation()
+        self.unused = nn.Linear(1, 1)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        batch, _, height, width = x.shape
+        found = []
+        for name, layer in self.left.items():
+            if name == "plain":
+                found.append(layer(x, x.new_full((batch, 2, height, width), 1.5)))
+            else:
+                found.append(layer(x[:, :2] if name == "pack" else x))
+        found.append(self.v3(x.permute(0, 2, 3, 1)))
+        found.append(self.v4(x.flatten(2).transpose(1, 2), shape=(height, width)))
+        return [*found, self.functions(x[:, :4]), self.functions(x[:, 4:, ::2])]
+
+
+def drawn(figure, part=0):
+    """The samples on the first axes of a part of a figure, [N, 2] as (y, x), for each location."""
+    dots = figure.subfigs[part].axes[0].collections[1::2]
+    return [torch.as_tensor(d.get_offsets()).float().flip(1) for d in dots]
+
+
+@needs_matplotlib
+def test_show_every_layer_of_a_model():
+    import matplotlib.pyplot as plt
+
+    torch.manual_seed(0)
+    model, images = Model(), torch.rand(2, 3, 32, 24)
+    for name, layer in model.left.items():
+        if hasattr(layer, "offset_generator") and name not in ("lazy", "regular"):
+            nn.init.normal_(layer.offset_generator.weight)
+    before = model.norm.running_mean.clone()
+    parts = {"packed": 2, "lazy": 3, "plain": 2, "aggregate": 3, "up": 2, "pack": 2}
+    names = {f"left.{name}": count for name, count in parts.items()}
+    names |= {"left.pack.layer": 2, "v3": 3, "v4": 3, "functions": 3}
+    for name, count in names.items():
+        figure = viz.show(model, name, images, index=1)
+        assert len(figure.subfigs) == count and len(drawn(figure)) == 4, name
+        assert figure.get_suptitle().startswith(f"{name}: ")
+        plt.close(figure)
+    # It was run as in eval mode, and left as it was.
+    assert model.training and model.norm.training
+    torch.testing.assert_close(model.norm.running_mean, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+    # Positions of the layer's input in pixels of the image: four times those, with equal borders.
+    model.eval()
+    with torch.no_grad():
+        x = model.norm(model.stem(images))
+        offset = model.left["packed"]._offset(x)[1]
+    step = viz.Step((3, 3), (1, 1), (1, 1), (1, 1), offset)
+    figure = viz.show(model, "left.packed", images[1], (3, 2))
+    (found,) = drawn(figure)
+    expected = (viz.follow([step], (3, 2)).positions + 0.5) * 4 - 0.5
+    torch.testing.assert_close(found, expected)
+    figure = viz.show(model, "left.packed", images, [(3, 2), [0, 5]], index=1, group=1)
+    expected = (viz.follow([step], (0, 5), group=1).positions + 0.5) * 4 - 0.5
+    torch.testing.assert_close(drawn(figure)[1], expected)
+    assert [a.get_title()[:7] for a in figure.subfigs[1].axes] == ["group 1"]
+    (found,) = drawn(viz.show(model, "left.plain", images, (3, 2)))
+    torch.testing.assert_close(
+        found, torch.tensor([[(4.5 + 0.5) * 4 - 0.5, (3.5 + 0.5) * 4 - 0.5]])
+    )
+    # Of a transposed layer: in the output, which has twice the input's size here.
+    offset = model.left["up"]._offset(x)[0]
+    step = viz.Step((4, 4), (2, 2), (1, 1), (1, 1), offset)
+    (found,) = drawn(viz.show(model, "left.up", images, (3, 2)))
+    expected = (viz.follow([step], (3, 2)).positions + 0.5) * 2 - 0.5
+    torch.testing.assert_close(found, expected)
+    # Half of the second input's rows are as many rows of the image.
+    (found,) = drawn(viz.show(model, "functions", images, (1, 2), call=1))
+    (step,) = viz.steps(model.functions, x[:, 4:, ::2])
+    expected = (viz.follow([step], (1, 2)).positions + 0.5) * torch.tensor([8, 4]) - 0.5
+    torch.testing.assert_close(found, expected)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("remove_center", [False, True])
+def test_positions_of_internimages_layers(remove_center):
+    """Channels hold coordinates: with all mask on one point, the output is where that samples."""
+    torch.manual_seed(0)
+    points = 9 - remove_center
+    layer = internimage.DCNv4(
+        2, group=1, offset_scale=1.5, remove_center=remove_center, without_pointwise=True
+    )
+    image = torch.stack(torch.meshgrid(torch.arange(9.0), torch.arange(7.0), indexing="ij"), -1)
+    bias = torch.zeros_like(layer.offset_mask.bias)
+    bias[: 2 * points] = torch.rand(2 * points) - 0.5
+    for point in range(points):
+        bias[2 * points : 3 * points] = 0
+        bias[2 * points + point] = 1
+        layer.offset_mask.bias.data.copy_(bias)
+        with torch.no_grad():
+            expected = layer(image.flatten(0, 1)[None], shape=(9, 7)).view(9, 7, 2)[4, 3]
+        with viz._watch(layer) as calls, torch.no_grad():
+            layer(image.flatten(0, 1)[None], shape=(9, 7))
+        assert calls[0].size == (9, 7)
+        found = viz.follow([calls[0].step], (4, 3))
+        assert found.weights.sum() == 1
+        torch.testing.assert_close(found.positions[found.weights.argmax()], expected)
+    v3, images = internimage.DCNv3(4, group=2), torch.rand(1, 9, 7, 4)  # channels last
+    assert viz.steps(v3, images)[0].offset.shape == (36, 9, 7)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_show_in_each_rank(n):
+    import matplotlib.pyplot as plt
+
+    torch.manual_seed(0)
+    layer = getattr(deformnd, f"PackedDeformConv{n}d")(2, 2, 3, padding=1, modulated=True)
+    nn.init.normal_(layer.offset_generator.weight)
+    image = torch.rand(2, *(9, 8, 7)[:n])
+    compiled = torch.compile(nn.Sequential(layer), backend="eager")
+    scripted = nn.Sequential(torch.jit.script(layer))
+    for model, name, given in (
+        (layer, "", image),
+        (compiled, "_orig_mod.0", image),
+        (scripted, "", image[None]),
+    ):
+        figure = viz.show(model, name, given)
+        samples = sum(map(len, drawn(figure)))
+        assert len(figure.subfigs) == 3
+        assert samples == {1: 2 * 3, 2: 4 * 9}[n] if n < 3 else 0 < samples <= 4 * 27
+        plt.close(figure)
+    with pytest.raises(ValueError, match=rf"image has {n % 3 + 1} axes, expected the {n}"):
+        viz.show(layer, "", torch.rand(1, 2, *[8] * (n % 3 + 1)), inputs=(image[None],))
+    plt.close("all")
+
+
+@needs_matplotlib
+def test_show_says_what_is_wrong():
+    model, images = Model(), torch.rand(2, 3, 32, 24)
+    for name, message in {
+        "left.pakced": "the model has no module 'left.pakced'; names like it: 'left.packed'",
+        "nonsense": "no module 'nonsense'; deformable layers of the model: 'left.packed', ",
+        "norm": "'norm', a BatchNorm2d, made no call of deform_conv, deform_conv_transpose or",
+        "unused": "'unused', a Linear, made no call",
+        "left.regular": "'left.regular' has neither offset nor mask",
+    }.items():
+        with pytest.raises(ValueError, match=f"show: .*{message}"):
+            viz.show(model, name, images)
+    for options, message in (
+        ({"at": (8, 0)}, r"at is \(8, 0\), expected 2 indices within \(8, 6\)"),
+        ({"at": (1, 1, 1)}, r"at is \(1, 1, 1\), expected 2 indices"),
+        ({"at": []}, r"at is \[\], expected a location of 2 indices"),
+        ({"index": 2}, "index is 2, expected one of the 2 images"),
+        ({"group": 2}, "group is 2, expected one of the 2 offset groups"),
+        ({"call": 1}, "call is 1, expected one of the 1 of 'left.packed'"),
+        ({"inputs": (torch.rand(3, 3, 32, 24),)}, "is given a batch of 3, expected 1, or 2"),
+    ):
+        with pytest.raises(ValueError, match=f"show: .*{message}"):
+            viz.show(model, "left.packed", images, **options)
+
+
+def test_without_matplotlib(monkeypatch):
+    class Absent:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "matplotlib":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent, *sys.meta_path])
+    layer = deformnd.PackedDeformConv2d(1, 1, 3)
+    samples = viz.Samples(torch.zeros(1, 2), torch.ones(1))
+    for draw in (
+        lambda: viz.show(layer, "", torch.rand(1, 8, 8)),
+        lambda: viz.draw_samples(torch.rand(1, 8, 8), samples),
+        lambda: viz.draw_offset(torch.rand(18, 8, 8), 3),
+        lambda: viz.draw_mask(torch.rand(9, 8, 8), 3),
+        lambda: viz.flow_colours(torch.rand(2, 8, 8), 1.0),
+        lambda: viz.animate("none.gif", layer, torch.rand(2, 1, 8, 8), [(0, 0)]),
+    ):
+        with pytest.raises(ImportError, match="matplotlib is not installed: pip install 'deform"):
+            draw()
 
 
 def test_errors():

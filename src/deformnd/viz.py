@@ -2,6 +2,8 @@
 
 `pip install 'deformnd[viz]'` brings matplotlib. Everything here reads one image of a batch, works
 in 1-D, 2-D and, in slices, 3-D, and returns matplotlib's axes or figure, to be shown or saved.
+`show` draws one layer of a model, by its name; the others are what it is made of, and what stacked
+layers see together.
 
 Positions are pixels, axes slowest first: (x,), (y, x) or (z, y, x), as the offsets' channels are.
 Pixel centres have integer positions.
@@ -9,17 +11,25 @@ Pixel centres have integer positions.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import importlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from .compat import internimage as _internimage
 from .ops import modules as _modules
+from .ops.bases import ConvNd
 from .ops.functional import Size, _values
 
 __all__ = [
@@ -31,6 +41,7 @@ __all__ = [
     "draw_samples",
     "flow_colours",
     "follow",
+    "show",
     "steps",
 ]
 
@@ -38,8 +49,9 @@ __all__ = [
 class Step(NamedTuple):
     """One layer, as far as positions go: the offset and mask that it used on one image.
 
-    offset is [OG * K * n, *out] and mask [MG * K, *out], either may be None. A layer with neither
-    moves positions regularly (an ordinary convolution, a pooling).
+    offset is [OG * K * n, *out] and mask [MG * K, *out], or both with a batch before, of which
+    `follow` takes an item; either may be None. A layer with neither moves positions regularly (an
+    ordinary convolution, a pooling).
     """
 
     kernel: tuple[int, ...]
@@ -64,7 +76,8 @@ def steps(layers: nn.Module | Iterable[nn.Module], input: Tensor, index: int = 0
     Args:
         layers: a module, an nn.Sequential (also nested), or the modules on the way through a
             network, in order. Deformable ones are this package's packed layers, or modules of your
-            own that call one `DeformConvNd` on the input they are given. Others must be ordinary
+            own that call one `DeformConvNd`, or one of the functions `deform_conv` and
+            `deform_aggregate`, on an input of the size they are given. Others must be ordinary
             convolutions, poolings, or leave the size as it is.
         input: [B, C, *size]; for a single image B is 1.
         index: the image of the batch.
@@ -88,24 +101,37 @@ def steps(layers: nn.Module | Iterable[nn.Module], input: Tensor, index: int = 0
     x = input[index : index + 1]
     for layer in _flatten(layers):
         before = x
-        deformable = [m for m in layer.modules() if isinstance(m, _DEFORMABLE)]
-        if len(deformable) == 1:
-            x, offset, mask = _observe(layer, deformable[0], x)
-            found.append(_step(deformable[0], offset, mask))
-        else:
+        with _watch(layer) as calls:
             x = layer(x)
-            if isinstance(layer, _REGULAR):
-                found.append(_step(layer, None, None))
-            elif x.shape[2:] != before.shape[2:] or deformable:
+        if len(calls) == 1 and not calls[0].transposed:
+            call = calls[0]
+            # padding='same' of an even kernel calls the operator with a zero behind the input.
+            kernel, dilation = call.step.kernel, call.step.dilation
+            odd = [d * (k - 1) % 2 for k, d in zip(kernel, dilation, strict=True)]
+            sizes = (call.size, tuple(s - o for s, o in zip(call.size, odd, strict=True)))
+            # Of images with channels first, or last.
+            if not {tuple(before.shape[2:]), tuple(before.shape[1:-1])} & {*sizes}:
                 raise ValueError(
-                    f"steps: positions cannot be followed through {type(layer).__name__}, expected "
-                    "a packed layer, a module around one DeformConv, an ordinary convolution or "
-                    "pooling, or a module that keeps the size"
+                    f"steps: {type(layer).__name__} does not call its {call.by} on an input of its "
+                    "own size"
                 )
+            offset, mask = (None if t is None else t[0] for t in (call.step.offset, call.step.mask))
+            found.append(call.step._replace(offset=offset, mask=mask))
+        elif isinstance(layer, _REGULAR):
+            found.append(_step(layer, None, None))
+        elif x.shape[2:] != before.shape[2:] or calls:
+            raise ValueError(
+                f"steps: positions cannot be followed through {type(layer).__name__}, expected "
+                "a packed layer, a module around one DeformConv, an ordinary convolution or "
+                "pooling, or a module that keeps the size"
+            )
     return found
 
 
-_DEFORMABLE = (_modules._DeformConvNd, _modules._PackedDeformAggregateNd)
+_DEFORMABLE: tuple[Any, ...] = (
+    *(_modules._DeformConvNd, _modules._DeformConvTransposeNd),
+    *(_modules._PackedDeformAggregateNd, _internimage._Module),
+)
 _REGULAR = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -120,31 +146,95 @@ def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
             yield layer
 
 
-def _observe(
-    layer: nn.Module, deformable: Any, x: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """layer(x), and the offset and mask that the deformable layer in it used."""
-    seen: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+class _Call(NamedTuple):
+    """A call of an operator: what it did, with the batch, and in what its positions lie."""
 
-    def note(input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> None:
-        if isinstance(deformable, _modules._Predicting):
-            offset, mask = deformable._offset(input), deformable._mask(input)
-        seen.append((input, offset, mask))
+    step: Step
+    size: tuple[int, ...]  # of the input; of a transposed call, of the output
+    transposed: bool
+    by: str
 
-    hook = deformable.register_forward_pre_hook(
-        lambda _, args, kwargs: note(*args, **kwargs), with_kwargs=True
-    )
+
+class _Notice(TorchDispatchMode):
+    """Tells of each call of an operator that samples: by layers, functions, or in TorchScript."""
+
+    def __init__(self, note: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.namespace == "deformnd":
+            name = func._schema.name.split("::")[1]
+            if name in ("deform_conv", "deform_conv_transpose", "deform_aggregate"):
+                self.note(name, args, output)
+        return output
+
+
+@contextlib.contextmanager
+def _watch(module: nn.Module) -> Iterator[list[_Call]]:
+    """The calls of operators that the module makes while this is open, also those far below it."""
+    calls: list[_Call] = []
+    # The module, and in it the layers of this package: with their inputs, and the calls before.
+    running: list[tuple[Any, Any, int]] = []
+
+    def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        running.append((layer, args[0] if args else kwargs.get("input"), len(calls)))
+
+    def leave(layer: Any, args: Any, output: Any) -> None:
+        _, input, before = running.pop()
+        if len(calls) == before and isinstance(layer, _DEFORMABLE):  # it had nothing to deform
+            size = (output if layer.transposed else input).shape[-layer.rank :]
+            step, by = _step(layer, None, None), type(layer).__name__
+            calls.append(_Call(step, tuple(size), layer.transposed, by))
+
+    def note(name: str, args: Sequence[Any], output: Tensor) -> None:
+        if not running:
+            return
+        layer, input, _ = running[-1]
+        transposed = name == "deform_conv_transpose"
+        if name == "deform_aggregate":
+            image, offset, mask, kernel, stride, padding, dilation = args
+        else:  # a transposed call has output_padding before the dilation
+            image, weight, offset, mask, _, stride, padding, *_, dilation, _ = args
+            kernel = weight.shape[2:]
+        n = image.dim() - 2
+        step = Step(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), offset, mask)
+        size = tuple((output if transposed else image).shape[2:])
+        if isinstance(layer, _internimage._Module):
+            if image.is_cpu:  # where it calls the operator with the axes (x, y)
+                step, size = _turned(step), size[::-1]
+        elif isinstance(layer, _DEFORMABLE):
+            # The operator's input may have been padded before: the layer's own has not.
+            step = _step(layer, offset, mask)
+            size = size if transposed else tuple(input.shape[-n:])
+        by = type(layer).__name__ if isinstance(layer, _DEFORMABLE) else f"{name}{n}d"
+        calls.append(_Call(step, size, transposed, by))
+
+    layers = {module: None} | {m: None for m in module.modules() if isinstance(m, _DEFORMABLE)}
+    hooks: list[Any] = []
     try:
-        y = layer(x)
+        for layer in layers:
+            hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(layer.register_forward_hook(leave))
+        # What torch.compile made of a module would run without hooks.
+        with torch.compiler.set_stance("force_eager"), _Notice(note):
+            yield calls
     finally:
-        hook.remove()
-    if len(seen) != 1 or seen[0][0].shape[2:] != x.shape[2:]:
-        raise ValueError(
-            f"steps: {type(layer).__name__} does not call its {type(deformable).__name__} on an "
-            "input of its own size"
-        )
-    _, offset, mask = seen[0]
-    return y, None if offset is None else offset[0], None if mask is None else mask[0]
+        for hook in hooks:
+            hook.remove()
+
+
+def _turned(step: Step) -> Step:
+    """A 2-D step with axes and kernel points in the other order."""
+    kernel, offset, mask = step.kernel, step.offset, step.mask
+    if offset is not None:
+        places = offset.unflatten(1, (-1, *kernel, 2)).permute(0, 1, 3, 2, 4, 6, 5)
+        offset = places.flip(4).flatten(1, 4)
+    if mask is not None:
+        mask = mask.unflatten(1, (-1, *kernel)).permute(0, 1, 3, 2, 5, 4).flatten(1, 3)
+    kernel, stride, padding, dilation = (values[::-1] for values in step[:4])
+    return Step(kernel, stride, padding, dilation, offset, mask)
 
 
 def _step(layer: Any, offset: Tensor | None, mask: Tensor | None) -> Step:
@@ -170,6 +260,7 @@ def follow(
     *,
     group: int | None = None,
     deformed: bool = True,
+    index: int | None = None,
 ) -> Samples:
     """The positions in the first layer's input that an output location of the last one samples.
 
@@ -183,13 +274,15 @@ def follow(
         at: the output location, n indices.
         group: the group of offsets to follow, None for all.
         deformed: False follows the regular places, as if all offsets were 0.
+        index: the image to follow, of steps made by hand whose offset and mask have a batch; a
+            batch of one needs none.
 
     Returns:
         Samples: positions [N, n] and weights [N], on the CPU, in float32 or the offsets' float64;
         the kernel points innermost, in row-major order.
 
     Raises:
-        ValueError: the location or group does not exist.
+        ValueError: the location or group does not exist, or the image of a batch.
 
     Example: where a 3x3 layer with one pixel of padding samples for the output in the corner.
         >>> import torch
@@ -199,14 +292,19 @@ def follow(
         [[-1.0, -1.0], [-1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]]
     """
     at = tuple(at)
+    steps = [
+        step._replace(
+            offset=_item("follow", "offset", step.offset, len(step.kernel), index),
+            mask=_item("follow", "mask", step.mask, len(step.kernel), index),
+        )
+        for step in steps
+    ]
     fields = [s.mask if s.offset is None else s.offset for s in steps]
     rank = len(steps[0].kernel) if steps else len(at)
     if len(at) != rank:
         raise ValueError(f"follow: at is {at}, expected {rank} indices")
     if fields and fields[-1] is not None:
-        size = tuple(fields[-1].shape[1:])
-        if not all(0 <= a < s for a, s in zip(at, size, strict=True)):
-            raise ValueError(f"follow: at is {at}, expected {rank} indices within {size}")
+        _check_at("follow", at, tuple(fields[-1].shape[1:]))
     double = any(t is not None and t.dtype == torch.float64 for t in fields)
     dtype = torch.float64 if double else torch.float32
     positions = torch.tensor([at], dtype=dtype)
@@ -214,6 +312,27 @@ def follow(
     for step in reversed(steps):
         positions, weights = _back(step, positions, weights, group, deformed)
     return Samples(positions, weights)
+
+
+def _check_at(name: str, at: tuple[int, ...], size: tuple[int, ...]) -> None:
+    if len(at) != len(size) or not all(0 <= a < s for a, s in zip(at, size, strict=True)):
+        raise ValueError(f"{name}: at is {at}, expected {len(size)} indices within {size}")
+
+
+def _item(name: str, what: str, t: Tensor | None, n: int, index: int | None) -> Any:
+    """Of an offset or mask of n axes that may have a batch, that of one image."""
+    if t is None or t.dim() == n + 1:
+        return t
+    if t.dim() != n + 2:
+        raise ValueError(
+            f"{name}: {what} has shape {list(t.shape)}, expected [channels, *out] of {n} axes, "
+            "perhaps with a batch before"
+        )
+    if index is None and len(t) != 1:
+        raise ValueError(f"{name}: {what} is of {len(t)} images, expected an index of one of them")
+    if not 0 <= (index or 0) < len(t):
+        raise ValueError(f"{name}: index is {index}, expected one of the {len(t)} images")
+    return t[index or 0]
 
 
 def _back(
@@ -248,16 +367,17 @@ def _back(
         mask = step.mask.detach().cpu()[where].T.to(dtype).reshape(-1, mask_groups, points)
         # Groups of masks and of offsets are blocks of the same channels: the mean of those meeting.
         masks = torch.stack(
-            [
-                mask[:, g * mask_groups // groups : -(-(g + 1) * mask_groups // groups)].mean(1)
-                for g in range(groups)
-            ],
-            1,
+            [mask[:, _meeting(g, groups, mask_groups)].mean(1) for g in range(groups)], 1
         )
     found = regular[:, None] + (at if deformed else torch.zeros_like(at))  # [N, OG, K, n]
     masks = masks * weights[:, None, None]
     chosen = slice(None) if group is None else slice(group, group + 1)
     return found[:, chosen].reshape(-1, n), masks[:, chosen].reshape(-1)
+
+
+def _meeting(group: int, groups: int, others: int) -> slice:
+    """Of so many other groups, those that share channels with a group."""
+    return slice(group * others // groups, -(-(group + 1) * others // groups))
 
 
 def draw_samples(
@@ -291,13 +411,13 @@ def draw_samples(
     n = samples.positions.shape[1]
     shown = _shown(image, n)
     if n < 3:
-        axis = _subplots(1)[1][0] if axes is None else axes
+        axis = _subplots(_figure(1), 1)[0] if axes is None else axes
         _draw_on(axis, shown, samples, regular, colour, size)
         return axis
     if slices is None:
         planes = samples.positions[:, 0].round().long().unique().tolist()
         slices = [p for p in planes if 0 <= p < shown.shape[0]]
-    axes = _subplots(len(slices))[1] if axes is None else axes
+    axes = _subplots(_figure(len(slices)), len(slices)) if axes is None else axes
     for plane, axis in zip(slices, axes, strict=True):
         flat = [
             None if s is None else Samples(s.positions[near, 1:], s.weights[near])
@@ -331,8 +451,16 @@ def _draw_on(
             return s.positions[:, 1].numpy(), s.positions[:, 0].numpy()
 
     if regular is not None:
+        # In front, with a rim: seen on any image, and on the dot of a sample that has not moved.
+        rim = _matplotlib("patheffects").withStroke(linewidth=3, foreground="white")
         axis.scatter(
-            *place(regular), s=0.7 * size, linewidth=0.8, color=colour, alpha=0.7, marker="+"
+            *place(regular),
+            s=1.3 * size,
+            linewidth=1.4,
+            color=colour,
+            marker="+",
+            path_effects=[rim],
+            zorder=3,
         )
     axis.scatter(
         *place(samples),
@@ -350,6 +478,7 @@ def draw_offset(
     point: int | None = None,
     plane: int | None = None,
     largest: float | None = None,
+    index: int | None = None,
 ) -> Any:
     """Draw an offset field as optical-flow colours, one tile for each offset group.
 
@@ -358,17 +487,18 @@ def draw_offset(
     right and blue to the left.
 
     Args:
-        offset: [OG * K * n, *out], the displacements of one image, in pixels.
+        offset: [OG * K * n, *out], the displacements of one image, in pixels; or those of a batch.
         kernel_size: an int or n.
         point: the kernel point to show, None for the mean of all.
         plane: in 3-D the plane (first axis) of which the (dy, dx) are shown, None for the middle.
         largest: the length of the fullest colour, None for the largest there is.
+        index: the image of a batch, [B, OG * K * n, *out]; a batch of one needs none.
 
     Returns:
         matplotlib's figure.
 
     Raises:
-        ValueError: the channels are no multiple of n * K.
+        ValueError: the channels are no multiple of n * K, or a batch has no such image.
 
     Example:
         >>> import torch
@@ -377,27 +507,40 @@ def draw_offset(
         >>> len(figure.axes)
         2
     """
-    n = offset.dim() - 1
-    fields = _grouped("draw_offset", "offset", offset, kernel_size, n)  # [OG, K, n, *out]
+    fields = _grouped("draw_offset", "offset", offset, kernel_size, index)  # [OG, K, n, *out]
+    figure = _figure(len(fields))
+    _draw_offset_on(figure, dict(enumerate(fields)), point, plane, largest)
+    return figure
+
+
+def _draw_offset_on(
+    parent: Any,
+    fields: dict[int, Tensor],
+    point: int | None,
+    plane: int | None,
+    largest: float | None = None,
+) -> list[Any]:
+    """A tile for each of these groups, [K, n, *out], in a figure or a part of one."""
+    n = next(iter(fields.values())).shape[1]
+    field = torch.stack(list(fields.values()))
+    tiles = _subplots(parent, len(fields))
     if n == 1:
-        rows = fields[:, :, 0] if point is None else fields[:, point : point + 1, 0]
+        rows = field[:, :, 0] if point is None else field[:, point : point + 1, 0]
         bound = largest or float(rows.abs().max()) or 1.0
-        figure, tiles = _subplots(len(rows))
-        for axis, field in zip(tiles, rows, strict=True):
-            axis.imshow(field.numpy(), cmap="coolwarm", vmin=-bound, vmax=bound, aspect="auto")
+        for axis, row in zip(tiles, rows, strict=True):
+            axis.imshow(row.numpy(), cmap="coolwarm", vmin=-bound, vmax=bound, aspect="auto")
             axis.set_ylabel("kernel point", fontsize=8)
     else:
-        field = fields.mean(1) if point is None else fields[:, point]  # [OG, n, *out]
+        field = field.mean(1) if point is None else field[:, point]  # [OG, n, *out]
         if n == 3:
             field = field[:, 1:, field.shape[2] // 2 if plane is None else plane]
         bound = largest or float(field.norm(dim=1).max()) or 1.0
-        figure, tiles = _subplots(len(field))
         for axis, flow in zip(tiles, field, strict=True):
             axis.imshow(flow_colours(flow, bound).numpy(), interpolation="nearest")
             axis.set_axis_off()
-    for g, axis in enumerate(tiles):
-        axis.set_title(f"group {g}, up to {bound:.2g} px" if g == 0 else f"group {g}", fontsize=9)
-    return figure
+    for i, (g, axis) in enumerate(zip(fields, tiles, strict=True)):
+        axis.set_title(f"group {g}, up to {bound:.2g} px" if i == 0 else f"group {g}", fontsize=9)
+    return tiles
 
 
 def flow_colours(flow: Tensor, largest: float) -> Tensor:
@@ -414,50 +557,274 @@ def flow_colours(flow: Tensor, largest: float) -> Tensor:
         >>> viz.flow_colours(right, 1.0).flatten().tolist()
         [1.0, 0.0, 0.0]
     """
-    from matplotlib.colors import hsv_to_rgb
-
     dy, dx = flow.detach().cpu().double().nan_to_num()
     hue = torch.atan2(dy, dx) / (2 * math.pi) % 1.0
     length = (torch.hypot(dy, dx) / largest).clamp(0, 1)
-    colours = hsv_to_rgb(torch.stack([hue, length, torch.ones_like(hue)], -1).numpy())
+    colours = _matplotlib("colors").hsv_to_rgb(
+        torch.stack([hue, length, torch.ones_like(hue)], -1).numpy()
+    )
     return torch.from_numpy(colours).float()
 
 
 def draw_mask(
-    mask: Tensor, kernel_size: Size, *, point: int | None = None, plane: int | None = None
+    mask: Tensor,
+    kernel_size: Size,
+    *,
+    point: int | None = None,
+    plane: int | None = None,
+    index: int | None = None,
 ) -> Any:
     """Draw masks as heat maps, one tile for each mask group.
 
     Args:
-        mask: [MG * K, *out], of one image.
+        mask: [MG * K, *out], of one image; or of a batch.
         kernel_size: an int or n.
         point: the kernel point to show, None for the mean of all (1-D: a row for each).
         plane: in 3-D the plane (first axis) to show, None for the middle.
+        index: the image of a batch, [B, MG * K, *out]; a batch of one needs none.
 
     Returns:
         matplotlib's figure; all tiles share the colours, whose range is 0 to the largest value.
 
     Raises:
-        ValueError: the channels are no multiple of K.
+        ValueError: the channels are no multiple of K, or a batch has no such image.
     """
-    n = mask.dim() - 1
-    fields = _grouped("draw_mask", "mask", mask, kernel_size, 1, n)[:, :, 0]  # [MG, K, *out]
+    fields = _grouped("draw_mask", "mask", mask, kernel_size, index)  # [MG, K, 1, *out]
+    figure = _figure(len(fields))
+    _draw_mask_on(figure, dict(enumerate(fields)), point, plane)
+    return figure
+
+
+def _draw_mask_on(
+    parent: Any, fields: dict[int, Tensor], point: int | None, plane: int | None
+) -> list[Any]:
+    """A tile for each of these groups, [K, 1, *out], in a figure or a part of one."""
+    field = torch.stack(list(fields.values()))[:, :, 0]
+    n = field.dim() - 2
     if n == 1:
-        field = fields if point is None else fields[:, point : point + 1]
+        field = field if point is None else field[:, point : point + 1]
     else:
-        field = fields.mean(1) if point is None else fields[:, point]
+        field = field.mean(1) if point is None else field[:, point]
     if n == 3:
         field = field[:, field.shape[1] // 2 if plane is None else plane]
-    figure, tiles = _subplots(len(field))
+    tiles = _subplots(parent, len(fields))
     top = float(field.max()) or 1.0
-    for g, (axis, tile) in enumerate(zip(tiles, field, strict=True)):
+    for g, axis, tile in zip(fields, tiles, field, strict=True):
         image = axis.imshow(tile.numpy(), cmap="magma", vmin=0, vmax=top, aspect="auto")
         axis.set_title(f"group {g}", fontsize=9)
         if n > 1:
             axis.set_aspect("equal")
             axis.set_axis_off()
-    figure.colorbar(image, ax=list(tiles), shrink=0.8)
+    parent.colorbar(image, ax=tiles, shrink=0.8)
+    return tiles
+
+
+@torch.no_grad()
+def show(
+    model: nn.Module,
+    name: str,
+    image: Tensor,
+    at: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    *,
+    index: int = 0,
+    group: int | None = None,
+    call: int = 0,
+    inputs: Sequence[Any] | None = None,
+) -> Any:
+    """Draw where one layer of a model samples, its offsets and its mask, on an image.
+
+    The model is run on the image, and what the layer then uses is drawn: the points on the image,
+    in a colour for each location, dots the samples (the largest has the largest mask) and crosses
+    the regular places; the offset field as `draw_offset` and the mask as `draw_mask`, with the
+    locations marked. The layer may stand anywhere in the model. Its input is laid over the whole
+    image: a pixel of it stands for an equal share of the image's. Of a transposed layer, the dots
+    are where an input location writes in the output, which is laid over the image.
+
+    Args:
+        model: any module. It is run in eval mode, and has its mode back afterwards.
+        name: of a module in it, as in model.named_modules(): a layer of this package (packed or
+            not, lazy, transposed, an aggregation), or any module that calls one, or calls the
+            functions. "" is the model itself.
+        image: [C, *size], or a batch [B, C, *size]; with as many axes *size as the layer deforms.
+        at: a location in the offset field, n indices, or several. None: those a quarter from the
+            borders, in 3-D in the middle plane.
+        index: the image of the batch.
+        group: the group of offsets to draw, None for all.
+        call: which of the module's calls of a deformable function to draw, from 0: a head is
+            called on each level, a block may hold several layers.
+        inputs: what to call the model with, if that is not the batch of this one image.
+
+    Returns:
+        matplotlib's figure, to be shown or saved.
+
+    Raises:
+        ValueError: there is no such module, location, group or call; the module deforms nothing; or
+            the image has other axes than the layer.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from deformnd import PackedDeformConv2d, viz
+        >>> layers = torch.nn.Conv2d(3, 8, 3, 2), PackedDeformConv2d(8, 8, 3, modulated=True)
+        >>> figure = viz.show(torch.nn.Sequential(*layers), "1", torch.rand(3, 33, 33))
+        >>> [len(panel.axes) for panel in figure.subfigs]  # the points, the offset, mask and bar
+        [1, 1, 2]
+    """
+    pyplot = _matplotlib("pyplot")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name not in modules:
+        close = ", ".join(map(repr, difflib.get_close_matches(name, modules, 5)))
+        hint = f"; names like it: {close}" if close else _deformable_layers(modules)
+        raise ValueError(f"show: the model has no module {name!r}{hint}")
+    images = image[None] if image.dim() - 1 == _axes_of(model, modules[name]) else image
+    if not 0 <= index < len(images):
+        raise ValueError(f"show: index is {index}, expected one of the {len(images)} images")
+    found = _call_of(model, name, images, index, call, inputs)
+    step, image = found.step, images[index]
+    n = len(step.kernel)
+    if image.dim() != n + 1:
+        raise ValueError(
+            f"show: image has {image.dim() - 1} axes, expected the {n} that {name!r} deforms"
+        )
+    field = step.mask if step.offset is None else step.offset
+    if field is None:
+        raise ValueError(f"show: {name!r} has neither offset nor mask, so it samples regularly")
+    out = tuple(field.shape[1:])
+    places = _places(at, out)
+    groups = 1 if step.offset is None else len(step.offset) // (n * math.prod(step.kernel))
+    if group is not None and not 0 <= group < groups:
+        raise ValueError(f"show: group is {group}, expected one of the {groups} offset groups")
+
+    drawn: list[tuple[str, Any]] = []
+    for what, t in (("offset", step.offset), ("mask", step.mask)):
+        if t is not None:
+            fields = _grouped("show", what, t, step.kernel, None)
+            chosen = range(len(fields))
+            if group is not None:
+                chosen = chosen[_meeting(group, groups, len(fields))]
+            drawn.append((what, {g: fields[g] for g in chosen}))
+    shape = (1 + len(drawn), 1) if n == 1 else (1, 1 + len(drawn))
+    figure = pyplot.figure(
+        figsize=(7, 2.4 * shape[0]) if n == 1 else (4.2 * shape[1], 4.6), layout="constrained"
+    )
+    parts = list(np.atleast_1d(figure.subfigures(*shape)))
+    kernel, size = ("x".join(map(str, values)) for values in (step.kernel, out))
+    figure.suptitle(f"{name or 'the model'}: {found.by}, kernel {kernel}, offsets {size}")
+
+    scale = torch.tensor(image.shape[-n:]) / torch.tensor(found.size)
+    colours = list(itertools.islice(itertools.cycle(_COLOURS), len(places)))
+    points = [
+        [
+            # Pixel centres are integers, so the borders are half a pixel outside of them.
+            Samples((s.positions + 0.5) * scale - 0.5, s.weights)
+            for s in (
+                follow([step], place, group=group),
+                follow([step], place, group=group, deformed=False),
+            )
+        ]
+        for place in places
+    ]
+    _draw_points_on(parts[0], image, points, colours)
+    for part, (what, tiles) in zip(parts[1:], drawn, strict=True):
+        plane = places[0][0] if n == 3 else None
+        part.suptitle(f"{what}, mean of the points" if n > 1 else what, fontsize=10)
+        draw = _draw_offset_on if what == "offset" else _draw_mask_on
+        for axis in draw(part, tiles, None, plane):
+            for place, colour in zip(places, colours, strict=True):
+                if n == 1:
+                    axis.axvline(place[0], color=colour, linewidth=1)
+                elif n == 2 or place[0] == plane:
+                    axis.plot(*place[:-3:-1], "o", color=colour, markeredgecolor="white")
     return figure
+
+
+def _call_of(
+    model: nn.Module, name: str, images: Tensor, index: int, call: int, inputs: Sequence[Any] | None
+) -> _Call:
+    """What the named module did to one image of a batch, as its call of an operator says."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    training = [(module, module.training) for module in modules.values()]
+    model.eval()
+    try:
+        with _watch(modules[name]) as calls:
+            model(*([images[index : index + 1]] if inputs is None else inputs))
+    finally:
+        for module, mode in training:
+            module.training = mode
+    if not calls:
+        raise ValueError(
+            f"show: {name!r}, a {type(modules[name]).__name__}, made no call of deform_conv, "
+            f"deform_conv_transpose or deform_aggregate{_deformable_layers(modules)}"
+        )
+    if not 0 <= call < len(calls):
+        raise ValueError(f"show: call is {call}, expected one of the {len(calls)} of {name!r}")
+    found = calls[call]
+    fields = [found.step.offset, found.step.mask]
+    for t in fields:
+        if t is not None and len(t) not in (1, len(images)):
+            raise ValueError(
+                f"show: {name!r} is given a batch of {len(t)}, expected 1, or {len(images)} as the "
+                "images: give as many images as it has, and what the model is called with as inputs"
+            )
+    offset, mask = (None if t is None else t[index if len(t) > 1 else 0] for t in fields)
+    return found._replace(step=found.step._replace(offset=offset, mask=mask))
+
+
+def _deformable_layers(modules: dict[str, nn.Module]) -> str:
+    names = [repr(name) for name, module in modules.items() if isinstance(module, _DEFORMABLE)]
+    more = ", ..." if len(names) > 8 else ""
+    return f"; deformable layers of the model: {', '.join(names[:8])}{more}" if names else ""
+
+
+def _axes_of(model: nn.Module, module: nn.Module) -> int | None:
+    """How many axes a module's images have, as the layers in it say, else the model's."""
+    for layer in module.modules():
+        if isinstance(layer, _DEFORMABLE):
+            return int(getattr(layer, "rank", 2))
+    for layer in model.modules():
+        if isinstance(layer, ConvNd):
+            return len(layer.kernel_size)
+    return None
+
+
+def _places(at: Any, out: tuple[int, ...]) -> list[tuple[int, ...]]:
+    if at is None:
+        quarters = [sorted({s // 4, s - 1 - s // 4}) for s in out[-2:]]
+        return list(itertools.product(*[[s // 2] for s in out[:-2]], *quarters))
+    if not isinstance(at, Sequence) or not at:
+        raise ValueError(f"show: at is {at!r}, expected a location of {len(out)} indices, or some")
+    places = [at] if isinstance(at[0], Integral) else at
+    for place in places:
+        _check_at("show", tuple(place), out)
+    return [tuple(place) for place in places]
+
+
+def _draw_points_on(
+    part: Any, image: Tensor, points: list[list[Samples]], colours: Sequence[str]
+) -> None:
+    """Samples and regular places of some locations, in 3-D on the planes that hold most."""
+    samples = [s for s, _ in points]
+    n, count = samples[0].positions.shape[1], len(samples[0].weights)
+    slices = None
+    if n == 3:
+        near = torch.cat([s.positions[:, 0] for pair in points for s in pair]).round().int()
+        held = Counter(p for p in near.tolist() if 0 <= p < image.shape[-3])
+        slices = sorted(p for p, _ in held.most_common(9)) or [0]
+    axes = _subplots(part, len(slices or [0]))
+    # The largest mask has the largest dot: a softmax leaves none near 1.
+    largest = max(float(s.weights.max()) for s in samples) or 1.0
+    size = min(22.0 if n < 3 else 12.0, max(12.0, 600 / count))
+    for (moved, regular), colour in zip(points, colours, strict=True):
+        draw_samples(
+            image,
+            moved._replace(weights=moved.weights / largest),
+            regular,
+            axes=axes if n == 3 else axes[0],
+            colour=colour,
+            slices=slices,
+            size=size,
+        )
+    part.suptitle("+ regular, \u25cf sampled, larger: larger mask", fontsize=10)
 
 
 def animate(
@@ -480,15 +847,14 @@ def animate(
     Raises:
         ValueError: as `steps` and `follow`; or the frames are 3-D.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation, PillowWriter
-
+    plt, animation = _matplotlib("pyplot"), _matplotlib("animation")
     if frames.dim() > 4:
         raise ValueError(f"animate: frames have {frames.dim() - 2} axes, expected 1 or 2")
     if isinstance(layers, nn.Module):
         layers = [layers]
     layers = list(layers)
-    figure, (axis,) = _subplots(1)
+    figure = _figure(1)
+    (axis,) = _subplots(figure, 1)
     limits = [-0.08 * frames.shape[-1], 1.08 * frames.shape[-1]]
 
     def draw(t: int) -> list[Any]:
@@ -503,8 +869,8 @@ def animate(
         return []
 
     try:
-        FuncAnimation(figure, draw, frames=len(frames)).save(
-            os.fspath(path), writer=PillowWriter(fps)
+        animation.FuncAnimation(figure, draw, frames=len(frames)).save(
+            os.fspath(path), writer=animation.PillowWriter(fps)
         )
     finally:
         plt.close(figure)
@@ -530,29 +896,54 @@ def _shown(image: Tensor, n: int) -> Tensor:
     return image.mean(0)
 
 
-def _grouped(
-    name: str, what: str, t: Tensor, kernel_size: Size, per_point: int, n: int | None = None
-) -> Tensor:
-    """[G, K, per_point, *out] on the CPU, in float32."""
-    n = per_point if n is None else n
-    points = math.prod(_values(kernel_size, n))
+def _grouped(name: str, what: str, t: Tensor, kernel_size: Size, index: int | None) -> Tensor:
+    """An offset [OG, K, n, *out] or mask [MG, K, 1, *out] of one image, on the CPU, in float32."""
+    points = math.prod(kernel_size) if isinstance(kernel_size, (tuple, list)) else None
+    if points is not None:
+        n = len(kernel_size)  # type: ignore[arg-type]
+    else:
+        # One channel is too few for more than one kernel point: that is a batch of one.
+        alone = len(t) == 1 and t.dim() > 2 and kernel_size != 1
+        n = t.dim() - (1 if index is None and not alone else 2)
+        points = math.prod(_values(kernel_size, n))
+    t = _item(name, what, t, n, index)
+    per_point = n if what == "offset" else 1
     if n not in (1, 2, 3) or t.shape[0] % (points * per_point):
         raise ValueError(
             f"{name}: {what} has shape {list(t.shape)}, expected [channels, *out] of 1 to 3 axes "
-            f"with a multiple of {points * per_point} channels"
+            f"with a multiple of {points * per_point} channels; of a batch, index says which image"
         )
     return t.detach().cpu().float().reshape(-1, points, per_point, *t.shape[1:])
 
 
-def _subplots(count: int) -> tuple[Any, list[Any]]:
-    import matplotlib.pyplot as plt
+def _matplotlib(name: str) -> Any:
+    try:
+        return importlib.import_module(f"matplotlib.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ImportError(
+            "deformnd.viz draws with matplotlib, and matplotlib is not installed: "
+            "pip install 'deformnd[viz]', or pip install matplotlib"
+        ) from None
 
-    columns = min(count, 8)
-    rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.8 * columns, 2.9 * rows), squeeze=False, layout="constrained"
-    )
+
+def _columns(count: int) -> int:
+    return math.ceil(math.sqrt(max(1, count)))
+
+
+def _figure(count: int) -> Any:
+    """A figure for so many tiles."""
+    columns = _columns(count)
+    rows = max(1, -(-count // columns))
+    return _matplotlib("pyplot").figure(figsize=(2.8 * columns, 2.9 * rows), layout="constrained")
+
+
+def _subplots(parent: Any, count: int) -> list[Any]:
+    """Axes side by side in a figure, or in a part of one."""
+    columns = _columns(count)
+    axes = parent.subplots(max(1, -(-count // columns)), columns, squeeze=False)
     tiles = list(axes.flat)
     for axis in tiles[count:]:
         axis.remove()
-    return figure, tiles[:count]
+    return tiles[:count]
