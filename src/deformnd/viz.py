@@ -452,13 +452,13 @@ def _draw_on(
 
     if regular is not None:
         # In front, with a rim: seen on any image, and on the dot of a sample that has not moved.
-        rim = _matplotlib("patheffects").withStroke(linewidth=3, foreground="white")
+        rim = _matplotlib("patheffects").withStroke(linewidth=2.6, foreground="white")
         axis.scatter(
             *place(regular),
-            s=1.3 * size,
-            linewidth=1.4,
+            s=0.6 * size,
+            linewidth=1.2,
             color=colour,
-            marker="+",
+            marker="x",
             path_effects=[rim],
             zorder=3,
         )
@@ -824,7 +824,15 @@ def _draw_points_on(
             slices=slices,
             size=size,
         )
-    part.suptitle("+ regular, \u25cf sampled, larger: larger mask", fontsize=10)
+    if n > 1:  # samples far outside are 0: they need not be seen at the cost of the image
+        for axis in axes:
+            for limits, set_limits, length in (
+                (axis.get_xlim(), axis.set_xlim, image.shape[-1]),
+                (axis.get_ylim(), axis.set_ylim, image.shape[-2]),
+            ):
+                low, high = -0.5 - 0.12 * length, -0.5 + 1.12 * length
+                set_limits(min(max(v, low), high) for v in limits)
+    part.suptitle("\u00d7 regular, \u25cf sampled, larger: larger mask", fontsize=10)
 
 
 def animate(
