@@ -405,6 +405,8 @@ def test_show_says_what_is_wrong():
         ({"at": (8, 0)}, r"at is \(8, 0\), expected 2 indices within \(8, 6\)"),
         ({"at": (1, 1, 1)}, r"at is \(1, 1, 1\), expected 2 indices"),
         ({"at": []}, r"at is \[\], expected a location of 2 indices"),
+        ({"at": (1.5, 2)}, r"at is \(1.5, 2\), expected a location of 2 indices"),
+        ({"at": "ab"}, "at is 'ab', expected a location of 2 indices"),
         ({"index": 2}, "index is 2, expected one of the 2 images"),
         ({"group": 2}, "group is 2, expected one of the 2 offset groups"),
         ({"call": 1}, "call is 1, expected one of the 1 of 'left.packed'"),
@@ -412,6 +414,13 @@ def test_show_says_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=f"show: .*{message}"):
             viz.show(model, "left.packed", images, **options)
+    for arguments, message in (
+        ((None, "left.packed", images), "model is a NoneType, expected a Module"),
+        ((model, 1, images), "name is 1, expected the name of a module"),
+        ((model, "left.packed", [images]), "image is a list"),
+    ):
+        with pytest.raises(TypeError, match=f"show: {message}"):
+            viz.show(*arguments)
 
 
 def test_without_matplotlib(monkeypatch):

@@ -17,6 +17,7 @@ import importlib
 import itertools
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .compat import internimage as _internimage
+from .kernels.geometry import check_tensor
 from .ops import modules as _modules
 from .ops.bases import ConvNd
 from .ops.functional import Size, _values
@@ -217,8 +219,12 @@ def _watch(module: nn.Module) -> Iterator[list[_Call]]:
         for layer in layers:
             hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(layer.register_forward_hook(leave))
-        # What torch.compile made of a module would run without hooks.
-        with torch.compiler.set_stance("force_eager"), _Notice(note):
+        # What torch.compile made of a module would run without hooks. Nothing is compiled where
+        # this is not imported, which takes a second.
+        eager: Any = contextlib.nullcontext()
+        if "torch._dynamo" in sys.modules:
+            eager = torch.compiler.set_stance("force_eager")
+        with eager, _Notice(note):
             yield calls
     finally:
         for hook in hooks:
@@ -660,6 +666,7 @@ def show(
     Raises:
         ValueError: there is no such module, location, group or call; the module deforms nothing; or
             the image has other axes than the layer.
+        TypeError: model, name or image is of another type.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -670,6 +677,11 @@ def show(
         >>> [len(panel.axes) for panel in figure.subfigs]  # the points, the offset, mask and bar
         [1, 1, 2]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"show: model is a {type(model).__name__}, expected a Module")
+    if not isinstance(name, str):
+        raise TypeError(f"show: name is {name!r}, expected the name of a module")
+    check_tensor("show", "image", image)
     pyplot = _matplotlib("pyplot")
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:
@@ -791,12 +803,16 @@ def _places(at: Any, out: tuple[int, ...]) -> list[tuple[int, ...]]:
     if at is None:
         quarters = [sorted({s // 4, s - 1 - s // 4}) for s in out[-2:]]
         return list(itertools.product(*[[s // 2] for s in out[:-2]], *quarters))
-    if not isinstance(at, Sequence) or not at:
+    places = [at] if isinstance(at, Sequence) and at and isinstance(at[0], Integral) else at
+    if not (isinstance(places, Sequence) and places and all(map(_is_location, places))):
         raise ValueError(f"show: at is {at!r}, expected a location of {len(out)} indices, or some")
-    places = [at] if isinstance(at[0], Integral) else at
     for place in places:
         _check_at("show", tuple(place), out)
     return [tuple(place) for place in places]
+
+
+def _is_location(place: Any) -> bool:
+    return isinstance(place, Sequence) and all(isinstance(index, Integral) for index in place)
 
 
 def _draw_points_on(
@@ -812,7 +828,7 @@ def _draw_points_on(
         slices = sorted(p for p, _ in held.most_common(9)) or [0]
     axes = _subplots(part, len(slices or [0]))
     # The largest mask has the largest dot: a softmax leaves none near 1.
-    largest = max(float(s.weights.max()) for s in samples) or 1.0
+    largest = max(0.0, *(float(s.weights.max()) for s in samples)) or 1.0
     size = min(22.0 if n < 3 else 12.0, max(12.0, 600 / count))
     for (moved, regular), colour in zip(points, colours, strict=True):
         draw_samples(
