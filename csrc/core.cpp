@@ -215,6 +215,31 @@ Array array_of(const i64*& next) {
 
 }  // namespace
 
+Status dispatch(Call& c, i64 level) {
+  c.depthwise = !c.weight.data ||
+                (c.groups > 1 && c.groups == c.image_channels && c.groups == c.point_channels);
+  i64 image = c.batch * c.image_channels, points = c.batch * c.point_channels, cells = c.batch;
+  for (i64 v = 0; v < c.rank; v++)
+    image *= c.image_size[v], points *= c.point_size[v], cells *= c.point_size[v] * c.kernel[v];
+  if (c.gather) advise_result(c.points, points);
+  advise_result(c.grad_image, image);
+  advise_result(c.grad_offset, cells * c.offset_groups * c.rank);
+  advise_result(c.grad_mask, cells * c.mask_groups);
+  const i64 used = used_level(level);
+  c.tiles = used >= 4;
+  return run_counted(c, used);
+}
+
+Status dispatch(Attention& c, i64 level) {
+  const i64 channels = c.batch * c.heads * c.channels;
+  const i64 samples = c.batch * c.queries * c.heads * c.levels * c.points;
+  if (!c.reverse) advise_result(c.output, channels * c.queries);
+  advise_result(c.grad_value, channels * c.pixels);
+  advise_result(c.grad_locations, samples * c.rank);
+  advise_result(c.grad_weights, samples);
+  return run_counted(c, used_level(level));
+}
+
 char* workspace_take(size_t bytes) {
   if (workspace.size < bytes) {
     workspace.drop();
@@ -262,18 +287,7 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   for (Array* a : {&c.image, &c.points, &c.weight, &c.offset, &c.mask, &c.bias, &c.grad_image,
                    &c.grad_weight, &c.grad_offset, &c.grad_mask})
     *a = array_of(next);
-  c.depthwise = !c.weight.data ||
-                (c.groups > 1 && c.groups == c.image_channels && c.groups == c.point_channels);
-  i64 image = c.batch * c.image_channels, points = c.batch * c.point_channels, cells = c.batch;
-  for (i64 v = 0; v < c.rank; v++)
-    image *= c.image_size[v], points *= c.point_size[v], cells *= c.point_size[v] * c.kernel[v];
-  if (c.gather) advise_result(c.points, points);
-  advise_result(c.grad_image, image);
-  advise_result(c.grad_offset, cells * c.offset_groups * c.rank);
-  advise_result(c.grad_mask, cells * c.mask_groups);
-  const i64 used = used_level(level);
-  c.tiles = used >= 4;
-  return static_cast<int>(run_counted(c, used));
+  return static_cast<int>(dispatch(c, level));
 }
 
 // The same for deform_attention.
@@ -293,11 +307,5 @@ EXPORT int deformnd_attend(const deformnd::i64* words) {
                    &c.grad_weights})
     *a = array_of(next);
   c.sizes = next;
-  const i64 channels = c.batch * c.heads * c.channels;
-  const i64 samples = c.batch * c.queries * c.heads * c.levels * c.points;
-  if (!c.reverse) advise_result(c.output, channels * c.queries);
-  advise_result(c.grad_value, channels * c.pixels);
-  advise_result(c.grad_locations, samples * c.rank);
-  advise_result(c.grad_weights, samples);
-  return static_cast<int>(run_counted(c, used_level(level)));
+  return static_cast<int>(dispatch(c, level));
 }

@@ -58,6 +58,11 @@ struct Attention {
 // Note [infinity] in kernels/cpu.py.
 enum Status : i64 { kDone, kNoMemory, kOdd };
 
+// Run a call by the instructions of a level, or -1 the best; the caller has filled in all but
+// `alone`, `tiles` and `depthwise`.
+Status dispatch(Call&, i64 level);
+Status dispatch(Attention&, i64 level);
+
 // Memory for one call: 64-byte aligned, or null. Kept between calls for the calling thread, more of
 // it where many threads run the call, since fresh pages cost more than the arithmetic of a small
 // one.

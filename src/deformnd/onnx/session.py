@@ -1,0 +1,113 @@
+"""Running files in ONNX Runtime on the kernels of the C++ core.
+
+The core is at the same time a library of custom operators for ONNX Runtime (csrc/onnxruntime.cpp).
+It needs neither torch nor Python, so that the one file can be copied to where a model runs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..kernels import cpu
+from .export import path_to_read
+
+# The domain of its operators.
+DOMAIN = "deformnd"
+
+
+def custom_ops_library() -> str:
+    """The path of the library that gives ONNX Runtime deformnd's CPU kernels.
+
+    For SessionOptions.register_custom_ops_library of onnxruntime 1.19 or newer, in any of its
+    languages. Besides ONNX Runtime it needs only the C++ and OpenMP libraries of the system. It has
+    the operators of target "deformnd", and a DeformConv that stands in for ONNX Runtime's own.
+
+    Entries of the session's configuration, before the library is registered: "deformnd.threads",
+    the most threads of a call (else as many as OpenMP uses), and "deformnd.override", "0" to leave
+    the standard DeformConv to ONNX Runtime.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: the core was not built.
+
+    Example:
+        >>> import onnxruntime
+        >>> import deformnd.onnx
+        >>> options = onnxruntime.SessionOptions()
+        >>> options.add_session_config_entry("deformnd.threads", "4")
+        >>> options.register_custom_ops_library(deformnd.onnx.custom_ops_library())
+    """
+    if not cpu.available():
+        raise FileNotFoundError(
+            f"deformnd.onnx: there is no core that fits at {str(cpu.PATH)!r}; `deformnd info` says "
+            "why"
+        )
+    return str(cpu.PATH)
+
+
+def session(
+    path: str | os.PathLike[str] | bytes,
+    *,
+    override: bool = True,
+    sess_options: Any = None,
+    providers: Any = None,
+    **options: Any,
+) -> Any:
+    """An onnxruntime.InferenceSession that runs deformable operators on deformnd's CPU kernels.
+
+    Which are the operators of files for target "deformnd", and the standard DeformConv of all
+    others. A call uses as many threads as the session's intra_op_num_threads.
+
+    Args:
+        path: the file, or its content.
+        override: whether the standard DeformConv runs on deformnd's kernel, too, and not on ONNX
+            Runtime's own.
+        sess_options: onnxruntime.SessionOptions, to which the library is added. None: new ones.
+        providers: of the session. None: ["CPUExecutionProvider"].
+        **options: more for onnxruntime.InferenceSession.
+
+    Returns:
+        The onnxruntime.InferenceSession.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        FileNotFoundError: the core was not built.
+        ValueError: there is no such file.
+        While the session runs, onnxruntime's InvalidArgument for inputs that do not fit.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> import deformnd.onnx
+        >>> layer = deformnd.PackedDeformConv2d(3, 8, 3, padding=1).eval()
+        >>> path, x = os.path.join(tempfile.mkdtemp(), "layer.onnx"), torch.rand(1, 3, 16, 16)
+        >>> program = deformnd.onnx.export(layer, (x,), path, verbose=False)
+        >>> session = deformnd.onnx.session(path)
+        >>> session.run(None, {session.get_inputs()[0].name: x.numpy()})[0].shape
+        (1, 8, 16, 16)
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("deformnd.onnx.session needs onnxruntime: pip install onnxruntime") from (
+            error
+        )
+    if sess_options is None:
+        sess_options = onnxruntime.SessionOptions()
+    if not isinstance(sess_options, onnxruntime.SessionOptions):
+        kind = type(sess_options).__name__
+        raise TypeError(
+            f"deformnd.onnx: sess_options is a {kind}, expected onnxruntime.SessionOptions"
+        )
+    library = custom_ops_library()
+    model = path if isinstance(path, bytes) else path_to_read(path)
+    sess_options.add_session_config_entry(
+        "deformnd.threads", str(sess_options.intra_op_num_threads)
+    )
+    sess_options.add_session_config_entry("deformnd.override", str(int(bool(override))))
+    sess_options.register_custom_ops_library(library)
+    return onnxruntime.InferenceSession(
+        model, sess_options, providers or ["CPUExecutionProvider"], **options
+    )
