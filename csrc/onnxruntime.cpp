@@ -63,11 +63,16 @@ constexpr Kind kKinds[] = {
 };
 constexpr ort::Element kElements[] = {ort::kHalf, ort::kBrainFloat, ort::kFloat, ort::kDouble};
 constexpr const char* kDtypes[] = {"float16", "bfloat16", "float32", "float64"};  // enum Dtype
-constexpr int kCount = sizeof(kKinds) / sizeof(*kKinds) * 4;
+// A file's local functions, which stand in for the operators elsewhere, are told apart by name
+// alone, and their bodies hold sizes. So each operator of ours has so many names: DeformConv,
+// DeformConv_2, DeformConv_3 ... As in onnx/session.py.
+constexpr int kNames = 32;
+constexpr int kCount = (4 * kNames + 1) * 4;  // in all types
 
 // One operator of one type, in one or more sessions with a number of threads.
 struct Operator : ort::CustomOp {
   const Kind* kind;
+  char called[24];
   ort::Element element;
   i64 threads;
 };
@@ -608,7 +613,7 @@ void ORT_CALL destroy(void* kernel) { free(kernel); }
 ort::CustomOp table() {
   ort::CustomOp t = {};
   t.version = ort::kVersion;
-  t.name = [](const ort::CustomOp* op) { return operator_of(op).kind->name; };
+  t.name = [](const ort::CustomOp* op) { return operator_of(op).called; };
   t.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
   t.input_type = [](const ort::CustomOp* op, size_t index) {
     const char letter = operator_of(op).kind->letters[index];
@@ -652,15 +657,18 @@ ort::Status* registration_of(const ort::Api* api, i64 threads, Registration*& fo
   found->api = api, found->threads = threads;
   ort::Status* bad = api->create_custom_op_domain("deformnd", &found->ours);
   if (!bad) bad = api->create_custom_op_domain("", &found->onnx);
-  Operator* next = found->operators;
+  Operator* op = found->operators;
   for (const Kind& kind : kKinds)
-    for (ort::Element element : kElements) {
-      static_cast<ort::CustomOp&>(*next) = table();
-      next->kind = &kind, next->element = element, next->threads = threads;
-      ort::Domain* domain = kind.family == kStandard ? found->onnx : found->ours;
-      if (!bad) bad = api->custom_op_domain_add(domain, next);
-      next++;
-    }
+    for (int number = 1; number <= (kind.family == kStandard ? 1 : kNames); number++)
+      for (ort::Element element : kElements) {
+        static_cast<ort::CustomOp&>(*op) = table();
+        op->kind = &kind, op->element = element, op->threads = threads;
+        const char* pattern = number == 1 ? "%s" : "%s_%d";
+        snprintf(op->called, sizeof(op->called), pattern, kind.name, number);
+        ort::Domain* domain = kind.family == kStandard ? found->onnx : found->ours;
+        if (!bad) bad = api->custom_op_domain_add(domain, op);
+        op++;
+      }
   if (bad) return bad;
   found->next = registrations;
   while (!registrations.compare_exchange_weak(found->next, found)) {

@@ -12,7 +12,7 @@ from cases import relative_error
 from deformnd import deform_attention
 from deformnd.onnx import TARGETS, UnsupportedError, check, export
 from test_attention import SHAPES, Net, make
-from test_onnx import ENGINES, load, newest_opset, run
+from test_onnx import ENGINES, engines, load, newest_opset, run
 
 # Relative to float64; locations are multiplied by the size of a level in float32.
 BOUND = {target: 4e-6 if target == "standard" else 2e-6 for target in TARGETS}

@@ -15,11 +15,17 @@ from typing import Any
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
-def onnxruntime(path: str) -> tuple[list[set[int]], Run]:
-    """The open axes of each input of a file, and the function that runs it."""
+def onnxruntime(path: str, library: str | None = None) -> tuple[list[set[int]], Run]:
+    """The open axes of each input of a file, and the function that runs it.
+
+    library: one of custom operators.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(library)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = session.get_inputs()
 
     def run(arrays: Sequence[Any]) -> list[Any]:
@@ -46,11 +52,27 @@ def openvino(path: str) -> tuple[list[set[int]], Run]:
     return [{a for a, s in enumerate(shape) if s.is_dynamic} for shape in shapes], run
 
 
-ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino}
+def deformnd(path: str) -> tuple[list[set[int]], Run]:
+    """The same in ONNX Runtime with deformnd's kernels."""
+    return onnxruntime(path, str(_core()))
+
+
+def _core() -> Path:
+    """As deformnd.onnx.custom_ops_library, which this file cannot import."""
+    found = sorted(Path(__file__).parent.parent.glob("_core.*"))
+    if not found:
+        raise ImportError("deformnd's core is not there")
+    return found[0]
+
+
+ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino, "deformnd": deformnd}
 
 
 def version(engine: str) -> str:
     """Of an engine; raises ImportError if it is not installed."""
+    if engine == "deformnd":
+        _core()
+        engine = "onnxruntime"
     try:
         found: str = importlib.import_module(engine).__version__
     except ImportError as error:
@@ -67,7 +89,7 @@ def reason(engine: str, error: Exception | str) -> str:
             "onnxruntime": "; it has DeformConv from 1.25 on: target 'precise' runs in older ones",
             "openvino": "; deformnd.onnx.read_openvino_model reads it, and so does OpenVINO itself "
             "what is exported for target 'openvino'",
-        }[engine]
+        }.get(engine, "")
     return said + hint
 
 

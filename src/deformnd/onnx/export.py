@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import engines
 from .lowerings import OPENVINO_DOMAIN, openvino_function
-from .table import UnsupportedError, resolve, translation_table
+from .nodes import add_functions
+from .table import UnsupportedError, body, resolve, translation_table
 
 # Of the largest value of an output. What is wrong is wrong by much more, and a deep network adds
 # up more than one layer's rounding.
@@ -61,10 +62,13 @@ def export(
             its own operator. The fastest in OpenVINO.
             "standard": GridSample, which every engine has; its error grows with the image.
             "precise": gathers at integer coordinates; the most exact, and for old engines.
+            "deformnd": deformnd's own CPU kernels in ONNX Runtime, by deformnd.onnx.session or a
+            registered deformnd.onnx.custom_ops_library(). In every other engine that knows local
+            functions it is as "precise".
         kwargs: the model's inputs by name.
         dynamic_shapes: as for torch.onnx.export: the axes whose size may vary.
-        opset: from 19, or from 18 for "standard" and "precise", up to the newest that torch
-            writes. None: 20, or 18 for "precise".
+        opset: from 19, or from 18 for "standard", "precise" and "deformnd", up to the newest that
+            torch writes. None: 20, or 18 for "precise" and "deformnd".
         verify: run the file and compare. Without the engine installed, only the file is checked.
         verbose: say what was written and how well it agrees.
         **options: more for torch.onnx.export: input_names, output_names, external_data ... Its
@@ -285,10 +289,10 @@ def _explained(
 
 
 def add_function(program: Any) -> None:
-    """Complete a program that torch.onnx.export made with translation_table("openvino").
+    """Complete a program that torch.onnx.export made for target "openvino" or "deformnd".
 
-    It gets the definition of OpenVINO's operator, for every other engine: without it, only
-    OpenVINO reads the file. deformnd.onnx.export does this for you.
+    It gets the definition of the operator that is OpenVINO's or deformnd's own, for every other
+    engine: without it, only that one reads the file. deformnd.onnx.export does this for you.
 
     Args:
         program: torch's ONNXProgram, changed in place.
@@ -303,6 +307,11 @@ def add_function(program: Any) -> None:
         opset = model.opset_imports[""]
         function = serde.deserialize_function(openvino_function(opset))
         model.functions[function.identifier()] = function
+
+    def refuse(name: str, reason: str) -> None:
+        raise UnsupportedError("deformnd", model.opset_imports[""], f"a model with {name}", reason)
+
+    add_functions(model, body, refuse)
 
 
 def _check_program(program: Any, target: str, opset: int) -> None:
@@ -335,7 +344,8 @@ def check(
         path: the file.
         model: the nn.Module or ExportedProgram.
         args, kwargs: inputs, as they were given to export.
-        engine: "onnxruntime" or "openvino".
+        engine: "onnxruntime", "openvino" or "deformnd", which is ONNX Runtime with deformnd's
+            kernels.
         standard: the file was made for target "standard", which is less exact.
 
     Returns:
@@ -351,7 +361,8 @@ def check(
     """
     if not isinstance(engine, str) or engine not in engines.ENGINES:
         raise ValueError(
-            f"deformnd.onnx: engine is {engine!r}, expected 'onnxruntime' or 'openvino'"
+            f"deformnd.onnx: engine is {engine!r}, expected 'onnxruntime', 'openvino' or "
+            "'deformnd'"
         )
     version = engines.version(engine)
     path = path_to_read(path)
@@ -452,4 +463,5 @@ _ENGINES = {
     "openvino": ("openvino", "onnxruntime"),
     "standard": ("onnxruntime",),
     "precise": ("onnxruntime",),
+    "deformnd": ("onnxruntime", "deformnd"),
 }

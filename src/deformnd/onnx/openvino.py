@@ -7,13 +7,15 @@ from typing import Any
 
 from .export import path_to_read
 from .lowerings import FAR
+from .nodes import DOMAIN
 
 
 def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
     """Read an ONNX file into OpenVINO, with a rule for the standard 2-D DeformConv.
 
-    For files made for target "onnxruntime", or by others. What is made for target "openvino" needs
-    no help.
+    For files made for target "onnxruntime", or by others, and for those of target "deformnd", whose
+    functions OpenVINO does not read either (this needs the package onnx). What is made for target
+    "openvino" needs no help.
 
     Args:
         path: the file.
@@ -49,10 +51,28 @@ def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
         raise TypeError(f"read_openvino_model: core is a {kind}, expected an openvino.Core")
     core.add_extension(ConversionExtension("DeformConv", "", _convert))
     try:
-        return core.read_model(path)
+        model = _without_functions(path)
+        return core.read_model(path if model is None else model)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"read_openvino_model: OpenVINO does not read {path}: {reason}") from error
+
+
+def _without_functions(path: str) -> bytes | None:
+    """A file of target "deformnd" with the functions' bodies in place of the nodes, else None."""
+    try:
+        import onnx
+        import onnx.inliner
+    except ImportError:
+        return None
+    try:
+        found = onnx.load(path, load_external_data=False).functions
+    except Exception:  # OpenVINO will say what is wrong with it
+        return None
+    if all(function.domain != DOMAIN for function in found):
+        return None
+    inlined: bytes = onnx.inliner.inline_local_functions(onnx.load(path)).SerializeToString()
+    return inlined
 
 
 def _convert(node: Any) -> Any:

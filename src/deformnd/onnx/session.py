@@ -12,9 +12,6 @@ from typing import Any
 from ..kernels import cpu
 from .export import path_to_read
 
-# The domain of its operators.
-DOMAIN = "deformnd"
-
 
 def custom_ops_library() -> str:
     """The path of the library that gives ONNX Runtime deformnd's CPU kernels.

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels import library as library  # registers torch.ops.deformnd
 from ..kernels.geometry import Attention, Geometry, check_ints
-from . import attention, lowerings
+from . import attention, lowerings, nodes
 from .graph import Graph, Size, Value
 
 # Each with the opset that it takes by default, and the oldest that it can.
@@ -21,6 +21,7 @@ TARGETS = {
     "openvino": (20, 19),
     "standard": (20, 18),
     "precise": (18, 18),
+    "deformnd": (18, 18),
 }
 
 Lowering = Callable[..., Value]
@@ -56,10 +57,11 @@ def translation_table(
     checks what it wrote.
 
     Args:
-        target: "onnxruntime", "openvino", "standard" or "precise"; see deformnd.onnx.export. A
-            program that was made for "openvino" runs in other engines, too, once
-            deformnd.onnx.add_function has completed it.
-        opset: the opset_version that torch.onnx.export is given; None: 20, or 18 for "precise".
+        target: "onnxruntime", "openvino", "standard", "precise" or "deformnd"; see
+            deformnd.onnx.export. A program that was made for "openvino" or "deformnd" runs in other
+            engines, too, once deformnd.onnx.add_function has completed it.
+        opset: the opset_version that torch.onnx.export is given; None: 20, or 18 for "precise" and
+            "deformnd".
 
     Returns:
         A dict for the argument custom_translation_table of torch.onnx.export(dynamo=True).
@@ -101,6 +103,8 @@ def translation_table(
     ) -> Value:
         tensors = (input, weight, offset, mask, bias)
         _check(target, version, f"deform_conv{len(parameters[0])}d", tensors)
+        if target == "deformnd":
+            return nodes.write(op, "DeformConv", tensors, **_named(*parameters))
         return translate(op, chosen, tensors, *parameters)
 
     def deform_conv_transpose(
@@ -118,6 +122,8 @@ def translation_table(
         tensors = (input, weight, offset, mask, bias)
         _check(target, version, f"deform_conv_transpose{len(stride)}d", tensors)
         parameters = (stride, padding, dilation, groups, output_padding)
+        if target == "deformnd":
+            return nodes.write(op, "DeformConvTranspose", tensors, **_named(*parameters))
         return translate(op, lowerings.scatter, tensors, *parameters)
 
     def deform_aggregate(
@@ -131,7 +137,11 @@ def translation_table(
     ) -> Value:
         tensors = (input, None, offset, mask, None)
         _check(target, version, f"deform_aggregate{len(kernel)}d", tensors)
-        lowering = lowerings.ordinary if offset is None and mask is None else chosen
+        ordinary = offset is None and mask is None
+        if target == "deformnd" and not ordinary:
+            attributes = {"kernel_size": kernel, **_named(stride, padding, dilation)}
+            return nodes.write(op, "DeformAggregate", (input, offset, mask), **attributes)
+        lowering = lowerings.ordinary if ordinary else chosen
         sizes = (stride, padding, dilation, int(input.shape[1]))
         return translate(op, lowering, tensors, *sizes, kernel=tuple(kernel))
 
@@ -139,6 +149,8 @@ def translation_table(
         value: Value, locations: Value, weights: Value, shapes: list[Any]
     ) -> Value:
         _check(target, version, "deform_attention", (value, locations, weights))
+        if target == "deformnd":
+            return nodes.write_attention(op, value, locations, weights, shapes)
         return translate_attention(op, target, value, locations, weights, shapes)
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -156,6 +168,52 @@ def translation_table(
         table[torch.ops.torchvision.deform_conv2d.default] = torchvision
     library.onnx_translations.update(table.values())
     return table
+
+
+def _named(
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int | None = None,
+    output_padding: list[int] | None = None,
+) -> dict[str, Any]:
+    """The attributes of a node of target "deformnd"."""
+    named = {"stride": stride, "padding": padding, "dilation": dilation}
+    more = {"groups": groups, "output_padding": output_padding}
+    return {**named, **{key: value for key, value in more.items() if value is not None}}
+
+
+def body(
+    op: Any,
+    name: str,
+    tensors: Sequence[Value | None],
+    attributes: dict[str, Any],
+    sizes: list[int] | None,
+) -> Value:
+    """Write what a node of target "deformnd" computes, see Note [nodes and functions]."""
+    if name == "DeformAttention":
+        value, shapes, locations, weights = tensors
+        b = Graph(op, [])
+        assert shapes is not None and locations is not None
+        listed: list[Any] | None = sizes
+        if sizes is None:
+            levels, axes = map(int, shapes.shape)
+            flat = b.reshape(shapes, levels * axes)
+            listed = [b.take(flat, i, 0) for i in range(levels * axes)]
+        return translate_attention(op, "precise", value, locations, weights, listed or [])
+    values = dict(attributes)
+    kernel = tuple(values.pop("kernel_size", ()))
+    if kernel:
+        input, offset, mask = tensors
+        assert input is not None
+        tensors = (input, None, offset, mask, None)
+        values["groups"] = int(input.shape[1])
+
+    def chosen(b: Graph, g: Geometry, *call: Value | None) -> Value:
+        return choose("precise", g)(b, g, *call)
+
+    lowering = lowerings.scatter if "output_padding" in values else chosen
+    return translate(op, lowering, tuple(tensors), kernel=kernel, **values)
 
 
 def torchvision_call(

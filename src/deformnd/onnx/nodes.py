@@ -1,0 +1,174 @@
+"""Target "deformnd": one node for each call, and what stands in for it elsewhere.
+
+Note [nodes and functions]
+The nodes are of the domain "deformnd", whose operators the core has for ONNX Runtime, see
+session.py. For whoever does not have them, the file holds a local function for each: its body is
+the lowering of target "precise". Engines tell functions apart by name (most know nothing of
+overloads, and take any of that name), and a body holds sizes. So calls of different sizes are nodes
+of different names, DeformConv, DeformConv_2 ..., and the core knows each operator by that many.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .graph import Graph, Size, Value
+
+DOMAIN = "deformnd"
+NAMES = 32  # kNames in csrc/onnxruntime.cpp
+# For each operator its inputs, after which a question mark stands where they are optional.
+_CONV = ("input", "weight", "offset?", "mask?", "bias?")
+OPERATORS = {
+    "DeformConv": _CONV,
+    "DeformConvTranspose": _CONV,
+    "DeformAggregate": ("input", "offset?", "mask?"),
+    "DeformAttention": ("value", "shapes", "locations", "weights"),
+}
+# They may be of another floating dtype than the first input.
+_COORDINATES = ("offset", "mask", "locations", "weights")
+_ATTRIBUTES = {"groups": "INT"} | dict.fromkeys(
+    ("stride", "padding", "output_padding", "dilation", "kernel_size"), "INTS"
+)
+
+
+@functools.cache
+def _operator(name: str) -> Any:
+    from onnx.defs import OpSchema
+    from onnxscript import values
+
+    floats = ["tensor(float16)", "tensor(float)", "tensor(double)", "tensor(bfloat16)"]
+    inputs, constraints = [], [("T", floats, ""), ("I", ["tensor(int64)"], "")]
+    for given in OPERATORS[name]:
+        key = given.rstrip("?")
+        kind = "I" if key == "shapes" else key if key in _COORDINATES else "T"
+        if kind == key:
+            constraints.append((key, floats, ""))
+        option = OpSchema.FormalParameterOption
+        inputs.append(
+            OpSchema.FormalParameter(
+                key, kind, param_option=option.Optional if given != key else option.Single
+            )
+        )
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=inputs,
+        outputs=[OpSchema.FormalParameter("output", "T")],
+        type_constraints=constraints,
+        attributes=[
+            OpSchema.Attribute(key, getattr(OpSchema.AttrType, kind), required=False)
+            for key, kind in _ATTRIBUTES.items()
+        ],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), name, schema)
+
+
+def write(op: Any, name: str, tensors: Sequence[Value | None], **attributes: Any) -> Value:
+    """Write the node of a call."""
+    given = list(tensors)
+    while given[-1] is None:
+        given.pop()
+    b = Graph(op, [])
+    dtype = given[0].dtype
+    for i, key in enumerate(OPERATORS[name][: len(given)]):
+        if key.rstrip("?") in ("weight", "bias") and given[i] is not None:
+            if given[i].dtype != dtype:
+                given[i] = b.op.Cast(given[i], to=int(dtype))
+    return _operator(name)(*given, **attributes)
+
+
+def write_attention(
+    op: Any, value: Value, locations: Value, weights: Value, shapes: list[Any]
+) -> Value:
+    """The same of deform_attention, whose levels' sizes may be scalars of the graph."""
+    b, n = Graph(op, []), int(locations.shape[-1])
+    sizes: list[Size] = [s if isinstance(s, int) else b.reshape(s, 1) for s in shapes]
+    levels = b.reshape(b.tensor(*sizes), len(shapes) // n, n)
+    return write(op, "DeformAttention", (value, levels, locations, weights))
+
+
+class _Recorder:
+    """Stands in for an opset while a body is written: op.Add(x, y) keeps a node."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Value]:
+        import onnx_ir as ir
+
+        def record(*inputs: Value | None, **attributes: Any) -> Value:
+            if "value" in attributes:
+                attributes["value"] = ir.serde.deserialize_tensor(attributes["value"])
+            node = ir.node(name, inputs, attributes, name=f"{name}_{len(self.nodes)}")
+            self.nodes.append(node)
+            node.outputs[0].name = f"v{len(self.nodes)}"
+            return node.outputs[0]
+
+        return record
+
+
+def add_functions(model: Any, body: Callable[..., Value], refuse: Callable[[str, str], Any]) -> None:
+    """Give each node of our domain in an onnx_ir.Model the function that stands in for it.
+
+    body(op, name, inputs, attributes, sizes) writes what a node computes; sizes are those of an
+    attention's levels, if they are known. refuse(name, reason) is for what cannot be.
+    """
+    import onnx_ir as ir
+
+    names: dict[Any, str] = {}
+    for node in model.graph.all_nodes():
+        if node.domain != DOMAIN:
+            continue
+        name = node.op_type
+        attributes = {
+            key: attribute.value if key == "groups" else list(attribute.value)
+            for key, attribute in node.attributes.items()
+        }
+        sizes = None
+        if name == "DeformAttention":
+            known = ir.convenience.get_const_tensor(node.inputs[1])
+            sizes = None if known is None else known.numpy().reshape(-1).tolist()
+        tensors = [
+            None if v is None else (str(v.dtype), [str(s) for s in v.shape]) for v in node.inputs
+        ]
+        key = repr((name, attributes, tensors, sizes))
+        if key not in names:
+            number = 1 + sum(found.split("_")[0] == name for found in names.values())
+            if number > NAMES:
+                refuse(name, f"it has more than {NAMES} calls of different sizes")
+            names[key] = name if number == 1 else f"{name}_{number}"
+            function = _function(model, node, names[key], attributes, sizes, body)
+            model.functions[function.identifier()] = function
+        node.op_type = names[key]
+
+
+def _function(
+    model: Any,
+    node: Any,
+    name: str,
+    attributes: dict[str, Any],
+    sizes: list[int] | None,
+    body: Callable[..., Value],
+) -> Any:
+    import onnx_ir as ir
+
+    keys = [key.rstrip("?") for key in OPERATORS[node.op_type]]
+    given = [*node.inputs, *[None] * (len(keys) - len(node.inputs))]
+    inputs = [
+        ir.Value(name=key, shape=v.shape, type=v.type) if v is not None else ir.Value(name=key)
+        for key, v in zip(keys, given, strict=True)
+    ]
+    op = _Recorder()
+    used = [i if v is not None else None for i, v in zip(inputs, given, strict=True)]
+    result = body(op, node.op_type, used, attributes, sizes)
+    return ir.Function(
+        DOMAIN,
+        name,
+        graph=ir.Graph(
+            inputs, [result], nodes=op.nodes, opset_imports={"": model.opset_imports[""]}
+        ),
+        attributes=[ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in attributes],
+    )
