@@ -195,9 +195,9 @@ def test_defaults_and_unequal_padding_of_the_standard_operator():
     assert relative_error(got, want) < 1e-6
 
 
-X, W, O = torch.randn(1, 4, 5, 6), torch.randn(6, 4, 3, 3), torch.randn(1, 18, 3, 4)
+# Input, weight, offset, mask; and value, shapes, locations, weights.
+X, W, O = torch.randn(1, 4, 5, 6), torch.randn(6, 4, 3, 3), torch.randn(1, 18, 3, 4)  # noqa: E741
 M, V = torch.randn(1, 9, 3, 4), attention(2, torch.float32)
-ONCE = {"stride": [1, 1]}
 
 
 @pytest.mark.parametrize(
@@ -207,10 +207,20 @@ ONCE = {"stride": [1, 1]}
         ("DeformConv", (X[0], W, O), {}, "weight has 4 dimensions, expected 3 as input"),
         ("DeformConv", (X[0, 0], W, O), {}, "input has 2 dimensions, expected 3 to 5"),
         ("DeformConv", (X, W, O[:, :17]), {}, "expected a multiple of 18 (2 axes x 9 kernel"),
-        ("DeformConv", (X, W, O[..., :3]), {}, "offset has spatial size (3, 3), expected the output"),
+        (
+            "DeformConv",
+            (X, W, O[..., :3]),
+            {},
+            "offset has spatial size (3, 3), expected the output",
+        ),
         ("DeformConv", (X, W, O[0]), {}, "offset has 3 dimensions, expected 4 as input"),
         ("DeformConv", (X, W, O.repeat(2, 1, 1, 1)), {}, "offset has batch size 2, expected 1"),
-        ("DeformConv", (X, W, O.repeat(1, 3, 1, 1)), {}, "3 groups (54 channels / 18), which do not"),
+        (
+            "DeformConv",
+            (X, W, O.repeat(1, 3, 1, 1)),
+            {},
+            "3 groups (54 channels / 18), which do not",
+        ),
         ("DeformConv", (X, W, None, M[:, :8]), {}, "mask has 8 channels, expected a multiple of 9"),
         ("DeformConv", (X, W, O, M, torch.ones(5)), {}, "bias has shape [5], expected [6]"),
         ("DeformConv", (X, W, O), {"stride": [1]}, "stride is (1,), expected 2 values"),
@@ -222,16 +232,36 @@ ONCE = {"stride": [1, 1]}
         ("DeformConv", (X, W, O), {"dilation": [1] * 7}, "dilation has 7 values"),
         ("DeformConv", (X, W, O), {"groups": 0}, "groups is 0, expected at least 1"),
         ("DeformConv", (X[:, :0], W[:, :0], None), {}, "no channels"),
-        ("DeformConvTranspose", (X, W[:4], O), {}, "offset has spatial size (3, 4), expected the in"),
+        (
+            "DeformConvTranspose",
+            (X, W[:4], O),
+            {},
+            "offset has spatial size (3, 4), expected the in",
+        ),
         ("DeformConvTranspose", (X, W), {}, "input has 4 channels, expected 6 (weight.shape[0])"),
         ("DeformConvTranspose", (X, W[:4]), {"output_padding": [1, 0]}, "output_padding is (1, 0)"),
-        ("DeformConvTranspose", (X, W[:4]), {"padding": [9, 0]}, "size (-11, 8), expected at least"),
+        (
+            "DeformConvTranspose",
+            (X, W[:4]),
+            {"padding": [9, 0]},
+            "size (-11, 8), expected at least",
+        ),
         ("DeformAggregate", (X, O), {}, "kernel_size is missing"),
         ("DeformAggregate", (X, O), {"kernel_size": [3]}, "kernel_size is (3,), expected 2 values"),
         ("DeformAttention", (V[0][:, :5], *V[1:]), {}, "value has 5 pixels, expected 40"),
         ("DeformAttention", (V[0], V[1] * 0, *V[2:]), {}, "expected to be at least 1"),
-        ("DeformAttention", (V[0], V[1][0], *V[2:]), {}, "shapes has shape [2], expected [levels, 2]"),
-        ("DeformAttention", (*V[:3], V[3][:, 1:]), {}, "weights has shape [2, 10, 3, 3, 2], expected"),
+        (
+            "DeformAttention",
+            (V[0], V[1][0], *V[2:]),
+            {},
+            "shapes has shape [2], expected [levels, 2]",
+        ),
+        (
+            "DeformAttention",
+            (*V[:3], V[3][:, 1:]),
+            {},
+            "weights has shape [2, 10, 3, 3, 2], expected",
+        ),
         ("DeformAttention", (*V[:2], V[2][0], V[3]), {}, "locations has 5 dimensions, expected 6"),
         ("DeformAttention", (*V[:2], V[2][..., :0], V[3]), {}, "0 coordinates, expected 1 to 3"),
     ],
@@ -248,7 +278,11 @@ def test_errors_are_of_onnxruntime_and_say_what_is_wrong(operator, tensors, attr
 @pytest.mark.parametrize(
     ("tensors", "attributes", "message"),
     [
-        ((X, W, O), {"offset_group": 2}, "offset has 18 channels, expected 36 (18 for each of offs"),
+        (
+            (X, W, O),
+            {"offset_group": 2},
+            "offset has 18 channels, expected 36 (18 for each of offs",
+        ),
         ((X, W, O), {"kernel_shape": [3, 2]}, "kernel_shape is (3, 2), expected weight's (3, 3)"),
         ((X, W, O), {"pads": [1, 1]}, "pads is (1, 1), expected 4 values"),
     ],
@@ -369,7 +403,9 @@ def test_functions_stand_in_for_the_nodes(tmp_path):
 def test_openvino_reads_the_functions(tmp_path):
     openvino = pytest.importorskip("openvino")
     layer = deformnd.PackedDeformConv2d(3, 8, 3, padding=1, modulated=True).eval()
-    torch.nn.init.normal_(layer.offset_conv.weight if hasattr(layer, "offset_conv") else layer.weight)
+    torch.nn.init.normal_(
+        layer.offset_conv.weight if hasattr(layer, "offset_conv") else layer.weight
+    )
     path, x = tmp_path / "layer.onnx", torch.rand(1, 3, 16, 16)
     deformnd.onnx.export(layer, (x,), path, target="deformnd", verbose=False)
     read = deformnd.onnx.read_openvino_model(path)

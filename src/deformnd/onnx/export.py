@@ -361,8 +361,7 @@ def check(
     """
     if not isinstance(engine, str) or engine not in engines.ENGINES:
         raise ValueError(
-            f"deformnd.onnx: engine is {engine!r}, expected 'onnxruntime', 'openvino' or "
-            "'deformnd'"
+            f"deformnd.onnx: engine is {engine!r}, expected 'onnxruntime', 'openvino' or 'deformnd'"
         )
     version = engines.version(engine)
     path = path_to_read(path)

@@ -71,12 +71,11 @@ def write(op: Any, name: str, tensors: Sequence[Value | None], **attributes: Any
     given = list(tensors)
     while given[-1] is None:
         given.pop()
-    b = Graph(op, [])
-    dtype = given[0].dtype
     for i, key in enumerate(OPERATORS[name][: len(given)]):
-        if key.rstrip("?") in ("weight", "bias") and given[i] is not None:
-            if given[i].dtype != dtype:
-                given[i] = b.op.Cast(given[i], to=int(dtype))
+        t, first = given[i], given[0]
+        assert first is not None
+        if t is not None and key.rstrip("?") in ("weight", "bias") and t.dtype != first.dtype:
+            given[i] = op.Cast(t, to=int(first.dtype))
     return _operator(name)(*given, **attributes)
 
 
@@ -110,7 +109,9 @@ class _Recorder:
         return record
 
 
-def add_functions(model: Any, body: Callable[..., Value], refuse: Callable[[str, str], Any]) -> None:
+def add_functions(
+    model: Any, body: Callable[..., Value], refuse: Callable[[str, str], Any]
+) -> None:
     """Give each node of our domain in an onnx_ir.Model the function that stands in for it.
 
     body(op, name, inputs, attributes, sizes) writes what a node computes; sizes are those of an
