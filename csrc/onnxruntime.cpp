@@ -2,7 +2,10 @@
 //
 // Of the domain "deformnd" there are DeformConv, DeformConvTranspose, DeformAggregate and
 // DeformAttention, each for 1 to 3 axes; of ONNX's own, unless the session says otherwise, the
-// standard DeformConv. Every check of kernels/geometry.py is here, too, with the same words.
+// standard DeformConv. What kernels/geometry.py checks is checked here, too, with its words.
+//
+// A call of a mask that is not finite is done when the core has done it, although its sums may be
+// NaN where they are infinite by the definition: see Note [infinity] in kernels/cpu.py.
 
 #include "onnxruntime.h"
 
@@ -61,8 +64,8 @@ constexpr Kind kKinds[] = {
     // ONNX has another order.
     {kStandard, "DeformConv", "deform_conv", "TTCtc", {"input", "weight", "offset", "bias", "mask"}},
 };
+// As enum Dtype.
 constexpr ort::Element kElements[] = {ort::kHalf, ort::kBrainFloat, ort::kFloat, ort::kDouble};
-constexpr const char* kDtypes[] = {"float16", "bfloat16", "float32", "float64"};  // enum Dtype
 // A file's local functions, which stand in for the operators elsewhere, are told apart by name
 // alone, and their bodies hold sizes. So each operator of ours has so many names: DeformConv,
 // DeformConv_2, DeformConv_3 ... As in onnx/session.py.

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ import deformnd
 import deformnd.onnx
 from cases import AGGREGATES, CASES, Case, relative_error
 from test_attention import SHAPES, make
+from test_onnx import Network, newest_opset
 
 FLOATS = {
     torch.float16: TensorProto.FLOAT16,
@@ -411,3 +413,50 @@ def test_openvino_reads_the_functions(tmp_path):
     read = deformnd.onnx.read_openvino_model(path)
     compiled = openvino.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert relative_error(torch.from_numpy(compiled(x.numpy())[0]), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("opset", [19, newest_opset()])
+def test_other_operators_of_a_file_are_onnxruntimes(opset, tmp_path):
+    """Where the library has taken over one of ONNX's own domain."""
+    model, path, x = Network(2).eval(), tmp_path / "model.onnx", torch.randn(2, 3, 12, 9)
+    for target in ("onnxruntime", "deformnd"):
+        deformnd.onnx.export(model, (x,), path, target=target, opset=opset, verbose=False)
+        for override in (True, False):
+            session = deformnd.onnx.session(path, override=override)
+            got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+            assert relative_error(torch.from_numpy(got), model(x)) < 1e-5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_call_takes_the_threads_of_the_session(threads, tmp_path):
+    case = Case((80, 80), (3, 3), padding=1, channels=(32, 32))
+    content, feed = model([call_of(case, case.tensors(torch.float32))])
+    files = tmp_path / "model.onnx", tmp_path / "feed.npz"
+    files[0].write_bytes(content)
+    np.savez(files[1], **feed)
+    code = """
+        import os, sys, numpy as np, onnxruntime, deformnd.onnx
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(sys.argv[1])
+        session = deformnd.onnx.session(sys.argv[2], sess_options=options)
+        feed = dict(np.load(sys.argv[3]))
+        before = len(os.listdir("/proc/self/task"))
+        session.run(None, feed)
+        print(len(os.listdir("/proc/self/task")) - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(threads), *files]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(said) == threads - 1
+
+
+def test_example(tmp_path):
+    layer = deformnd.PackedDeformConv2d(3, 8, 3, padding=1).eval()
+    sizes = ({0: torch.export.Dim.DYNAMIC},)
+    x = torch.full((2, 3, 16, 16), 0.5)
+    path = tmp_path / "layer.onnx"
+    deformnd.onnx.export(layer, (x,), path, target="deformnd", dynamic_shapes=sizes, verbose=False)
+    example = Path(__file__).parents[1] / "examples" / "run_onnx.py"
+    command = [sys.executable, example, path, deformnd.onnx.custom_ops_library()]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"[1, 8, 16, 16] begins with {layer(x)[0, 0, 0, 0].item():.4g}"[:-1] in said
