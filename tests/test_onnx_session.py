@@ -16,7 +16,7 @@ import deformnd
 import deformnd.onnx
 from cases import AGGREGATES, CASES, Case, relative_error
 from test_attention import SHAPES, make
-from test_onnx import Network, newest_opset
+from test_onnx import Calls, Network, load, newest_opset
 
 FLOATS = {
     torch.float16: TensorProto.FLOAT16,
@@ -330,6 +330,15 @@ def test_what_session_refuses(tmp_path):
         deformnd.onnx.session(b"", sess_options={})
 
 
+def test_options_serve_several_sessions():
+    content, feed = model([("DeformConv", (X, W, O), {}, "deformnd")])
+    options = onnxruntime.SessionOptions()
+    first, second = (deformnd.onnx.session(content, sess_options=options) for _ in "ab")
+    assert np.array_equal(first.run(None, feed), second.run(None, feed))
+    with pytest.raises(ValueError, match="override is False, but sess_options were given for a se"):
+        deformnd.onnx.session(content, override=False, sess_options=options)
+
+
 def test_sessions_at_once():
     """With different numbers of threads, from several threads, and closed meanwhile."""
     from concurrent.futures import ThreadPoolExecutor
@@ -384,6 +393,19 @@ class Many(torch.nn.Module):
             deformnd.deform_conv2d(x, self.weight, offset, dilation=1 + i).sum()
             for i, offset in enumerate(offsets)
         )
+
+
+def test_nodes_run_on_the_core_and_functions_elsewhere(tmp_path):
+    """On the core bit by bit as in torch."""
+    case = Case((40, 41), (3, 3), padding=1, channels=(16, 16))
+    calls = Calls([case])
+    path = tmp_path / "model.onnx"
+    deformnd.onnx.export(calls.eval(), tuple(calls.args), path, target="deformnd", verbose=False)
+    own, elsewhere = (load(engine, path)(calls.args)[0] for engine in ("deformnd", "onnxruntime"))
+    (want,) = calls(*calls.args)
+    assert torch.equal(own, want)
+    assert not torch.equal(elsewhere, want)
+    assert relative_error(elsewhere, want) < 1e-6
 
 
 def test_functions_stand_in_for_the_nodes(tmp_path):

@@ -62,7 +62,8 @@ def session(
         path: the file, or its content.
         override: whether the standard DeformConv runs on deformnd's kernel, too, and not on ONNX
             Runtime's own.
-        sess_options: onnxruntime.SessionOptions, to which the library is added. None: new ones.
+        sess_options: onnxruntime.SessionOptions, to which the library is added, with the number of
+            threads that they have then. None: new ones.
         providers: of the session. None: ["CPUExecutionProvider"].
         **options: more for onnxruntime.InferenceSession.
 
@@ -72,7 +73,8 @@ def session(
     Raises:
         ImportError: onnxruntime is not installed.
         FileNotFoundError: the core was not built.
-        ValueError: there is no such file.
+        ValueError, TypeError: there is no such file, or sess_options are none, or those of a
+            session with the other `override`.
         While the session runs, onnxruntime's InvalidArgument for inputs that do not fit.
 
     Example:
@@ -100,11 +102,21 @@ def session(
         )
     library = custom_ops_library()
     model = path if isinstance(path, bytes) else path_to_read(path)
-    sess_options.add_session_config_entry(
-        "deformnd.threads", str(sess_options.intra_op_num_threads)
-    )
-    sess_options.add_session_config_entry("deformnd.override", str(int(bool(override))))
-    sess_options.register_custom_ops_library(library)
+    switch = str(int(bool(override)))
+    try:  # options of a session before, which can register the library but once
+        registered = sess_options.get_session_config_entry("deformnd.registered")
+    except RuntimeError:
+        threads = str(sess_options.intra_op_num_threads)
+        sess_options.add_session_config_entry("deformnd.threads", threads)
+        sess_options.add_session_config_entry("deformnd.override", switch)
+        sess_options.register_custom_ops_library(library)
+        sess_options.add_session_config_entry("deformnd.registered", switch)
+    else:
+        if registered != switch:
+            raise ValueError(
+                f"deformnd.onnx: override is {override}, but sess_options were given for a session "
+                f"with {not override} before, expected options of its own"
+            )
     return onnxruntime.InferenceSession(
         model, sess_options, providers or ["CPUExecutionProvider"], **options
     )
