@@ -368,7 +368,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument(
         "--target",
         default="onnxruntime",
-        help="onnxruntime, openvino, standard or precise: see docs/onnx.md",
+        help="onnxruntime, openvino, standard, precise or deformnd: see docs/onnx.md",
     )
     export.add_argument(
         "--input",

@@ -121,7 +121,7 @@ def add_functions(
 
     names: dict[Any, str] = {}
     for node in model.graph.all_nodes():
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type not in OPERATORS:
             continue
         name = node.op_type
         attributes = {
@@ -132,9 +132,16 @@ def add_functions(
         if name == "DeformAttention":
             known = ir.convenience.get_const_tensor(node.inputs[1])
             sizes = None if known is None else known.numpy().reshape(-1).tolist()
-        tensors = [
-            None if v is None else (str(v.dtype), [str(s) for s in v.shape]) for v in node.inputs
-        ]
+        tensors = []
+        for v in node.inputs:
+            if v is not None and (v.shape is None or v.dtype is None):
+                refuse(name, f"the shape of {v.name} is not known")
+            sort = (
+                None
+                if v is None
+                else (str(v.dtype), [s if isinstance(s, int) else None for s in v.shape])
+            )
+            tensors.append(sort)
         key = repr((name, attributes, tensors, sizes))
         if key not in names:
             number = 1 + sum(found.split("_")[0] == name for found in names.values())
