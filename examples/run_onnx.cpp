@@ -22,6 +22,8 @@ int main(int count, char** words) {
     Ort::Env env;
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(2);
+    // ONNX Runtime's threads shall not spin while the library's, which are OpenMP's, compute.
+    options.AddConfigEntry("session.intra_op.allow_spinning", "0");
     options.AddConfigEntry("deformnd.threads", "2");  // before the library
     options.RegisterCustomOpsLibrary(wide(words[2]).c_str());
     Ort::Session session(env, wide(words[1]).c_str(), options);

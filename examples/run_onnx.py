@@ -16,6 +16,8 @@ import onnxruntime
 path, library = sys.argv[1:]
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 2
+# ONNX Runtime's threads shall not spin while the library's, which are OpenMP's, compute.
+options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 options.add_session_config_entry("deformnd.threads", "2")  # before the library
 options.register_custom_ops_library(library)
 session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -321,6 +321,11 @@ def test_the_switch_and_options():
     )
     assert session.get_session_options().intra_op_num_threads == 2
     assert options.get_session_config_entry("deformnd.threads") == "2"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    deformnd.onnx.session(content, sess_options=options)
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
 
 
 def test_what_session_refuses(tmp_path):

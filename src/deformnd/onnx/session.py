@@ -12,6 +12,8 @@ from typing import Any
 from ..kernels import cpu
 from .export import path_to_read
 
+_SPINNING = "session.intra_op.allow_spinning"
+
 
 def custom_ops_library() -> str:
     """The path of the library that gives ONNX Runtime deformnd's CPU kernels.
@@ -56,7 +58,8 @@ def session(
     """An onnxruntime.InferenceSession that runs deformable operators on deformnd's CPU kernels.
 
     Which are the operators of files for target "deformnd", and the standard DeformConv of all
-    others. A call uses as many threads as the session's intra_op_num_threads.
+    others. A call uses as many threads as the session's intra_op_num_threads. ONNX Runtime's own do
+    not spin, unless sess_options have an entry "session.intra_op.allow_spinning".
 
     Args:
         path: the file, or its content.
@@ -111,6 +114,12 @@ def session(
         sess_options.add_session_config_entry("deformnd.override", switch)
         sess_options.register_custom_ops_library(library)
         sess_options.add_session_config_entry("deformnd.registered", switch)
+        # A call's threads are OpenMP's, and would share the processors with ONNX Runtime's, which
+        # wait in a loop for the next node: calls of two threads took twice as long.
+        try:
+            sess_options.get_session_config_entry(_SPINNING)
+        except RuntimeError:
+            sess_options.add_session_config_entry(_SPINNING, "0")
     else:
         if registered != switch:
             raise ValueError(
