@@ -132,17 +132,15 @@ def add_functions(
         if name == "DeformAttention":
             known = ir.convenience.get_const_tensor(node.inputs[1])
             sizes = None if known is None else known.numpy().reshape(-1).tolist()
-        tensors = []
+        kinds: list[Any] = []
         for v in node.inputs:
-            if v is not None and (v.shape is None or v.dtype is None):
+            if v is None:
+                kinds.append(None)
+                continue
+            if v.shape is None or v.dtype is None:
                 refuse(name, f"the shape of {v.name} is not known")
-            sort = (
-                None
-                if v is None
-                else (str(v.dtype), [s if isinstance(s, int) else None for s in v.shape])
-            )
-            tensors.append(sort)
-        key = repr((name, attributes, tensors, sizes))
+            kinds.append((str(v.dtype), [s if isinstance(s, int) else None for s in v.shape]))
+        key = repr((name, attributes, kinds, sizes))
         if key not in names:
             number = 1 + sum(found.split("_")[0] == name for found in names.values())
             if number > NAMES:
