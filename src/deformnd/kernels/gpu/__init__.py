@@ -148,8 +148,6 @@ def _attend(
         more = functools.partial(_of_attention_backward, a, plan, strides, given)
         for failure in plan.load(more).values():
             raise failure
-        if len(_PLANS) >= 4096:
-            _PLANS.clear()
         _PLANS[key] = plan
     if all(t is u for t, u in zip(tensors, given, strict=True)) and ahead():
         direct.latest.replay = functools.partial(_replay, plan, None)
@@ -301,8 +299,6 @@ def _run(
         needs = [t is not None and t.requires_grad for t in (like, weight, offset, mask, bias)]
         more = functools.partial(_of_backward, g, plan, layouts, needs)
         strategy.write(plan, make, g, layouts, wanted, more)
-        if len(_PLANS) >= 4096:
-            _PLANS.clear()
         _PLANS[key] = plan
     given = (image, points, weight, offset, mask, bias)
     as_given = all(t is u for t, u in zip(tensors, given, strict=True))
@@ -318,7 +314,12 @@ def _run(
 
 
 class _Plans(dict[Any, Plan]):
-    """By all that a plan depends on. What is recalled of calls goes with them."""
+    """By all that a plan depends on, 4096 at most. What is recalled of calls goes with them."""
+
+    def __setitem__(self, key: Any, plan: Plan) -> None:
+        if len(self) >= 4096:
+            self.clear()
+        super().__setitem__(key, plan)
 
     def clear(self) -> None:
         super().clear()
