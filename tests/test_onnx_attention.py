@@ -229,14 +229,17 @@ class Detector(nn.Module):
         return output.logits, output.pred_boxes
 
 
+BACKBONE = dict(
+    embedding_size=8,
+    hidden_sizes=[8, 16, 24, 32],
+    depths=[1, 1, 1, 1],
+    layer_type="basic",
+    out_features=["stage2", "stage3", "stage4"],
+)
+
+
 def rt_detr(transformers):
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16, 24, 32],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
+    backbone = transformers.RTDetrResNetConfig(**BACKBONE)
     config = transformers.RTDetrConfig(
         backbone_config=backbone,
         encoder_hidden_dim=32,
@@ -256,13 +259,7 @@ def rt_detr(transformers):
 
 
 def deformable_detr(transformers):
-    backbone = transformers.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16, 24, 32],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
+    backbone = transformers.ResNetConfig(**BACKBONE)
     config = transformers.DeformableDetrConfig(
         backbone_config=backbone,
         d_model=32,

@@ -600,9 +600,24 @@ class _Predicting(nn.Module):
     if TYPE_CHECKING:  # TorchScript would take them for types of its own
         in_channels: int
         kernel_size: tuple[int, ...]
+        stride: tuple[int, ...]
+        padding: Union[str, tuple[int, ...]]
+        dilation: tuple[int, ...]
         transposed: bool
 
         def reset_parameters(self) -> None: ...
+
+    def _as_placed(self, bias: bool, device: Any, dtype: Any) -> dict[str, Any]:
+        """The arguments of a generator whose kernel lies where the layer's does."""
+        return {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "bias": bias,
+            "device": device,
+            "dtype": dtype,
+        }
 
     def _add_generators(
         self,
@@ -819,17 +834,8 @@ class _PackedDeformConvNd(_Packed, _DeformConvNd):
             device,
             dtype,
         )
-        generator = {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "bias": generator_bias,
-            "device": device,
-            "dtype": dtype,
-        }
         self._add_generators(
-            generator,
+            self._as_placed(generator_bias, device, dtype),
             offset_groups,
             mask_groups,
             deformable,
@@ -939,17 +945,8 @@ class _PackedDeformAggregateNd(_Predicting):
         self.transposed = False
         self.padding_mode = "zeros"
         self._reversed_padding_repeated_twice = _around(self)
-        generator = {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "bias": generator_bias,
-            "device": device,
-            "dtype": dtype,
-        }
         self._add_generators(
-            generator,
+            self._as_placed(generator_bias, device, dtype),
             offset_groups,
             mask_groups,
             deformable,
