@@ -642,9 +642,8 @@ def test_interpreted_lists_together(
     plan = Plan(x.device, given)
     room = iter(plan.given[3:])
     monkeypatch.setattr(plan, "scratch", lambda *shape, dtype: next(room))
-    call = layout.Call(
-        g, layout.Steps(plan), "ieee", layout.Operand(plan.given[1], False), plan.given[2], None
-    )
+    given_weight = layout.Operand(plan.given[1], False)
+    call = layout.Call(g, layout.Steps(plan), x.dtype, "ieee", given_weight, plan.given[2], None)
     variant = variants.Variant("", lambda _: True, lambda: None, together=True)
     backward_sorted.make_lists(call, variant)
     call.steps.finish()
@@ -691,7 +690,7 @@ def call_of(plan: Plan, *tensors: Tensor) -> layout.Call:
     """A call of which only what serves every call is used."""
     g = Geometry(1, 1, 1, 1, 0, 0, (1,), (1,), (1,), (1,), (0,), (1,))
     weight = layout.Operand(plan.given[0], False)
-    return layout.Call(g, layout.Steps(plan), "native", weight, None, None)
+    return layout.Call(g, layout.Steps(plan), torch.float16, "native", weight, None, None)
 
 
 def sums(device: str) -> None:
@@ -820,7 +819,7 @@ def straight(
 def test_aggregations_are_recalled(
     plans: list[Plan], straight: list[tuple[Plan, Sequence[int]]]
 ) -> None:
-    """With the weight of ones, which the call does not have."""
+    """Without a weight, which their plans do not have either."""
     family = geometry.FAMILIES[2]
     forward = backend.recalled(library._forward_kernel(family, lambda: backend), range(3), False)
     backward = library._backward_kernel(family, lambda: backend)
@@ -835,12 +834,10 @@ def test_aggregations_are_recalled(
             call(*given)
             (plan, addresses) = straight[0]
             assert not plans and len(straight) == 1
-            (weight,) = backend._ONES.values()
-            tensors = [x, weight, offset, mask]
+            tensors = [x, offset, mask]
             tensors[1:1] = [args[0]] if call is backward else []
             assert list(addresses) == [t.data_ptr() for t in tensors]
             assert [b.shape for b in plan.given if b] == [t.shape for t in tensors]
-    assert (weight == 1).all() and weight.shape == (16, 1, 3, 3)
 
 
 @needs_gluon
@@ -2277,7 +2274,9 @@ def test_gpu_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         repeatable(monkeypatch, ordered)
         plan = Plan(offset.device, [weight, offset])
         given = layout.Operand(plan.given[0], False)
-        call = layout.Call(g, layout.Steps(plan), "bf16x3", given, plan.given[1], None)
+        call = layout.Call(
+            g, layout.Steps(plan), weight.dtype, "bf16x3", given, plan.given[1], None
+        )
         lists, entries = backward_sorted.make_lists(call, backward_sorted.VARIANTS[-1])
         copies = [plan.result(b.shape, b.dtype) for b in (lists, entries)]
         call.steps.finish()

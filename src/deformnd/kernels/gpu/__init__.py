@@ -182,35 +182,6 @@ def _replay(plan: Plan, tf32: bool | None, addresses: Sequence[int]) -> list[Ten
     return plan.run_at(addresses)
 
 
-def _replay_with(
-    replay: direct.Replay, place: int, weight: Tensor, addresses: Sequence[int]
-) -> list[Tensor] | None:
-    """Likewise, of a call that has no weight: its place among the tensors, and the one of ones."""
-    found: list[Tensor] | None = replay((*addresses[:place], weight.data_ptr(), *addresses[place:]))
-    return found
-
-
-_ONES: dict[Any, Tensor] = {}
-
-
-def _ones(g: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weight of an aggregation, for the depthwise kernels."""
-    key = (g.image_channels, g.kernel, dtype, device)
-    if key in _ONES:
-        return _ONES[key]
-    weight = torch.ones(g.image_channels, 1, *g.kernel, dtype=dtype, device=device)
-    if _keeps(device):
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other streams will read it
-        _ONES[key] = weight
-    return weight
-
-
-def _keeps(device: torch.device) -> bool:
-    """Whether a tensor may be kept for later calls: not the memory of a CUDA graph."""
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
 def recalled(kernel: Callable[..., Any], order: Sequence[int], backward: bool) -> Any:
     """A kernel of the dispatcher's, but a call like an earlier one only runs that one's plan.
 
@@ -268,12 +239,11 @@ def _run(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _run(make, g, image, points, weight, offset, mask, bias, wanted)
-    ones = None
-    if weight is None:
-        weight = ones = _ones(g, dtype, device)
     tensors: list[Tensor | None] = []
     layouts: list[Any] = []
-    for t in (image, points, weight if weight.dtype == dtype else weight.to(dtype)):
+    if weight is not None and weight.dtype != dtype:
+        weight = weight.to(dtype)
+    for t in (image, points, weight):
         if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
             tensors.append(t)
             layouts.append(None)
@@ -288,7 +258,7 @@ def _run(
         else:
             tensors.append(_aligned(t.contiguous()))
     key = (
-        *(make, wanted, g, *layouts, dtype, bias is None, device.index),
+        *(make, wanted, g, *layouts, dtype, weight is None, bias is None, device.index),
         *(None if offset is None else offset.dtype, None if mask is None else mask.dtype),
         torch.are_deterministic_algorithms_enabled(),
         dtype == torch.float32 and allows_tf32(),
@@ -304,12 +274,7 @@ def _run(
     as_given = all(t is u for t, u in zip(tensors, given, strict=True))
     if as_given and ahead():
         tf32 = allows_tf32() if dtype == torch.float32 else None
-        replay = functools.partial(_replay, plan, tf32)
-        if ones is None:
-            direct.latest.replay = replay
-        elif _keeps(device):
-            place = [t is None for t in (image, points)].count(False)
-            direct.latest.replay = functools.partial(_replay_with, replay, place, ones)
+        direct.latest.replay = functools.partial(_replay, plan, tf32)
     return plan.run(tensors)
 
 

@@ -424,26 +424,32 @@ class Call:
         every = max(own, cells * a.heads) * a.batch
         self.index = tl.int32 if max(own, a.pixels * row) < 2**31 else tl.int64
         self.many = tl.int32 if every < 2**31 else tl.int64
-        self.split = math.gcd(4, a.points)
 
     def tiles(self, operation: str, width: int) -> Tiles:
         return tiles.find(self.device.architecture, operation, width, self.a.channels)
 
-    def blocks(self, operation: str, width: int) -> tuple[dict[str, Any], int, Tiles]:
-        """The constants, the tiles of queries, and the row of the table."""
+    def blocks(
+        self, operation: str, width: int, several: bool = False
+    ) -> tuple[dict[str, Any], int, Tiles]:
+        """The constants, the tiles of queries, and the row of the table. several: rows may have
+        twice as many points, for less to be added, where there are many programs."""
         channels = self.a.channels
         row = self.tiles(operation, width)
+        split = math.gcd(4, self.a.points)
+        count = triton.cdiv(self.a.queries, row.block_p // split)
+        if several and self.a.batch * self.a.heads * count >= 8 * self.device.multiprocessors:
+            split = math.gcd(2, split)
         block_c = fit(channels, row.block_c, least=4)
         chunks = min(triton.cdiv(channels, block_c), row.block_o)
         constants = dict(
             INDEX=self.index,
             EVEN=channels % (block_c * chunks) == 0,
-            SPLIT=self.split,
+            SPLIT=split,
             ROWS=row.block_p,
             BLOCK_C=block_c,
             CHUNKS=chunks,
         )
-        return constants, triton.cdiv(self.a.queries, row.block_p // self.split), row
+        return constants, triton.cdiv(self.a.queries, row.block_p // split), row
 
     def launch(
         self, kernel: Any, programs: int, constants: dict[str, Any], row: Tiles, **rest: Any
@@ -456,7 +462,7 @@ class Call:
 def write_forward(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
     """Of value, locations and weights."""
     a, (value, locations, weights) = call.a, given
-    constants, count, row = call.blocks("forward_attention", value.dtype.itemsize)
+    constants, count, row = call.blocks("forward_attention", value.dtype.itemsize, True)
     blocks = triton.cdiv(a.channels, constants["BLOCK_C"] * constants["CHUNKS"])
     call.launch(
         forward_attention,

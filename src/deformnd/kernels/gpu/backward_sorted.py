@@ -218,8 +218,10 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                     )
                     x = sampling.parts_of(x, dtype, PRECISION)
                     z = columns.dot(blend, x, tl.zeros((64, BLOCK_C), tl.float32), PRECISION)
-                    w = tl.load(weight + (tap * g.padded_outputs + own + i), mask=c_in, other=0.0)
-                    acc += z * w.to(tl.float32)[None, :]
+                    if weight is not None:
+                        of_tap = weight + (tap * g.padded_outputs + own + i)
+                        z *= tl.load(of_tap, mask=c_in, other=0.0).to(tl.float32)[None, :]
+                    acc += z
             else:
                 for o0 in range(o_first, o_last, BLOCK_O):
                     o = o0 + tl.arange(0, BLOCK_O)

@@ -34,6 +34,7 @@ from .sampling import (
     starts_of,
     unravel,
 )
+from .tiles import MOST
 from .variants import Variant
 
 
@@ -154,7 +155,8 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
     c = tl.arange(0, BLOCK_C)
     first = s * g.group_channels + c0  # of all channels
     image += b * g.item + s.to(tl.int64) * g.plane + c0
-    weight += first * MULTIPLIER
+    if weight is not None:
+        weight += first * MULTIPLIER
     stop = g.group_channels - c0
     acc = ()
     for j in tl.static_range(CHUNKS * MULTIPLIER):
@@ -173,11 +175,14 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
         sums = ()
         for j in tl.static_range(CHUNKS):
             for i in tl.static_range(MULTIPLIER):
-                w = read_row(weight, c, j, i, stop, MULTIPLIER)
-                sums = sums + (acc[j * MULTIPLIER + i] + x[j] * w[None, :],)
+                term = x[j]
+                if weight is not None:
+                    term *= read_row(weight, c, j, i, stop, MULTIPLIER)[None, :]
+                sums = sums + (acc[j * MULTIPLIER + i] + term,)
         acc = sums
         shift, _ = following(shift, g.kernel)
-        weight += g.padded_outputs
+        if weight is not None:
+            weight += g.padded_outputs
     out += b * g.positions * g.outputs
     for j in tl.static_range(CHUNKS):
         for i in tl.static_range(MULTIPLIER):
@@ -213,11 +218,13 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
         grad_image += start
     channel = s * g.group_channels * MULTIPLIER
     points += b * g.positions * g.padded_outputs + channel
-    weight += channel
+    if weight is not None:
+        weight += channel
     split = tl.program_id(1)
     first = split * g.taps // splits
     stop = (split + 1) * g.taps // splits
-    weight += first * g.padded_outputs
+    if weight is not None:
+        weight += first * g.padded_outputs
     point = unravel(p, g.point)
     shift = unravel(first, g.kernel)
     end = g.padded
@@ -234,16 +241,18 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
         for q in tl.static_range(2**rank):
             dots = dots + (tl.zeros((BLOCK_P,), tl.float32),)
         for c0 in range(0, end, CHUNKS * BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
+            # A lane has 16 bytes of the float32 numbers that are added.
+            c = c0 + tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_C), 4), 4)
             grads = ()
             for j in tl.static_range(CHUNKS):
                 grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
                 for i in tl.static_range(MULTIPLIER):
-                    w = read_row(weight, c, j, i, g.group_channels, MULTIPLIER)
                     x = read_rows(
                         points, p, inside, c, j, i, g.group_channels, g, INDEX, MULTIPLIER
                     )
-                    grad += x * w[None, :]
+                    if weight is not None:
+                        x *= read_row(weight, c, j, i, g.group_channels, MULTIPLIER)[None, :]
+                    grad += x
                 grads = grads + (grad,)
             sums = ()
             for q in tl.static_range(2**rank):
@@ -279,7 +288,8 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
                 value = tl.where(valid, sums[rank], 0.0).to(grad_mask.dtype.element_ty)
                 tl.store(grad_mask + (base * g.positions + p), value, mask=inside)
         shift, _ = following(shift, g.kernel)
-        weight += g.padded_outputs
+        if weight is not None:
+            weight += g.padded_outputs
 
 
 @triton.jit
@@ -328,10 +338,6 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
             channel = c + j * BLOCK_C
             value = tl.sum(acc[j * MULTIPLIER + i], 0)
             tl.store(parts + (channel * MULTIPLIER + i), value, mask=channel < stop)
-
-
-# More sums than these of every channel do not fit into registers.
-MOST = 4
 
 
 def multiplier_of(call: Call) -> int:
@@ -390,13 +396,16 @@ def write_backward_atomic(
     by_mask: Buffer | None,
 ) -> None:
     n = call.sizes
-    constants, tiles, blocks = blocks_of(call)
+    constants, _, blocks = blocks_of(call)
+    # One for each lane, which has 16 bytes of the float32 numbers that are added.
+    block_p = max(32 * WARPS // max(constants["BLOCK_C"] // 4, 1), 16)
+    tiles = triton.cdiv(n.positions, block_p)
     programs = n.batch * tiles * n.sample_groups
     splits = max(1, min(n.taps, 4 * call.multiprocessors // programs))
     call.launch(
         backward_atomic_depthwise,
         (programs, splits, 1),
-        dict(ONCE=blocks == 1, **constants),
+        constants | dict(ONCE=blocks == 1, BLOCK_P=block_p),
         warps=WARPS,
         **arguments_of(call, image, call.rows(points), by_image, by_offset, by_mask),
         weight=call.weight(),

@@ -337,9 +337,10 @@ def round_up(n: int, to: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes_of(g: Geometry, blocks: bool) -> Sizes:
+def sizes_of(g: Geometry, blocks: bool, as_rows: bool = False) -> Sizes:
     """blocks: some kernels take whole blocks of channels, 32 of the image's and as many of the
-    points' as make whole tiles."""
+    points' as make whole tiles. as_rows: the image is read as it lies, with channels last, if no
+    sample group needs padding."""
     channels = g.image_channels
     length = math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
     number = channels // length
@@ -350,7 +351,8 @@ def sizes_of(g: Geometry, blocks: bool) -> Sizes:
     else:
         padded = round_up(length, 8)
     pixels, taps = math.prod(g.image_size), math.prod(g.kernel)
-    rows = padded == length and not (is_narrow(length, number) and number > 1)
+    planes = is_narrow(length, number) and number > 1 and not as_rows
+    rows = padded == length and not planes
     columns = number * padded if g.groups == 1 else channels // g.groups
     outputs = round_up(g.point_channels, 8)
     if blocks and columns % 32 == 0:
@@ -499,13 +501,16 @@ class Call:
         self,
         g: Geometry,
         steps: Steps,
+        dtype: torch.dtype,
         precision: str,
-        weight: Operand,
+        weight: Operand | None,
         offset: Buffer | None,
         mask: Buffer | None,
+        last: bool = False,
         chunks: int = 1,
     ) -> None:
-        self.steps, self.plan, self.precision = steps, steps.plan, precision
+        """last: the image has, or will have, its channels last."""
+        self.steps, self.plan, self.dtype, self.precision = steps, steps.plan, dtype, precision
         self.offset, self.mask = offset, mask
         self.device = tiles.device_of(self.plan.device)
         self.architecture, self.multiprocessors, _ = self.device
@@ -519,10 +524,13 @@ class Call:
             and g.groups == 1
             and g.offset_groups > 0
         )
-        self.sizes = sizes_of(g, self.by_blocks)
+        # What a depthwise call gains in the cache from planes of sample groups is less than a copy
+        # costs of float32 numbers, and as much of half ones.
+        depthwise = g.groups == g.image_channels and g.point_channels <= tiles.MOST * g.groups
+        self.last = last
+        self.sizes = sizes_of(g, self.by_blocks, last and depthwise and dtype == torch.float32)
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
-        self.given_weight = weight
-        self.dtype = weight.buffer.dtype
+        self.given_weight = weight  # None: all its numbers are one
         self.number_of_chunks = chunks
         self._made: dict[Any, Buffer] = {}
         self._lent: dict[Operand, Buffer] = {}
@@ -614,7 +622,11 @@ class Call:
         for first, last in itertools.pairwise(bounds):
             parts: list[Any] = [t and t.part(first, last - first) for t in every]
             g = self.g._replace(batch=last - first, groups=self.weight_groups)
-            call = Call(g, self.steps, self.precision, self.given_weight, *parts[-2:])
+            offset, mask = parts[-2:]
+            call = Call(
+                *(g, self.steps, self.dtype, self.precision, self.given_weight),
+                *(offset, mask, self.last),
+            )
             with self.frame():
                 yield call, parts[:-2]
 
@@ -733,8 +745,11 @@ class Call:
     def zero(self, buffer: Buffer) -> None:
         self.steps.zero(buffer)
 
-    def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer:
-        """[taps, padded_outputs, columns], or its bfloat16 heads and tails, as a matrix of rows."""
+    def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer | None:
+        """[taps, padded_outputs, columns], or its bfloat16 heads and tails, as a matrix of rows.
+        None for an aggregation, whose kernels (depthwise.py) need none."""
+        if self.given_weight is None:
+            return None
         key = ("weight", order, run)
         if key in self._made:
             return self._made[key]

@@ -17,6 +17,7 @@ from . import (
     backward_weight,
     depthwise,
     forward,
+    forward_columns,
     hopper,
     tiles,
     variants,
@@ -25,7 +26,12 @@ from .layout import Call, Operand, Order, Steps, precision_of
 from .runtime import Buffer, Launch, Plan
 
 # What can do an operation, the fastest first; the last takes every call on every GPU.
-FORWARD = (depthwise.FORWARD, *hopper.FORWARD, *forward.VARIANTS)
+FORWARD = (
+    depthwise.FORWARD,
+    *hopper.FORWARD,
+    forward_columns.FORWARD_COLUMNS,
+    *forward.VARIANTS,
+)
 ATOMIC = (depthwise.BACKWARD_ATOMIC, *hopper.BACKWARD_ATOMIC, *backward_atomic.VARIANTS)
 SORTED = (*hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
 WEIGHT = (depthwise.BACKWARD_WEIGHT, *hopper.BACKWARD_WEIGHT, *backward_weight.VARIANTS)
@@ -46,10 +52,9 @@ def write(
     It is written anew with less memory and in more chunks while it needs too much of it, and
     without the variants whose kernels cannot be built.
     """
-    weight = plan.given[2]
-    assert weight is not None
+    width = dtype_of(plan).itemsize
     most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / tiles.CHUNK)))
-    limit, chunks, room = tiles.SCRATCH * weight.dtype.itemsize, 1, True
+    limit, chunks, room = tiles.SCRATCH * width, 1, True
     while True:
         draft(plan, make, g, layouts, wanted, chunks, room)
         if plan.size > limit and room:
@@ -61,6 +66,11 @@ def write(
         else:
             return
         plan.clear()
+
+
+def dtype_of(plan: Plan) -> torch.dtype:
+    """That of the image and the points."""
+    return next(t.dtype for t in plan.given if t is not None)
 
 
 def draft(
@@ -81,11 +91,12 @@ def draft(
         forms.append(form)
     image, points, weight = operands
     offset, mask, bias = plan.given[3:]
-    steps = Steps(plan, room)
-    precision = precision_of(g, weight.buffer.dtype)
-    call = Call(g, steps, precision, weight, offset, mask, chunks)
+    dtype, last = dtype_of(plan), (image or points).last
+    call = Call(
+        g, Steps(plan, room), dtype, precision_of(g, dtype), weight, offset, mask, last, chunks
+    )
     make(call, image, points, bias, forms, wanted)
-    steps.finish()
+    call.steps.finish()
     return [*plan.steps, *plan.spares]
 
 
@@ -121,7 +132,7 @@ def gradients(
 ) -> None:
     """Derivatives of F by all that is wanted, and sums of the image or the points."""
     by_image, by_points, by_weight, by_offset, by_mask, sums_image, sums_points = wanted
-    plan, weight = call.plan, call.given_weight.buffer
+    plan, weight = call.plan, call.given_weight and call.given_weight.buffer
     # The results in their order, whatever is computed first.
     grad_image = _image_result(call, forms[0]) if by_image else None
     grad_points = _points_result(call, forms[1]) if by_points else None
@@ -142,6 +153,7 @@ def gradients(
             call.reduce_flat(kept, 1, kept, runs=False)
             call.reduce_weight(kept, kept, runs=False)
         return
+    assert weight is not None
     # Sums of some chunks, in float32, and then of all; each begins at a multiple of 256 bytes.
     length = -(-math.prod(weight.shape) // 64) * 64
     room = min(call.number_of_chunks, tiles.KEPT)

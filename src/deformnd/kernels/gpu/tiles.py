@@ -54,6 +54,10 @@ PORTABLE = (
     Tiles("forward narrow", 2, ANY, 64, 128, 32, 4, 1),
     Tiles("forward narrow", 4, 64, 64, 64, 16, 4, 1),
     Tiles("forward narrow", 4, ANY, 64, 128, 32, 4, 1),
+    Tiles("forward_columns", 2, 64, 128, 64, 64, 4, 3),
+    Tiles("forward_columns", 2, ANY, 128, 128, 64, 8, 3),
+    Tiles("forward_columns", 4, 64, 128, 64, 32, 4, 3),
+    Tiles("forward_columns", 4, ANY, 128, 128, 32, 8, 3),
     Tiles("backward_atomic", 2, 128, 64, 128, 32, 4, 1),
     Tiles("backward_atomic", 2, 256, 64, 256, 32, 4, 1),
     Tiles("backward_atomic", 2, ANY, 64, 64, 64, 4, 2),
@@ -175,6 +179,14 @@ TILE_US, BANDWIDTH = 1.6, 4e6
 # (layout.py, sizes_of).
 BLOCKS = frozenset(("sm_90",))
 
+# Above so many outputs samples are written down as columns (forward_columns.py), instead of being
+# found anew for several blocks of outputs; and by Hopper's narrow kernel above so many, by
+# precision. Of columns there are so many numbers at once: 32 MiB of half ones.
+SAMPLED_ONCE = 128
+SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
+COLUMNS_AT_ONCE = 16 << 20
+WARPS_AT_ONCE = 8
+
 # From so many bytes of a sample group's channels on the portable forward loads samples ahead; with
 # fewer it has too much else to do.
 DEEP = 512
@@ -182,6 +194,10 @@ DEEP = 512
 # Sample groups of at most so many channels are taken several at a time, a single one of half as
 # many for several taps at a time, and their image gradient goes by atomic additions.
 NARROW = 32
+
+# Depthwise kernels take up to so many of the points' channels for one of the image's: more sums do
+# not fit into registers.
+MOST = 4
 
 # In so few weights of a group and tap the errors of "bf16x3" (sampling.py, Note [precision]) do not
 # average out, and "tf32x3", which takes their place, is no bottleneck.

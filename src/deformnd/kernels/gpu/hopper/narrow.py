@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 from .. import sampling
 from ..layout import Call, Operand, Order
 from ..runtime import Buffer
-from ..tiles import Tiles
+from ..tiles import SAMPLED_ONCE_NARROW, Tiles
 from ..variants import Variant
 from . import common
 
@@ -473,6 +473,12 @@ def takes(call: Call) -> bool:
     )
 
 
+def takes_forward(call: Call) -> bool:
+    """Few enough blocks of outputs: more sample for too long (forward_columns.py)."""
+    most = SAMPLED_ONCE_NARROW[call.precision]
+    return takes(call) and call.sizes.outputs <= most
+
+
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
     n, rank = call.sizes, len(call.sizes.image)
     row = call.tiles("forward_narrow_hopper", n.padded_outputs)
@@ -568,5 +574,5 @@ def write_backward(
         call.reduce_weight(parts, by_weight)
 
 
-FORWARD = Variant("forward_narrow_hopper", takes, write_forward)
+FORWARD = Variant("forward_narrow_hopper", takes_forward, write_forward)
 BACKWARD = Variant("backward_narrow_hopper", takes_backward, write_backward, wants_parts=True)
