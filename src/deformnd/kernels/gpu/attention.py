@@ -429,16 +429,13 @@ class Call:
         return tiles.find(self.device.architecture, operation, width, self.a.channels)
 
     def blocks(
-        self, operation: str, width: int, several: bool = False
+        self, operation: str, width: int, split: int = 4
     ) -> tuple[dict[str, Any], int, Tiles]:
-        """The constants, the tiles of queries, and the row of the table. several: rows may have
-        twice as many points, for less to be added, where there are many programs."""
+        """The constants, the tiles of queries, and the row of the table. split: how many rows at
+        most share the points of a query."""
         channels = self.a.channels
         row = self.tiles(operation, width)
-        split = math.gcd(4, self.a.points)
-        count = triton.cdiv(self.a.queries, row.block_p // split)
-        if several and self.a.batch * self.a.heads * count >= 8 * self.device.multiprocessors:
-            split = math.gcd(2, split)
+        split = math.gcd(split, self.a.points)
         block_c = fit(channels, row.block_c, least=4)
         chunks = min(triton.cdiv(channels, block_c), row.block_o)
         constants = dict(
@@ -452,30 +449,45 @@ class Call:
         return constants, triton.cdiv(self.a.queries, row.block_p // split), row
 
     def launch(
-        self, kernel: Any, programs: int, constants: dict[str, Any], row: Tiles, **rest: Any
+        self,
+        kernel: Any,
+        programs: int,
+        constants: dict[str, Any],
+        row: Tiles,
+        runs: bool = True,
+        **rest: Any,
     ) -> None:
         arguments = dict(g=self.sizes, **rest)
         options = (row.warps, row.stages)
-        self.steps.launch(Launch(kernel, (programs, 1, 1), arguments, constants, *options))
+        self.steps.launch(Launch(kernel, (programs, 1, 1), arguments, constants, *options), runs)
 
 
 def write_forward(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
     """Of value, locations and weights."""
     a, (value, locations, weights) = call.a, given
-    constants, count, row = call.blocks("forward_attention", value.dtype.itemsize, True)
-    blocks = triton.cdiv(a.channels, constants["BLOCK_C"] * constants["CHUNKS"])
-    call.launch(
-        forward_attention,
-        a.batch * a.heads * count * blocks,
-        constants,
-        row,
-        value=value,
-        locations=locations,
-        weights=weights,
-        out=call.plan.result(a.output_shape, value.dtype),
-        tiles=count,
-        blocks=blocks,
-    )
+    out = call.plan.result(a.output_shape, value.dtype)
+    name, width = "forward_attention", value.dtype.itemsize
+    # Where that makes programs enough, two rows share the points of a query, which leaves less to
+    # be added than four do. The others are loaded only.
+    _, count, _ = call.blocks(name, width)
+    enough = a.batch * a.heads * count >= 8 * call.device.multiprocessors
+    splits = {math.gcd(split, a.points) for split in (2, 4)}
+    for split in sorted(splits):
+        constants, count, row = call.blocks(name, width, split)
+        blocks = triton.cdiv(a.channels, constants["BLOCK_C"] * constants["CHUNKS"])
+        call.launch(
+            forward_attention,
+            a.batch * a.heads * count * blocks,
+            constants,
+            row,
+            runs=split == (min(splits) if enough else max(splits)),
+            value=value,
+            locations=locations,
+            weights=weights,
+            out=out,
+            tiles=count,
+            blocks=blocks,
+        )
 
 
 def write_gradients(call: Call, given: Sequence[Buffer], wanted: tuple[bool, ...]) -> None:

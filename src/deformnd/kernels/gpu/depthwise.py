@@ -296,23 +296,23 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
 def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, blocks, splits,
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
                               BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                              CHUNKS: tl.constexpr):  # fmt: skip
-    """Sums [splits, K, 1, O] of points times samples over shares of the positions.
+                              CHUNKS: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
+    """Sums [splits, K, 1, O] of points times samples over shares of the positions. The points are
+    read for TAPS at a time, of which there is a whole number.
 
-    Grid: (sample groups x blocks of their channels x K, splits).
+    Grid: (sample groups x blocks of their channels x K / TAPS, splits).
     """
-    tap = tl.program_id(0) % g.taps
-    c0 = tl.program_id(0) // g.taps % blocks * (CHUNKS * BLOCK_C)
-    s = tl.program_id(0) // g.taps // blocks
+    runs = g.taps // TAPS
+    first_tap = tl.program_id(0) % runs * TAPS
+    c0 = tl.program_id(0) // runs % blocks * (CHUNKS * BLOCK_C)
+    s = tl.program_id(0) // runs // blocks
     c = tl.arange(0, BLOCK_C)
     first = (s * g.group_channels + c0) * MULTIPLIER
     stop = g.group_channels - c0
     image += s.to(tl.int64) * g.plane + c0
     points += first
-    rows = rows_of(s, tap, g)
-    shift = unravel(tap, g.kernel)
     acc = ()
-    for j in tl.static_range(CHUNKS * MULTIPLIER):
+    for j in tl.static_range(TAPS * CHUNKS * MULTIPLIER):
         acc = acc + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
     split = tl.program_id(1).to(tl.int64)
     total = g.batch * tiles
@@ -321,23 +321,31 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
         b = (t // tiles).to(tl.int64)
         p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < g.positions
-        offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
-        axes, amplitude, valid = cells(offsets, masks, unravel(p, g.point), shift, inside, g)
         source = image + b * g.item
-        x = sample(source, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
-        grads = points + b * g.positions * g.padded_outputs
-        sums = ()
+        at = points + b * g.positions * g.padded_outputs
+        point = unravel(p, g.point)
+        grads = ()
         for j in tl.static_range(CHUNKS):
             for i in tl.static_range(MULTIPLIER):
-                grad = read_rows(grads, p, inside, c, j, i, stop, g, INDEX, MULTIPLIER)
-                sums = sums + (acc[j * MULTIPLIER + i] + x[j] * grad,)
+                grads = grads + (read_rows(at, p, inside, c, j, i, stop, g, INDEX, MULTIPLIER),)
+        sums = ()
+        for k in tl.static_range(TAPS):
+            rows = rows_of(s, first_tap + k, g)
+            offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
+            shift = unravel(first_tap + k, g.kernel)
+            axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
+            x = sample(source, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
+            for j in tl.static_range(CHUNKS * MULTIPLIER):
+                term = x[j // MULTIPLIER] * grads[j]
+                sums = sums + (acc[k * (CHUNKS * MULTIPLIER) + j] + term,)
         acc = sums
-    parts += (split * g.taps + tap) * g.padded_outputs + first
-    for j in tl.static_range(CHUNKS):
-        for i in tl.static_range(MULTIPLIER):
-            channel = c + j * BLOCK_C
-            value = tl.sum(acc[j * MULTIPLIER + i], 0)
-            tl.store(parts + (channel * MULTIPLIER + i), value, mask=channel < stop)
+    for k in tl.static_range(TAPS):
+        to = parts + (split * g.taps + first_tap + k) * g.padded_outputs + first
+        for j in tl.static_range(CHUNKS * MULTIPLIER):
+            channel = c + j // MULTIPLIER * BLOCK_C
+            value = tl.sum(acc[k * (CHUNKS * MULTIPLIER) + j], 0)
+            place = channel * MULTIPLIER + j % MULTIPLIER
+            tl.store(to + place, value, mask=channel < stop)
 
 
 def multiplier_of(call: Call) -> int:
@@ -352,6 +360,9 @@ def takes(call: Call) -> bool:
 
 
 WARPS = 4
+
+# Of the weight's gradient that are taken at once, where there is a whole number of such.
+TAPS = 3
 
 
 def blocks_of(call: Call) -> tuple[dict[str, Any], int, int]:
@@ -416,15 +427,20 @@ def write_backward_atomic(
 
 def write_backward_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     n = call.sizes
-    constants, tiles, blocks = blocks_of(call)
-    programs = n.sample_groups * blocks * n.taps
+    constants, _, blocks = blocks_of(call)
+    # Half as many positions as a forward takes, for the sums of several taps.
+    constants["BLOCK_P"] //= 2
+    tiles = triton.cdiv(n.positions, constants["BLOCK_P"])
+    warps = WARPS if call.dtype == torch.float32 else WARPS // 2
+    taps = TAPS if n.taps % TAPS == 0 else 1
+    programs = n.sample_groups * blocks * n.taps // taps
     splits = min(n.batch * tiles, triton.cdiv(8 * call.multiprocessors, programs))
     parts = call.plan.scratch(splits, n.taps, 1, n.padded_outputs, dtype=torch.float32)
     call.launch(
         backward_weight_depthwise,
         (programs, splits, 1),
-        constants,
-        warps=WARPS,
+        dict(TAPS=taps, **constants),
+        warps=warps,
         image=call.image(image),
         points=call.rows(points),
         parts=parts,

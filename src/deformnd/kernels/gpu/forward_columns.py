@@ -25,10 +25,10 @@ from .variants import Variant
 
 
 @triton.jit
-def sample_columns(image, offset, mask, out, g, item, start, count, room, tiles, blocks, splits,
+def sample_columns(image, offset, mask, out, g, first_item, start, count, room, tiles, blocks, splits,
                    PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """The columns of `count` positions from `start` of batch items from `item` on. In "bf16x3" they
+    """The columns of `count` positions from `start` of batch items from `first_item` on. In "bf16x3" they
     are heads, and their tails lie after `room` rows of these.
 
     Grid: (batch items x tiles of positions x sample groups x blocks of their channels, splits of
@@ -38,7 +38,7 @@ def sample_columns(image, offset, mask, out, g, item, start, count, room, tiles,
     s = tl.program_id(0) // blocks % g.sample_groups
     tile = tl.program_id(0) // blocks // g.sample_groups
     before = tile // tiles
-    b = (item + before).to(tl.int64)
+    b = (first_item + before).to(tl.int64)
     row = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < count
     p = start + row
@@ -86,7 +86,7 @@ def read_columns(of, place, inside, c, g, EVEN: tl.constexpr):
 
 
 @triton.jit
-def multiply_columns(columns_, weight, bias, out, parts, g, item, start, count, room, number,
+def multiply_columns(columns_, weight, bias, out, parts, g, first_item, start, count, room, number,
                      blocks, splits,
                      LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                      EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -118,7 +118,7 @@ def multiply_columns(columns_, weight, bias, out, parts, g, item, start, count, 
             )
             w = w + (read_columns(weight + tails, of_output, o_in, c, g, EVEN),)
         acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
-    b = (item + row // count).to(tl.int64)
+    b = (first_item + row // count).to(tl.int64)
     p = start + row % count
     if LAST:
         place = (b * g.positions + p)[:, None] * g.outputs + o[None, :]
@@ -169,7 +169,9 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
         for start in range(0, n.positions, count):
             now = min(items, n.batch - item)
             here = min(count, n.positions - start)
-            part: dict[str, Any] = dict(item=item, start=start, count=here, room=items * count)
+            part: dict[str, Any] = dict(
+                first_item=item, start=start, count=here, room=items * count
+            )
             tile = triton.cdiv(here, sampling["BLOCK_P"])
             programs = now * tile * n.sample_groups * across
             shares = max(1, min(n.taps, 8 * call.multiprocessors // programs))

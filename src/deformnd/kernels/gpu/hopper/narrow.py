@@ -475,8 +475,7 @@ def takes(call: Call) -> bool:
 
 def takes_forward(call: Call) -> bool:
     """Few enough blocks of outputs: more sample for too long (forward_columns.py)."""
-    most = SAMPLED_ONCE_NARROW[call.precision]
-    return takes(call) and call.sizes.outputs <= most
+    return takes(call) and call.sizes.outputs <= SAMPLED_ONCE_NARROW[call.precision]
 
 
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
