@@ -9,8 +9,9 @@ points of a level, n axes.
 Note [samples inside]
 A sample beyond the border's pixels is the nearest of them, less what lies further out: of a sample
 that is a pixel away nothing is left. So every sample is moved into the image, and its weight
-multiplied by what is left of it. No engine is asked for a sample outside, where several are wrong,
-and no level needs a border of zeros.
+multiplied by what is left of it. No engine is asked for a sample outside, where several are wrong.
+GridSample's levels have a border of zeros all the same, a pixel wide, since a sample on the last
+pixel also has a corner beyond it, whose weight is 0 or what an engine's rounding makes of that.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights:
         end = b.add(start, b.mul(height, width))
         image = b.op.Slice(value, b.tensor(start), b.tensor(end), b.tensor(1))
         image = b.reshape(b.transpose(image, 0, 2, 1), maps, a.channels, height, width)
+        image = b.pad(image, [0, 0, 1, 1], [0, 0, 1, 1])
         start = end
 
         def of_level(t: Value, level: int = level) -> Value:
@@ -46,9 +48,10 @@ def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights:
             size = b.tensor(maps, a.queries, points)
             return b.op.Reshape(b.take(t, level, 0), size, allowzero=1)
 
-        samples = grid_sample2d(
-            b, image, normalised(b, of_level(y), height), normalised(b, of_level(x), width)
-        )  # [B * H, C, Q, P]
+        normal = (
+            normalised(b, of_level(t), b.add(s, 2), border=1) for t, s in ((y, height), (x, width))
+        )
+        samples = grid_sample2d(b, image, *normal)  # [B * H, C, Q, P]
         samples = b.op.Mul(samples, b.unsqueeze(of_level(weights), 1))
         samples = b.op.ReduceSum(samples, b.tensor(3), keepdims=0)
         total = samples if total is None else b.op.Add(total, samples)

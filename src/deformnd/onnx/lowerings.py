@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,9 @@ from .graph import Graph, Size, Value
 FAR = 2.0**24
 
 
-def bounded(b: Graph, t: Value, low: float, high: Size | float) -> Value:
+def bounded(b: Graph, t: Value, low: float, high: float | Value) -> Value:
     """t in [low, high]; what is NaN becomes high."""
-    end = b.number(high) if isinstance(high, float) else b.scalar(high, b.float)
+    end = b.number(high) if isinstance(high, (int, float)) else b.cast(high, b.float)
     return b.op.Max(b.op.Where(b.op.Less(t, end), t, end), b.number(low))
 
 
@@ -336,6 +337,13 @@ def native3d(
 
 # By GridSample: every engine has it, with positions relative to the size of the image
 
+# Note [samples inside the image]
+# Several engines' GridSample is wrong outside the image, and right inside. So the image gets a
+# border of zeros, two pixels wide, and positions are clipped onto its middle, half a pixel from the
+# end: what is clipped is 0 however an engine rounds, and no sample has a corner outside, not even
+# one of weight 0.
+_BORDER = 2
+
 
 def grid_sample(
     b: Graph,
@@ -351,22 +359,24 @@ def grid_sample(
     Its positions are normalised by the size of the image: their error, and so the result's, grows
     with that size.
     """
-    points = math.prod(g.kernel)
+    n, points = len(g.kernel), math.prod(g.kernel)
     channels = g.image_channels // g.offset_groups
     batch = b.mul(g.batch, g.offset_groups)
+    border = [_BORDER] * n if n < 3 else [1, _BORDER, _BORDER]
     positions = [
-        b.reshape(p, batch, points, *_flat(b, g)) for p in _positions(b, g, offset)
+        b.reshape(p, batch, points, *_flat(b, g)) for p in _positions(b, g, offset, border)
     ]  # [B * G, K, P] each
-    if len(g.kernel) == 3:
+    image = b.reshape(image, batch, channels, *g.image_size)
+    if n == 3:
         columns = _grid_sample3d(b, g, image, positions, batch, channels)
     else:
-        normal = [normalised(b, p, s) for p, s in zip(positions, g.image_size, strict=True)]
-        size = g.image_size
-        if len(g.kernel) == 1:
-            size = (1, *size)
-            normal.insert(0, b.op.Mul(normal[0], b.number(0.0)))  # the middle of one row
-        image = b.reshape(image, batch, channels, *size)
-        columns = grid_sample2d(b, image, *normal)  # [B * G, C / G, K, P]
+        size = [b.add(s, 2 * _BORDER) for s in g.image_size]
+        normal = [normalised(b, _inside(b, p, s), s) for p, s in zip(positions, size, strict=True)]
+        if n == 1:  # the middle one of three rows
+            image, border = b.unsqueeze(image, 2), [1, _BORDER]
+            normal.insert(0, b.op.Mul(normal[0], b.number(0.0)))
+        edges = [0, 0, *border]
+        columns = grid_sample2d(b, b.pad(image, edges, edges), *normal)  # [B * G, C / G, K, P]
     if mask is not None:
         columns = b.reshape(
             columns, g.batch, g.mask_groups, g.image_channels // g.mask_groups, points, *_flat(b, g)
@@ -377,16 +387,24 @@ def grid_sample(
     return _contract(b, g, columns, weight, bias)
 
 
-def normalised(b: Graph, position: Value, size: Size) -> Value:
-    """Positions in pixels as GridSample counts them without align_corners: edges at -1 and 1."""
+def _inside(b: Graph, position: Value, size: Size) -> Value:
+    """Positions in an image with a border, of that size, clipped onto the border's middle."""
+    end = size - 1.5 if isinstance(size, int) else b.op.Sub(b.scalar(size, b.float), b.number(1.5))
+    return bounded(b, position, 0.5, end)
+
+
+def normalised(b: Graph, position: Value, size: Size, border: int = 0) -> Value:
+    """Positions in pixels as GridSample counts them without align_corners: edges at -1 and 1.
+
+    border: of the image, whose size it is part of, where positions count from inside of it.
+    """
+    edge = 2 * border + 1
     if isinstance(size, int):
-        scale, shift = b.number(2 / size), b.number(1 / size - 1)
+        scale, shift = b.number(2 / size), b.number(edge / size - 1)
     else:
-        one = b.number(1.0)
-        inverse = b.op.Div(one, b.scalar(size, b.float))
-        scale, shift = b.op.Add(inverse, inverse), b.op.Sub(inverse, one)
-    # All that is outside is 0: bring it near, where no engine's arithmetic fails.
-    return bounded(b, b.op.Add(b.op.Mul(position, scale), shift), -3.0, 3.0)
+        scale = b.op.Div(b.number(2.0), b.scalar(size, b.float))
+        shift = b.op.Sub(b.op.Mul(scale, b.number(edge / 2)), b.number(1.0))
+    return b.op.Add(b.op.Mul(position, scale), shift)
 
 
 def grid_sample2d(b: Graph, image: Value, y: Value, x: Value) -> Value:
@@ -407,19 +425,22 @@ def _grid_sample3d(
     b: Graph, g: Geometry, image: Value, positions: list[Value], batch: Size, channels: int
 ) -> Value:
     """Samples of the tall image, with the plane below each as more channels; see Note."""
-    z, y, x = positions
+    z, y, x = positions  # which count from one plane, two rows and two columns before the image
     depth, height, width = g.image_size
-    z, y = bounded(b, z, -1, depth), bounded(b, y, -1, height)
+    z = bounded(b, z, 0, b.add(depth, 1))
+    y = bounded(b, y, _BORDER - 1, b.add(height, _BORDER))
     low = b.op.Floor(z)
-    # Plane z of this one holds planes z - 1 and z, for z = 0 ... depth + 1.
-    plane, planes = b.add(height, 1), b.add(depth, 2)
-    image = b.reshape(image, batch, channels, depth, height, width)
-    upper = b.pad(image, [0, 0, 1, 0, 0], [0, 0, 1, 1, 0])
-    lower = b.pad(image, [0] * 5, [0, 0, 2, 1, 0])
-    rows = b.mul(planes, plane)
-    pair = b.reshape(b.op.Concat(upper, lower, axis=1), batch, 2 * channels, rows, width)
-    row = b.op.Mul(b.op.Add(low, b.number(1.0)), b.scalar(plane, b.float))
-    row = b.op.Add(row, y)
+    # Plane z of this one holds planes z - 1 and z, for z = 0 ... depth + 1. Two rows before and one
+    # after are the border of Note [samples inside the image].
+    plane, width = b.add(height, 1), b.add(width, 2 * _BORDER)
+    image = b.pad(image, [0] * 4 + [_BORDER], [0, 0, 0, 1, _BORDER])
+    image = b.reshape(image, batch, channels, b.mul(depth, plane), width)
+    upper = b.pad(image, [0, 0, b.add(plane, _BORDER), 0], [0, 0, b.add(plane, 1), 0])
+    lower = b.pad(image, [0, 0, _BORDER, 0], [0, 0, b.add(b.add(plane, plane), 1), 0])
+    pair = b.op.Concat(upper, lower, axis=1)
+    rows = b.add(b.mul(b.add(depth, 2), plane), _BORDER + 1)
+    row = b.op.Add(b.op.Mul(low, b.scalar(plane, b.float)), y)
+    x = _inside(b, x, width)
     sampled = grid_sample2d(b, pair, normalised(b, row, rows), normalised(b, x, width))
     axis = b.tensor(1)
     first = b.op.Slice(sampled, b.tensor(0), b.tensor(channels), axis)
@@ -612,11 +633,13 @@ def _plus_regular(b: Graph, g: Geometry, t: Value, axis: int, dtype: Any, border
     return b.reshape(b.op.Add(b.reshape(t, *shape, *g.point_size), regular), *shape, *_flat(b, g))
 
 
-def _positions(b: Graph, g: Geometry, offset: Value) -> list[Value]:
-    """Position of each sample along each axis, [B, G, K, P]."""
+def _positions(
+    b: Graph, g: Geometry, offset: Value, border: Sequence[int] = (0, 0, 0)
+) -> list[Value]:
+    """Position of each sample along each axis, [B, G, K, P], in an image with that border."""
     n, points = len(g.kernel), math.prod(g.kernel)
     offset = b.reshape(offset, g.batch, g.offset_groups, points, n, *_flat(b, g))
-    return [_plus_regular(b, g, b.take(offset, a, 3), a, b.float) for a in range(n)]
+    return [_plus_regular(b, g, b.take(offset, a, 3), a, b.float, border[a]) for a in range(n)]
 
 
 def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None) -> Value:

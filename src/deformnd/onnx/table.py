@@ -398,9 +398,9 @@ def _short(g: Geometry) -> bool:
 
 def choose_attention(target: str, a: Attention) -> Lowering:
     """The lowering of a deform_attention that is best for the target, as measured."""
-    if target == "standard":
+    if target == "standard" and not _few_queries(a):
         return attention.grid_sample
-    if target == "precise" or len(a.shapes[0]) != 2 or _few_queries(a):
+    if target in ("standard", "precise") or len(a.shapes[0]) != 2 or _few_queries(a):
         return attention.gather
     return attention.grid_sample
 
