@@ -362,7 +362,7 @@ def draw_onnx(rng, folder):
     here = str(folder / "no.onnx")
     function = rng.choice((to.export, to.check, to.translation_table, to.read_openvino_model))
     wrongs = {
-        "target": (None, 3, "tensorrt", [], Odd()),
+        "target": (None, 3, "coreml", [], Odd()),
         "opset": ("20", 1.5, True, 0, -1, 10**30, [20], Odd()),
         "path": (None, 3, str(folder), here + "/x.onnx", "", Odd(), 1.5),
         "model": (None, 3, "model", nn.Conv2d, Odd()),

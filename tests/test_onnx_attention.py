@@ -10,9 +10,9 @@ from torch import nn
 
 from cases import relative_error
 from deformnd import deform_attention
-from deformnd.onnx import TARGETS, UnsupportedError, check, export
+from deformnd.onnx import UnsupportedError, check, export
 from test_attention import SHAPES, Net, make
-from test_onnx import ENGINES, load, newest_opset, run
+from test_onnx import ENGINES, TARGETS, load, newest_opset, run
 from test_onnx import engines as engines_of_convolutions
 
 # Relative to float64; locations are multiplied by the size of a level in float32.
@@ -70,7 +70,7 @@ def save(path, args, target, model=None, **options):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_rank(target, batch, tmp_path):
     path, args = tmp_path / "model.onnx", inputs(batch=batch)
-    for opset in (TARGETS[target][1], newest_opset()):
+    for opset in (TARGETS[target].oldest, newest_opset()):
         proto = save(path, args, target, opset=opset)
         nodes = [node.op_type for node in proto.graph.node]
         if target == "standard":

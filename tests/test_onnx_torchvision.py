@@ -9,12 +9,12 @@ from torch import nn
 
 import deformnd
 from deformnd.onnx import (
-    TARGETS,
     check,
     create_deform_conv2d_custom_op,
     export,
     register_deform_conv2d_onnx_op,
 )
+from test_onnx import TARGETS
 
 
 @pytest.fixture(scope="module")

@@ -368,7 +368,8 @@ def _add_export(commands: Any) -> None:
     export.add_argument(
         "--target",
         default="onnxruntime",
-        help="onnxruntime, openvino, standard, precise or deformnd: see docs/onnx.md",
+        help="who runs the file: onnxruntime, openvino, standard, precise, deformnd, tensorrt, "
+        "webgpu, web or ncnn: see docs/onnx.md",
     )
     export.add_argument(
         "--input",
@@ -491,6 +492,8 @@ def _export(options: Any) -> int:
 
     from . import onnx
 
+    if options.target in onnx.table.ELSEWHERE:
+        raise UsageError(f"target {options.target}: {onnx.table.ELSEWHERE[options.target]}")
     if options.target not in onnx.TARGETS:
         raise UsageError(f"no target {options.target!r}, expected one of {', '.join(onnx.TARGETS)}")
     path = options.out or Path(options.model.rpartition(":")[2] + ".onnx")

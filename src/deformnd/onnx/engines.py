@@ -93,6 +93,16 @@ def reason(engine: str, error: Exception | str) -> str:
     return said + hint
 
 
+class NotLoadedError(ValueError):
+    """An engine does not load a file, which says nothing about the file."""
+
+
+def not_loaded(engine: str, path: str, error: Exception) -> NotLoadedError:
+    return NotLoadedError(
+        f"deformnd.onnx: {engine} {version(engine)} does not run {path}: {reason(engine, error)}"
+    )
+
+
 if __name__ == "__main__":
     import numpy as np
 

@@ -18,16 +18,12 @@ from torch import Tensor
 from . import engines
 from .lowerings import OPENVINO_DOMAIN, openvino_function
 from .nodes import add_functions
-from .table import UnsupportedError, body, resolve, translation_table
+from .table import TARGETS, UnsupportedError, body, resolve, translation_table
 
 # Of the largest value of an output. What is wrong is wrong by much more, and a deep network adds
 # up more than one layer's rounding.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2}
 _TOLERANCE_OF_STANDARD = 10  # GridSample's positions are that much coarser
-
-
-class _NotLoadedError(ValueError):
-    """An engine does not load a file, which says nothing about the file."""
 
 
 def export(
@@ -65,10 +61,13 @@ def export(
             "deformnd": deformnd's own CPU kernels in ONNX Runtime, by deformnd.onnx.session or a
             registered deformnd.onnx.custom_ops_library(). In every other engine that knows local
             functions it is as "precise".
+            "tensorrt": the standard DeformConv in 2-D, else as "precise"; never GridSample.
+            "webgpu", "web": as "precise".
+            "ncnn": GridSample by what pnnx reads: 1-D and 2-D, one group of offsets and of masks.
         kwargs: the model's inputs by name.
         dynamic_shapes: as for torch.onnx.export: the axes whose size may vary.
-        opset: from 19, or from 18 for "standard", "precise" and "deformnd", up to the newest that
-            torch writes. None: 20, or 18 for "precise" and "deformnd".
+        opset: from the oldest of the target up to the newest that torch writes. None: the default
+            of the target; deformnd.onnx.TARGETS has both.
         verify: run the file and compare. Without the engine installed, only the file is checked.
         verbose: say what was written and how well it agrees.
         **options: more for torch.onnx.export: input_names, output_names, external_data ... Its
@@ -166,7 +165,7 @@ def export(
     try:
         program.save(path, **saving)
         if verify and saving.get("include_initializers", True):
-            for engine in _ENGINES[target]:
+            for engine in TARGETS[target].engines:
                 said += "; " + _compared(path, model, args, kwargs, engine, target)
     except BaseException:
         for file in (path, path.with_name(path.name + ".data")):
@@ -181,11 +180,11 @@ def _compared(path: Path, model: Any, args: Any, kwargs: Any, engine: str, targe
     """How well the file agrees with the model in an engine, or why that is not known."""
     try:
         found = check(
-            path, model, args, kwargs=kwargs, engine=engine, standard=target == "standard"
+            path, model, args, kwargs=kwargs, engine=engine, standard=TARGETS[target].coarse
         )
     except ImportError as error:
         return f"not compared with torch ({error})"
-    except _NotLoadedError as error:
+    except engines.NotLoadedError as error:
         if engine == target:
             raise
         return f"not compared with torch in {engine} ({error})"
@@ -346,15 +345,15 @@ def check(
         args, kwargs: inputs, as they were given to export.
         engine: "onnxruntime", "openvino" or "deformnd", which is ONNX Runtime with deformnd's
             kernels.
-        standard: the file was made for target "standard", which is less exact.
+        standard: the file was made for target "standard" or "ncnn", which are less exact.
 
     Returns:
         The largest difference of any output, in units of its largest value.
 
     Raises:
         ValueError: that is more than 0.001 (0.02 in float16; ten times those with `standard`), or
-            NaN where the model has none; the engine does not load the file; an argument does not
-            fit.
+            NaN where the model has none; the engine does not load or run the file; an argument does
+            not fit.
         ImportError: the engine is not installed.
 
     Example: see export.
@@ -363,17 +362,14 @@ def check(
         raise ValueError(
             f"deformnd.onnx: engine is {engine!r}, expected 'onnxruntime', 'openvino' or 'deformnd'"
         )
-    version = engines.version(engine)
+    engines.version(engine)  # raises if it is not installed
     path = path_to_read(path)
     _check_model(model)
     args, kwargs = _inputs(args, kwargs)
     try:
         inputs, run = engines.ENGINES[engine](path)
     except Exception as error:  # each engine has its own
-        reason = engines.reason(engine, error)
-        raise _NotLoadedError(
-            f"deformnd.onnx: {engine} {version} does not run {path}: {reason}"
-        ) from error
+        raise engines.not_loaded(engine, path, error) from error
     leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if len(tensors) != len(inputs):
@@ -395,7 +391,12 @@ def check(
                 continue
             raise
         expected = [t for t in returned if isinstance(t, Tensor)]
-        got = [torch.from_numpy(a) for a in run([given[i].detach().cpu().numpy() for i in tensors])]
+        arrays = [given[i].detach().cpu().numpy() for i in tensors]
+        try:
+            got = [torch.from_numpy(a) for a in run(arrays)]
+        except Exception as error:
+            said = engines.reason(engine, error)
+            raise ValueError(f"deformnd.onnx: {path} fails in {engine}: {said}") from error
         if len(got) != len(expected):
             raise _no_output(returned) or ValueError(
                 f"deformnd.onnx: {path} in {engine} returns {len(got)} tensors, "
@@ -455,12 +456,3 @@ def _checked_difference(
             f"largest value, expected at most {bound:.0e}"
         )
     return found
-
-
-_ENGINES = {
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino", "onnxruntime"),
-    "standard": ("onnxruntime",),
-    "precise": ("onnxruntime",),
-    "deformnd": ("onnxruntime", "deformnd"),
-}

@@ -20,6 +20,8 @@ class Graph:
     they are known, so that a static model holds no arithmetic on them.
     """
 
+    comparisons = True  # whether the engine has Less and Where
+
     def __init__(self, op: Any, tensors: Iterable[Value]) -> None:
         self.op = op
         self.float: Any = np.result_type(np.float32, *map(self.dtype, tensors))
@@ -142,3 +144,7 @@ class Graph:
 
     def scaled(self, t: Value, factor: int, dtype: Any = np.int32) -> Value:
         return t if factor == 1 else self.op.Mul(t, self.array(factor, dtype))
+
+
+class WithoutComparisons(Graph):
+    comparisons = False

@@ -29,9 +29,10 @@ FAR = 2.0**24
 
 
 def bounded(b: Graph, t: Value, low: float, high: float | Value) -> Value:
-    """t in [low, high]; what is NaN becomes high."""
+    """t in [low, high]; what is NaN becomes high, if the engine has comparisons."""
     end = b.number(high) if isinstance(high, (int, float)) else b.cast(high, b.float)
-    return b.op.Max(b.op.Where(b.op.Less(t, end), t, end), b.number(low))
+    least = b.op.Where(b.op.Less(t, end), t, end) if b.comparisons else b.op.Min(t, end)
+    return b.op.Max(least, b.number(low))
 
 
 # Native: DeformConv, in ONNX since opset 19

@@ -53,7 +53,7 @@ def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
     try:
         model = _without_functions(path)
         return core.read_model(path if model is None else model)
-    except RuntimeError as error:
+    except Exception as error:  # OpenVINO's are RuntimeError, those of the package onnx are many
         reason = " ".join(str(error).split())
         raise ValueError(f"read_openvino_model: OpenVINO does not read {path}: {reason}") from error
 

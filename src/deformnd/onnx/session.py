@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from ..kernels import cpu
+from . import engines
 from .export import path_to_read
 
 _SPINNING = "session.intra_op.allow_spinning"
@@ -76,8 +77,8 @@ def session(
     Raises:
         ImportError: onnxruntime is not installed.
         FileNotFoundError: the core was not built.
-        ValueError, TypeError: there is no such file, or sess_options are none, or those of a
-            session with the other `override`.
+        ValueError, TypeError: there is no such file, or ONNX Runtime does not load it, or
+            sess_options are none, or those of a session with the other `override`.
         While the session runs, onnxruntime's InvalidArgument for inputs that do not fit.
 
     Example:
@@ -126,6 +127,12 @@ def session(
                 f"deformnd.onnx: override is {override}, but sess_options were given for a session "
                 f"with {not override} before, expected options of its own"
             )
-    return onnxruntime.InferenceSession(
-        model, sess_options, providers or ["CPUExecutionProvider"], **options
-    )
+    try:
+        return onnxruntime.InferenceSession(
+            model, sess_options, providers or ["CPUExecutionProvider"], **options
+        )
+    except (TypeError, ValueError):  # an option's
+        raise
+    except Exception as error:
+        name = "the model given as bytes" if isinstance(model, bytes) else model
+        raise engines.not_loaded("onnxruntime", name, error) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,18 +13,11 @@ import torch
 from ..kernels import library as library  # registers torch.ops.deformnd
 from ..kernels.geometry import Attention, Geometry, check_ints
 from . import attention, lowerings, nodes
-from .graph import Graph, Size, Value
-
-# Each with the opset that it takes by default, and the oldest that it can.
-TARGETS = {
-    "onnxruntime": (20, 19),
-    "openvino": (20, 19),
-    "standard": (20, 18),
-    "precise": (18, 18),
-    "deformnd": (18, 18),
-}
+from .graph import Graph, Size, Value, WithoutComparisons
 
 Lowering = Callable[..., Value]
+Choice = Callable[[Any], "Lowering | str"]  # a reason why there is none
+Choices = tuple[Choice, Choice, Choice]  # for 1-D, 2-D and 3-D
 Tensors = tuple[Value | None, ...]  # input, weight, offset, mask, bias
 
 
@@ -40,11 +33,17 @@ class UnsupportedError(NotImplementedError, ValueError):
 
 def resolve(target: str, opset: int | None) -> int:
     """The opset to write; raises ValueError or TypeError for what is no target or no opset."""
+    if isinstance(target, str) and target in ELSEWHERE:
+        raise ValueError(f"deformnd.onnx: target {target!r}: {ELSEWHERE[target]}")
     if not isinstance(target, str) or target not in TARGETS:
         names = ", ".join(map(repr, TARGETS))
-        raise ValueError(f"deformnd.onnx: target is {target!r}, expected one of {names}")
+        lines = {name: t.line for name, t in TARGETS.items()} | ELSEWHERE
+        raise ValueError(
+            f"deformnd.onnx: target is {target!r}, expected one of {names}"
+            + "".join(f"\n    {name}: {line}" for name, line in lines.items())
+        )
     if opset is None:
-        return TARGETS[target][0]
+        return TARGETS[target].opset
     return check_ints("deformnd.onnx", "opset", opset, 0, 1)[0]
 
 
@@ -57,11 +56,11 @@ def translation_table(
     checks what it wrote.
 
     Args:
-        target: "onnxruntime", "openvino", "standard", "precise" or "deformnd"; see
-            deformnd.onnx.export. A program that was made for "openvino" or "deformnd" runs in other
-            engines, too, once deformnd.onnx.add_function has completed it.
-        opset: the opset_version that torch.onnx.export is given; None: 20, or 18 for "precise" and
-            "deformnd".
+        target: a name in deformnd.onnx.TARGETS; see deformnd.onnx.export. A program that was made
+            for "openvino" or "deformnd" runs in other engines, too, once
+            deformnd.onnx.add_function has completed it.
+        opset: the opset_version that torch.onnx.export is given; None: that of the target in
+            deformnd.onnx.TARGETS.
 
     Returns:
         A dict for the argument custom_translation_table of torch.onnx.export(dynamo=True).
@@ -88,10 +87,18 @@ def translation_table(
         ['Conv', 'DeformConv']
     """
     version = resolve(target, opset)
-    op = opset18()
+    op, found = opset18(), TARGETS[target]
+    own = target == "deformnd"
 
-    def chosen(b: Graph, g: Geometry, *call: Value | None) -> Value:
-        return choose(target, g)(b, g, *call)
+    def lowered(operator: str, choices: Choices) -> Lowering:
+        def lowering(b: Graph, g: Any, *call: Value | None) -> Value:
+            n = len(g.shapes[0] if isinstance(g, Attention) else g.kernel)
+            chosen = choices[n - 1](g)
+            if isinstance(chosen, str):
+                raise UnsupportedError(target, version, operator, chosen)
+            return chosen(b, g, *call)
+
+        return lowering
 
     def deform_conv(
         input: Value,
@@ -102,10 +109,12 @@ def translation_table(
         *parameters: Any,
     ) -> Value:
         tensors = (input, weight, offset, mask, bias)
-        _check(target, version, f"deform_conv{len(parameters[0])}d", tensors)
-        if target == "deformnd":
+        operator = f"deform_conv{len(parameters[0])}d"
+        _check(target, version, operator, tensors)
+        if own:
             return nodes.write(op, "DeformConv", tensors, **_named(*parameters))
-        return translate(op, chosen, tensors, *parameters)
+        lowering = lowered(operator, found.conv)
+        return translate(op, lowering, tensors, *parameters, graph=found.graph)
 
     def deform_conv_transpose(
         input: Value,
@@ -120,11 +129,13 @@ def translation_table(
         groups: int,
     ) -> Value:
         tensors = (input, weight, offset, mask, bias)
-        _check(target, version, f"deform_conv_transpose{len(stride)}d", tensors)
+        operator = f"deform_conv_transpose{len(stride)}d"
+        _check(target, version, operator, tensors)
         parameters = (stride, padding, dilation, groups, output_padding)
-        if target == "deformnd":
+        if own:
             return nodes.write(op, "DeformConvTranspose", tensors, **_named(*parameters))
-        return translate(op, lowerings.scatter, tensors, *parameters)
+        lowering = lowered(operator, (found.transpose,) * 3)
+        return translate(op, lowering, tensors, *parameters, graph=found.graph)
 
     def deform_aggregate(
         input: Value,
@@ -136,22 +147,24 @@ def translation_table(
         dilation: list[int],
     ) -> Value:
         tensors = (input, None, offset, mask, None)
-        _check(target, version, f"deform_aggregate{len(kernel)}d", tensors)
+        operator = f"deform_aggregate{len(kernel)}d"
+        _check(target, version, operator, tensors)
         ordinary = offset is None and mask is None
-        if target == "deformnd" and not ordinary:
+        if own and not ordinary:
             attributes = {"kernel_size": kernel, **_named(stride, padding, dilation)}
             return nodes.write(op, "DeformAggregate", (input, offset, mask), **attributes)
-        lowering = lowerings.ordinary if ordinary else chosen
+        lowering = lowerings.ordinary if ordinary else lowered(operator, found.conv)
         sizes = (stride, padding, dilation, int(input.shape[1]))
-        return translate(op, lowering, tensors, *sizes, kernel=tuple(kernel))
+        return translate(op, lowering, tensors, *sizes, kernel=tuple(kernel), graph=found.graph)
 
     def deform_attention(
         value: Value, locations: Value, weights: Value, shapes: list[Any]
     ) -> Value:
         _check(target, version, "deform_attention", (value, locations, weights))
-        if target == "deformnd":
+        if own:
             return nodes.write_attention(op, value, locations, weights, shapes)
-        return translate_attention(op, target, value, locations, weights, shapes)
+        lowering = lowered("deform_attention", found.attention)
+        return translate_attention(op, lowering, value, locations, weights, shapes)
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.deformnd.deform_conv.default: deform_conv,
@@ -200,7 +213,7 @@ def body(
             levels, axes = map(int, shapes.shape)
             flat = b.reshape(shapes, levels * axes)
             listed = [b.take(flat, i, 0) for i in range(levels * axes)]
-        return translate_attention(op, "precise", value, locations, weights, listed or [])
+        return translate_attention(op, attention.gather, value, locations, weights, listed or [])
     values = dict(attributes)
     kernel = tuple(values.pop("kernel_size", ()))
     if kernel:
@@ -208,11 +221,7 @@ def body(
         assert input is not None
         tensors = (input, None, offset, mask, None)
         values["groups"] = int(input.shape[1])
-
-    def chosen(b: Graph, g: Geometry, *call: Value | None) -> Value:
-        return choose("precise", g)(b, g, *call)
-
-    lowering = lowerings.scatter if "output_padding" in values else chosen
+    lowering = lowerings.scatter if "output_padding" in values else _gathered
     return translate(op, lowering, tuple(tensors), kernel=kernel, **values)
 
 
@@ -253,7 +262,7 @@ def opset18() -> Any:
 
 
 def _check(target: str, opset: int, operator: str, tensors: Tensors) -> None:
-    oldest = TARGETS[target][1]
+    oldest = TARGETS[target].oldest
     if opset < oldest:
         hint = "; target 'precise' needs only 18" if oldest > 18 else ""
         reason = f"it needs opset {oldest} or newer{hint}"
@@ -343,7 +352,7 @@ def _geometry(
 
 
 def translate_attention(
-    op: Any, target: str, value: Value, locations: Value, weights: Value, shapes: list[Any]
+    op: Any, lowering: Lowering, value: Value, locations: Value, weights: Value, shapes: list[Any]
 ) -> Value:
     """Write a call of deform_attention; shapes are the levels' sizes, one after another."""
     b = Graph(op, (value, locations, weights))
@@ -356,7 +365,7 @@ def translate_attention(
     tensors = (
         t if b.dtype(t) == b.float else b.cast(t, b.float) for t in (value, locations, weights)
     )
-    result = choose_attention(target, a)(b, a, *tensors)
+    result = lowering(b, a, *tensors)
     dtype = b.dtype(value)
     return result if dtype == b.float else b.cast(result, dtype)
 
@@ -371,23 +380,51 @@ _MANY_GROUPS = 8
 _LONG_ROW = 32
 
 
-def choose(target: str, g: Geometry) -> Lowering:
-    """The lowering of a deform_conv that is best for the target, as measured; see docs/onnx.md."""
-    n = len(g.kernel)
-    if target == "standard":
-        return lowerings.grid_sample
-    if target == "openvino" and n == 2 and g.offset_groups >= _MANY_GROUPS:
-        return lowerings.grid_sample
-    if target == "openvino" and n == 1:
+def _by_gather(g: Geometry) -> Lowering:
+    if g.image_channels // g.offset_groups >= _LONG_ROW:
         return lowerings.gather_rows
-    if target == "precise" or (n == 3 and not _short(g)):
-        rows = target == "openvino" or g.image_channels // g.offset_groups >= _LONG_ROW
-        return lowerings.gather_rows if rows else lowerings.gather_elements
+    return lowerings.gather_elements
+
+
+def _gathered(b: Graph, g: Geometry, *call: Value | None) -> Value:
+    return _by_gather(g)(b, g, *call)
+
+
+def _by_rows(g: Geometry) -> Lowering:
+    return lowerings.gather_rows
+
+
+def _by_grid_sample(g: Geometry) -> Lowering:
+    return lowerings.grid_sample
+
+
+def _by_deform_conv(g: Geometry) -> Lowering:
     node = lowerings.standard_deform_conv2d
-    if target == "openvino":
-        node = lowerings.openvino_deform_conv2d
-    lowering = lowerings.native3d if n == 3 else lowerings.native
-    return functools.partial(lowering, deform_conv2d=node)
+    if len(g.kernel) < 3:
+        return functools.partial(lowerings.native, deform_conv2d=node)
+    if not _short(g):
+        return _by_gather(g)
+    return functools.partial(lowerings.native3d, deform_conv2d=node)
+
+
+def _by_openvino(g: Geometry) -> Lowering:
+    node = lowerings.openvino_deform_conv2d
+    if len(g.kernel) == 3:
+        native = functools.partial(lowerings.native3d, deform_conv2d=node)
+        return native if _short(g) else lowerings.gather_rows
+    if g.offset_groups >= _MANY_GROUPS:
+        return lowerings.grid_sample
+    return functools.partial(lowerings.native, deform_conv2d=node)
+
+
+def _by_ncnn(g: Geometry) -> Lowering | str:
+    if max(g.offset_groups, g.mask_groups) > 1:
+        return "pnnx takes one group of offsets and of masks; try target 'standard' elsewhere"
+    return lowerings.grid_sample
+
+
+def _by_scatter(g: Geometry) -> Lowering:
+    return lowerings.scatter
 
 
 def _short(g: Geometry) -> bool:
@@ -396,13 +433,12 @@ def _short(g: Geometry) -> bool:
     return isinstance(depth, int) and isinstance(height, int) and depth * (height + 1) <= _TALL
 
 
-def choose_attention(target: str, a: Attention) -> Lowering:
-    """The lowering of a deform_attention that is best for the target, as measured."""
-    if target == "standard" and not _few_queries(a):
-        return attention.grid_sample
-    if target in ("standard", "precise") or len(a.shapes[0]) != 2 or _few_queries(a):
-        return attention.gather
-    return attention.grid_sample
+def _attention_by_gather(a: Attention) -> Lowering:
+    return attention.gather
+
+
+def _attention_by_grid_sample(a: Attention) -> Lowering:
+    return attention.gather if _few_queries(a) else attention.grid_sample
 
 
 def _few_queries(a: Attention) -> bool:
@@ -414,3 +450,94 @@ def _few_queries(a: Attention) -> bool:
     if not isinstance(a.queries, int):
         return False
     return not isinstance(a.pixels, int) or 8 * a.queries < a.pixels
+
+
+def _no(reason: str) -> Choice:
+    return lambda g: reason
+
+
+class Target(NamedTuple):
+    """Who runs a file, and what becomes of each operator in it."""
+
+    opset: int  # by default
+    oldest: int  # that it can be
+    line: str
+    conv: Choices = (_by_gather,) * 3  # of deform_conv and deform_aggregate
+    attention: Choices = (_attention_by_gather,) * 3
+    transpose: Choice = _by_scatter
+    engines: tuple[str, ...] = ("onnxruntime",)  # in which an export is verified
+    coarse: bool = False  # positions are those of GridSample
+    graph: type[Graph] = Graph
+
+
+# What runs where, and what is the fastest there, was measured: docs/onnx.md. Of three choices each
+# is for 1-D, 2-D and 3-D; a reason in a choice's place says why there is none.
+TARGETS = {
+    # DeformConv is its own; 1-D is one row, and 3-D a tall image of it.
+    "onnxruntime": Target(
+        20,
+        19,
+        "ONNX Runtime 1.26 or newer, by the standard DeformConv",
+        (_by_deform_conv,) * 3,
+        (_attention_by_gather, _attention_by_grid_sample, _attention_by_gather),
+    ),
+    # Its own operator in a file that others read, too. It gathers a row faster than that runs.
+    "openvino": Target(
+        20,
+        19,
+        "OpenVINO, or one file for it and ONNX Runtime, by either engine's own operator",
+        (_by_rows, _by_openvino, _by_openvino),
+        (_attention_by_gather, _attention_by_grid_sample, _attention_by_gather),
+        engines=("openvino", "onnxruntime"),
+    ),
+    # GridSample, whose samples stay inside the image: outside it several engines are wrong.
+    "standard": Target(
+        20,
+        18,
+        "another engine, by GridSample",
+        (_by_grid_sample,) * 3,
+        (_attention_by_grid_sample,) * 3,
+        coarse=True,
+    ),
+    # Positions have no rounding, and the operators are the oldest and plainest.
+    "precise": Target(
+        18, 18, "any engine, with the smallest error, by Gather at integer coordinates"
+    ),
+    # The lowerings are the bodies of the functions that stand in for its nodes.
+    "deformnd": Target(
+        18,
+        18,
+        "ONNX Runtime 1.19 or newer on deformnd's own kernels, the fastest on a CPU",
+        engines=("onnxruntime", "deformnd"),
+    ),
+    # Its parser has DeformConv in 2-D from 10.1 on. Its GridSample is wrong in several versions.
+    "tensorrt": Target(
+        19,
+        19,
+        "TensorRT 10.1 or newer, by DeformConv in 2-D, else by Gather",
+        (_by_gather, _by_deform_conv, _by_gather),
+    ),
+    # WebGPU has no DeformConv, and its GridSample was wrong.
+    "webgpu": Target(18, 18, "ONNX Runtime's WebGPU provider, by Gather"),
+    # A browser has WebGPU or not, which is not known when a file is made.
+    "web": Target(18, 18, "ONNX Runtime in browsers, on WebAssembly or WebGPU, by Gather"),
+    # pnnx reads GridSample, and neither Less, Where, ScatterElements nor tensors of five axes.
+    "ncnn": Target(
+        20,
+        18,
+        "ncnn by pnnx, by GridSample, in 1-D and 2-D with one group of offsets",
+        (_by_ncnn, _by_ncnn, _no("pnnx has no tensors of five axes in 3-D")),
+        (_no("pnnx has no tensors of six axes"),) * 3,
+        transpose=_no("pnnx has no ScatterElements"),
+        coarse=True,
+        graph=WithoutComparisons,
+    ),
+}
+
+# What reads a torch.export.ExportedProgram, and no ONNX file.
+ELSEWHERE = {
+    "coreml": "coremltools reads no ONNX file, but an ExportedProgram with torchvision's "
+    "operator: deformnd.export.to_torchvision",
+    "litert": "LiteRT's converter reads no ONNX file, but an ExportedProgram of core ATen "
+    "operators: deformnd.export.to_core_aten",
+}
