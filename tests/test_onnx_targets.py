@@ -1,6 +1,7 @@
 """The table of targets, what each writes, and files that are none."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_tensorrt(tmp_path):
 
 def test_browsers(tmp_path):
     """The files of both targets are those of "precise"."""
-    model, path = Calls(CASES + MORE), tmp_path / "model.onnx"
+    model, path = Calls(CASES[:2] + MORE[2:]), tmp_path / "model.onnx"
     nodes = [save(model, path, name)[1].graph.node for name in ("precise", "webgpu", "web")]
     assert nodes[0] == nodes[1] == nodes[2]
 
@@ -122,9 +123,9 @@ def test_ncnn(tmp_path):
 @pytest.mark.parametrize("target", ["openvino", "standard", "precise", "deformnd", "tensorrt"])
 def test_random_exports(target):
     """As many as CI has time for; random_exports.py runs more."""
-    done, wrong = random_exports.run(target, "test", 6)
+    done, wrong = random_exports.run(target, "test", 4)
     assert not wrong, "\n".join(wrong)
-    assert done == 6
+    assert done == 4
 
 
 def test_sessions_with_weights_in_a_file_beside(tmp_path, monkeypatch):
@@ -267,7 +268,11 @@ def bad_file_errors(folder):
 
 def test_bad_files(tmp_path):
     code = f"from test_onnx_targets import *; bad_file_errors({str(tmp_path)!r})"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert child.stdout.splitlines() == ["done"], child.stdout + child.stderr[-2000:]
 
 
