@@ -25,11 +25,11 @@ from .variants import Variant
 
 
 @triton.jit
-def sample_columns(image, offset, mask, out, g, first_item, start, count, room, tiles, blocks, splits,
-                   PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
+def sample_columns(image, offset, mask, out, g, first_item, start, count, room, tiles, blocks,
+                   splits, PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """The columns of `count` positions from `start` of batch items from `first_item` on. In "bf16x3" they
-    are heads, and their tails lie after `room` rows of these.
+    """The columns of `count` positions from `start` of batch items from `first_item` on. In
+    "bf16x3" they are heads, and their tails lie after `room` rows of these.
 
     Grid: (batch items x tiles of positions x sample groups x blocks of their channels, splits of
     the taps).
