@@ -9,7 +9,8 @@ One process, one live session at a time, rounds over all contestants, medians. C
 - `node`: one hand-made DeformConv node, the bound for target "onnxruntime" in 2-D;
 - `seed-nd`, `seed-elements`: deform_conv2d_onnx_exporter with either of its gathers, if it is
   installed (`pip install --no-deps deform_conv2d_onnx_exporter`; without torchvision, an operator
-  of the same schema stands in, since only the nodes matter here).
+  of the same schema stands in, since only the nodes matter here);
+- `rewritten`: the first of these files after deformnd.onnx.rewrite.
 """
 
 from __future__ import annotations
@@ -163,6 +164,10 @@ def seed(model: Call, inputs: tuple[Tensor, ...], path: str, gathernd: bool) -> 
     torch.onnx.export(twin, inputs, path, dynamo=False, opset_version=18)
 
 
+def rewritten(model: Call, inputs: tuple[Tensor, ...], path: str, old: str) -> None:
+    deformnd.onnx.rewrite(old, path, verify=False, verbose=False)
+
+
 def ort_session(path: str) -> Any:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
@@ -204,6 +209,8 @@ def files(model: Call, inputs: tuple[Tensor, ...], folder: str) -> dict[str, str
         make("node", hand_made)
         make("seed-nd", seed, gathernd=True)
         make("seed-elements", seed, gathernd=False)
+        if "seed-nd" in found:
+            make("rewritten", rewritten, old=found["seed-nd"])
     return found
 
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"deformnd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_info, _add_bench, _add_export, _add_check):
+    for add in (_add_demo, _add_info, _add_bench, _add_export, _add_check, _add_rewrite):
         add(commands)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:  # said by the command's own parser, whose help says what there is
@@ -621,6 +621,42 @@ def _check(options: Any) -> int:
         verdict = "ok" if ok else "DIFFERS"
         print(f"{other} against {first}: {worst:.1e} of the largest value, {verdict}")
     return int(failed)
+
+
+def _add_rewrite(commands: Any) -> None:
+    rewrite = _add(
+        commands,
+        "rewrite",
+        _rewrite,
+        "onnx",
+        "replace older forms of deformable convolution in an ONNX file",
+        "Finds the graphs of deform_conv2d_onnx_exporter, mmcv's nodes and the standard DeformConv "
+        "in a file, and writes another with what the target runs best in their place. Runs both on "
+        "random input, and compares. Exit code 1, and no file, if nothing is to be replaced, or "
+        "the files differ.",
+    )
+    rewrite.add_argument("file", type=Path, metavar="FILE.onnx")
+    rewrite.add_argument("--out", type=_file, required=True, help="file to write")
+    rewrite.add_argument("--target", default="onnxruntime", help="as of export")
+    rewrite.add_argument("--no-verify", action="store_true", help="do not run the files")
+
+
+def _rewrite(options: Any) -> int:
+    from . import onnx
+
+    if options.target not in onnx.TARGETS:
+        raise UsageError(f"no target {options.target!r}, expected one of {', '.join(onnx.TARGETS)}")
+    if not options.file.is_file():
+        raise UsageError(f"there is no file {options.file}")
+    try:
+        replaced = onnx.rewrite(
+            options.file, options.out, target=options.target, verify=not options.no_verify
+        )
+    except onnx.UnsupportedError as error:
+        raise UsageError(str(error)) from None
+    for name, kind in replaced:
+        print(f"  {name}: {kind}")
+    return int(not replaced)
 
 
 def _random_inputs(

@@ -8,6 +8,7 @@ Needs `pip install 'deformnd[onnx]'`, at use and not at import.
 from .compat import create_deform_conv2d_custom_op, register_deform_conv2d_onnx_op
 from .export import add_function, check, export
 from .openvino import read_openvino_model
+from .rewrite import rewrite
 from .session import custom_ops_library, session
 from .table import TARGETS, UnsupportedError, translation_table
 
@@ -21,6 +22,7 @@ __all__ = [
     "export",
     "read_openvino_model",
     "register_deform_conv2d_onnx_op",
+    "rewrite",
     "session",
     "translation_table",
 ]

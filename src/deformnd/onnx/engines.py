@@ -84,7 +84,7 @@ def reason(engine: str, error: Exception | str) -> str:
     """Why an engine does not run a file, in one line, and what helps."""
     said = " ".join(str(error).split())[:300]
     hint = ""
-    if "DeformConv" in said:
+    if "DeformConv" in said and "MMCV" not in said:  # mmcv has nodes of such names
         hint = {
             "onnxruntime": "; it has DeformConv from 1.25 on: target 'precise' runs in older ones",
             "openvino": "; deformnd.onnx.read_openvino_model reads it, and so does OpenVINO itself "

@@ -114,7 +114,7 @@ def export(
     table.update(options.pop("custom_translation_table", None) or {})
     args, kwargs = _inputs(args, kwargs)
     _check_model(model)
-    path = _path_to_write(path)
+    path = path_to_write(path)
     if dynamic_shapes is not None and not isinstance(dynamic_shapes, (dict, tuple, list)):
         kind = type(dynamic_shapes).__name__
         raise TypeError(f"deformnd.onnx: dynamic_shapes is a {kind}, expected a tuple or a dict")
@@ -236,7 +236,7 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"deformnd.onnx: model is a {kind}, expected a Module or ExportedProgram")
 
 
-def _path_to_write(path: Any) -> Path:
+def path_to_write(path: Any) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"deformnd.onnx: path is {path!r}, expected the name of a file to write")
     file = Path(path)
@@ -296,12 +296,16 @@ def add_function(program: Any) -> None:
     Args:
         program: torch's ONNXProgram, changed in place.
     """
-    from onnx_ir import serde
-
     if not isinstance(program, torch.onnx.ONNXProgram):
         kind = type(program).__name__
         raise TypeError(f"deformnd.onnx: program is a {kind}, expected an ONNXProgram")
-    model = program.model
+    complete(program.model)
+
+
+def complete(model: Any) -> None:
+    """The same for an onnx_ir.Model."""
+    from onnx_ir import serde
+
     if any(node.domain == OPENVINO_DOMAIN for node in model.graph.all_nodes()):
         opset = model.opset_imports[""]
         function = serde.deserialize_function(openvino_function(opset))
@@ -403,7 +407,7 @@ def check(
                 f"expected {len(expected)} as the model"
             )
         for g, e in zip(got, expected, strict=True):
-            worst = max(worst, _checked_difference(g, e.cpu(), standard, engine, path))
+            worst = max(worst, checked_difference(g, e.cpu(), standard, engine, path))
     return worst
 
 
@@ -440,8 +444,13 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return float(error.max()) / max(largest, 1e-30)
 
 
-def _checked_difference(
-    got: Tensor, expected: Tensor, standard: bool, engine: str, path: str
+def checked_difference(
+    got: Tensor,
+    expected: Tensor,
+    standard: bool,
+    engine: str,
+    path: str,
+    reference: str = "torch",
 ) -> float:
     if got.shape != expected.shape:
         raise ValueError(
@@ -452,7 +461,7 @@ def _checked_difference(
     found = difference(got, expected)
     if found > bound:
         raise ValueError(
-            f"deformnd.onnx: {path} in {engine} differs from torch by {found:.1e} of the "
+            f"deformnd.onnx: {path} in {engine} differs from {reference} by {found:.1e} of the "
             f"largest value, expected at most {bound:.0e}"
         )
     return found
