@@ -34,7 +34,7 @@ from deformnd.kernels.gpu import tiles
 class Shape(NamedTuple):
     batch: int
     levels: tuple[tuple[int, int], ...]
-    queries: int = 0  # 0: one for each pixel
+    queries: int = 0  # 0 stands for one for each pixel
     heads: int = 8
     channels: int = 32
     points: int = 4
@@ -63,7 +63,7 @@ def make(shape: Shape, dtype: torch.dtype, other: torch.dtype) -> list[Tensor]:
 
 
 def by_grid_sample(value: Tensor, shape: Shape, locations: Tensor, weights: Tensor) -> Tensor:
-    """As models without an operator compute it."""
+    """What models compute that have no operator for it."""
     batch, _, heads, channels = value.shape
     queries, grid = locations.shape[1], (2 * locations - 1).to(value.dtype)
     sampled = []
@@ -78,7 +78,7 @@ def by_grid_sample(value: Tensor, shape: Shape, locations: Tensor, weights: Tens
 
 
 def calls(function: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Call, Call]:
-    """A forward, and the backward of another one."""
+    """Two calls to time: a forward, and a backward alone."""
     *given, grad_output = tensors
     leaves = [t.detach().requires_grad_() for t in given]
     y = function(*leaves)
@@ -90,7 +90,7 @@ def calls(function: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Call,
 
 
 def of_study(study: Any, shape: Shape, tensors: list[Tensor]) -> tuple[Call, Call]:
-    """Its calls with the best of its tiles."""
+    """The same two calls of a study's kernels, with the fastest of their tiles."""
     value, locations, weights, grad_output = tensors
     areas = [h * w for h, w in shape.levels]
     levels = [(*size, sum(areas[:i])) for i, size in enumerate(shape.levels)]

@@ -56,7 +56,7 @@ def images(rank: int, count: int) -> list[tuple[int, ...]]:
 
 
 def kernels() -> tuple[int, int]:
-    """How many the disk keeps compiled by now, and how many this process has loaded."""
+    """How many kernels the disk cache has by now, and how many this process has loaded."""
     if not torch.cuda.is_available():
         return 0, 0
     from deformnd.kernels.gpu import runtime
@@ -114,7 +114,7 @@ def timed(loss: Callable[[], Tensor], device: str, dtype: torch.dtype) -> tuple[
 def train(
     rank: int, dtype: torch.dtype, device: str, count: int, numbers: Sequence[int]
 ) -> list[Step]:
-    """In this process, which has not run a kernel yet."""
+    """Train in this process, which must not have run a kernel yet."""
     torch.backends.cudnn.allow_tf32 = False
     layers, channels = network(rank, numbers, device), LAYERS[numbers[0]]["in_channels"]
     steps = []
@@ -161,7 +161,7 @@ def measure(
 
 
 def show(row: dict[str, Any]) -> str:
-    """The first step, then the slowest of the others and the kernels of all of these."""
+    """A line: the first step, then the slowest of the others and the kernels of all others."""
     seconds = [step["forward"] + step["backward"] for step in row["steps"]]
     first, *others = row["steps"]
     return (
@@ -201,7 +201,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     report = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else bench.processor(),
-        "cores": os.cpu_count(),  # that compile side by side
+        "cores": os.cpu_count(),  # Kernels are compiled on all of them, side by side.
         **bench.versions(()),
         "command": " ".join(["python", "benchmarks/cold.py", *sys.argv[1:]]),
         "rows": rows,

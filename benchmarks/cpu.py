@@ -124,7 +124,7 @@ def run_case(name: str, seconds: float) -> dict[str, Any]:
         for peer, function in group.items()
         if peer != "dense"
     }
-    # Where a rounded position falls into the next cell, its gradient differs by far.
+    # Where rounding moves a position into the next cell, its gradient differs a lot.
     result["gradient error"] = gradient_errors(
         p.kernel_backward(cpu), exact.kernel_backward(reference)
     )
@@ -146,7 +146,7 @@ def quick(group: dict[str, Callable[[], object]], seconds: float) -> dict[str, d
     """Interleaved rounds of about 20 ms, each after a call that is not timed; slow calls alone."""
     calls = {}
     for name, function in group.items():
-        for _ in range(2):  # the first is slower
+        for _ in range(2):  # A first call is slower, and does not count.
             start = time.perf_counter()
             function()
             took = time.perf_counter() - start
@@ -226,7 +226,8 @@ def by_dtype(count: int, seconds: float) -> dict[str, Any]:
             },
         }
         results[name] = {phase: quick(group, seconds) for phase, group in found.items()}
-        # The core in float64, which tests compare with the definition, takes a second less.
+        # The core in float64 is exact enough, as tests show, and a second faster than the
+        # reference.
         exact = half.exact(case.batch)
         results[name]["error"] = {
             "output": relative(half.kernel(cpu), exact.kernel(cpu)),

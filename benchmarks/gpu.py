@@ -108,13 +108,13 @@ def measure(
             grad = grad.contiguous(memory_format=form)
         row["dense forward"], row["dense backward"] = timed(problem.dense, last, grad)
         if dtype == "float32":
-            # In the run with TF32 off, what cuDNN takes for the same accuracy.
+            # In the run with TF32 off, this is the time that cuDNN takes for the same accuracy.
             row["dense is IEEE"] = not torch.backends.cudnn.allow_tf32
         for peer in peers:
             if not bench.fits(peer, problem, "forward"):
                 continue
             call = getattr(problem, peer)
-            with contextlib.suppress(NotImplementedError):  # torch's own where a dtype is missing
+            with contextlib.suppress(NotImplementedError):  # torch may lack a kernel for a dtype.
                 row[f"{peer} forward"], row[f"{peer} backward"] = timed(call, ours, problem.grad)
                 row[f"{peer} memory"] = peak(call, ours, problem.grad)
         if name == "tiny":

@@ -99,7 +99,7 @@ def main() -> None:
                 times = collections.Counter()
                 for call in calls(problem):
                     times.update(kernel_us(call))
-            except RuntimeError as failure:  # does not compile, or does not fit
+            except RuntimeError as failure:  # It does not compile, or needs too much memory.
                 print(name, dtype, choice, str(failure)[:200], flush=True)
                 continue
             if kernel in times:

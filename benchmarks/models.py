@@ -35,6 +35,7 @@ from torch.profiler import profile
 import deformnd
 import deformnd.onnx
 from deformnd import PackRule
+from deformnd.bench import relative
 from deformnd.compat.torchvision import accelerate
 
 
@@ -95,7 +96,7 @@ class Score(nn.Module):
             return create(name, pretrained=False)
 
         create = timm.create_model
-        with mock.patch("timm.create_model", random):  # its backbones would be downloaded
+        with mock.patch("timm.create_model", random):  # Or timm would download the backbones.
             self.ahiq = AHIQ(pretrained=False)
 
     def forward(self, distorted: Tensor, reference: Tensor) -> Any:
@@ -170,7 +171,7 @@ PREDICTORS = ("conv_offset_mask.", "offset_conv.", "offset_generator.", "mask_ge
 
 
 def parameters(model: nn.Module) -> list[Tensor]:
-    """In an order that converting keeps, also where it splits a predictor in two."""
+    """The parameters in an order that converting keeps, even where it splits a predictor in two."""
 
     def key(item: tuple[str, Tensor]) -> str:
         name = item[0].replace("regular_conv.", "")
@@ -181,10 +182,6 @@ def parameters(model: nn.Module) -> list[Tensor]:
         return name
 
     return [p for _, p in sorted(model.named_parameters(), key=key)]
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
 
 
 def measure(name: str, case: Model, parts: list[str], repeats: int) -> dict[str, Any]:
@@ -220,7 +217,7 @@ def measure(name: str, case: Model, parts: list[str], repeats: int) -> dict[str,
         row["errors"] = {}
         for variant in variants:
             got = run(variant, lambda m: results(m, inputs))
-            row["errors"][variant] = [error(g, w) for g, w in zip(got, wanted, strict=True)]
+            row["errors"][variant] = [relative(g, w) for g, w in zip(got, wanted, strict=True)]
     if "onnx" in parts:
         row["onnx"] = onnx(variants["converted" if case.convertible else "unchanged"][0], inputs)
     if "times" in parts:
@@ -244,7 +241,8 @@ def onnx(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
         try:
             deformnd.onnx.export(model, inputs, path, verify=False, verbose=False)
         except torch.onnx.OnnxExporterError as failure:
-            # torch.export takes no branch on a tensor's value; torch's older exporter traces.
+            # torch.export refuses a branch on a tensor's value, which torch's older exporter
+            # traces.
             found = {"exporter": "torch.onnx.export(dynamo=False)", "why": str(failure)[-300:]}
             deformnd.onnx.register_deform_conv2d_onnx_op()
             torch.onnx.export(model, inputs, path, dynamo=False, opset_version=18)
@@ -254,7 +252,7 @@ def onnx(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
 
 
 def table(models: dict[str, dict[str, Any]]) -> str:
-    """What the documentation shows."""
+    """The tables that docs/models.md shows."""
     variants = ("unchanged", "accelerated", "converted")
     blocks = []
     if all("training" in row for row in models.values()):

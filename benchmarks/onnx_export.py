@@ -108,7 +108,7 @@ class Torchvision(Call):
 
 
 def provide_torchvision_operator() -> bool:
-    """True if it is torchvision's own."""
+    """Make sure there is an operator of torchvision's name; True if it is torchvision's own."""
     try:
         importlib.import_module("torchvision")
         return True
@@ -154,7 +154,7 @@ def hand_made(model: Call, inputs: tuple[Tensor, ...], path: str) -> None:
 
 
 def seed(model: Call, inputs: tuple[Tensor, ...], path: str, gathernd: bool) -> None:
-    # It looks for a private module of torch where that no longer is.
+    # The exporter looks for a private module of torch at a place where it no longer is.
     types = "torch.onnx._internal.torchscript_exporter._type_utils"
     sys.modules.setdefault("torch.onnx._type_utils", importlib.import_module(types))
     exporter = importlib.import_module("deform_conv2d_onnx_exporter")
@@ -250,7 +250,7 @@ def run_case(name: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
                     session = start(path)
                     row.setdefault("start_ms", []).append((time.perf_counter() - before) * 1e3)
                     got = session(arrays)
-                except Exception as error:  # an engine that does not know the operator
+                except Exception as error:  # An engine may not know the operator.
                     row["failed"] = str(error).strip().splitlines()[0][:200]
                     continue
                 row["error"] = float(np.abs(got - exact).max())

@@ -106,7 +106,7 @@ def table_of_shapes() -> str:
 
 def table_of_cpu(phase: str) -> str:
     peers = {"dense": "dense", "deformnd": "deformnd", "torchvision": "torchvision"}
-    if phase == "forward":  # inference engines have no other
+    if phase == "forward":  # Inference engines have no backward.
         peers |= {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     rows = []
     for name, phases in cpu_rows().items():
@@ -154,7 +154,7 @@ def table_of_means() -> str:
 
 
 def table_of_sweep() -> str:
-    """Of layers that nobody chose: geometric means (and the least) against torchvision."""
+    """Geometric means (and the least) against torchvision, for layers that nobody chose."""
     rows = []
     for kernels, file in (
         ("H100", "sweep_h200.json"),
@@ -173,7 +173,7 @@ def table_of_sweep() -> str:
 
 
 def mean_of_sweep(layers: list[dict[str, Any]], dtype: str, phase: str, time: str) -> str:
-    """Of torchvision's times divided by deformnd's, and the least; "" if there are none."""
+    """The mean of torchvision's times divided by deformnd's, and the least; "" for no layers."""
     found = [
         value
         for row in layers
@@ -184,7 +184,7 @@ def mean_of_sweep(layers: list[dict[str, Any]], dtype: str, phase: str, time: st
 
 
 def label(case: str) -> str:
-    """Of a case of benchmarks/cpu.py, such as "B, batch 8"."""
+    """What a case of benchmarks/cpu.py, such as "B, batch 8", is called in tables."""
     name, _, batch = case.partition(", ")
     return f"{LABELS[name]} x {batch.removeprefix('batch ')}" if batch else LABELS[name]
 
@@ -201,7 +201,7 @@ def table_of_threads(phase: str) -> str:
 
 
 def table_of_bfloat16() -> str:
-    """Milliseconds on all of the machine's processors, the least of several."""
+    """Milliseconds on all of the machine's processors, each the least of several runs."""
     rows = []
     for name, phases in read("cpu_threads.json")["bfloat16"].items():
         cells = [label(name)]

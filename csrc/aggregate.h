@@ -6,8 +6,8 @@ template <class T>
 struct Aggregation {
   i64 count, kernel, table;  // pixels, kernel points, and the step from one of these to the next
   const T* image;            // the packed block
-  const i64* steps;          // from the first corner of a cell to each, in elements
-  const i32* index;          // [kernel point][table] first corner
+  const i64* steps;          // from a cell's first corner to each of its corners, in elements
+  const i32* index;          // [kernel point][table] first corner of the cell
   const T* weight;           // [kernel point][table][corner] interpolation weight times mask
   const T* scale;            // [kernel point][block] of depthwise deform_conv
   const T* bias;             // [block], or null
@@ -18,14 +18,15 @@ struct Aggregation {
 template <class T>
 using Aggregator = void (*)(const Aggregation<T>&);
 
-// A block has NC vectors of N lanes. Several sums at a time, since one by itself waits for each of
-// its terms.
+// A block has NC vectors of N lanes. Several sums are made at a time, since each addition of a
+// single sum would wait for the one before.
 template <class T, int ND, int N, int NC, bool Scaled>
 NOINLINE void aggregate_block(const Aggregation<T>& s) {
   using L = Lanes<T, N>;
   using V = typename L::V;
   constexpr int Q = 1 << ND, Sums = Scaled || NC > 2 ? 1 : Q < 4 / NC ? Q : 4 / NC;
-  // In registers: a store could change what s refers to.
+  // Copies, which stay in registers: a store could change what s refers to, so that the compiler
+  // would have to load it anew after each.
   const i64 count = s.count, kernel = s.kernel, table = s.table, step = s.step;
   const T* RESTRICT scale = s.scale;
   T* RESTRICT to = s.to;
@@ -96,7 +97,8 @@ Status aggregate(const Call& call) {
   const bool whole = p.run % p.block == 0;
   const bool direct = whole && call.points.last && call.points.dtype == DtypeOf<T>::value;
 
-  // Images at a time, and parts of the blocks where the tiles are too few for the threads.
+  // How many images are packed at a time, and, where tiles are too few for the threads, into how
+  // many parts the blocks are split.
   const i64 flight =
       least(p.batch, most(kFlightBytes / p.image_bytes(), divide_up(p.threads, p.tiles)));
   const i64 splits = p.share_tiles(flight, p.threads, p.blocks);
@@ -115,7 +117,7 @@ Status aggregate(const Call& call) {
   const i64 edge_size = most(Field<T>::scratch_size, p.K * p.block);
 
   T *packed, *weights, *edge;
-  T* taints;  // of each thread, see Cells
+  T* taints;  // one for each thread, see Cells
   char* scratch;
   const auto layout = [&](Carver c) {
     packed = c.take<T>(flight * p.blocks * p.plane * p.block);
@@ -143,7 +145,8 @@ Status aggregate(const Call& call) {
           pack_weight_by_channel(p, task - pages, weights, spare);
         });
       const i64 tasks = pack_image_tasks(p, images), lines = tasks / (images * p.blocks);
-      worker.share_in_order(tasks, [&](i64 task) {  // by line, as the tiles come, not by block
+      // The order of the tasks is that of the tiles in memory, and not that of the blocks.
+      worker.share_in_order(tasks, [&](i64 task) {
         const i64 b = task % p.blocks, n = task / p.blocks / lines, line = task / p.blocks % lines;
         pack_image(p, first, (n * p.blocks + b) * lines + line, packed, spare);
       });
@@ -153,7 +156,7 @@ Status aggregate(const Call& call) {
         const i64 split = task % splits, n = task / splits / p.tiles;
         const Tile tile = p.tile(first + n, task / splits % p.tiles);
         s.cells.place(p, tile);
-        i64 current = -1;  // sample group whose cells are found
+        i64 current = -1;  // the sample group whose cells have been found, if any
         const i64 end = p.blocks * (split + 1) / splits;
         for (i64 b = p.blocks * split / splits; b < end; b++) {
           const i64 sample_group = p.sample_group(b), channel = p.channel(b);

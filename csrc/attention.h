@@ -2,17 +2,18 @@
 // Included by kernel.cpp inside the namespace of one instruction set.
 //
 // Note [attention]
-// Nothing is packed: channels are last in the value, so a corner of a sample is a row of its head's
-// channels, and a corner outside a row of zeros beside the value. Queries are shared among the
-// threads, and each computes the gradients of its locations and weights; while one head's samples
-// are summed up, the pixels of the next head's are on their way. All queries add to the value's
-// gradient: so there each thread owns heads of an image (if these are too few, some of a head's
-// channels, or a band of the pixels), goes through all queries, and adds in a copy of its own. Each
-// sum runs in the order of the queries, so no gradient depends on the number of threads.
+// Nothing is packed. Channels are last in the value, so a corner of a sample is a row of its head's
+// channels; a corner outside is a row of zeros beside the value. Threads share the queries, and
+// each computes the gradients of its queries' locations and weights. While the samples of one head
+// are summed up, the pixels of the next head's samples are fetched into the cache.
+// Every query adds to the value's gradient. So for that gradient each thread owns heads of an
+// image, goes through all queries, and adds in a copy of its own. Where there are too few heads, it
+// owns some channels of a head, or a band of the pixels. Each sum runs in the order of the queries,
+// so no gradient depends on the number of threads.
 
-constexpr i64 kQueries = 16;  // of a task
+constexpr i64 kQueries = 16;  // that a thread takes at a time
 
-// Where the samples of one query and head lie; as vectors of samples, of all levels.
+// Where the samples of one query and head lie, those of all levels side by side in vectors.
 template <class T, int ND>
 struct Corners {
   static constexpr int N = Machine<T>::lanes, Q = 1 << ND;
@@ -22,12 +23,12 @@ struct Corners {
   using M = typename L::M;
 
   const Attention& call;
-  i64 count, table;  // samples; room for them
-  // Of each sample's level.
+  i64 count, table;  // the number of samples, and how many there is room for
+  // For each sample, numbers of its level.
   T* scale;              // [axis][table] size
   i32 *size, *step;      // [axis][table] size, and pixels from one to the next
   i32* start;            // [table] first pixel
-  T* given;              // [table * ND] locations in another type
+  T* given;              // [table * ND] locations, converted if they are of another type
   T *position, *weight;  // [axis][table], [table]
   T* fraction;           // [axis][table]
   i32* index;            // [corner][table] pixel, or -1 for one outside
@@ -66,7 +67,7 @@ struct Corners {
       }
       first += pixels;
     }
-    for (; i < table; i++) {  // those that fill the last vector lie outside
+    for (; i < table; i++) {  // What fills up the last vector lies outside.
       start[i] = 0, weight[i] = 0;
       for (int v = 0; v < ND; v++) {
         position[v * table + i] = -2;
@@ -75,16 +76,16 @@ struct Corners {
     }
   }
 
-  // row: of [batch][query][head]
+  // `row` is an index into [batch][query][head].
   void find(i64 row) {
     const T* location = view(call.locations, row * count * ND, count * ND, given);
     read(call.weights, row * count, count, weight);
-    for (int v = 0; v < ND; v++)  // x, the last axis, comes first
+    for (int v = 0; v < ND; v++)  // Locations have x first, which is the last axis.
       for (i64 i = 0; i < count; i++)
         position[v * table + i] = location[i * ND + ND - 1 - v] * scale[v * table + i];
 #if defined(__GNUC__)
-    // The product is rounded before the half is taken off, as the definition has it. Fused, the two
-    // would now and then put a sample at a pixel's centre into another cell than there.
+    // The product must be rounded before the half is taken off, as in the reference. A fused
+    // multiply-add would now and then put a sample at a pixel's centre into another cell.
     asm volatile("" ::: "memory");
 #endif
     for (i64 i = 0; i < table; i += N) {
@@ -100,7 +101,7 @@ struct Corners {
       for (int v = 0; v < ND; v++) {
         const V at = L::load(position + v * table + i) - L::splat(T(0.5));
         const M fits = (at >= L::splat(-1)) & (at < L::splat(kFar));
-        // Only now is the conversion to an integer defined.
+        // What does not fit becomes 0, since its conversion to an integer would be undefined.
         const V safe = L::select(fits, at, L::zero()), floor = L::floor(safe);
         cell[v] = L::to_index(floor), part[v] = safe - floor;
         near = near & fits;
@@ -144,7 +145,8 @@ struct Corners {
     }
   }
 
-  // Rows of pixels [first, first + pixels) follow one another by `by` elements; others are one.
+  // Makes offsets of indices. The rows of the pixels [first, first + pixels) are `by` elements
+  // apart; all other pixels are the one row at `outside`.
   void place(i64 first, i64 pixels, i64 by, i64 outside) {
     for (i64 i = 0; i < Q * table; i++) {
       const i32 pixel = index[i] - i32(first);
@@ -152,14 +154,14 @@ struct Corners {
     }
   }
 
-  // Bring the rows' beginnings into the cache.
+  // Bring the beginning of each corner's row into the cache.
   void fetch(const T* rows, i64 channels) const {
     for (i64 i = 0; i < Q * table; i++)
       for (i64 c = 0; c < channels; c += 64 / i64(sizeof(T))) PREFETCH(rows + offset[i] + c);
   }
 
-  // Of the corners' products with the output's gradient, [corner][table]: the gradients of weights
-  // and, in the layout of the locations, of these.
+  // From dots [corner][table], the products of the corners with the output's gradient, make the
+  // gradients of the weights and of the locations, each in its own layout.
   void contract(const T* dots, T* by_weight, T* by_location) {
     for (i64 i = 0; i < table; i += N) {
       const V sample = contracted(dots + i, i, -1);
@@ -178,7 +180,7 @@ struct Corners {
     }
   }
 
-  // Interpolated, along the axis `skip` the slope.
+  // Interpolate the dots along all axes but `skip`, and take the slope along that one.
   INLINE V contracted(const T* dots, i64 i, int skip) const {
     V corner[Q];
     UNROLL
@@ -202,7 +204,7 @@ struct Corners {
   }
 };
 
-// What the loops over channels need: some channels of one query and head.
+// What the loops over channels need: the rows of one query and head, and what is made of them.
 template <class T>
 struct Rows {
   i64 count, table;
@@ -211,7 +213,7 @@ struct Rows {
   const T* value;  // first row of the head
   T* to;           // the output, or first row of the copy of the value's gradient
   const T* grad;   // the output's gradient
-  T* dots;         // [corner][table], added to
+  T* dots;         // [corner][table], to which each block of channels adds
 };
 
 // A block has NC vectors of N lanes.
@@ -301,7 +303,7 @@ INLINE void block(const Rows<T>& r) {
     spread_block<T, Q, N, NC>(r);
 }
 
-// All channels, which are a multiple of 4, in blocks as wide as possible.
+// Go through all channels, a multiple of 4, in blocks as wide as possible.
 template <Step step, class T, int Q>
 void by_blocks(Rows<T> r, i64 channels) {
   constexpr int N = Machine<T>::lanes, Half = N < 8 ? N : 8;
@@ -333,7 +335,8 @@ Status attend(const Attention& call) {
                           ? call.threads
                           : threads_worth(samples / double(kSamplesPerThread), call.threads);
   const i64 team = threads > 1 && !call.alone ? call.threads : 1;
-  // Of the value's gradient, see Note [attention]: parts of a head's channels, bands of pixels.
+  // How the value's gradient is cut, see Note [attention]: parts of a head's channels, and bands of
+  // pixels.
   const bool scatters = call.reverse && call.grad_value.data;
   const bool queried = !call.reverse || call.grad_locations.data || call.grad_weights.data;
   const i64 wanted = divide_up(threads, images * heads);

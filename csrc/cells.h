@@ -9,12 +9,12 @@ struct Cells {
   T* weight;    // [slot][table][corner] interpolation weight times mask; see Note [planar]
   T* fraction;  // [slot][axis][table], for Reverse only
   T* mask;      // [slot][table], likewise
-  T* spare;     // [axis + 1][kPiece + lanes], or so many rows of what `loaded` is made of
-  // Of a tile and sample group, where they lie channels last: offsets [kernel point][axis][table]
-  // and masks [kernel point][table].
+  T* spare;     // room for [axis + 1][kPiece + lanes], or for what `loaded` is transposed from
+  // Where offsets and masks lie channels last, those of a tile and sample group are transposed into
+  // these: offsets [kernel point][axis][table] and masks [kernel point][table].
   Array loaded[2];
   i64 loaded_group = -1;
-  // Lanes of 0, one NaN once a mask, or with Reverse a gradient, was not finite.
+  // All lanes are 0, until a mask, or in Reverse a gradient, was not finite: then one is NaN.
   T taint[Plan<T, ND>::N] = {};
 
   Cells(Carver& carver, const Plan<T, ND>& p, i64 slots, bool reverse) {
@@ -98,7 +98,8 @@ struct Cells {
     }
     load(p, tile, sample_group);
     const i64 point = p.given_point(k);
-    // The planes of offsets and mask: in which array, where in it, and of which size.
+    // For the planes of each axis of the offsets, and of the mask: the array, the place in it, and
+    // the size of a plane.
     const Array* arrays[ND + 1];
     i64 begin[ND + 1], step[ND + 1], size[ND + 1];
     for (int v = 0; v <= ND; v++) {
@@ -124,8 +125,8 @@ struct Cells {
         given[v] = nullptr;
         if (!array.data) continue;
         const i64 at = begin[v] + s * step[v];
-        // A tile takes a short run of each plane, too short for the processor to see what follows:
-        // the same run of the next kernel point, or of the next group's first.
+        // A tile takes a run of each plane that is too short for the processor to foresee the next
+        // one. That is the same run of the next kernel point, or of the next group's first.
         prefetch(array, at + (v < ND ? ND : 1) * size[v], tile.length);
         if (tile.length >= N) {
           given[v] = view(array, at, tile.length, scratch);
@@ -135,13 +136,13 @@ struct Cells {
           given[v] = scratch;
         }
       }
-      // The last vector overlaps the one before; one longer than the segment is overwritten by
-      // the next segment.
+      // The last vector overlaps the one before. If a whole segment is shorter than a vector, what
+      // is too much is overwritten by the next segment.
       for (i64 c0 = 0; c0 < tile.length; c0 += N) {
         const i64 c = tile.length >= N ? least(c0, tile.length - N) : 0;
         const i64 m = s * tile.length + c;
-        // The offset is split, not the position, whose fraction would lose bits to the image's
-        // size.
+        // The offset is split into integer and fraction, and not the position: in a large image a
+        // position has few bits left for its fraction.
         I cell[ND];
         V part[ND];
         M near = L::splat(0) < L::splat(1);
@@ -152,7 +153,7 @@ struct Cells {
           if (!given[v]) continue;
           const V offset = L::load(given[v] + c);
           const M fits = (offset >= L::splat(-kFar)) & (offset < L::splat(kFar));
-          // Only now is the conversion to an integer defined.
+          // What does not fit becomes 0, since its conversion to an integer would be undefined.
           const V safe = L::select(fits, offset, L::zero()), floor = L::floor(safe);
           near = near & fits;
           cell[v] = cell[v] + L::to_index(floor);
@@ -166,16 +167,19 @@ struct Cells {
                    (cell[v] < L::splat_index(i32(p.image_size[v])));
         const M inside = near & L::mask(within);
         const V mask_value = given[ND] ? L::load(given[ND] + c) : L::splat(1);
-        // A mask multiplies its sample, also one that is 0, where only NaN and infinity show.
+        // A mask multiplies its sample even where that is 0, as a sample outside is: the product is
+        // 0, or NaN if the mask is not finite.
         const V outside = mask_value * L::zero();
         tainted = tainted + outside;
-        // The cell is chosen before its index is made, which overflows for positions far outside.
+        // A position outside gets its cell before an index is computed, since the index of one far
+        // outside would overflow.
         I index_value = L::splat_index(0);
         V corner[Q];
         corner[0] = L::select(inside, mask_value, outside);
         UNROLL
         for (int v = 0; v < ND; v++) {
-          // From the border's first pixel; Plan::outside is the cell after the slowest axis.
+          // Indices count from the border's first pixel. Positions outside get the cell after the
+          // end of the slowest axis, Plan::outside.
           const I border = L::splat_index(v == 0 ? i32(p.image_size[0]) + 1 : 0);
           const I safe = L::select_index(inside, cell[v] + L::splat_index(1), border);
           index_value = index_value * L::splat_index(i32(p.padded[v])) + safe;
@@ -197,7 +201,7 @@ struct Cells {
     }
     L::store(taint, L::load(taint) + tainted);
     if (!p.planar) return;
-    // What fills up the last vector of samples has no weight.
+    // Samples that only fill up the last vector get no weight.
     const i64 end = slot * p.table + tile.count;
     L::store_index(index + end, L::splat_index(i32(p.outside())));
     for (int q = 0; q < Q; q++)

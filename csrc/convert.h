@@ -1,4 +1,4 @@
-// Between tensors of any type and layout and rows of the computing type.
+// Conversion between tensors of any type and layout and rows of the computing type.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
 inline float from_bits(uint32_t bits) {
@@ -13,11 +13,12 @@ inline uint32_t to_bits(float f) {
   return bits;
 }
 
-// Branch-free, so that the compiler makes vectors of them.
+// The conversions have no branches, so that the compiler can make vectors of them.
 inline float from_half(uint16_t h) {
   const uint32_t exponent_mantissa = uint32_t(h & 0x7fff) << 13;
   const uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  const float scaled = from_bits(exponent_mantissa) * from_bits(0x77800000u);  // 2^112
+  // The factor is 2^112, since float's exponents are biased by 112 more than half's.
+  const float scaled = from_bits(exponent_mantissa) * from_bits(0x77800000u);
   return from_bits((to_bits(scaled) | special) | uint32_t(h & 0x8000) << 16);
 }
 
@@ -51,15 +52,16 @@ struct DtypeOf<double> {
 
 inline i64 bytes_of(i64 dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
-// Bring into the cache what a later read takes. The range may lie past the array's end, where this
-// does nothing: so its addresses are integers.
+// Bring into the cache what will be read later. The range may lie past the array's end, where this
+// has no effect. Addresses are computed as integers, since a pointer there would be undefined.
 inline void prefetch(const Array& a, i64 at, i64 n) {
   const i64 size = bytes_of(a.dtype), first = i64(reinterpret_cast<intptr_t>(a.data)) + at * size;
   for (i64 line = first & -64; line < first + n * size; line += 64)
     PREFETCH(reinterpret_cast<const void*>(static_cast<intptr_t>(line)));
 }
 
-// to[i] = f(from[i]), 16 at a time: runs are short, and the compiler's own vectors leave long ends.
+// to[i] = f(from[i]), 16 at a time. The compiler's own loops would do more elements at a time and
+// leave long ends to single steps, which counts here, since the runs are short.
 template <class From, class To, class F>
 INLINE void convert(const From* RESTRICT from, i64 n, To* RESTRICT to, const F& f) {
   for (i64 first = 0; first < n; first += 16) {
@@ -67,7 +69,7 @@ INLINE void convert(const From* RESTRICT from, i64 n, To* RESTRICT to, const F& 
       for (i64 i = 0; i < n; i++) to[i] = f(from[i]);
       return;
     }
-    const i64 at = least(first, n - 16);  // the last ones overlap those before
+    const i64 at = least(first, n - 16);  // The last step overlaps the one before.
     for (i64 i = 0; i < 16; i++) to[at + i] = f(from[at + i]);
   }
 }
@@ -104,7 +106,7 @@ NOINLINE void write(const Array& a, i64 at, i64 n, const T* RESTRICT from) {
     for (i64 i = 0; i < n; i++) reinterpret_cast<double*>(to)[i] = double(from[i]);
 }
 
-// Elements [at, at + n): in place where the type fits, else converted into scratch.
+// The elements [at, at + n) in the computing type: in place, or else converted into scratch.
 template <class T>
 inline const T* view(const Array& a, i64 at, i64 n, T* scratch) {
   if (a.dtype == DtypeOf<T>::value) return reinterpret_cast<const T*>(a.data) + at;

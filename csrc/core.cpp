@@ -38,8 +38,8 @@ namespace {
 
 constexpr size_t kKept = size_t(8) << 20;  // bytes kept between calls for each thread of the call
 
-// Fresh memory costs a page fault for every 4 KB otherwise: a fifth of a backward pass whose
-// gradients take 100 MB.
+// Ask for huge pages. Without them fresh memory costs a page fault for every 4 KB, which is a fifth
+// of the time of a backward pass whose gradients take 100 MB.
 void advise_huge([[maybe_unused]] char* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   const uintptr_t page = kHugePage;
@@ -99,7 +99,8 @@ bool has(int leaf, int reg, int bit) {
   __cpuidex(r, leaf, 0);
   return r[reg] >> bit & 1;
 }
-bool saves(unsigned long long state) {  // the system saves these registers
+// Whether the operating system saves these registers when it switches between threads.
+bool saves(unsigned long long state) {
   return has(1, 2, 27) && (_xgetbv(0) & state) == state;
 }
 bool has_avx2() { return saves(6) && has(1, 2, 12) && has(1, 2, 29) && has(7, 1, 5); }
@@ -120,9 +121,9 @@ bool has_avx512() {
 #endif
 #if defined(DEFORMND_BFLOAT16)
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-// On Intel's they take longer than products of float32.
+// On Intel's processors products of bfloat16 by AVX-512 take longer than those of float32.
 bool has_fast_avx512bf16() { return has_avx512bf16() && __builtin_cpu_is("amd"); }
-// The system keeps the tiles of processes that asked for it.
+// Linux lets a process use AMX's tiles only after it has asked for that.
 bool has_amx() {
 #if defined(__linux__)
   constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -138,8 +139,8 @@ bool has_fast_avx512bf16() { return false; }
 bool has_amx() { return false; }
 #endif
 
-// Of 0 baseline, 1 AVX2, 2 AVX-512, 3 that and its products of bfloat16, 4 those of AMX: the
-// fastest that this machine and build have. Where there is AMX, there are all.
+// The highest level of instructions that this machine and build have: 0 is the baseline, 1 AVX2,
+// 2 AVX-512, 3 AVX-512 with its products of bfloat16, 4 AMX. A machine with AMX has all the others.
 int best_level() {
 #if defined(DEFORMND_X86)
   static const int level = has_amx()               ? 4
@@ -153,8 +154,8 @@ int best_level() {
 #endif
 }
 
-// Whether all products are of bfloat16, see Note [pairs] in pairs.h. Where they are of few channels
-// and few points, those of Note [planar] in samples.h are faster.
+// Whether to take the kernels of Note [pairs] in pairs.h, where all products are of bfloat16. With
+// few channels and few points those of Note [planar] in samples.h are faster.
 [[maybe_unused]] bool in_pairs(const Call& c) {
   const auto has = [](const Array& a, i64 dtype) { return a.data && a.dtype == dtype; };
   const i64 sharing = c.groups > c.offset_groups ? c.groups : c.offset_groups;
@@ -180,8 +181,9 @@ Run<Call> run_of(const Call& call, i64 level) {
 }
 #endif
 
-// Calls at this moment. Each calling thread has a pool of its own: where there are as many callers
-// as threads to a call, the processor is busy, and more threads would only wait for each other.
+// How many calls run at this moment. Each calling thread has a pool of threads of its own. Where
+// there are as many callers as a call has threads, the processor is busy with them, and more
+// threads would only wait for each other.
 std::atomic<i64> calls{0};
 
 // The OpenMP pool does not survive a fork, and two threads would wait for it forever.
@@ -204,7 +206,7 @@ Status run_counted(C& call, i64 level) {
   return status;
 }
 
-// Of an array in the words of kernels/cpu.py.
+// An array from the words that kernels/cpu.py packs.
 Array array_of(const i64*& next) {
   Array a;
   a.data = reinterpret_cast<char*>(static_cast<intptr_t>(*next++));
@@ -249,7 +251,7 @@ char* workspace_take(size_t bytes) {
 #ifdef DEFORMND_SANITIZE
   if (workspace.data) {
     __asan_unpoison_memory_region(workspace.data, workspace.size);
-    memset(workspace.data, 0xff, workspace.size);  // NaN
+    memset(workspace.data, 0xff, workspace.size);  // The bits of NaN in every type.
   }
 #endif
   return workspace.data;
@@ -261,10 +263,10 @@ void workspace_give(i64 threads) {
 
 }  // namespace deformnd
 
-// For kernels/cpu.py, which calls no other version than its own.
+// The version, for kernels/cpu.py, which calls no other than its own.
 EXPORT const char* deformnd_version() { return DEFORMND_VERSION; }
 
-// The best level of instructions here, see best_level.
+// The result of best_level, for kernels/cpu.py.
 EXPORT int deformnd_level() { return deformnd::best_level(); }
 
 // Run one call; `words` is what kernels/cpu.py packs. Returns a Status.
@@ -290,7 +292,7 @@ EXPORT int deformnd_run(const deformnd::i64* words) {
   return static_cast<int>(dispatch(c, level));
 }
 
-// The same for deform_attention.
+// Run one call of deform_attention, in the same way.
 EXPORT int deformnd_attend(const deformnd::i64* words) {
   using namespace deformnd;
   const i64* next = words;

@@ -1,7 +1,7 @@
 // What the dispatcher (core.cpp) and the kernels (kernel.cpp, once per instruction set) share.
 //
-// Only plain types here: an inline function compiled for a wide instruction set could be the copy
-// that the linker keeps for all.
+// There are only plain types here. Of an inline function the linker would keep one copy for all,
+// and that could be one with instructions that this machine lacks.
 
 #pragma once
 
@@ -23,16 +23,17 @@ struct Array {
   bool last;
 };
 
-// One call. See Note [one bilinear form] in kernels/geometry.py for image and points. No weight, as
-// of deform_aggregate, stands for one of ones where each channel is a group.
+// One call. Note [one bilinear form] in kernels/geometry.py says what image and points are. A
+// weight without data, as deform_aggregate has it, stands for one of ones where each channel is a
+// group.
 struct Call {
-  bool gather;     // points from the image; otherwise the given ones of the four gradients
+  bool gather;     // make points of the image; if false, make those gradients that have data
   i64 threads;     // at most
-  bool exactly;    // that many threads even for little work
-  bool alone;      // the work is cut for them, but the calling thread does it all
+  bool exactly;    // use that many threads even for little work
+  bool alone;      // the work is cut for that many, but the calling thread does it all
   bool tiles;      // the machine has AMX, see Note [pairs] in pairs.h
   bool depthwise;  // each channel is a group, see Note [depthwise] in kernel.cpp
-  bool backwards;  // in offsets and masks, axes and kernel points are in the order of the axes from
+  bool backwards;  // offsets and masks have axes and kernel points in the order of the axes from
                    // the last to the first, see Note [backwards] in kernels/cpu.py
   i64 rank, batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[3], point_size[3], kernel[3], stride[3], padding[3], dilation[3];
@@ -40,9 +41,9 @@ struct Call {
   Array grad_image, grad_weight, grad_offset, grad_mask;
 };
 
-// A call of deform_attention, or of its backward with the gradients that have data. All arrays are
-// contiguous; the value is of the computing type, float32 or float64, and channels are a multiple
-// of 4.
+// A call of deform_attention, or of its backward, which makes those gradients that have data. All
+// arrays are contiguous. The value is of the computing type, float32 or float64, and the channels
+// of a head are a multiple of 4.
 struct Attention {
   bool reverse;  // the output is the given gradient
   i64 threads;   // this and the two below as in Call
@@ -54,18 +55,18 @@ struct Attention {
   Array value, locations, weights, output, grad_value, grad_locations, grad_weights;
 };
 
-// kOdd is done, too, with a mask, or a gradient by offset or mask, that is not finite: see
+// kOdd means done as well, but a mask, or a gradient by offset or mask, is not finite: see
 // Note [infinity] in kernels/cpu.py.
 enum Status : i64 { kDone, kNoMemory, kOdd };
 
-// Run a call by the instructions of a level, or -1 the best; the caller has filled in all but
-// `alone`, `tiles` and `depthwise`.
+// Run a call by the instructions of a level, or the best if it is -1. The caller fills in all of
+// the call but `alone`, `tiles` and `depthwise`.
 Status dispatch(Call&, i64 level);
 Status dispatch(Attention&, i64 level);
 
-// Memory for one call: 64-byte aligned, or null. Kept between calls for the calling thread, more of
-// it where many threads run the call, since fresh pages cost more than the arithmetic of a small
-// one.
+// Memory for one call, aligned to 64 bytes, or null. It is kept for the calling thread's next call,
+// since fresh pages cost more time than the arithmetic of a small call; how much of it is kept
+// depends on how many threads ran the call.
 char* workspace_take(size_t bytes);
 void workspace_give(i64 threads);
 

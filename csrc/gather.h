@@ -1,7 +1,7 @@
 // Points from the image: the forward of deform_conv, but for depthwise ones.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
-// Field::store, but from[c * step + p].
+// Like Field::store, but of from[c * step + p], with a channel's pixels side by side.
 template <class T>
 void store_planes(const Field<T>& field, i64 image, i64 channel, i64 count, i64 pixel, i64 n,
                   const T* from, i64 step, T* scratch) {
@@ -17,10 +17,10 @@ void store_planes(const Field<T>& field, i64 image, i64 channel, i64 count, i64 
   }
 }
 
-// A thread takes a tile through all columns. Where many groups have few channels each, the rows of
-// their images that a tile touches, some fifteen, fill the cache before the tile below comes to
-// touch almost the same: there a thread takes a stack of tiles through some columns, those of a few
-// groups, before the next.
+// In general a thread takes one tile through all columns. A tile touches some fifteen rows of each
+// group's image, and the tile below it touches almost the same ones. Where many groups have few
+// channels each, the rows of all groups do not stay in the cache until the tile below comes. There
+// a thread takes a stack of tiles through the columns of a few groups before it goes on to others.
 template <class T, int ND>
 Status gather(const Call& call) {
   using P = Plan<T, ND>;
@@ -32,7 +32,8 @@ Status gather(const Call& call) {
   const i64 slots = p.blocks_per_sample_group() == 1 ? 1 : p.K;
   const i64 all_panels = p.groups * p.panels;
 
-  // Images at a time, and parts of the points where the tiles are too few for the threads.
+  // How many images are packed at a time, and, where tiles are too few for the threads, into how
+  // many parts the points are split.
   const i64 flight =
       least(p.batch, most(kFlightBytes / p.image_bytes(), divide_up(p.threads, p.tiles)));
   const i64 splits = p.share_tiles(flight, p.threads, all_panels);
@@ -54,7 +55,7 @@ Status gather(const Call& call) {
   const i64 edge_size = most(Field<T>::scratch_size, (p.N + 1) * p.K * p.block);
 
   T *packed, *weights, *edge;
-  T* taints;  // of each thread, see Cells
+  T* taints;  // one for each thread, see Cells
   char* scratch;
   const auto layout = [&](Carver c) {
     packed = c.take<T>(flight * p.blocks * p.plane * p.words);
@@ -98,7 +99,8 @@ Status gather(const Call& call) {
             body(p.tile(first + image, (row + t) * p.column_tiles + column),
                  s.points + t * points_size);
         };
-        i64 placed = -1, current = -1;  // the tile and the sample group whose cells are found
+        // The tile that has been placed, and the sample group whose cells have been found, if any.
+        i64 placed = -1, current = -1;
         const i64 panel_end = all_panels * (split + 1) / splits;
         for (i64 j = all_panels * split / splits; j < panel_end;) {
           const i64 group = j / p.panels, some = least(panel_end, (group + 1) * p.panels) - j;
@@ -152,7 +154,8 @@ Status gather(const Call& call) {
               }
               const bool accumulate = call.bias.data || u0 > 0;
               if constexpr (kPairs) {
-                // The results are short runs, far apart: what comes now, store need not wait for.
+                // Results go to short runs that are far apart. Prefetched now, they are in the
+                // cache when the store comes.
                 if (u0 + units == group_units && !call.points.last)
                   for (i64 c = 0; c < count; c++)
                     for (i64 i = 0; i < tile.segments; i++)

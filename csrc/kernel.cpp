@@ -1,36 +1,38 @@
-// The kernels, compiled once per instruction set with DEFORMND_ISA naming its namespace and
-// DEFORMND_BYTES its vector width. No inline function of the standard library is used here: the
-// linker keeps one copy of each, perhaps one with instructions that this machine lacks.
+// The kernels. This file is compiled once for each instruction set; DEFORMND_ISA is its namespace
+// and DEFORMND_BYTES the width of its vectors. No inline function of the standard library is used
+// here: the linker keeps one copy of each, and that could be one with instructions that this
+// machine lacks.
 //
 // Note [layout]
-// The image is packed to [image][block][pixel][channel of the block] in the computing type, with
-// a border of zeros: one pixel before, one after, and one more after the slowest axis. So a
-// sample is one 32-bit pixel index and 2^n weights, without clamping; positions outside point at
-// a border cell with weight 0. A block holds channels of one sample group (one offset group and
-// one mask group) and one weight group, filled up with zeros to full vectors.
+// The image is packed to [image][block][pixel][channel of the block] in the computing type, with a
+// border of zeros: one pixel before and one after each axis, and one more after the slowest axis.
+// So a sample is one 32-bit pixel index and 2^n weights, and nothing has to be clamped; positions
+// outside get a cell of the border and weights of 0. A block holds channels of one sample group
+// (one offset group and one mask group) and of one weight group, filled up with zeros to full
+// vectors.
 //
 // Note [depthwise]
-// Where each weight group is one channel in, one channel out, the products would use one lane. So
-// a block counts as a weight group, aggregate.h is the forward, and in Reverse scale() and the like
-// take the place of the products, or nothing does where there is no weight.
+// Where each weight group has one channel in and one channel out, products would use one lane of a
+// vector. So there a block counts as a weight group, the forward is in aggregate.h, and in Reverse
+// scale() and add_products() take the place of the products. Without a weight nothing does.
 //
 // Note [planar], in samples.h, is about samples of at most four channels.
 //
 // Note [order]
-// Columns, the products' inner dimension, are ordered by unit = (block, kernel point), then by
-// the channel in the block. Every sum runs in an order that depends on the sizes and the number of
-// threads alone, not on which of them is first; on their number only by the parts and bands of
-// Reverse.
+// Columns, the products' inner dimension, are ordered by unit, which is a block and a kernel point,
+// and then by the channel in the block. The order of every sum depends on the call's sizes alone,
+// and never on which thread comes first. Only the parts and bands of Reverse depend on the number
+// of threads as well.
 //
 // Note [threads]
-// A call is one parallel region, and all threads of the pool take part, also where the work is cut
-// for fewer: a region with fewer threads than the last one ends the others, and the next one has
-// to start them anew, which takes longer than a small call. No thread owns anything but scratch,
-// so a call is right, and the same bit by bit, with however few threads OpenMP grants.
+// A call is one parallel region. All threads of the pool take part in it, even where the work is
+// cut for fewer: a region with fewer threads than the last one would end the others, and the next
+// region would have to start them anew, which takes longer than a small call. A thread owns nothing
+// but scratch, so with however few threads OpenMP grants, the results are the same bit by bit.
 //
 // Note [pages]
-// Where threads write into a fresh huge page at once, the system clears one for each of them and
-// throws away all but one. So each page of a large result is touched by one thread first.
+// Where several threads write into a fresh huge page at once, the system clears a page for each of
+// them and throws away all but one. So one thread touches each page of a large result first.
 
 #include <string.h>
 
@@ -73,15 +75,15 @@ constexpr int kPerWord = kPairs ? 2 : 1;  // numbers in a word of a packed image
 
 constexpr i64 kTilePixels = 112;  // 8 micro-kernels of 14 rows: about 256 KB of columns
 constexpr i64 kTileWidth = 32;
-constexpr i64 kWideTile = 320;  // where coordinates dominate, long rows of offsets
-constexpr i64 kStack = 4;       // such tiles, which touch almost the same rows of the image
-constexpr i64 kColumns = 576;   // of one product; of pairs in Gather half, for the L1 cache
-constexpr i64 kTerms = 144;     // of one sum, see micro_kernel; words of a column for a stack
+constexpr i64 kWideTile = 320;  // pixels of a tile's row where coordinates dominate the time
+constexpr i64 kStack = 4;       // tiles of a stack, see gather.h
+constexpr i64 kColumns = 576;   // columns of a product; half for Gather's pairs, for the L1 cache
+constexpr i64 kTerms = 144;     // terms of a sum, see micro_kernel; words of a stack's columns
 constexpr i64 kPiece = 512;     // most pixels that a layout change or conversion handles at once
 constexpr i64 kRows = 64;       // most pixels of offsets and masks transposed at once
-constexpr i32 kFar = 1 << 30;   // of offsets; positions without one are less, see cpu.py
-constexpr i64 kSamplesPerThread = 125000;  // of a channel: 20 microseconds, see threads_worth
-constexpr i64 kFlightBytes = 32 << 20;     // of packed images at a time, where one is smaller
+constexpr i32 kFar = 1 << 30;   // an offset so far is outside; positions are less, see cpu.py
+constexpr i64 kSamplesPerThread = 125000;  // of one channel: 20 microseconds, see threads_worth
+constexpr i64 kFlightBytes = 32 << 20;     // packed images at a time, or else a single one
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
@@ -90,16 +92,16 @@ inline i64 round_up(i64 a, i64 b) { return divide_up(a, b) * b; }
 inline i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 inline i64 lcm(i64 a, i64 b) { return a / gcd(a, b) * b; }
 
-// A thread of those that run a call together.
+// One of the threads that run a call together.
 struct Worker {
   i64 thread, threads;
 
-  // Called by all of them: runs body(task) for all tasks, and returns when all are done.
+  // Share the tasks: all threads call this, and it returns when body(task) was run for each task.
   template <class Body>
   void share(i64 tasks, const Body& body) const {
 #ifdef _OPENMP
     if (threads > 1) {
-      // Small tasks by the handful: all threads count on one cell of memory.
+      // Small tasks are taken by the handful, since all threads count on one cell of memory.
       const int handful = int(most(1, tasks / (64 * threads)));
 #pragma omp for schedule(dynamic, handful)
       for (i64 task = 0; task < tasks; task++) body(task);
@@ -109,8 +111,8 @@ struct Worker {
     for (i64 task = 0; task < tasks; task++) body(task);
   }
 
-  // The same, but each thread takes tasks that follow one another: where two shares run through the
-  // same memory, what a thread writes in the first it finds in its own cache in the second.
+  // The same, but each thread takes tasks that follow one another. Where two shares go through the
+  // same memory, a thread then finds in its own cache what it wrote in the first.
   template <class Body>
   void share_in_order(i64 tasks, const Body& body) const {
     for (i64 task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++)
@@ -152,7 +154,7 @@ struct Carver {
   }
 };
 
-// For Note [pages]: the tasks of `elements` of a result, and one of them.
+// For Note [pages]: how many tasks it takes to touch the pages of a result, and one of these tasks.
 inline i64 touch_tasks(const Array& a, i64 elements, i64 team) {
   const i64 bytes = elements * (a.dtype == kFloat64 ? 8 : a.dtype == kFloat32 ? 4 : 2);
   return a.data && team > 1 && bytes >= kLarge ? bytes / kHugePage : 0;
@@ -162,7 +164,7 @@ inline void touch(const Array& a, i64 task) {
   for (i64 at = 0; at < kHugePage; at += 4096) page[at] = 0;
 }
 
-// Each builds on those before it.
+// Each of these files builds on those before it.
 // clang-format off
 #include "convert.h"
 #include "products.h"
@@ -189,7 +191,7 @@ Status run(const Call& call) {
   return call.rank == 1 ? run<T, 1>(call) : call.rank == 2 ? run<T, 2>(call) : run<T, 3>(call);
 }
 
-// In double where any tensor that sets coordinates or values is double.
+// Run a call in double if any tensor that decides about coordinates or values is double.
 Status run(const Call& c) {
 #ifdef DEFORMND_PAIRS
   return run<float>(c);

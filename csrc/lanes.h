@@ -64,7 +64,8 @@ struct Lanes {
   typedef T V __attribute__((vector_size(N * sizeof(T))));
   typedef i32 I __attribute__((vector_size(N * sizeof(i32))));
   typedef decltype(V{} < V{}) M;
-  static INLINE V splat(T s) { return s - V{}; }  // folds to a broadcast; s + 0 would not, for -0
+  // The compiler folds this to a broadcast. It could not fold s + 0, which is 0 for -0.
+  static INLINE V splat(T s) { return s - V{}; }
   static INLINE I splat_index(i32 s) { return s - I{}; }
   static INLINE V select(M m, V a, V b) { return m ? a : b; }
   static INLINE I select_index(M m, I a, I b) { return __builtin_convertvector(m, I) ? a : b; }
@@ -115,7 +116,7 @@ struct Lanes {
     return v;
   }
   static INLINE void store_index(i32* p, I v) { memcpy(p, &v, sizeof v); }
-  // Truncation and a correction: |v| must be below 2^31.
+  // By truncation to an integer and a correction, so |v| must be below 2^31.
   static INLINE V floor(V v) {
     const V f = to_value(to_index(v));
     return f - select(v < f, splat(1), zero());
@@ -133,7 +134,7 @@ struct Lanes {
   template <class H, int... J>
   static INLINE V join(H a, H b, Seq<J...>) {
 #if DEFORMND_VECTORS && defined(__AVX__)
-    if constexpr (N == 8 && sizeof(T) == 4)  // which compilers do not find
+    if constexpr (N == 8 && sizeof(T) == 4)  // Compilers do not find this order by themselves.
       return (V)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)a), (__m128)b, 1);
 #endif
 #if DEFORMND_VECTORS && (defined(__clang__) || __GNUC__ >= 12)

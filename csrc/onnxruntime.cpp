@@ -4,8 +4,8 @@
 // DeformAttention, each for 1 to 3 axes; of ONNX's own, unless the session says otherwise, the
 // standard DeformConv. What kernels/geometry.py checks is checked here, too, with its words.
 //
-// A call of a mask that is not finite is done when the core has done it, although its sums may be
-// NaN where they are infinite by the definition: see Note [infinity] in kernels/cpu.py.
+// There is no reference here. So where a mask is infinite, sums may be NaN that are infinite by the
+// definition: see Note [infinity] in kernels/cpu.py.
 
 #include "onnxruntime.h"
 
@@ -38,8 +38,8 @@ constexpr int kInputs = 5, kDims = 6;
 
 enum Family { kConv, kTranspose, kAggregate, kAttention, kStandard };
 
-// An input's letter: t is of the operator's own type, c of any floating one, i an int64; capital
-// where it must be there. Names in the order of the inputs.
+// A kind of operator. `letters` has one for each input, in their order: t for the operator's own
+// type, c for any floating type, i for int64, and a capital where the input must be there.
 struct Kind {
   Family family;
   const char* name;
@@ -61,14 +61,14 @@ constexpr Kind kKinds[] = {
      "deform_attention",
      "TICC",
      {"value", "shapes", "locations", "weights"}},
-    // ONNX has another order.
+    // ONNX's own operator has the bias before the mask.
     {kStandard, "DeformConv", "deform_conv", "TTCtc", {"input", "weight", "offset", "bias", "mask"}},
 };
-// As enum Dtype.
+// In the order of enum Dtype.
 constexpr ort::Element kElements[] = {ort::kHalf, ort::kBrainFloat, ort::kFloat, ort::kDouble};
-// A file's local functions, which stand in for the operators elsewhere, are told apart by name
-// alone, and their bodies hold sizes. So each operator of ours has so many names: DeformConv,
-// DeformConv_2, DeformConv_3 ... As in onnx/session.py.
+// A file may have local functions that stand in for the operators in other engines. They are told
+// apart by name alone, and their bodies hold sizes. So each operator of ours has this many names:
+// DeformConv, DeformConv_2, DeformConv_3 ... The number is the same in onnx/session.py.
 constexpr int kNames = 32;
 constexpr int kCount = (4 * kNames + 1) * 4;  // in all types
 
@@ -108,7 +108,7 @@ Text format(const char* pattern, ...) {
   return text;
 }
 
-// As Python shows a list, or with parentheses a tuple.
+// Values as Python shows a list or, with `tuple`, a tuple.
 Text shown(const i64* values, i64 count, bool tuple = false) {
   Text text;
   size_t used = size_t(snprintf(text.s, sizeof(text.s), "%c", tuple ? '(' : '['));
@@ -167,7 +167,7 @@ float brain_float(uint16_t bits) {
   return value;
 }
 
-// One call of a node. Steps return a status, or null to go on.
+// One call of a node. Each step returns an error, or null if the next one may follow.
 class Run {
  public:
   Run(const Node& node, ort::KernelContext* context)
@@ -251,7 +251,8 @@ class Run {
     } else if (element != ort::kInt64) {
       return fail(format("%s has an element type of number %d, expected int64", t.name, element));
     }
-    void* data = nullptr;  // the function is for results, too, and so takes no const
+    // The function serves results as well, and so it takes no const.
+    void* data = nullptr;
     bad = api_.get_tensor_mutable_data(const_cast<ort::Value*>(value), &data);
     t.data = static_cast<char*>(data);
     return bad;
@@ -271,7 +272,7 @@ class Run {
     return status == kNoMemory ? fail(format("no memory for the workspace"), ort::kFail) : nullptr;
   }
 
-  // An attribute with a value for each axis, or for padding of ONNX's two.
+  // An attribute that has a value for each axis, or two as ONNX's pads have.
   ort::Status* list(const char* name, const Ints& given, i64 least, i64 otherwise, i64* to,
                     i64 count) const {
     for (i64 v = 0; v < count; v++) to[v] = given.count < 0 ? otherwise : given.values[v];
@@ -289,7 +290,7 @@ class Run {
     return nullptr;
   }
 
-  // Of offset or mask, with so many values at a point for each group.
+  // The number of groups of an offset or mask, which has `unit` channels for each.
   ort::Status* groups_of(const Tensor& t, i64 unit, i64 points, const Call& c, i64 channels,
                          const char* owner, i64& groups) const {
     groups = 0;
@@ -565,7 +566,7 @@ class Run {
   }
 };
 
-// Attributes, which are absent where ONNX Runtime has an error to give.
+// Whether an attribute is missing, which ONNX Runtime reports as an error.
 bool missing(const ort::Api& api, ort::Status* status) {
   if (status) api.release_status(status);
   return status != nullptr;
@@ -641,8 +642,9 @@ ort::CustomOp table() {
   return t;
 }
 
-// The operators for sessions with so many threads. A session keeps pointers to them, and nobody
-// says when the last one ends: there is one for each number of threads, for as long as the process.
+// The operators for sessions with this number of threads. Sessions keep pointers to them, and
+// nobody says when the last session ends. So there is one Registration for each number of threads,
+// and it stays as long as the process.
 struct Registration {
   const ort::Api* api;
   i64 threads;
@@ -679,7 +681,7 @@ ort::Status* registration_of(const ort::Api* api, i64 threads, Registration*& fo
   return nullptr;
 }
 
-// An entry of the session's configuration that is a number.
+// A number from the session's configuration.
 i64 entry(const ort::Api& api, const ort::SessionOptions* options, const char* key,
           i64 otherwise) {
   int there = 0;
@@ -701,9 +703,9 @@ i64 all_threads() {
 }  // namespace
 }  // namespace deformnd
 
-// Called by ONNX Runtime when it is given this library. Configuration entries of the session:
-// deformnd.threads, the most that one node uses, and deformnd.override, 0 to leave the standard
-// DeformConv to ONNX Runtime's own kernel.
+// ONNX Runtime calls this when it is given the library. It reads two entries of the session's
+// configuration: deformnd.threads is how many threads one node may use, and deformnd.override is 0
+// to leave the standard DeformConv to ONNX Runtime's own kernel.
 EXPORT ort::Status* ORT_CALL RegisterCustomOps(ort::SessionOptions* options,
                                                const ort::ApiBase* base) {
   using namespace deformnd;

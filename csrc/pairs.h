@@ -3,20 +3,20 @@
 //
 // Note [pairs]
 // The kernels of the namespace bfloat16 take calls whose image, points and weight are bfloat16.
-// There a 32-bit word holds a pair of numbers, and float stands for words, too. A packed image has
-// half the bytes: word i of two vectors of n channels is the pair of channels i and n + i, so that
-// a shift and a mask make the two vectors. (A block of 4 channels is two words of neighbours.)
-// Columns are interpolated in float32 and rounded once, to bfloat16.
+// There a 32-bit word holds a pair of numbers, and the type float stands for words as well. A
+// packed image takes half the bytes: word i of two vectors of n channels is the pair of channels i
+// and n + i, so that a shift gives one vector and a mask the other. (A block of 4 channels is two
+// words of neighbours.) Columns are interpolated in float32, and rounded once, to bfloat16.
 //
 // The instructions multiply rows of pairs by columns of pairs and add up in float32. In Gather's
-// product the pairs are of neighbouring columns. In Reverse's for the gradients of the columns,
-// they are points i and 16 + i of 32 each; in that for the gradient of the weight, neighbouring
+// product a pair is two neighbouring columns. In Reverse's product for the gradients of the columns
+// it is points i and 16 + i of each 32; in the one for the gradient of the weight, two neighbouring
 // pixels.
-// AMX takes 16 rows and 16 words at a time: what an inner dimension lacks is filled up with zeros,
-// while what is too much of rows and panels is only never read.
-// All of these instructions take subnormal numbers for zero.
+// AMX takes 16 rows and 16 words at a time. An inner dimension is filled up with zeros to a
+// multiple of that; rows and panels that are too many hold anything, since nobody reads what comes
+// of them. All of these instructions take subnormal numbers for zero.
 
-// Of the inner dimension of a product.
+// The inner dimension of a product is a multiple of these.
 constexpr i64 kTileWords = 16, kTileNumbers = 32;
 
 // Rows of a matrix in panels.
@@ -33,8 +33,8 @@ inline void pair_up(const float* low, const float* high, i64 n, float* to) {
     to[i] = from_bits(to_bits(low[i]) >> 16 | (to_bits(high[i]) & 0xffff0000));
 }
 
-// Field::load of a field of bfloat16, as `words` pairs of channels i and lanes + i of each
-// 2 lanes; zero past `count` channels.
+// Field::load of a field of bfloat16, as `words` words. Of every 2 `lanes` channels, i and lanes +
+// i are a pair. Channels from `count` on are zero.
 NOINLINE void load_pairs(const Field<float>& field, i64 image, i64 channel, i64 count, i64 pixel,
                          i64 n, i64 lanes, i64 words, float* to, i64 step, float* scratch) {
   const uint16_t* from = reinterpret_cast<const uint16_t*>(field.array.data);
@@ -63,7 +63,7 @@ NOINLINE void load_pairs(const Field<float>& field, i64 image, i64 channel, i64 
   transpose(scratch, n, to, step, n, words);
 }
 
-// The two vectors of N words.
+// The two vectors that N words hold.
 template <int N>
 INLINE void split(const void* words, typename Lanes<float, N>::V* to) {
   typename Lanes<float, N>::I both;
@@ -72,7 +72,7 @@ INLINE void split(const void* words, typename Lanes<float, N>::V* to) {
   to[1] = (typename Lanes<float, N>::V)(both & i32(0xffff0000));
 }
 
-// Their numbers, rounded: first those of `low`, then those of `high`.
+// The numbers of two vectors, rounded to bfloat16: first those of `low`, then those of `high`.
 template <int N>
 INLINE typename Lanes<float, N>::V narrow(typename Lanes<float, N>::V low,
                                           typename Lanes<float, N>::V high) {
@@ -85,7 +85,7 @@ INLINE typename Lanes<float, N>::V narrow(typename Lanes<float, N>::V low,
     return (V)_mm_cvtne2ps_pbh((__m128)high, (__m128)low);
 }
 
-// Their words, rounded.
+// The words of two vectors, whose numbers are rounded to bfloat16.
 template <int N>
 INLINE typename Lanes<float, N>::V pair(typename Lanes<float, N>::V low,
                                         typename Lanes<float, N>::V high) {
@@ -105,8 +105,8 @@ INLINE typename Lanes<float, N>::V pair(typename Lanes<float, N>::V low,
   }
 }
 
-// Field::store of a field of bfloat16: `from` has memory for a multiple of 16 channels. Pairs of
-// pixels are transposed, 32 pixels of 16 channels at a time.
+// Field::store of a field of bfloat16. Pairs of pixels are transposed, 32 pixels of 16 channels at
+// a time, so `from` has memory for a multiple of 16 channels.
 NOINLINE void store_pairs(const Field<float>& field, i64 image, i64 channel, i64 count, i64 pixel,
                           i64 n, const float* from, i64 step, float* scratch) {
   if (field.array.last) return field.store(image, channel, count, pixel, n, from, step, scratch);
@@ -130,7 +130,7 @@ NOINLINE void store_pairs(const Field<float>& field, i64 image, i64 channel, i64
     }
 }
 
-// Between four neighbouring numbers and a vector.
+// Conversion between four neighbouring numbers and a vector.
 INLINE Lanes<float, 4>::V widen4(const void* numbers) {
   return (Lanes<float, 4>::V)_mm_slli_epi32(
       _mm_cvtepu16_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(numbers))), 16);
@@ -168,8 +168,8 @@ NOINLINE void pair_kernel(i64 inner, const float* RESTRICT a, i64 a_step, const 
   }
 }
 
-// The same for 16 R rows, by AMX; `inner` is a multiple of kTileWords. Registers 0 to 3 are C, 4
-// and 5 two of A below each other, 6 and 7 two of B side by side.
+// The same for 16 R rows, by AMX; `inner` is a multiple of kTileWords. Registers 0 to 3 hold C, 4
+// and 5 two tiles of A below each other, 6 and 7 two tiles of B side by side.
 template <int R, int NV>
 NOINLINE void tile_kernel(i64 inner, const float* a, i64 a_step, const float* b, i64 b_step,
                           float* c, i64 c_step, bool accumulate) {
@@ -208,7 +208,7 @@ NOINLINE void tile_kernel(i64 inner, const float* a, i64 a_step, const float* b,
 }
 
 #ifdef DEFORMND_SANITIZE
-// Read what tiles do: the sanitizer does not see them.
+// Read what a tile is loaded from, since the sanitizer does not see the instruction that loads it.
 NOINLINE void see(const float* at, i64 step, i64 rows, i64 count) {
   volatile float read;
   for (i64 r = 0; r < rows; r++)
@@ -219,7 +219,7 @@ NOINLINE void see(const float* at, i64 step, i64 rows, i64 count) {
 inline void see(const float*, i64, i64, i64) {}
 #endif
 
-// As LDTILECFG wants it: eight registers of 16 rows of 64 bytes.
+// What the instruction LDTILECFG reads: all eight registers have 16 rows of 64 bytes.
 struct TileShapes {
   uint8_t palette, start, reserved[14];
   uint16_t bytes[16];
@@ -238,8 +238,9 @@ PairKernel pair_kernel_of(bool tiles, i64 rows, Seq<R...>) {
 
 // C[rows, panels] (+)= A B, in panels of `vectors` vectors; `inner` counts words and is a multiple
 // of kTileWords. With `tiles`, A and C have memory for a multiple of 16 rows.
-// The state of the tiles is this thread's, and other libraries have their own shapes: so they are
-// configured here, which takes as long as some ten of their hundreds of products, and released.
+// The shapes of the tiles are a state of this thread, and other libraries use shapes of their own.
+// So they are set here and released at the end, which takes as long as some ten of hundreds of
+// products.
 void multiply_pairs(bool tiles, int vectors, i64 rows, i64 panels, i64 inner, const float* a,
                     i64 a_step, Panels b, Panels c, bool accumulate) {
   constexpr int most_rows = Machine<float>::rows;
@@ -265,7 +266,7 @@ void multiply_pairs(bool tiles, int vectors, i64 rows, i64 panels, i64 inner, co
 
 #else
 
-// Never called, but where a template names them.
+// Without bfloat16 these are never called, but templates name them.
 void pair_up(const float*, const float*, i64, float*);
 template <class Field>
 void load_pairs(const Field&, i64, i64, i64, i64, i64, i64, i64, float*, i64, float*);

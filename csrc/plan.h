@@ -1,11 +1,11 @@
-// How a call is cut: blocks of channels, tiles of pixels, chunks of columns; and the packing.
+// How a call is cut into blocks of channels, tiles of pixels and chunks of columns, and how packed.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
 // Units [unit, unit + count) of one weight group, for one product.
 struct Chunk {
   i64 unit, count, group;
-  i64 panels;   // of its columns, where they are the product's columns (Reverse)
-  i64 weights;  // where its packed weights begin, in words (Reverse)
+  i64 panels;   // in Reverse: how many panels its columns fill
+  i64 weights;  // in Reverse: where its packed weights begin, in words
 };
 
 // A tile of output pixels: `segments` runs of `length` consecutive pixels, or one run of whole
@@ -17,8 +17,9 @@ struct Tile {
   i64 count;
 };
 
-// The threads that a call is worth, of so many: each wants about 20 microseconds of work, ten times
-// what waking it costs, and all of a large team want more than two.
+// How many of these threads a call is worth; `worth` counts pieces of work of 20 microseconds, ten
+// times what it costs to wake a thread. Each thread wants one. With less than two pieces in all, or
+// a little more where the whole large team would have to wake, one thread does everything.
 inline i64 threads_worth(double worth, i64 threads) {
   if (worth < 2 + double(threads - 2) / 8) return 1;
   return worth < double(threads) ? i64(worth) : threads;
@@ -33,19 +34,19 @@ struct Plan {
   const Call& call;
   i64 batch, image_channels, point_channels, groups, offset_groups, mask_groups;
   i64 image_size[ND], point_size[ND], kernel[ND], stride[ND], padding[ND], dilation[ND];
-  i64 threads;             // that the work is cut for
-  i64 team;                // that run it
+  i64 threads;             // for how many threads the work is cut
+  i64 team;                // how many threads run it
   bool depthwise, planar;  // see the notes of these names
   i64 K, P, pixels;        // kernel points, point positions, image pixels
   i64 padded[ND], plane;   // sizes and pixels of a packed plane
-  i64 sample_groups;       // one offset group and one mask group each
-  i64 runs, run;           // runs of channels of one sample group and one weight group
-  int lanes, vectors;      // of a block
+  i64 sample_groups;       // each is the channels of one offset group and one mask group
+  i64 runs, run;           // runs of channels of one sample and one weight group; a run's length
+  int lanes, vectors;      // a block is so many vectors of so many lanes
   i64 block, blocks_per_run, blocks;
-  i64 words;                         // of a packed pixel of a block
-  i64 depth;                         // channels of the columns of a unit
+  i64 words;                         // words of a packed pixel of a block
+  i64 depth;                         // channels of a unit's columns
   i64 group_points, group_channels;  // channels of a weight group
-  i64 point_words;                   // of the points of a weight group, as an inner dimension
+  i64 point_words;                   // words of a weight group's points, as an inner dimension
   int panel_vectors;
   i64 panel, panels, group_width;  // the points of a weight group in panels
   i64 tile_rows, tile_columns, row_tiles, column_tiles, tiles, tile_pixels, table;
@@ -88,18 +89,20 @@ struct Plan {
     group_width = panels * panel;
 
     threads = threads_for(c);
-    team = threads > 1 && !c.alone ? c.threads : 1;  // all or one, see Note [threads]
+    team = threads > 1 && !c.alone ? c.threads : 1;  // Either all or one, see Note [threads].
 
     const i64 width = point_size[ND - 1], rows = P / width;
-    // Gather's pairs take half the bytes, and AMX twice the rows at a time.
+    // In Gather tiles of pairs may be twice as large: they take half the bytes, and AMX multiplies
+    // twice as many rows at a time.
     const bool twice = kPairs && c.gather && !depthwise;
     const i64 pixels_of_tile = twice ? 2 * kTilePixels : kTilePixels;
     const i64 wanted = narrow()    ? kWideTile
-                       : depthwise ? kTilePixels  // likewise
+                       : depthwise ? kTilePixels  // Here, too, coordinates dominate the time.
                                    : most(kTileWidth, pixels_of_tile / rows);
     const i64 columns = divide_up(width, divide_up(width, least(wanted, width)));
     i64 rows_of_tile = most(1, least(rows, (pixels_of_tile + columns / 2) / columns));
-    // Rows that end amid vectors of pixels would fill most of these with nothing.
+    // A tile's pixels fill vectors row after row. A tile of short rows has many rows, so that few
+    // of its vectors are partly empty.
     if (planar) rows_of_tile = divide_up(rows, divide_up(rows, most(1, kWideTile / columns)));
     cut_tiles(rows_of_tile, columns);
 
@@ -110,7 +113,8 @@ struct Plan {
     }
   }
 
-  // A sample takes as long as its products with so many points; AMX multiplies eight times as fast.
+  // To how many points a sample's products take as long as the sample itself. With AMX, which
+  // multiplies eight times as fast, they are eight times as many.
   static i64 points_per_sample(const Call& c) { return kPairs && c.tiles ? 128 : 16; }
 
   static i64 threads_for(const Call& c) {
@@ -127,14 +131,15 @@ struct Plan {
     row_tiles = divide_up(P / width, rows), column_tiles = divide_up(width, columns);
     tiles = row_tiles * column_tiles, tile_pixels = rows * columns;
     tile_room = kPairs ? round_up(tile_pixels, kTileNumbers) : tile_pixels;
-    // An odd number of cache lines, so that the rows of a panel do not compete for the same ones.
+    // The distance of two rows is an odd number of cache lines, so that the rows of a panel do not
+    // compete for the same places in the cache.
     if (planar) tile_room = (divide_up(round_up(tile_pixels, 2 * N), kLine) | 1) * kLine;
     table = round_up(tile_pixels, N) + N;
   }
 
-  // Smaller tiles, and the panels of points in parts, where `workers` get through `images` sooner;
-  // returns the number of parts. A tile, for which the weights come from far, costs as much as 16
-  // pixels more.
+  // Cut smaller tiles, and cut the panels of points into parts, where `workers` then get through
+  // `images` sooner; returns the number of parts. Each tile costs as much as 16 pixels more, since
+  // the weights have to come into the cache for it.
   i64 share_tiles(i64 images, i64 workers, i64 most_parts) {
     if (workers == 1) return 1;
     const i64 sample = points_per_sample(call);
@@ -158,14 +163,16 @@ struct Plan {
     return best_parts;
   }
 
-  bool narrow() const { return block <= 8; }  // where coordinates and their samples dominate
+  // Whether coordinates and samples dominate the time, and not the products.
+  bool narrow() const { return block <= 8; }
 
-  // Whether Gather takes tiles in stacks, see there. Where a group has several blocks, cells found
-  // for one of them would be found again for the next.
+  // Whether Gather takes tiles in stacks, see there. It does not where a sample group has several
+  // blocks: a stack comes to a tile anew for every few columns, and would have to find the same
+  // cells again for each block.
   bool stacks() const { return narrow() && blocks_per_sample_group() == 1; }
 
-  // Tiles of a stack: fewer where `workers` would wait for the last stack longer than a sixteenth
-  // of the whole. Of each tile there are `copies`.
+  // How many tiles make a stack: fewer than kStack where `workers` would otherwise wait for the
+  // last stack longer than a sixteenth of the whole time. Each tile is taken `copies` times.
   i64 stack_tiles(i64 copies, i64 workers) const {
     const auto rounds = [&](i64 n) {
       return n * divide_up(copies * column_tiles * divide_up(row_tiles, n), workers);
@@ -203,7 +210,7 @@ struct Plan {
   i64 group_point(i64 group) const { return depthwise ? channel(group) : group * group_points; }
   i64 points_in(i64 group) const { return depthwise ? block_channels(group) : group_points; }
 
-  // Words between the columns of two pixels, or of a whole group, as an inner dimension.
+  // The words that the columns of so many units take for each pixel, as an inner dimension.
   i64 column_words(i64 units) const {
     return kPairs ? round_up(units * words, kTileWords) : units * depth;
   }
@@ -236,7 +243,8 @@ Status status_of(const T* taints, i64 threads) {
   return taint != 0 ? kOdd : kDone;
 }
 
-// The blocks [from, to) cut into chunks; returns how many, and adds up what they need.
+// Cut the blocks [from, to) into chunks. Returns how many they are; adds the size of their packed
+// weights to *weights, and raises *widest to the columns of the widest.
 template <class T, int ND>
 i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64* widest) {
   const i64 group_blocks = p.blocks / p.groups;
@@ -257,7 +265,7 @@ i64 cut(const Plan<T, ND>& p, i64 from, i64 to, Chunk* chunks, i64* weights, i64
   return n;
 }
 
-// Field::load of channels first, at most four, to[4 p + c], zeros in the padding.
+// Field::load of at most four channels, which come first, as to[4 p + c] with zeros for others.
 template <class T>
 NOINLINE void load_four(const Field<T>& field, i64 image, i64 channel, i64 count, i64 pixel, i64 n,
                         T* to, T* scratch) {
@@ -272,7 +280,7 @@ NOINLINE void load_four(const Field<T>& field, i64 image, i64 channel, i64 count
     return;
   }
   for (i64 p0 = 0; p0 < n; p0 += N) {
-    const i64 p = least(p0, n - N);  // the last ones overlap those before
+    const i64 p = least(p0, n - N);  // The last step overlaps the one before.
     typename L::V a[4];
     UNROLL
     for (int c = 0; c < 4; c++) a[c] = c < count ? L::load(from[c] + p) : L::zero();
@@ -281,7 +289,7 @@ NOINLINE void load_four(const Field<T>& field, i64 image, i64 channel, i64 count
   }
 }
 
-// Field::store of channels first, at most four, from[4 p + c].
+// Field::store of at most four channels, which come first, from from[4 p + c].
 template <class T>
 NOINLINE void store_four(const Field<T>& field, i64 image, i64 channel, i64 count, i64 pixel, i64 n,
                          const T* from, T* scratch) {
@@ -315,7 +323,7 @@ NOINLINE void store_four(const Field<T>& field, i64 image, i64 channel, i64 coun
     write(field.array, field.at(image, channel + c, pixel), n, to[c]);
 }
 
-// A row of the packed image, or a piece of one; as many tasks as pack_image_tasks says.
+// A task packs a row of the image, or a piece of one. pack_image_tasks says how many there are.
 template <class T, int ND>
 void pack_image(const Plan<T, ND>& p, i64 first, i64 task, T* packed, T* scratch) {
   const Field<T> image{p.call.image, p.image_channels, p.pixels};
@@ -357,8 +365,8 @@ i64 pack_image_tasks(const Plan<T, ND>& p, i64 images) {
   return images * p.blocks * (p.plane / p.padded[ND - 1]) * divide_up(p.image_size[ND - 1], kPiece);
 }
 
-// Weights of one point channel and one block as [kernel point][channel of `width`], zeros in the
-// padding.
+// Pack the weights of one point channel and one block as [kernel point][channel of `width`], with
+// zeros where the block has fewer channels.
 template <class T, int ND>
 void load_weight(const Plan<T, ND>& p, i64 point, i64 b, T* to, i64 width, T* scratch) {
   const i64 count = p.block_channels(b), channel = p.channel(b) % p.group_channels;
@@ -392,7 +400,7 @@ template <class T, int ND>
 void pack_weight_by_point(const Plan<T, ND>& p, i64 task, T* packed, T* scratch) {
   const i64 size = p.K * p.block, words = p.K * p.words, group_blocks = p.blocks / p.groups;
   const i64 part = task % p.panel_vectors, b = task / p.panel_vectors % group_blocks;
-  const i64 panel = task / p.panel_vectors / group_blocks;  // of all
+  const i64 panel = task / p.panel_vectors / group_blocks;  // among those of all groups
   const i64 group = panel / p.panels, first = panel % p.panels * p.panel + part * p.N;
   T* spare = scratch + p.N * words;
   for (i64 i = 0; i < p.N; i++) {
@@ -421,7 +429,7 @@ void pack_weight_by_point(const Plan<T, ND>& p, i64 task, T* packed, T* scratch)
 template <class T, int ND, class Body>
 void each_run(const Plan<T, ND>& p, const Chunk* chunks, i64 count, i64 b, const Body& body) {
   const i64 width = 2 * p.N, first = b * p.K, end = first + p.K;
-  i64 low = 0, high = count;  // the chunk of the block's first unit
+  i64 low = 0, high = count;  // A binary search finds the chunk of the block's first unit.
   while (high - low > 1) {
     const i64 middle = (low + high) / 2;
     (chunks[middle].unit <= first ? low : high) = middle;

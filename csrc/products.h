@@ -2,8 +2,8 @@
 
 // C[R, NV vectors] += A[R, inner] B[inner, NV vectors].
 // A(i, k) lies at i * a_step + k, or at k * a_step + i where it is Transposed.
-// A long sum in one float32 loses digits with the square root of its length: so kTerms at a time
-// are summed on their own, and C is the sum of those sums.
+// A long sum in one float32 loses digits with the square root of its length. So kTerms terms at a
+// time are summed on their own, and C is the sum of those sums.
 template <class T, int R, int NV, bool Transposed>
 NOINLINE void micro_kernel(i64 inner, const T* RESTRICT a, i64 a_step, const T* RESTRICT b,
                            i64 b_step, T* RESTRICT c, i64 c_step, bool accumulate) {
@@ -47,8 +47,8 @@ MicroKernel<T> micro_kernel_of(i64 rows, Seq<R...>) {
   return table[rows - 1];
 }
 
-// C[rows, panels] (+)= A B, with B in panels of NV vectors. RowsOutside: the loop over rows is
-// the outer one, for few panels that stay in the cache.
+// C[rows, panels] (+)= A B, with B in panels of NV vectors. With RowsOutside the loop over rows is
+// the outer one, which is better for few panels, since they stay in the cache.
 template <class T, int NV, bool Transposed, bool RowsOutside>
 void multiply_by(i64 rows, i64 panels, i64 inner, const T* a, i64 a_step, const T* b, i64 b_step,
                  i64 b_panel, T* c, i64 c_step, bool accumulate) {
@@ -108,8 +108,8 @@ NOINLINE void scale(i64 rows, i64 width, i64 inner, T* RESTRICT a, i64 a_step, c
         a[m * a_step + k * width + i] = c[m * width + i] * b[k * width + i];
 }
 
-// b[k][channel] += sum over rows of a[row][k * width + channel] c[row][channel], on its own as in
-// micro_kernel, for some k at a time as above
+// b[k][channel] += sum over rows of a[row][k * width + channel] c[row][channel]. As in micro_kernel
+// kTerms terms at a time are summed on their own; as in scale, for several k at a time.
 template <class T>
 NOINLINE void add_products(i64 rows, i64 width, i64 inner, const T* RESTRICT a, i64 a_step,
                            T* RESTRICT b, const T* RESTRICT c) {

@@ -2,11 +2,12 @@
 // deform_conv_transpose.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
-// The channels are cut into parts. A thread takes one part of one image (or of some images, where
-// they share a gradient of the weight) through all tiles, so gradients of image and weight need
-// no atomics and no sample is visited twice. Where threads are more, it takes a band of the tiles,
-// with gradients of image and weight of its own. Of that of the image, it clears the slices that
-// its samples touch, as they come, and only those are added up.
+// The channels are cut into parts. A thread takes one part of one image (or of several images,
+// where they share a gradient of the weight) through all tiles. So gradients of image and weight
+// need no atomics, and no sample is visited twice. Where there are more threads than that, each
+// takes a band of the tiles, and has gradients of image and weight of its own, which are added up
+// in the end. Of its image gradient, a band clears only the slices that its samples touch, when
+// they first do, and only those are added up.
 template <class T, int ND>
 struct Reverse {
   using P = Plan<T, ND>;
@@ -22,11 +23,11 @@ struct Reverse {
   int mode;
   Sampler<T> sampler;
   i64 part_blocks, parts;
-  i64 flight;                  // images at a time
-  i64 weight_slots;            // image n adds to gradient n % weight_slots of the weight
-  i64 bands;                   // parts of the tiles, each with its own gradients
-  i64 offset_sets, mask_sets;  // partial sums, where several parts share a group
-  i64 chunk_count, chunk_columns, weights_size;  // chunks, most columns of one, packed weights
+  i64 flight;                  // images packed at a time
+  i64 weight_slots;            // image n adds to the gradient n % weight_slots of the weight
+  i64 bands;                   // parts of the tiles, each with gradients of its own
+  i64 offset_sets, mask_sets;  // partial sums of a group, where several parts share it
+  i64 chunk_count, chunk_columns, weights_size;  // chunks, most columns of one, words of weights
   i64 weight_size, image_size, packed_size, offset_size, mask_size;
   i64 scratch_bytes, edge_size;
   T *packed, *weights, *grad_packed, *grad_weights, *edge;
@@ -34,7 +35,7 @@ struct Reverse {
   Touched* touched;  // [band][image][part]
   Chunk* chunks;
   i64* part_chunks;  // first chunk of each part
-  T* taints;         // of each thread, see Cells
+  T* taints;         // one for each thread, see Cells
   char* scratch;
 
   struct Scratch {
@@ -52,8 +53,9 @@ struct Reverse {
           by_panel(c.take<T>((kPairs ? r.p.point_words : r.p.group_width) * r.p.tile_room)) {}
   };
 
-  // The channels in parts of at least 64; for many threads of 32, or fewer that share no offsets,
-  // since a part less is a band more, with gradients of its own.
+  // Into how many parts to cut the channels. A part has at least 64 channels. For many threads it
+  // may have 32, or fewer if it then shares no offsets with another: with fewer parts there would
+  // be more bands, which need gradients of their own.
   static i64 wanted_parts(const Call& c) {
     const i64 least_parts = most(2, least(8, c.image_channels / 64));
     const i64 groups = most(c.offset_groups, c.mask_groups);
@@ -83,8 +85,8 @@ struct Reverse {
         if (lines * wanted % p.threads == 0 || lines * wanted >= 4 * p.threads) break;
     part_blocks = divide_up(p.blocks, least(wanted, p.blocks));
     parts = divide_up(p.blocks, part_blocks);
-    // Only where one image must occupy more threads than there are parts. What a band costs, to
-    // clear its gradients and to add them up, is about a fiftieth of the whole.
+    // There are several bands only where one image must occupy more threads than it has parts. To
+    // clear a band's gradients and to add them up takes about a fiftieth of the whole time.
     const i64 tasks = lines * parts, fewest = divide_up(p.threads, tasks);
     p.share_tiles(1, fewest, 1);
     i64 least_cost = 0;
@@ -113,7 +115,7 @@ struct Reverse {
     for (i64 g = 0; g < groups; g++) n = most(n, last_part(g, groups) - first_part(g, groups) + 1);
     return n;
   }
-  // Set 0 is the result itself where that has the computing type, channels first.
+  // Whether set 0 is the result itself, which must have the computing type and channels first.
   bool direct(const Array& a) const { return a.dtype == DtypeOf<T>::value && !a.last; }
   T* set_at(const Array& result, T* buffer, i64 size, i64 set, i64 first, i64 image) const {
     if (set == 0 && direct(result))
@@ -191,7 +193,7 @@ struct Reverse {
           for (i64 image = task / bands / parts; image < images; image += lines)
             one_part(first, image, part, band, worker.thread);
         });
-        // One after the other, but none waits for the last of the one before.
+        // These are three kinds of tasks in one share, so that no thread waits between the kinds.
         const i64 last =
             first + images == p.batch && call.grad_weight.data ? unpack_weight_tasks() : 0;
         const i64 rows = spreads ? unpack_image_tasks(images) : 0;
@@ -224,13 +226,14 @@ struct Reverse {
     Touched& slices = touched[(band * flight + image) * parts + part];
     slices = {0, 0};
     const i64 tile_end = p.tiles * (band + 1) / bands;
-    const i64 group_columns = p.units() / p.groups * p.depth;  // of a weight group, if planar
+    const i64 group_columns = p.units() / p.groups * p.depth;  // of a weight group, used if planar
     for (i64 t = p.tiles * band / bands; t < tile_end; t++) {
       const Tile tile = p.tile(first + image, t);
       const bool fresh = first + image < weight_slots && t == p.tiles * band / bands;
       s.cells.place(p, tile);
       s.loaded = -1;
-      i64 current = -1, block = -1;  // the sample group whose cells are found, its first block
+      // The sample group whose cells have been found, and the first block of it in this part.
+      i64 current = -1, block = -1;
       for (i64 i = part_chunks[part]; i < part_chunks[part + 1]; i++) {
         const Chunk& chunk = chunks[i];
         const i64 columns = chunk.count * p.depth, step = p.planar ? p.tile_room : chunk_columns;
@@ -269,7 +272,8 @@ struct Reverse {
               memset(s.dots, 0, size_t(p.K * p.table * Dots) * sizeof(T));
           }
           const i64 column = (u - chunk.unit) * (p.planar ? p.run * step : p.block);
-          const bool ones = !call.weight.data;  // then the points are every unit's columns
+          // Without a weight the points themselves are the gradients of every unit's columns.
+          const bool ones = !call.weight.data;
           sampler({tile.count, image_packed + b * p.plane * p.words, grad_image + b * size, p.steps,
                    s.cells.index + k * p.table, s.cells.weight + k * Q * p.table,
                    ones ? s.by_panel : s.grad_columns + column, s.columns + column,
@@ -305,14 +309,16 @@ struct Reverse {
     taints[thread] += s.cells.tainted();
   }
 
-  // What the samples of a tile touch; those outside touch the border, which nobody reads.
+  // The slices that the samples of a tile touch. Those outside are left out, since they touch a
+  // part of the border that nobody reads.
   Touched slices_of(const Cells<T, ND>& cells, i64 count) const {
     const i32 outside = i32(p.outside());
     i32 low = outside, high = -1;
     for (i64 k = 0; k < p.K; k++) {
       const i32* index = cells.index + k * p.table;
       for (i64 m = 0; m < count; m++) {
-        const i32 at = index[m], inside = at == outside ? -1 : at;  // so that it is vectors' work
+        // Without a branch, so that the compiler makes vectors of it.
+        const i32 at = index[m], inside = at == outside ? -1 : at;
         low = at < low ? at : low;
         high = inside > high ? inside : high;
       }
@@ -326,7 +332,8 @@ struct Reverse {
     return {least(a.begin, b.begin), most(a.end, b.end)};
   }
 
-  // Zeros in the slices of a block that `more` adds to those of `had`.
+  // Clear the slices of a block from the first to the last of `had` and `more`, but not those of
+  // `had`, which hold sums already.
   void clear(T* block, Touched had, Touched more) const {
     const Touched all = join(had, more);
     const i64 slice = p.axis_step(0) * p.block;
@@ -406,15 +413,16 @@ struct Reverse {
     }
   }
 
-  // Derivatives by position and mask of one sample group, from its sums of grad_column times
-  // corner.
+  // Make the gradients by offset and mask of one sample group, from its dots, the sums of
+  // grad_column times corner.
   void store_dots(Scratch& s, const Tile& tile, i64 first, i64 image, i64 part,
                   i64 sample_group) const {
     if (!(mode & kDotsWork)) return;
     using L = Lanes<T, N>;
     using V = typename L::V;
-    const i64 first_group = p.sample_group(part * part_blocks);  // of this part
-    // Where the planes of this group's gradient lie, and whether this part has been there.
+    const i64 first_group = p.sample_group(part * part_blocks);  // the first one of this part
+    // Where the planes of this group's gradient lie. *fresh is whether this part has not yet
+    // written there, and so must store and not add.
     const auto planes = [&](const Array& result, T* buffer, i64 size, i64 groups, i64 group,
                             bool* fresh) -> T* {
       if (!result.data) return nullptr;
@@ -429,7 +437,7 @@ struct Reverse {
                       p.mask_group(sample_group), &fresh_mask);
     const typename L::I outside = L::splat_index(i32(p.outside()));
     V tainted = L::zero();
-    if (p.planar)  // the last vector may be longer than the tile
+    if (p.planar)  // The last vector may go beyond the tile, and reads zeros there.
       for (i64 k = 0; k < p.K; k++)
         for (int q = 0; q < Q; q++)
           L::store(s.dots + (k * Dots + q) * p.table + tile.count, L::zero());
@@ -452,7 +460,8 @@ struct Reverse {
           V value[Q], slope[ND][Q];
           UNROLL
           for (int q = 0; q < Q; q++) value[q] = L::load(dots + q * (p.planar ? p.table : N));
-          // Interpolate axis by axis; the slope of an axis is interpolated along the later ones.
+          // Interpolate along one axis after the other. The slope along an axis is interpolated
+          // along the axes that come later.
           UNROLL
           for (int v = 0; v < ND; v++) {
             const int half = Q >> (v + 1);
@@ -479,7 +488,8 @@ struct Reverse {
             }
           };
           if (offsets) {
-            // A position outside has no slope; its mask has the gradient of any factor of 0.
+            // A position outside has no slope. The gradient of its mask needs no such care: it is
+            // the sample, which is 0 there.
             const auto valid = L::mask(L::load_index(s.cells.index + m) != outside);
             const V mask = L::load(s.cells.mask + m);
             UNROLL
@@ -493,7 +503,7 @@ struct Reverse {
     L::store(s.cells.taint, L::load(s.cells.taint) + tainted);
   }
 
-  // For each image.
+  // How many tasks of add_sets there are for each image.
   i64 set_tasks(const Array& result, i64 size, i64 sets) const {
     if (!result.data || (sets == 1 && direct(result))) return 0;
     return result.last ? divide_up(p.P, kPiece) : size / p.P;
@@ -549,7 +559,7 @@ struct Reverse {
     }
     T* sums = grad_packed + n * image_size + (b * p.plane + pixel) * p.block;
     for (i64 band = 0; band < bands; band++) {
-      // Of these pixels, [begin, end) were touched.
+      // Only the pixels [begin, end) of these were touched.
       const Touched& t = touched[(band * flight + n) * parts + part_of(b)];
       i64 begin = 0, end = t.begin <= slice && slice < t.end ? some : 0;
       if (ND == 1) {

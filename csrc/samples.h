@@ -1,4 +1,4 @@
-// One pass over the corners of samples: columns, their adjoint, their derivatives.
+// One pass over the corners of samples makes columns, their adjoint, and what derivatives need.
 // Included by kernel.cpp inside the namespace of one instruction set.
 
 enum Work { kColumnsWork = 1, kDotsWork = 2, kSpreadWork = 4 };
@@ -8,12 +8,12 @@ template <class T>
 struct Samples {
   i64 count;
   const T* image;        // the packed block, in words of kPerWord channels
-  T* grad_image;         // likewise
-  const i64* steps;      // from the first corner of a cell to each, in elements
-  const i32* index;      // [count] first corner
+  T* grad_image;         // the block of its gradient, in elements
+  const i64* steps;      // from a cell's first corner to each of its corners, in elements
+  const i32* index;      // [count] first corner of the cell
   const T* weight;       // [count][corner] interpolation weight times mask
   const T* grad_column;  // [count][column_step]
-  T* column;             // likewise, in words of kPerWord channels, or pixels if Across
+  T* column;             // the same, in words of kPerWord channels, or of pixels if Across
   i64 column_step;
   T* dots;  // [count][corner, at least 4] sums of grad_column times corner
   // For Note [planar]: how many channels, the table's size, and whether to set dots or to add to
@@ -25,18 +25,19 @@ struct Samples {
 template <class T>
 using Sampler = void (*)(const Samples<T>&);
 
-// kColumnsWork interpolates, kSpreadWork is its adjoint into grad_image, kDotsWork sums what the
-// derivatives by position and mask are made of. One pass, since all touch the same corners. A
-// block has NC vectors of N lanes. (Two corners in one vector, where they fit, halve the
-// instructions but not the time, and a store that overlaps the next load doubles it.)
-// Across: words of columns are pairs of pixels, the last with zero if it is alone.
+// kColumnsWork interpolates, kSpreadWork adds its adjoint to grad_image, and kDotsWork sums up what
+// derivatives by position and mask are made of. All are done in one pass, since they touch the same
+// corners. A block has NC vectors of N lanes. (Two corners in one vector, where they fit, would
+// halve the instructions but not the time, and a store that overlaps the next load would double
+// it.)
+// With Across, words of columns are pairs of pixels. A last pixel without another is paired with 0.
 template <class T, int ND, int N, int NC, int Mode, bool Across>
 NOINLINE void sample(const Samples<T>& s) {
   using L = Lanes<T, N>;
   using V = typename L::V;
   constexpr int Q = 1 << ND, Dots = Q < 4 ? 4 : Q;
   constexpr int G = kPairs && NC > 1 ? 2 : 1;  // vectors at a time
-  // In registers: a store could change what s refers to.
+  // Copies, which stay in registers: a store could change what s refers to.
   const i64 count = s.count, column_step = s.column_step;
   const T *RESTRICT image = s.image, *RESTRICT weights = s.weight;
   const T* RESTRICT grad_column = s.grad_column;
@@ -45,7 +46,7 @@ NOINLINE void sample(const Samples<T>& s) {
   i64 steps[Q];
   UNROLL
   for (int c = 0; c < Q; c++) steps[c] = s.steps[c];
-  V before[NC] = {};  // the columns of the pixel before
+  V before[NC] = {};  // the columns of the previous pixel
   for (i64 m = 0; m < count; m++) {
     const i64 at = i64(index[m]) * (N * NC);
     V weight[Q], dots[Dots];
@@ -121,12 +122,13 @@ NOINLINE void sample(const Samples<T>& s) {
 }
 
 // Note [planar]
-// Where samples have at most four channels, those of one sample would leave most of a vector empty,
-// and a product of few points, too. There a vector holds one channel of as many samples: a corner
-// of each, four channels side by side in the packed image, is transposed on its way. (Gathers, one
-// for each channel, take several times as long.) Weights and dots are [corner][table] then, columns
-// and points [channel][pixel of the tile], so that the products have pixels in lanes, and columns
-// without padding. Vectors are of 32 bytes: wider ones are put together by more instructions.
+// Where samples have at most four channels, the channels of one sample would leave most of a vector
+// empty, and so would a product with few points. There a vector holds one channel of many samples.
+// The four channels of a corner lie side by side in the packed image and are transposed on their
+// way into the vectors. (Gather instructions, one for each channel, take several times as long.)
+// Weights and dots are then [corner][table], columns and points [channel][pixel of the tile]: the
+// products have pixels in their lanes, and columns need no padding. Vectors have 32 bytes, since it
+// takes too many instructions to put wider ones together.
 template <class T, int ND, int Mode>
 NOINLINE void sample_planes(const Samples<T>& s) {
   constexpr int Most = 32 / sizeof(T), Q = 1 << ND;
@@ -140,7 +142,7 @@ NOINLINE void sample_planes(const Samples<T>& s) {
   const T* RESTRICT grad_column = s.grad_column;
   const i32* RESTRICT index = s.index;
   T *RESTRICT column = s.column, *RESTRICT sums = s.dots;
-  T* corners[Q];  // of grad_image
+  T* corners[Q];  // grad_image, from each of a cell's corners on
   const bool fresh = s.fresh;
   i64 steps[Q];
   UNROLL
@@ -154,7 +156,7 @@ NOINLINE void sample_planes(const Samples<T>& s) {
         grad[c] = L::load(grad_column + c * step + m);
     }
     if (Mode & (kColumnsWork | kDotsWork)) {
-      // A loop that stays one: unrolled, the compiler would keep all corners to the end.
+      // This loop must not be unrolled: the compiler would keep all corners until the end.
       for (int first = 0; first < Q; first += G) {
         V x[G][4];
         UNROLL
@@ -216,7 +218,7 @@ Sampler<T> sampler_of(int lanes, int vectors, bool planar) {
     if (planar) return sample_planes<T, ND, Mode>;
   if (lanes == N && vectors == 4) return sample<T, ND, N, 4, Mode, Across>;
   if (lanes == N && vectors == 2) return sample<T, ND, N, 2, Mode, Across>;
-  if constexpr (kPairs) {  // two of half the lanes
+  if constexpr (kPairs) {  // The words of a vector make two vectors of half the lanes.
     if (lanes == N) return sample<T, ND, N / 2, 2, Mode, Across>;
     if (lanes == 8) return sample<T, ND, 4, 2, Mode, Across>;
     return sample<T, ND, 4, 1, Mode, Across>;
@@ -228,7 +230,7 @@ Sampler<T> sampler_of(int lanes, int vectors, bool planar) {
   }
 }
 
-// For Reverse.
+// The same for a mode that is known only at run time, as in Reverse.
 template <class T, int ND>
 Sampler<T> sampler_of(int mode, int lanes, int vectors, bool planar) {
   switch (mode) {

@@ -1,6 +1,7 @@
 """Checks that need a process in which deformnd is not imported yet, each in one of its own.
 
-All begin as copies of one that has imported torch, which takes longer than most checks.
+All are copies of one process that has imported torch, since the import takes longer than most
+checks.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import subprocess
 import sys
 
-# A copy does not clear up, which would take as long again.
+# A copy ends by os._exit, since a regular end of Python takes as long as its start.
 COPIES = """
 import os, sys, traceback
 {first}
@@ -30,7 +31,7 @@ for script in {scripts!r}:
 
 
 def apart(first: str, scripts: list[str], **environment: str) -> list[tuple[int, str]]:
-    """The exit status of each script and what it printed, with the lines `first` before each."""
+    """Run each script after the lines `first`; return its exit status and what it printed."""
 
     def python(code: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -38,7 +39,7 @@ def apart(first: str, scripts: list[str], **environment: str) -> list[tuple[int,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
 
-    if sys.platform != "linux":  # elsewhere copies of a process that has imported much may crash
+    if sys.platform != "linux":  # Elsewhere a fork of a process that has imported much may crash.
         runs = [python(f"{first}\n{script}") for script in scripts]
         return [(run.returncode, run.stdout) for run in runs]
     run = python(COPIES.format(first=first, scripts=scripts))

@@ -29,10 +29,10 @@ class Case:
     output_padding: int | tuple[int, ...] = 0
     dilation: int | tuple[int, ...] = 1
     groups: int = 1
-    offset_groups: int = 1  # 0: no offset
-    mask_groups: int = 1  # 0: no mask
+    offset_groups: int = 1  # 0 for no offset
+    mask_groups: int = 1  # 0 for no mask
     bias: bool = True
-    aggregate: bool = False  # then each channel is a group, and there is neither weight nor bias
+    aggregate: bool = False  # True for deform_aggregate, which has neither weight nor bias
 
     @property
     def n(self) -> int:
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
-        """As the parameter is called where there is no weight."""
+        """The kernel by the parameter's name in deform_aggregate."""
         return self.kernel
 
     def values(self, name: str) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class Case:
     def tensors(
         self, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu"
     ) -> dict[str, Tensor | None]:
-        """Random tensors by name; positions stay away from integers, where there is a kink."""
+        """Random tensors by name. Positions stay away from integers, where the slope jumps."""
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
@@ -187,7 +187,7 @@ CASES = [
     Case((3, 4, 3), (2, 2, 2), dilation=(1, 2, 1), mask_groups=0, bias=False),
     Case((3, 3, 4), (2, 1, 3), padding=1, offset_groups=0, mask_groups=2),
 ]
-# The transpose of each: input and output change places, so do their sizes.
+# Each case transposed, with the channels of input and output exchanged where groups allow it.
 CASES += [
     dataclasses.replace(
         case,

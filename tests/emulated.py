@@ -1,8 +1,8 @@
 """A plugin of pytest (-p emulated): tests call a core in another process.
 
-The command in DEFORMND_EMULATED begins it: an emulator of another processor (aarch64.sh), or a
-build that Python could not load (sanitize.sh --threads). Python, torch and the reference run as
-ever. So tests take minutes, where all under emulation would take hours.
+The command in DEFORMND_EMULATED starts that process: an emulator of another processor (aarch64.sh),
+or a build that Python could not load (sanitize.sh --threads). Python, torch and the reference run
+natively. So tests take minutes, where all under emulation would take hours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 
 from deformnd.kernels import cpu
 
-SIZE = 1 << 30  # of the memory that both programs see; only what is touched takes room
+SIZE = 1 << 30  # bytes that both programs see; only those that are touched take memory
 
 
 class Core:
@@ -82,6 +82,6 @@ class Core:
 
 
 def pytest_configure() -> None:
-    """Before tests are imported, which ask for the level."""
+    """Put the core in place before tests are imported, since they ask for its level then."""
     core = cpu._run = Core(os.environ["DEFORMND_EMULATED"])
     cpu.best_level = lambda: core.level

@@ -1,5 +1,4 @@
-"""Whether the tests see what they are for: break the GPU kernels by hand, one line at a time, and
-have the random calls of CI find each.
+"""Checks that tests find faults: breaks the GPU kernels, one line at a time, and runs CI's tests.
 
     python tests/mutations.py          (with Triton 3.6 and NumPy below 2.4, no GPU)
 
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 600  # that CI's calls take by far not; broken kernels may read and write anywhere
+SECONDS = 600  # CI's calls take far less, but broken kernels may do anything
 HOUSE = Path("src/deformnd/kernels/gpu")
 
 
 class Mutation(NamedTuple):
     what: str
     file: str
-    old: str  # stands there once, or `count` times, of which all are replaced
+    old: str  # what is replaced wherever it stands, which is `count` times
     new: str
     count: int = 1
 
@@ -146,7 +145,7 @@ def found_by(mutation: Mutation) -> str:
 
 
 def main() -> None:
-    wanted = sys.argv[1:]  # parts of what the mutations do; all unless given
+    wanted = sys.argv[1:]  # Parts of mutations' descriptions; without any, all are run.
     mutations = [m for m in MUTATIONS if not wanted or any(w in m.what for w in wanted)]
     missed = 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:

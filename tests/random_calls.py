@@ -51,10 +51,10 @@ class Limits:
 
     dtypes: tuple[torch.dtype, ...]
     other_dtypes: tuple[torch.dtype, ...]  # of offset and mask
-    work: float  # products of the forward at most
-    pixels: int  # of an image at most
-    hopper: bool = False  # whether to draw channels that only Hopper's kernels like
-    steps: float = math.inf  # blocks of positions, kernel points and channels at most (_steps)
+    work: float  # the most products of a forward
+    pixels: int  # the most pixels of an image
+    hopper: bool = False  # whether to draw numbers of channels that Hopper's kernels take
+    steps: float = math.inf  # the most runs of an inner loop, see _steps
     ranks: tuple[int, ...] = (1, 2, 2, 3)
 
 
@@ -81,14 +81,14 @@ class RandomCall:
     threads: tuple[int, ...] = (0, 1, 2, 3, 16)  # of which run_cpu picks one
 
     def tensors(self, device: str = "cpu") -> Tensors:
-        """Those of the call, and grad_output. What lies between a slice's elements is NaN."""
+        """The call's tensors and grad_output. Memory between the elements of a slice holds NaN."""
         case = self.case
         values = dict.fromkeys(NAMES) | case.tensors(seed=self.seed)
         generator = torch.Generator().manual_seed(self.seed + 1)
         if self.far and values["offset"] is not None:
             shape = values["offset"].shape
             whole = torch.randint(-24, 24, shape, generator=generator)
-            # Exact in every dtype, and no integer.
+            # Quarters are exact in every dtype, and these are no integers.
             values["offset"] = whole + torch.randint(1, 4, shape, generator=generator) / 4
         values["grad_output"] = torch.randn(
             case.batch, case.channels[1], *case.output_size, generator=generator
@@ -107,13 +107,13 @@ class RandomCall:
         return family.geometry(*args, *self.case.operator_parameters())
 
     def call(self, t: Tensors) -> Tensor:
-        """The public function, of those tensors that it knows."""
+        """Call the public function with those of the tensors that it takes."""
         names = FAMILY[self.case.family].own(NAMES)
         return self.case.call({name: t[name] for name in names})
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same values, otherwise in memory."""
+    """The same values in another layout."""
     if layout == "last" and t.dim() > 2:
         return t.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "slice":
@@ -150,7 +150,7 @@ def by_backend(call: RandomCall, t: Tensors, backend: Any) -> Tensors:
 def by_function(
     call: RandomCall, t: Tensors, function: Callable[[Tensors], Tensor] | None = None
 ) -> Tensors:
-    """The same by the public function and autograd."""
+    """The output and the gradients, by the public function and autograd."""
     leaves: Tensors = {}
     for name, need in zip(NAMES, call.needs, strict=True):
         value = t[name]
@@ -167,12 +167,12 @@ def by_function(
 
 
 def exact(call: RandomCall, t: Tensors) -> Tensors:
-    """By the reference in float64."""
+    """The output and the gradients, by the reference in float64."""
     return by_backend(call, {k: v if v is None else v.double() for k, v in t.items()}, reference)
 
 
-# The largest relative L2 error of output and gradients; the interpreter multiplies and adds half
-# numbers in another way than the hardware.
+# The largest relative L2 errors of output and gradients. The interpreter's are larger in half
+# precision, since it multiplies and adds in another way than the hardware.
 TOLERANCE = {
     torch.float64: (1e-12, 1e-12),
     torch.float32: (1e-5, 1e-5),
@@ -190,7 +190,7 @@ def check(
     t: Tensors,
     tolerance: dict[torch.dtype, tuple[float, float]] = TOLERANCE,
 ) -> None:
-    """Every result: there or not, dtype, shape, layout, and value."""
+    """Check of every result whether it should be there, its dtype, shape, layout and values."""
     want = exact(call, t)
     noise: dict[str, float] = {}
     for name, expected in want.items():
@@ -201,7 +201,7 @@ def check(
             continue
         assert actual is not None and like is not None, f"{name} is missing"
         assert actual.dtype == like.dtype and actual.shape == expected.shape, name
-        # Of the layouts that a result can take over.
+        # Output and input gradient take over the input's layout if it is one of these two.
         if name in ("output", "input") and like.is_contiguous(memory_format=memory_format(like)):
             same = memory_format(actual) == memory_format(like)
             assert same or 1 in actual.shape or 1 in like.shape, name
@@ -211,19 +211,19 @@ def check(
         )
         limits = TF32 if call.tf32 and coarsest == torch.float32 else tolerance[coarsest]
         limit = limits[name != "output"]
-        # Errors of few elements are not averaged: a single half number errs by up to 4.9e-4.
+        # With few elements errors do not average out: a single half number errs by up to 4.9e-4.
         limit *= 1 + 4 / math.sqrt(max(int(expected.count_nonzero()), 1))
         norm = expected.norm().item()
         distance = (actual.double() - expected).norm().item()
         if not distance <= limit * norm:
-            # Where terms cancel, what rounding of the arguments does is allowed, too.
+            # Where terms cancel, a result may also be off by what rounding its arguments changes.
             noise = noise or _noise(call, t, want, max(limits))
             allowed = limit * norm + 4 * noise[name]
             assert distance <= allowed, f"{name} errs by {distance / (norm or 1):.2e}"
 
 
 def _noise(call: RandomCall, t: Tensors, want: Tensors, size: float) -> dict[str, float]:
-    """How far results move if every factor does by a relative `size`."""
+    """How far each result moves if every factor is changed by a relative `size`."""
     generator = torch.Generator().manual_seed(call.seed)
 
     def moved(v: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def _noise(call: RandomCall, t: Tensors, want: Tensors, size: float) -> dict[str
 
 
 def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> RandomCall:
-    """A call; `like` another one in all that kernels are compiled for, or nearly."""
+    """Draw a call. If `like` another one, it needs nearly the same compiled kernels."""
     while True:
         n = like.case.n if like else rng.choice(limits.ranks)
         kind = _kind(like) if like else _draw_kind(rng, limits, n)
@@ -290,7 +290,7 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
         if several < 0.5:
             offset_groups = image // rng.choice((4, 8, 16, 32))
             mask_groups = rng.choice((offset_groups, 1, divisor(image)))
-        elif several < 0.65:  # of many channels each
+        elif several < 0.65:  # Groups have many channels each.
             offset_groups = rng.choice((2, 2, 3, 4))
             image = offset_groups * rng.choice((40, 48, 64, 64, 80, 96, 128))
             mask_groups = rng.choice((offset_groups, offset_groups, 1))
@@ -359,7 +359,7 @@ def _draw_case(rng: random.Random, limits: Limits, n: int, kind: tuple[Any, ...]
 
 
 def _steps(case: Case, image: int, points: int) -> float:
-    """About how often a kernel's inner loop runs, each time taking long in the interpreter."""
+    """About how often a kernel's inner loop runs, each of which takes long in the interpreter."""
     groups = [max(g, 1) for g in (case.offset_groups, case.mask_groups)]
     unit = math.gcd(*(image // g for g in groups))
     number, taps = image // unit, math.prod(case.kernel)
@@ -367,7 +367,7 @@ def _steps(case: Case, image: int, points: int) -> float:
     blocks = math.ceil(math.prod(case.point_size) / 64) * math.ceil(points / case.groups / 64)
     samples = math.ceil(taps * number / together) * math.ceil(unit / 32)
     image_size = case.output_size if case.transposed else case.size
-    lists = number * math.ceil(math.prod(image_size) / 64) * taps  # of the inverse gather
+    lists = number * math.ceil(math.prod(image_size) / 64) * taps  # those of sorted samples
     return case.batch * (blocks * samples * 2**case.n + 2 * lists)
 
 
@@ -391,7 +391,7 @@ def patched(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.empty and its like, with NaN in what they return."""
+    """Make torch.empty, or a function like it, return memory that holds NaN."""
 
     def function(*args: Any, **options: Any) -> Tensor:
         t = make(*args, **options)
@@ -415,7 +415,7 @@ def spoil_workspace() -> None:
 
 
 def run_cpu(call: RandomCall, rng: random.Random) -> None:
-    """The C++ core at some level of instructions with some number of threads."""
+    """Check the C++ core, at a random level of instructions and number of threads."""
     t = call.tensors()
     levels = range(-1, min(cpu.best_level(), 4 if call.dtype == torch.bfloat16 else 2) + 1)
     with patched(cpu, level=rng.choice(levels), threads=rng.choice(call.threads)):
@@ -430,7 +430,7 @@ def run_cpu(call: RandomCall, rng: random.Random) -> None:
 
 
 def run_compiled(call: RandomCall, rng: random.Random) -> None:
-    """The public function under torch.compile, its sizes symbols or not."""
+    """Check the public function under torch.compile, with sizes that are symbols or are not."""
     t = call.tensors()
     torch._dynamo.reset()
     function = torch.compile(call.call, fullgraph=True, dynamic=rng.choice((None, True)))
@@ -464,7 +464,7 @@ def on_gpu(call: RandomCall) -> Iterator[ModuleType]:
 
 
 def run_interpreter(call: RandomCall, rng: random.Random) -> None:
-    """Triton's interpreter, with the tiles that users get. It poisons by itself (Plan)."""
+    """Check the GPU kernels in Triton's interpreter, which poisons memory itself (see Plan)."""
     t = call.tensors()
     with on_gpu(call) as backend:
         got = by_backend(call, t, backend)
@@ -485,13 +485,11 @@ def run_gpu(call: RandomCall, rng: random.Random) -> None:
 
 
 def prepare_interpreter() -> None:
-    """Have Triton's interpreter multiply bfloat16 numbers, whose bits it takes for integers; and in
-    a third of the time.
+    """Make Triton's interpreter faster, and right for bfloat16, which it multiplies as integers.
 
-    It patches the language once a kernel, not for every function that it calls; sorts by NumPy, not
-    by Triton's network; and does not compute what would tell an overflow, which it tells nobody.
-
-    For the whole process; a second call changes nothing.
+    It takes a third of the time if it patches Triton's language once for a kernel, and not for
+    every function that a kernel calls, sorts by NumPy, and leaves out the check of overflows, whose
+    result nobody sees. This holds for the whole process; a second call changes nothing.
     """
     import numpy as np
     import triton
@@ -525,7 +523,7 @@ def prepare_interpreter() -> None:
         module = self.fn.__module__
         if module.startswith("deformnd") or module in patched:
             return self.rewrite()(*args, **options)
-        patched.add(module)  # for good, unlike what a kernel patches
+        patched.add(module)  # This patch stays, unlike those that a kernel makes.
         return call(self, *args, **options)
 
     interpreter.InterpretedFunction.__call__ = fast
@@ -538,13 +536,14 @@ RUNS: dict[str, tuple[Limits, Callable[[RandomCall, random.Random], None]]] = {
     "gpu": (GPU, run_gpu),
     "portable": (GPU, run_gpu),
 }
-ALIKE = {"gpu": 16, "portable": 16}  # so many calls of a kind, since kernels are compiled for each
+# How many calls are alike, since kernels are compiled for each kind of call.
+ALIKE = {"gpu": 16, "portable": 16}
 
 
 def calls(
     backend: str, seed: str, count: int, rank: int | None = None, threads: int | None = None
 ) -> Iterator[RandomCall]:
-    """Of any rank and number of threads, or of that one."""
+    """Draw calls without end, of any rank and number of threads, or of the given one."""
     limits, _ = RUNS[backend]
     if rank is not None:
         limits = dataclasses.replace(limits, ranks=(rank,))
@@ -569,8 +568,10 @@ def run(
     stop: float = math.inf,
     first: bool = False,
 ) -> tuple[int, list[str]]:
-    """How many calls ran before the time `stop`, or the `first` that is wrong, and what is wrong
-    with which."""
+    """Run calls until the time `stop`, or to the `first` wrong one.
+
+    Returns how many ran, and for each wrong one what is wrong.
+    """
     prepare(backend)
     wrong, done = [], 0
     for i, call in enumerate(calls(backend, seed, count, rank, threads)):

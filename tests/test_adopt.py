@@ -264,14 +264,14 @@ def test_convert_keeps_what_belongs_to_the_layer():
 
 
 class Aligner(ModulatedDeformConv2dPack):
-    """Predicts from another input, so it cannot be replaced (BasicSR's and mmagic's alignment)."""
+    """Predicts from another input, as BasicSR's and mmagic's alignment, so it is not replaced."""
 
     def forward(self, x, other):
         return x + other
 
 
 class Renamed(ModulatedDeformConv2dPack):
-    """The same forward."""
+    """A subclass with the same forward, which is replaced as its base class."""
 
 
 def test_subclasses(capsys):
@@ -356,7 +356,7 @@ def yolos():
     nn.init.uniform_(layer.bn.running_mean)
     nn.init.uniform_(layer.bn.running_var, 0.5, 2)
     nn.init.normal_(layer.bn.weight)
-    layer.f, layer.i = -1, 7  # where a YOLO's forward finds the layer's inputs
+    layer.f, layer.i = -1, 7  # A YOLO's forward reads here which inputs a layer gets.
     return layer
 
 
@@ -374,7 +374,7 @@ def test_nothing_of_a_layer_is_dropped(capsys):
     handle = model[0].register_forward_hook(lambda *args: seen.append(args))
     parameters = set(model.parameters())
     convert(model, {Yolos: YOLO_RULE}, check=x)
-    assert len(seen) == 1  # by check, once
+    assert len(seen) == 1  # The hook ran once, for `check`.
     assert capsys.readouterr().out == (
         "deformnd.convert: 1 layer replaced\n"
         "  Yolos -> PackedDeformConv2d + BatchNorm2d + SiLU: 0\n"
@@ -382,7 +382,8 @@ def test_nothing_of_a_layer_is_dropped(capsys):
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert len(seen) == 2 and (model[0].f, model[0].i) == (-1, 7)
     handle.remove()
-    assert len(parameters - set(model.parameters())) == 2  # the predictor's, which was split
+    # Only the predictor's weight and bias are other Parameters, since it was split.
+    assert len(parameters - set(model.parameters())) == 2
     torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-5, atol=1e-5)
     back = deformnd.original_state_dict(model)
     assert back.keys() == before.keys()
@@ -639,7 +640,7 @@ def test_a_model_with_a_scripted_part():
 
 @pytest.mark.parametrize("how", ["module", "function", "convert"])
 def test_an_offset_larger_than_the_output(how):
-    """DyHead's: mmcv reads the memory of each image from its beginning."""
+    """As in DyHead. mmcv reads the memory of each image's offset from its beginning."""
     theirs = ModulatedDeformConv2d(groups=2, deform_groups=2)
     x = torch.randn(2, 4, 8, 8)
     both = torch.randn(2, 54, 16, 17, requires_grad=True)
@@ -668,14 +669,14 @@ def test_an_offset_larger_than_the_output(how):
     torch.testing.assert_close(got, wanted)
     if how != "function":
         torch.testing.assert_close(torch.jit.script(layer)(x, offset, mask), expected)
-    with pytest.raises(ValueError, match="offset"):  # a smaller one cannot be read so
+    with pytest.raises(ValueError, match="offset"):  # A smaller offset cannot be read so.
         layer(x, offset[..., :3], mask[..., :3])
     with pytest.raises(ValueError, match="offset"):
         deformnd.deform_conv2d(x, theirs.weight, offset, mask, padding=1, groups=2)
     same = mmcv.ModulatedDeformConv2d(4, 6, 3, padding="same")
     assert torch.jit.script(same)(x, first[0][:, :18], first[1][:, :9]).shape == (2, 6, 8, 8)
     assert same(x, first[0][:, :18], first[1][:, :9]).shape == (2, 6, 8, 8)
-    with pytest.raises(ValueError, match="offset"):  # as mmcv's first version checks
+    with pytest.raises(ValueError, match="offset"):  # mmcv's first version checks this, too.
         mmcv.deform_conv2d(x, offset, theirs.weight, 1, 1, 1, 2, 2)
 
 
@@ -889,10 +890,10 @@ def test_names_of_then_and_drop():
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_comes_along(wrapped):
-    """Also where a function of the layer gives the module to put there."""
+    """Hooks and attributes come along, even where a rule is a function that makes the module."""
     layer, seen, x = yolos(), [], torch.randn(1, 4, 5, 5, requires_grad=True)
     layer.type, layer.np = "models.Yolos", 123
-    layer.to = layer.to  # a method, which would move the layer of before
+    layer.to = layer.to  # This method must not come along: it would move the old layer.
     handle = layer.register_forward_hook(lambda *args: seen.append("forward"))
     layer.register_full_backward_hook(lambda m, given, out: seen.append(len(given)))
     if wrapped:
@@ -1175,7 +1176,8 @@ def test_watch_offsets():
     with deformnd.watch_offsets(model, every=3):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            packed(x), plain(x, far / 2), plain(x, None), plain(x, offset=far)  # the first is seen
+            # Of every three calls of a layer the first is looked at.
+            packed(x), plain(x, far / 2), plain(x, None), plain(x, offset=far)
             plain(x, far)
         with pytest.warns(RuntimeWarning, match=r"mean \|offset\| of plain is 51 pixels, above 50"):
             plain(x, far)
@@ -1229,7 +1231,7 @@ def test_a_watched_model_is_saved_and_copied():
         others = [torch.load(file, weights_only=False), copy.deepcopy(model)]
         with pytest.warns(RuntimeWarning):
             expected = packed(x)
-        with warnings.catch_warnings():  # the other models are not watched
+        with warnings.catch_warnings():  # Models that are not watched give no warning.
             warnings.simplefilter("error")
             for other in others:
                 assert torch.equal(other[0](x), expected)

@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensorMode
 import cases
 import deformnd
 from apart import apart
-from cases import Case
+from cases import Case, relative_error
 from deformnd.kernels import cpu, reference
 from deformnd.kernels.geometry import (
     Geometry,
@@ -38,8 +38,8 @@ from deformnd.kernels.geometry import (
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU core is not built")
 
 LEVELS = range(min(max(cpu.best_level(), 0), 2) + 1)
-PAIRS = range(3, cpu.best_level() + 1)  # for bfloat16 alone; 3 is AVX512-BF16, 4 AMX
-# Levels, and dtypes that take all of their paths.
+PAIRS = range(3, cpu.best_level() + 1)  # Levels for bfloat16 alone: 3 is AVX512-BF16, 4 AMX.
+# Each level, with a dtype that takes all of its paths.
 KINDS = [(level, torch.float32) for level in LEVELS] + [(level, torch.bfloat16) for level in PAIRS]
 ALL = (True,) * 5
 NAMES = ("image", "points", "weight", "offset", "mask")
@@ -86,7 +86,7 @@ class Call:
         self.offset = self.mask = None
         if g.offset_groups:
             offset = normal(g.batch, g.offset_groups * k * n, *g.point_size).double() * spread
-            # Exact in float32 and never an integer, so that every type takes the same cell.
+            # Offsets are exact in float32 and no integers, so that every type finds the same cells.
             self.offset = ((offset * 64).round() / 64 + 1 / 128).to(dtype)
         if g.mask_groups:
             self.mask = normal(g.batch, g.mask_groups * k, *g.point_size)
@@ -118,7 +118,7 @@ class Call:
 def assert_close(
     got: dict[str, Tensor | None], want: dict[str, Tensor | None], limit: float, what: object = ""
 ) -> None:
-    """Relative L2 error of every result."""
+    """Compare every result with the one wanted by its relative L2 error."""
     for name, expected in want.items():
         actual = got[name]
         if expected is None:
@@ -126,8 +126,8 @@ def assert_close(
             continue
         assert actual is not None, (name, what)
         assert actual.shape == expected.shape, (name, what)
-        error = (actual.double() - expected.double()).norm()
-        assert error <= limit * expected.double().norm() + 1e-300, (name, what, float(error))
+        error = relative_error(actual, expected)
+        assert error <= limit, (name, what, error)
 
 
 def assert_same(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
@@ -287,14 +287,14 @@ def test_geometries(g: Geometry) -> None:
 
 
 def aggregation(batch: int, channels: int, size: tuple[int, ...], *groups: int) -> Call:
-    """Without a weight; groups of the offset and of the mask."""
+    """A call of deform_aggregate; `groups` are those of the offset and of the mask."""
     g = plain(batch, channels, channels, size, groups=channels)
     call = Call(g._replace(offset_groups=groups[0], mask_groups=groups[-1]))
     call.weight = None
     return call
 
 
-# Whole blocks of each number of lanes and vectors, ragged ones, groups within a block.
+# They have whole blocks of each number of lanes and vectors, partial blocks, and groups in a block.
 AGGREGATIONS = [
     aggregation(1, 64, (9, 40), 4),
     aggregation(2, 64, (9, 10), 1),
@@ -410,7 +410,7 @@ def test_offsets_with_channels_last_are_not_copied(
 def test_layouts_are_foretold(
     aggregate: bool, last: bool, core: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A result has the strides that its fake has, whoever computes it."""
+    """A result has the strides of its fake, whether the core or the reference computes it."""
     if not core:
         monkeypatch.setattr(cpu, "_fits", lambda g: False)
     turn = (0, 3, 1, 2) if last else (0, 3, 2, 1)
@@ -527,7 +527,7 @@ def test_products_of_bfloat16(g: Geometry) -> None:
         for cpu.threads in (1, 3):
             got = call.run()
             assert_close(got, want, 3e-3, (cpu.level, cpu.threads))
-        # The same columns, added up in another order.
+        # The columns are the same numbers, but are added up in another order.
         if before is not None:
             assert_close(got, before, 6e-4, cpu.level)
         before = got
@@ -666,7 +666,7 @@ def test_the_same_threads_give_the_same_bits(g: Geometry, dtype: torch.dtype) ->
         runs[cpu.threads] = call.run()
         for _ in range(3):
             assert_same(call.run(), runs[cpu.threads])
-    for got in runs.values():  # other threads, other sums
+    for got in runs.values():  # Another number of threads may add up in another order.
         assert_close(got, runs[1], 1e-6 if dtype == torch.float32 else 2e-3)
     cpu.threads = 0
     for count in (1, 2, 3):
@@ -862,7 +862,7 @@ def test_threads_share_one_image(size: tuple[int, ...], spread: float, level: in
 
 
 def test_large_results_of_many_threads() -> None:
-    """Whose pages threads touch before they compute."""
+    """Threads touch the pages of large results before they compute, and must not spoil any."""
     call = Call(plain(1, 8, 8, (1200, 300), groups=8), torch.float32)
     cpu.threads = 1
     want = call.run()
@@ -972,7 +972,7 @@ def test_a_core_of_another_version_is_not_called(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(_ctypes, "__file__"), reason="no other library at hand")
 def test_a_core_without_a_version_is_not_called(tmp_path: Path) -> None:
-    """As before there were any; here some other library."""
+    """A library that has no version, as a core of an early version, is not called."""
     ((ops, warning),) = import_with([Path(_ctypes.__file__).read_bytes()], tmp_path)
     assert ops == "False"
     assert f"is of another version, expected {deformnd.__version__}" in warning
@@ -980,10 +980,10 @@ def test_a_core_without_a_version_is_not_called(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF files")
 def test_a_core_that_was_cut_off_is_not_loaded(tmp_path: Path) -> None:
-    """Loading it would end the process, where what is missing is read."""
+    """Loading such a file would end the process when it reads what is missing."""
     core = core_bytes()
     cores = [core[:size] for size in (0, 40, 100, 5000, 100000, len(core) // 2, len(core) * 7 // 8)]
-    # A header of nonsense.
+    # The same for headers that make no sense.
     for at, value in ((32, b"\xff" * 8), (54, b"\0\0"), (54, b"\xff" * 4)):
         cores.append(core[:at] + value + core[at + len(value) :])
     for ops, warning in import_with(cores, tmp_path):

@@ -26,14 +26,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import deformnd
 import random_calls
 from apart import apart
+from cases import relative_error
 from deformnd.kernels import attention, autograd, geometry, library, reference
 from deformnd.kernels.geometry import (
     Geometry,
-    conv_geometry,
-    conv_transpose_geometry,
     memory_format,
 )
 
@@ -81,50 +81,23 @@ class Case:
     def make(
         self, dtype: torch.dtype, device: str, seed: int = 0, float_offset: bool = False
     ) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device, dtype)
-
-        n = len(self.size)
-        stride, padding = self.stride or (1,) * n, self.padding or (1,) * n
-        dilation, taps = self.dilation or (1,) * n, math.prod(self.kernel)
-        x = randn(self.batch, self.points if self.transposed else self.image, *self.size)
-        weight = randn(self.points, self.image // self.groups, *self.kernel)
-        weight /= math.sqrt(weight[0].numel())
-        bias = randn(self.image if self.transposed else self.points) if self.bias else None
-        if self.last and n > 1:
-            form = {2: torch.channels_last, 3: torch.channels_last_3d}[n]
-            x, weight = x.to(memory_format=form), weight.to(memory_format=form)
-        if self.transposed:
-            point_size = self.size
-        else:
-            point_size = tuple(
-                (s + 2 * p - d * (k - 1) - 1) // t + 1
-                for s, p, d, k, t in zip(
-                    self.size, padding, dilation, self.kernel, stride, strict=True
-                )
-            )
-        offset = mask = None
-        if self.offset_groups:
-            shape = (self.batch, self.offset_groups * taps * n, *point_size)
-            # Away from integers, where float32 and float64 may find different cells.
-            whole = torch.randint(-3, 3, shape, generator=generator)
-            offset = whole + 0.15 + 0.7 * torch.rand(shape, generator=generator)
-            offset = offset.to(device, torch.float32 if float_offset else dtype)
-        if self.mask_groups:
-            shape = (self.batch, self.mask_groups * taps, *point_size)
-            mask = torch.rand(shape, generator=generator).to(device, dtype)
-        if self.transposed:
-            g = conv_transpose_geometry(
-                x, weight, offset, mask, bias, stride, padding, (0,) * n, dilation, self.groups
-            )
-        else:
-            g = conv_geometry(x, weight, offset, mask, bias, stride, padding, dilation, self.groups)
-        shape = (g.batch, g.image_channels, *g.image_size)
-        if not self.transposed:
-            shape = (g.batch, g.point_channels, *g.point_size)
-        return Problem(g, self.transposed, x, weight, offset, mask, bias, randn(*shape))
+        channels = (self.points, self.image) if self.transposed else (self.image, self.points)
+        case = cases.Case(
+            self.size, self.kernel, self.transposed, self.batch, channels, self.stride or 1,
+            self.padding or 1, 0, self.dilation or 1, self.groups, self.offset_groups,
+            self.mask_groups, self.bias,
+        )  # fmt: skip
+        given = case.tensors(seed=seed)
+        t = {name: None if t is None else t.to(device, dtype) for name, t in given.items()}
+        if float_offset and self.offset_groups:
+            t["offset"] = given["offset"].to(device, torch.float32)
+        if self.last and case.n > 1:
+            form = {2: torch.channels_last, 3: torch.channels_last_3d}[case.n]
+            t |= {name: t[name].to(memory_format=form) for name in ("input", "weight")}
+        family = geometry.FAMILIES[self.transposed]
+        g = family.geometry(*t.values(), *case.operator_parameters())
+        grad = torch.randn(family.output_shape(g), generator=torch.Generator().manual_seed(seed))
+        return Problem(g, self.transposed, *t.values(), grad.to(device, dtype))
 
 
 @dataclasses.dataclass
@@ -163,17 +136,11 @@ class Problem:
         return (grads[self.transposed], *grads[2:])
 
 
-def error(got: Tensor, expected: Tensor) -> float:
-    norm = expected.norm().item()
-    distance = (got.double() - expected).norm().item()
-    return distance / norm if norm else distance
-
-
 def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether the error is within the tolerance, which the errors of few elements, not averaged,
     exceed: a single half number is rounded by up to 4.9e-4."""
     count = max(int(expected.count_nonzero()), 1)
-    return error(got, expected) <= tolerance * (1 + 4 / math.sqrt(count))
+    return relative_error(got, expected) <= tolerance * (1 + 4 / math.sqrt(count))
 
 
 def check(problem: Problem, forward: float, backward: float) -> None:
@@ -194,7 +161,7 @@ def check(problem: Problem, forward: float, backward: float) -> None:
         assert got.dtype == t.dtype and got.shape == t.shape
         form = memory_format(t) if name == "input" else torch.contiguous_format
         assert got.is_contiguous(memory_format=form)
-        assert close(got, want, backward), f"gradient of {name}: {error(got, want):.2e}"
+        assert close(got, want, backward), f"gradient of {name}: {relative_error(got, want):.2e}"
 
 
 # Interpreted on the CPU
@@ -252,12 +219,12 @@ def on_device(monkeypatch: pytest.MonkeyPatch, architecture: str, count: int = 1
 
 
 def repeatable(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
-    """As torch.use_deterministic_algorithms, which other code than ours heeds."""
+    """As torch.use_deterministic_algorithms, but for this package alone."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: on)
 
 
 def forget() -> None:
-    """Drop what was made with other tables."""
+    """Drop plans that were made with other tables of tiles."""
     layout.sizes_of.cache_clear()
     backend._PLANS.clear()
 
@@ -289,8 +256,8 @@ INTERPRETED = [
     Case((4, 5), (1, 2), image=18, points=12, groups=6, offset_groups=2, batch=1, last=True),
 ]  # fmt: skip
 
-# Without products between channels. Of the last two, lanes have several chunks of a sample group's
-# channels, and there are several blocks of those.
+# Calls without products between channels. In the last two, lanes take several chunks of a sample
+# group's channels, and there are several blocks of those.
 DEPTHWISE = [
     Case((6, 7), (3, 3), image=8, points=8, groups=8),
     Case((6, 5), (3, 2), image=12, points=24, groups=12, offset_groups=3, mask_groups=1, batch=1),
@@ -319,7 +286,7 @@ def test_interpreted_depthwise(
         check(case.make(torch.float32, "cpu"), 1e-6, 1e-6)
 
 
-# No weight: the depthwise kernels take one of ones.
+# Aggregations have no weight, and the depthwise kernels take one of ones for them.
 AGGREGATIONS = [
     Case((6, 7), (3, 3), image=8, points=8, groups=8, offset_groups=2, mask_groups=2, bias=False),
     Case((11,), (4,), image=6, points=6, groups=6, offset_groups=3, mask_groups=0, stride=(2,),
@@ -339,7 +306,7 @@ def check_aggregation(case: Case, dtype: torch.dtype, device: str, *bounds: floa
         if expected is None:
             assert got is None
         else:
-            assert close(got, expected, bounds[1]), f"{name}: {error(got, expected):.2e}"
+            assert close(got, expected, bounds[1]), f"{name}: {relative_error(got, expected):.2e}"
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -414,7 +381,7 @@ def check_attention(case: Attends, tensors: Sequence[Tensor], *bounds: float) ->
     likes = (grad_output, *given)
     for i, (g, w, like) in enumerate(zip(got, wanted, likes, strict=True)):
         assert g is not None and g.dtype == like.dtype and g.shape == like.shape
-        assert g.is_contiguous() and close(g, w, bounds[i > 0]), (i, error(g, w))
+        assert g.is_contiguous() and close(g, w, bounds[i > 0]), (i, relative_error(g, w))
 
 
 # Channels that need masks, several chunks and blocks of them; points that 1, 2 and 4 divide.
@@ -460,8 +427,10 @@ def test_interpreted_attention_nonfinite(interpreted: None) -> None:
 
 
 def attention_nonfinite(device: str) -> None:
-    """Locations that are not finite, or far; weights and pixels that are not, as the definition
-    has them. Pixels beside the sampled ones count nothing."""
+    """What is not finite counts as by the definition: locations, weights and pixels.
+
+    Pixels beside the sampled ones count nothing, and neither do far locations.
+    """
     case = Attends(((5, 6), (3, 2)), queries=13)
     tensors = case.make(torch.float32, device)
     _, value, locations, weights = tensors
@@ -526,14 +495,14 @@ def test_interpreted(case: Case, interpreted: None) -> None:
 
 @pytest.mark.parametrize("case", [INTERPRETED[i] for i in (3, 4, 6, 9, 12)], ids=str)
 def test_interpreted_wide(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sample groups of few channels, too, one at a time."""
+    """Sample groups of few channels also take the wide kernels, one group at a time."""
     monkeypatch.setattr(tiles, "NARROW", 0)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
-    # The interpreter rounds every product of half numbers, the hardware fuses it with the sum.
+    # The interpreter rounds every product of half numbers; the hardware fuses it with the sum.
     case = Case((5, 5), (3, 3), image=8, batch=1)
     check(case.make(dtype, "cpu", float_offset=True), 1e-2, 2e-2)
 
@@ -598,7 +567,7 @@ def test_interpreted_chunks(case: Case, interpreted: None, monkeypatch: pytest.M
 
 
 def test_interpreted_many_chunks(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More chunks than gradients of the weight that are kept."""
+    """There may be more chunks than gradients of the weight that are kept."""
     monkeypatch.setattr(tiles, "KEPT", 2)
     case = Case((4, 4), (1, 1), padding=(0, 0), batch=5)
     split(monkeypatch, case, 1)
@@ -607,7 +576,7 @@ def test_interpreted_many_chunks(interpreted: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_interpreted_chunks_sorted(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With lists, for half numbers and where results are to be repeatable."""
+    """Chunks with lists of samples, for half numbers and where results are to be repeatable."""
     monkeypatch.setattr(tiles, "NARROW", 4)
     for name in ("LISTED", "LONG", "SHORT"):
         monkeypatch.setattr(tiles, name, 16)
@@ -694,7 +663,7 @@ def call_of(plan: Plan, *tensors: Tensor) -> layout.Call:
 
 
 def sums(device: str) -> None:
-    """Of channels first and last; enough for several parts."""
+    """The sums of channels, first or last, that are long enough to be cut into several parts."""
     for shape in ((3, 5, 7), (2, 33, 9, 8), (1, 1, 40, 400), (2, 2, 3, 4, 5), (8, 1, 40, 20),
                   (2, 1, 512, 600)):  # fmt: skip
         x = torch.randn(shape).to(device)
@@ -745,7 +714,7 @@ def nan_masks(case: Case, device: str, dtype: torch.dtype = torch.float32) -> No
         ("output", "input", "weight", "offset", "mask", "bias"), results, expected, strict=True
     ):
         if name == "input" and dtype != torch.float32:
-            continue  # tiles of the inverse gather spread NaN
+            continue  # The sorted gradient of the image spreads a NaN over a tile.
         if want is not None:
             assert torch.equal(got.isnan(), want.isnan()), name
 
@@ -819,7 +788,7 @@ def straight(
 def test_aggregations_are_recalled(
     plans: list[Plan], straight: list[tuple[Plan, Sequence[int]]]
 ) -> None:
-    """Without a weight, which their plans do not have either."""
+    """An aggregation has no weight, and neither has its plan."""
     family = geometry.FAMILIES[2]
     forward = backend.recalled(library._forward_kernel(family, lambda: backend), range(3), False)
     backward = library._backward_kernel(family, lambda: backend)
@@ -987,7 +956,7 @@ def test_attention_loads_the_kernels_of_its_backward(
 
 
 def test_attention_bounds_memory(plans: list[Plan]) -> None:
-    """None grows with the points, and of float32 there is none."""
+    """Scratch memory does not grow with the points, and float32 needs none."""
     sizes = set()
     for points in (1, 64):
         case = Attends(((5, 6), (3, 2)), points=points)
@@ -1106,7 +1075,7 @@ def on_meta(case: Case, dtype: torch.dtype) -> Problem:
 def test_forward_loads_the_kernels_of_its_backward(
     architecture: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If there will be one: those that are not loaded then are all there are."""
+    """If a backward will follow, the forward loads its kernels along, all of them."""
     on_device(monkeypatch, architecture)
     found: list[Any] = []
     monkeypatch.setattr(Plan, "load", lambda plan, *more: found.extend(more) or {})
@@ -1135,7 +1104,7 @@ def test_forward_loads_the_kernels_of_its_backward(
 
 
 def test_whether_a_call_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the backend of a device sees it."""
+    """A backend sees in autograd.call whether the call's result will have gradients."""
     cpu = pytest.importorskip("deformnd.kernels.cpu")
     if not cpu.available():
         pytest.skip("no core")
@@ -1167,7 +1136,7 @@ def test_whether_a_call_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_plans_without_gluon(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which a Triton for other devices may lack."""
+    """A Triton for other devices may lack Gluon."""
     on_device(monkeypatch, "sm_80")
     problem = Case((9, 9), (3, 3), image=64, points=64).make(torch.float32, "cpu")
     problem.backward(backend)
@@ -1176,7 +1145,7 @@ def test_plans_without_gluon(plans: list[Plan], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(INTERPRETING, reason="imports Triton anew")
 def test_without_private_names_of_triton() -> None:
-    """Triton itself launches, or Gluon's kernels are left out."""
+    """Without them Triton itself launches kernels, or Gluon's kernels are left out."""
     hidden = (
         ("triton.backends.compiler", "GPUTarget", "plainly"),
         ("triton.compiler", "ASTSource", "plainly"),
@@ -1966,7 +1935,7 @@ def test_gpu_attention_graph() -> None:
         *reference.attend_gradients(a, *exact, [True] * 3),
     )
     for g, w in zip(got, wanted, strict=True):
-        assert g is not None and error(g, w) <= 2e-3
+        assert g is not None and relative_error(g, w) <= 2e-3
 
 
 @gpu
@@ -2005,12 +1974,17 @@ def test_gpu_attention_large() -> None:
     at = (locations * pixels - 0.5) - (pixels - 64)
     small = [value[:, -64:].double(), (at.double() + 0.5) / 64, weights.double()]
     b = geometry.attention_geometry(*small, [64])
-    assert error(backend.attend(a, value, locations, weights), reference.attend(b, *small)) <= 1e-3
+    assert (
+        relative_error(backend.attend(a, value, locations, weights), reference.attend(b, *small))
+        <= 1e-3
+    )
     got = backend.attend_gradients(a, grad_output, value, locations, weights, [True] * 3)
     wanted = reference.attend_gradients(b, grad_output.double(), *small, [True] * 3)
     assert got[0] is not None and wanted[0] is not None
-    assert error(got[0][:, -64:], wanted[0]) <= 2e-3 and not got[0][:, :-64].any()
-    assert got[2] is not None and wanted[2] is not None and error(got[2], wanted[2]) <= 1e-3
+    assert relative_error(got[0][:, -64:], wanted[0]) <= 2e-3 and not got[0][:, :-64].any()
+    assert (
+        got[2] is not None and wanted[2] is not None and relative_error(got[2], wanted[2]) <= 1e-3
+    )
 
 
 # With fewer multiprocessors than any device has, so that small images do not need more programs.
@@ -2338,7 +2312,7 @@ def test_gpu_graph(offset_groups: int) -> None:
     exact = problem.double()
     expected = (exact.forward(reference), *exact.backward(reference))
     for got, want in zip(captured, expected, strict=True):
-        assert error(got, want) <= 2e-3
+        assert relative_error(got, want) <= 2e-3
 
 
 @gpu
@@ -2375,11 +2349,11 @@ def test_gpu_large() -> None:
     part = SimpleNamespace(image=image[..., -65:].double(), offset=offset[..., -65:].double())
     small = g._replace(image_size=(65,), point_size=(65,))
     want = reference.gather(small, part.image, weight.double(), part.offset, None, None)[..., 1:]
-    assert error(got, want) <= 1e-3
+    assert relative_error(got, want) <= 1e-3
     points = torch.zeros(1, 16, *size, device="cuda", dtype=torch.float16)
     points[..., -64:] = torch.randn(16, 64, device="cuda")
     got = backend.scatter(g, points, weight, offset, None, None)[..., -60:]
     want = reference.scatter(
         small, points[..., -65:].double(), weight.double(), part.offset, None, None
     )[..., -60:]
-    assert error(got, want) <= 1e-3
+    assert relative_error(got, want) <= 1e-3

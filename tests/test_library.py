@@ -55,7 +55,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("case", ALL_SMALL, ids=str)
 def test_numeric_derivatives(case):
-    """The time is that of the square of all numbers, so where there are many, of a batch of one."""
+    """Time grows with the square of the number of values, so large cases have a batch of one."""
     args = arguments(case if case.n == 1 else dataclasses.replace(case, batch=1))
     assert torch.autograd.gradcheck(case.operator(), args, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(case.operator(), args, check_fwd_over_rev=True)
@@ -163,7 +163,7 @@ def test_all_that_listen_to_a_call_are_heard(case, grad):
 
 
 def placed(address, like):
-    """The tensor at an address, of the size, strides and dtype of another one."""
+    """The tensor at an address, with the size, strides and dtype of another one."""
     length = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True))
     memory = (ctypes.c_char * (length * like.dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
@@ -171,7 +171,10 @@ def placed(address, like):
 
 @pytest.fixture
 def looked_at(monkeypatch):
-    """The calls that the core looks at. Here it says how to run calls like them by addresses."""
+    """Lists the calls that are looked at, with a core that says how to run calls again.
+
+    The real core does not; the GPU's backend does, which is not here.
+    """
     calls = []
 
     def telling(function):
@@ -260,7 +263,7 @@ def test_calls_like_earlier_ones(case, looked_at, monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(copy, lambda t: t):
             output = case.call(tensors)
         equal(grads(tensors, output), want)
-    # Nor may a saved tensor be unpacked twice in a backward that is not known yet.
+    # In a backward that is not known yet, a saved tensor may not be unpacked twice.
     fewer = {**tensors, "bias": tensors["bias"].detach()}
     for _ in range(2):
         output = checkpoint(
@@ -298,7 +301,13 @@ def test_calls_like_earlier_ones(case, looked_at, monkeypatch):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         grads(tensors, output)
 
-    # Sizes that are equal but not alike, and lists, are looked at.
+
+@pytest.mark.skipif(not cpu.available(), reason="the core is not built")
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[4]], ids=str)
+def test_equal_sizes_of_another_type_are_looked_at(case, looked_at):
+    """A known call with sizes in lists, or with sizes that are equal and no ints, is checked."""
+    tensors = case.tensors(torch.float32)
+    case.call(tensors)
     function, parameters = getattr(deformnd, case.name), case.parameters()
     axes = collections.namedtuple("axes", [f"axis{i}" for i in range(case.n)])
     function(**tensors, **{**parameters, "dilation": axes(*[1] * case.n)})
@@ -317,7 +326,7 @@ def test_calls_like_earlier_ones(case, looked_at, monkeypatch):
 @pytest.mark.skipif(not cpu.available(), reason="the core is not built")
 @pytest.mark.parametrize("case", [SMALL[1], SMALL[4], SMALL_AGGREGATES[1]], ids=str)
 def test_what_is_remembered_is_of_the_same_call(case, looked_at):
-    """Of one that fails nothing, nor of one that the hooks of saved tensors make."""
+    """Nothing is remembered of a call that fails, or of calls that hooks of saved tensors make."""
     tensors = requires_grad(case.tensors(torch.float32))
     function, parameters = getattr(deformnd, case.name), case.parameters()
     wrong = {**parameters, "dilation": 1.0}
@@ -364,7 +373,7 @@ def test_a_wrong_number_of_needs(case, device, needs):
 
 @pytest.mark.parametrize("case", [SMALL[1], SMALL[4], SMALL_AGGREGATES[1]], ids=str)
 def test_inference_mode_with_gradients_enabled(case, looked_at):
-    """As torch's own operators: nothing is recorded, so tensors of inference mode may come in."""
+    """As in torch's own operators nothing is recorded, so inference tensors may come in."""
     tensors = requires_grad(case.tensors(torch.float32))
     for _ in range(2):
         with torch.inference_mode(), torch.enable_grad():
@@ -439,7 +448,7 @@ def test_vmap(case, mapped):
     got = torch.vmap(call, dims)(*batches.values())
     expected = torch.stack([call(*args) for args in one_by_one])
     torch.testing.assert_close(got, expected)
-    # Per-sample gradients by everything at once.
+    # Per-sample gradients by all tensors at once.
     argnums = tuple(range(len(names)))
     got = torch.vmap(torch.func.grad(loss, argnums), dims)(*batches.values())
     expected = [torch.func.grad(loss, argnums)(*args) for args in one_by_one]

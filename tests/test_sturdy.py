@@ -22,7 +22,7 @@ from apart import apart
 # deformnd itself is imported once the names are hidden.
 SOURCE = Path(importlib.util.find_spec("deformnd").origin).parent
 
-# Those that the operators and layers use, by whose absence they have to live.
+# Private names that operators and layers use, and without which they must still be right.
 NAMES = [
     "torch._C.DispatchKey",
     "torch._C.DispatchKeySet",
@@ -39,16 +39,16 @@ NAMES = [
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
 ]
-# No name, but a key of the dispatcher.
+# This is no name, but a key of the dispatcher.
 KEY = "FuncTorchDynamicLayerFrontMode"
-# Those for DTensors.
+# Private names that are needed for DTensors.
 DTENSOR = [
     "torch.distributed.tensor.DTensor._op_dispatcher",
     "torch.distributed.tensor.experimental.register_sharding",
 ]
-# Those of exports and of the command line alone.
+# Private names that only exports and the command line use.
 ELSEWHERE = ["torch.utils._pytree"]
-# A type in an annotation, which nobody evaluates.
+# A type that stands in annotations alone, which nobody evaluates.
 ANNOTATIONS = ["torch._ops"]
 
 
@@ -83,7 +83,7 @@ def in_type_checking(source):
 
 
 def test_all_private_names_are_listed():
-    """Those of kernels/gpu apart."""
+    """All private names in the source but for those in kernels/gpu are in the lists above."""
     found = set()
     for file in SOURCE.rglob("*.py"):
         if not {"gpu"} & set(file.relative_to(SOURCE).parts):
@@ -99,7 +99,7 @@ def hide(path):
     owner, _, name = path.rpartition(".")
     try:
         owner = importlib.import_module(owner)
-    except ModuleNotFoundError:  # a class
+    except ModuleNotFoundError:  # The name before the last dot is a class.
         module, _, kind = owner.rpartition(".")
         owner = getattr(importlib.import_module(module), kind)
     value = getattr(owner, name)
@@ -131,7 +131,7 @@ def hide(path):
 
 
 def hide_key(key):
-    """As a torch that does not know the key."""
+    """Make torch fail for the key, as a torch that does not know it."""
     impl = torch.library.Library.impl
 
     def without(self, name, kernel, dispatch_key="", **options):
@@ -214,7 +214,7 @@ def second(f, tensors):
 
 
 def limited(call, *args):
-    """It runs, or the error is a clear one."""
+    """Make a call that must either run or raise a clear error."""
     try:
         call(*args)
     except (NotImplementedError, RuntimeError) as error:
@@ -246,7 +246,7 @@ def check_torchvision():
 
 
 def check_dtensor():
-    """Other tensors are as ever, and DTensors refused, not computed wrongly."""
+    """Other tensors run as ever, and DTensors are refused rather than computed wrongly."""
     import tempfile
     import warnings
 
@@ -271,7 +271,7 @@ def check_dtensor():
         distributed.destroy_process_group()
 
 
-# Each with the lines that hide it.
+# For each name the lines that hide it.
 WITHOUT = {name: f"hide({name!r})" for name in [*NAMES, *DTENSOR]} | {KEY: f"hide_key({KEY!r})"}
 
 

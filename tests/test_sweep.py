@@ -61,7 +61,7 @@ def test_draws_are_within_bounds(samples):
     kinds = [(len(s.size), s.transposed) for s in layers]
     for kind, share in sweep.KINDS.items():
         assert kinds.count(kind) == pytest.approx(6 * share, abs=35), kind
-    # The most channels are rare where little work is allowed.
+    # Where little work is allowed, layers with the most channels are rare and may not come up.
     assert {s.channels for s in layers} >= {c for c in sweep.CHANNELS if c <= samples // 10**4}
     assert {s.kernel for s in layers} == set(range(1, 8))
     assert {s.offset_groups for s in layers} >= {1, 2, 3, 4, 8, 16}
@@ -151,7 +151,7 @@ def changed(tmp_path):
 
 
 def test_a_wrong_result_is_seen(worker, changed):
-    """Of the weight's gradient, in the second image alone."""
+    """A wrong gradient of the weight is seen, even if it is wrong for the second image alone."""
     tree = changed("""
 _right = deform_conv2d
 class _Wrong(torch.autograd.Function):
@@ -212,7 +212,7 @@ def test_a_process_that_does_not_answer_is_ended(worker):
 
 
 def _report(*rows):
-    """Of rows (name, shape, forward: ours, torchvision, dense, backward: the same)."""
+    """A report of rows (name, shape, then times of deformnd, torchvision and dense, each phase)."""
     peers = ("deformnd", "torchvision", "dense")
     return {
         **{"device": "abacus", "cores": 2, "threads": 2, "kernels": "beads", "portable": False},

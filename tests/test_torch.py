@@ -114,7 +114,7 @@ def test_second_derivatives_of_torch_func_agree(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [*SIX, AGGREGATED], ids=str)
 def test_forward_mode_and_second_derivatives_in_low_precision(case, dtype, device):
-    """Through the device's kernels, which run in float32 for either."""
+    """Both go through the device's kernels, in float32."""
 
     def run(dtype, device):
         tensors = case.tensors(dtype, device=device)
@@ -152,7 +152,7 @@ def test_forward_mode_at_odd_positions():
     expected = padded[positions + 2] - padded[positions + 1]
     torch.testing.assert_close(tangent[0, 0, :3], expected)
     assert tangent[0, 0, 3] == 0
-    # An offset that would vanish beside its position, in float32.
+    # This offset would vanish in float32 if it were added to its position.
     offset = torch.full((1, 1, 4), -1e-9)
     x, w = x.float(), w.float()
     tangent = jvp(lambda o: deformnd.deform_conv1d(x, w, o), (offset,), (torch.ones(1, 1, 4),))[1]
@@ -268,7 +268,7 @@ def test_threads_are_torchs(monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", SIX, ids=str)
 def test_deterministic(case, device):
-    """Bitwise equal runs; on the CPU also without the switch, with as many threads."""
+    """Runs are bitwise equal. On the CPU they are without the switch, too, with equal threads."""
     # Large enough for several threads.
     big = dataclasses.replace(case, size={1: (20000,), 2: (110, 110), 3: (24, 24, 24)}[case.n])
     tensors = requires_grad(big.tensors(torch.float32, device=device))
@@ -424,7 +424,7 @@ def test_batch_norm_fused(n, transposed, packed):
     args = [t.double() for t in inputs(n)[: 1 if packed else 3]]
     nn.init.uniform_(norm.weight)
     nn.init.normal_(norm.bias)
-    norm(module(*args) * 3 + 1)  # running statistics
+    norm(module(*args) * 3 + 1)  # This gives the norm running statistics.
     norm.eval()
     fused = deformnd.fuse_batch_norm(module, norm)
     torch.testing.assert_close(fused(*args), norm(module(*args)))
@@ -512,7 +512,7 @@ def test_lazy_modules(n, transposed, packed):
     assert module.weight.any() and module.bias.any()
     module.load_state_dict(wake(plain).state_dict())
     assert torch.equal(module(*args), plain(*args))
-    # One that has not seen an input takes the sizes of what it loads.
+    # A lazy layer that has not seen an input takes the sizes of what it loads.
     loaded = copy.deepcopy(make(6, 3, padding=1, groups=2, **options))
     loaded.load_state_dict(plain.state_dict())
     assert torch.equal(loaded(*args), plain(*args))
@@ -601,7 +601,7 @@ def test_cuda_tf32_switch(case):
 @needs_gpu
 @pytest.mark.parametrize("case", TWO, ids=str)
 def test_cuda_streams(case):
-    """Work of one stream, with a delay before it, is not seen early by another's caller."""
+    """What one stream does after a delay is not read too early by another stream."""
     expected = requires_grad(case.tensors(torch.float32, device="cuda"))
     want = gradients(case.call(expected).sin().sum(), expected, torch.ones((), device="cuda"))
     streams = [torch.cuda.Stream() for _ in range(3)]

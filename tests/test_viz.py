@@ -72,7 +72,7 @@ def test_positions_are_those_the_operator_samples(case):
 
 
 def test_masks_of_other_groups():
-    """Channels in quarters: two offset groups meet masks (0, 1) and (2, 3); or all meet one."""
+    """Two offset groups share channels with mask groups (0, 1) and (2, 3), or all with one."""
     offset, mask = torch.zeros(2 * 2, 3, 3), torch.arange(4.0)[:, None, None].expand(4, 3, 3)
     step = viz.Step((1, 1), (1, 1), (0, 0), (1, 1), offset, mask)
     assert viz.follow([step], (0, 0)).weights.tolist() == [0.5, 2.5]
@@ -322,7 +322,7 @@ def test_show_every_layer_of_a_model():
     torch.testing.assert_close(
         found, torch.tensor([[(4.5 + 0.5) * 4 - 0.5, (3.5 + 0.5) * 4 - 0.5]])
     )
-    # Of a transposed layer: in the output, which has twice the input's size here.
+    # A transposed layer's positions are in its output, which has twice the input's size here.
     offset = model.left["up"]._offset(x)[0]
     step = viz.Step((4, 4), (2, 2), (1, 1), (1, 1), offset)
     (found,) = drawn(viz.show(model, "left.up", images, (3, 2)))

@@ -24,10 +24,10 @@ __all__ = [
 ]
 
 # Modules that are imported when they are first asked for, since many programs need none of them.
-# They are not in __all__, or `from deformnd import *` would import them.
+# They are not in __all__, since `from deformnd import *` would then import them.
 _LAZY = ("compat", "onnx", "viz")
 
-if TYPE_CHECKING:  # or every other name would be one for type checkers
+if TYPE_CHECKING:  # To type checkers a __getattr__ would make every name an attribute.
     from . import compat as compat
     from . import onnx as onnx
     from . import viz as viz

@@ -1,10 +1,10 @@
 """The benchmark: deformnd beside every peer that is installed, in one run.
 
-`deformnd bench` runs it; the scripts in benchmarks/ measure more of one device with the same
-parts, and sweep.py times layers that nobody chose. All calls go through the public functions with
-NCHW tensors (the dense convolution gets channels last on CUDA, which cuDNN likes best). Times are
+`deformnd bench` runs it. The scripts in benchmarks/ measure more of one device with the same parts,
+and sweep.py times layers that nobody chose. All calls go through the public functions with NCHW
+tensors (on CUDA the dense convolution gets channels last, in which cuDNN is fastest). Times are
 medians of rounds in which the peers take turns. Errors are relative L2 norms against the definition
-in float64, of the first image; the weight's gradient has terms of all.
+in float64, on the first image; the weight's gradient is compared on the whole batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .ops import functional
 
 
 class Shape(NamedTuple):
-    """Sizes of one call; mask on, offsets of standard deviation 2 pixels."""
+    """The sizes of one call, which has a mask, and offsets of a standard deviation of 2 pixels."""
 
     batch: int
     channels: int  # of the input
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
     kernel: int
     offset_groups: int = 1
     stride: tuple[int, ...] | int = 1
-    padding: int = -1  # -1: half the kernel
+    padding: int = -1  # -1 stands for half the kernel
     dilation: tuple[int, ...] | int = 1
     groups: int = 1
     transposed: bool = False
@@ -63,7 +63,7 @@ SHAPES = {
     "up2d": Shape(4, 256, (64, 64), 128, 4, stride=2, padding=1, transposed=True),
     "tiny": Shape(1, 4, (32, 32), 2, 5, stride=(1, 2), dilation=(1, 2), groups=2),  # overhead
 }
-# What a CPU finishes in reasonable time: single images, and the last four of above.
+# Shapes that a CPU finishes in reasonable time: single images, and the last four from above.
 CPU_SHAPES = {
     "A": Shape(1, 64, (64, 64), 64, 3),
     "B": Shape(1, 128, (100, 168), 128, 3),
@@ -95,7 +95,7 @@ class Problem:
     ) -> None:
         n = len(shape.size)
         self.shape, self.n, self.device = shape, n, device
-        self.flat = n == 2 and not shape.transposed  # what the 2-D peers compute
+        self.flat = n == 2 and not shape.transposed  # Only this is what the 2-D peers compute.
         generator = torch.Generator(device).manual_seed(0)
 
         def randn(*size: int) -> Tensor:
@@ -143,7 +143,7 @@ class Problem:
         return result
 
     def last(self) -> Tensors:
-        """The tensors as cuDNN likes them."""
+        """The tensors with channels last, in which cuDNN is fastest."""
         x, weight = self.input, self.weight
         if self.n > 1:
             x, weight = (t.to(memory_format=_LAST[self.n]) for t in (x, weight))
@@ -164,7 +164,7 @@ class Problem:
     def tvdcn(self, tensors: Tensors | None = None) -> Tensor:
         kind = "deform_conv_transpose" if self.shape.transposed else "deform_conv"
         function = getattr(importlib.import_module("tvdcn.ops"), f"{kind}{self.n}d")
-        # Its default, an integer, it does not take itself (1.1).
+        # tvdcn 1.1 does not accept its own default, which is an integer.
         more = {"output_padding": (0,) * self.n} if self.shape.transposed else {}
         result: Tensor = function(*(tensors or self.tensors()), **self.parameters, **more)
         return result
@@ -195,7 +195,7 @@ class Problem:
         return grads
 
     def exact(self, images: int = 1, first: int = 0) -> Problem:
-        """So many images of it from the given one on, in float64."""
+        """The problem in float64, with this number of its images, from the image `first` on."""
         p = object.__new__(Problem)
         p.__dict__.update(self.__dict__)
         p.__dict__.pop("geometry", None)
@@ -278,9 +278,9 @@ _LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 class Peer(NamedTuple):
     """A package to compare with."""
 
-    modules: tuple[str, ...]  # that it takes
-    ranks: str  # "2d": deform_conv2d alone, "all": every operator
-    engine: bool = False  # an inference engine: float32 on the CPU, no backward
+    modules: tuple[str, ...]  # which must be installed
+    ranks: str  # "2d" for deform_conv2d alone, "all" for every operator
+    engine: bool = False  # whether it is an inference engine: float32 on the CPU, no backward
 
 
 PEERS = {
@@ -299,7 +299,7 @@ def has(peer: str) -> bool:
     try:
         for module in PEERS[peer].modules:
             importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError):  # built for another torch
+    except (ImportError, OSError, RuntimeError):  # It may be built for another torch.
         return False
     return True
 
@@ -332,16 +332,17 @@ def prepare(peer: str, p: Problem, phase: str, threads: int) -> Call:
         return forward
     grad = p.grad.contiguous(memory_format=_LAST[p.n]) if last and p.n > 1 else p.grad
     leaves: Any = tuple(t.detach().requires_grad_() for t in tensors)
-    for _ in range(2):  # as in a training's second step
+    for _ in range(2):  # The second call is the one of a training that has begun.
         y = function(leaves)
     return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True, allow_unused=True)
 
 
 def rounds(group: dict[str, Call], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds a call on the CPU, of interleaved rounds of about 30 ms each.
+    """Milliseconds of a call on the CPU, from interleaved rounds of about 30 ms each.
 
-    Before each comes a call that is not timed, as in steady use: a virtual machine hands back to
-    its host what lies free while a slow peer runs, and 100 MB again take as long as a call.
+    A call that is not timed comes before each round, as in steady use. While a slow peer runs, a
+    virtual machine may hand free memory back to its host, and getting 100 MB again takes as long as
+    a call.
     """
     calls = {}
     for name, function in group.items():
@@ -354,7 +355,7 @@ def rounds(group: dict[str, Call], seconds: float) -> dict[str, list[float]]:
     while time.perf_counter() < end or any(len(t) < 3 for t in times.values()):
         for name, function in group.items():
             if len(times[name]) >= 3 and sum(times[name]) > 2e3 * seconds:
-                continue  # a slow peer
+                continue  # A slow peer has used up its time.
             function()
             start = time.perf_counter()
             for _ in range(calls[name]):
@@ -372,7 +373,7 @@ def gpu_ms(call: Call, rep: int = 60) -> float:
 
 
 def gpu_rounds(group: dict[str, Call], count: int = 3) -> dict[str, list[float]]:
-    """Milliseconds a call on a GPU, medians of interleaved rounds."""
+    """Milliseconds of a call on a GPU, as medians of interleaved rounds."""
     times: dict[str, list[float]] = {name: [] for name in group}
     for _ in range(count):
         for name, function in group.items():
@@ -383,9 +384,9 @@ def gpu_rounds(group: dict[str, Call], count: int = 3) -> dict[str, list[float]]
 def device_ms(call: Call, count: int = 15) -> float:
     """Median milliseconds of a call on a GPU that waits for no host, with a cold L2 cache.
 
-    The device first clears memory for longer than the host takes to issue the call.
+    The device first clears memory, which takes longer than the host needs to issue the call.
     """
-    memory = torch.empty(1 << 30, dtype=torch.int8, device="cuda")  # .25 ms on an H200
+    memory = torch.empty(1 << 30, dtype=torch.int8, device="cuda")  # To clear it takes 0.25 ms.
     times: list[float] = []
     for _ in range(count):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -402,7 +403,7 @@ def device_ms(call: Call, count: int = 15) -> float:
 def host_us(call: Call, calls: int = 10) -> float:
     """Microseconds that the host needs to issue a call on a GPU, best of five rounds.
 
-    So few calls that the GPU's queue, of 1024 kernels, does not make the host wait.
+    The calls of a round are few, since the host waits once the GPU's queue of 1024 kernels is full.
     """
     best = math.inf
     for _ in range(5):
@@ -434,7 +435,7 @@ def gpu_peak(call: Call) -> float:
 def resident_peak(call: Call) -> float:
     """MiB of resident memory (Linux) that a first call takes beyond its results.
 
-    Memory that an allocator keeps is not seen again, so this wants a fresh process.
+    This needs a fresh process, since memory that an allocator has kept from before is not seen.
     """
 
     def status(key: str) -> float:
@@ -549,7 +550,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Of each peer that has the operator: its times and error, or why it failed."""
     found: dict[str, dict[str, Any]] = {}
-    # An engine's pool of threads would spin beside the others: it stands alone.
+    # An engine has a group of its own, since its threads would spin while others are timed.
     groups: list[dict[str, Call]] = [{}]
     want: Any = p.exact().kernel(reference) if phase == "forward" else _exact_gradients(p)
     for peer in peers:
@@ -568,7 +569,7 @@ def measure(
                     if isinstance(want, Tensor)
                     else _gradient_error(result, want)
                 )
-        except Exception as error:  # each peer has its own way to say that it lacks a dtype
+        except Exception as error:  # Each peer has its own error for a dtype that it lacks.
             found[peer] = {"failed": failure(error)}
             continue
         if PEERS[peer].engine:
@@ -591,7 +592,7 @@ def failure(error: Exception) -> str:
 
 
 def _exact_gradients(p: Problem) -> tuple[Any, ...]:
-    """By (input, weight, offset, mask): of the first image, but the weight's, of all."""
+    """Gradients by (input, weight, offset, mask) of the first image; the weight's is of all."""
     grads: tuple[Any, ...] = p.exact().kernel_backward(reference)
     image, points, weight, offset, mask, _ = grads
     for i in range(1, p.shape.batch):
@@ -600,9 +601,9 @@ def _exact_gradients(p: Problem) -> tuple[Any, ...]:
 
 
 def _gradient_error(grads: Any, want: Any) -> float:
-    """The worst of input, weight, offset and mask."""
+    """The largest of the errors of the gradients by input, weight, offset and mask."""
     found = (grads[0][:1], grads[1], grads[2][:1], grads[3][:1])
-    # A comparison with NaN says no, so that max would keep what came before it.
+    # max may drop a NaN, since every comparison with one is false.
     errors = [relative(a, b) for a, b in zip(found, want, strict=True)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
@@ -611,14 +612,14 @@ def _fresh_peak(name: str, dtype: str, phase: str, peer: str) -> float | None:
     command = [sys.executable, "-m", "deformnd.bench", name, dtype, phase, peer]
     command.append(str(torch.get_num_threads()))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout) if done.returncode == 0 else None  # no /proc there
+    return float(done.stdout) if done.returncode == 0 else None  # It fails without /proc.
 
 
 def _peak_here(name: str, dtype: str, phase: str, peer: str, threads: str) -> float:
     torch.set_num_threads(int(threads))
     problems = {**SHAPES, **CPU_SHAPES}
     small, p = (Problem(problems[key], getattr(torch, dtype)) for key in ("tiny", name))
-    if p.n == 2:  # what a first call of any size takes
+    if p.n == 2:  # What the first call of a process takes, whatever its size, is not counted.
         prepare(peer, small, phase, int(threads))()
     return resident_peak(prepare(peer, p, phase, int(threads)))
 
@@ -676,7 +677,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     peers = [q for q in PEERS if q in found and q != "deformnd"]
     longest = max((len(row["shape"]) for row in report["rows"]), default=0)
     most = max((sum(r["dtype"] == d for r in report["rows"]) for d in dtypes), default=0)
-    # The bars lie, so that the names of the shapes stand beside them and not in each other.
+    # The bars are horizontal, so that the names of the shapes do not overlap.
     figure, axes = plt.subplots(
         *(len(dtypes), len(phases)),
         figsize=(
@@ -703,7 +704,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
                 ratios = [r["peers"][q]["ms"] / r["peers"]["deformnd"]["ms"] for r in there]
                 shift = (i - (len(here) - 1) / 2) * width
                 at = [shapes.index(row["shape"]) + shift for row in there]
-                # From 1 on, so that what is faster than deformnd goes to the left.
+                # Bars begin at 1, so that those of faster peers go to the left.
                 lengths = [ratio - 1 for ratio in ratios]
                 axis.barh(at, lengths, width, 1, label=q, color=f"C{peers.index(q)}")
             axis.axvline(1, color="black", linewidth=0.8)
@@ -715,7 +716,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
             axis.set_yticks(range(len(shapes)), shapes, fontsize=8)
             axis.set_title(f"{phase}, {dtype}", fontsize=9)
             axis.grid(axis="x", alpha=0.3)
-        line[0].invert_yaxis()  # the first shape on top, as in a table
+        line[0].invert_yaxis()  # The first shape is on top, as in a table.
     handles = {h: n for a in axes.flat for h, n in zip(*a.get_legend_handles_labels(), strict=True)}
     names = {name: handle for handle, name in handles.items()}
     figure.legend(names.values(), names, loc="outside lower center", ncols=len(names), fontsize=8)

@@ -25,12 +25,12 @@ from typing import Any, NoReturn
 
 from . import __version__
 
-TOLERANCE = 1e-3  # of the largest value, between engines
-LARGEST_INPUT = 2**28  # values, of those that a command makes up
+TOLERANCE = 1e-3  # how far engines may differ, in units of the largest value
+LARGEST_INPUT = 2**28  # how many values an input may have that a command makes up
 
 
 class UsageError(Exception):
-    """What argparse cannot see; ends with exit code 2."""
+    """A wrong use that argparse cannot see. It ends with exit code 2."""
 
 
 def _line(error: object) -> str:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add in (_add_demo, _add_info, _add_bench, _add_export, _add_check, _add_rewrite):
         add(commands)
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:  # said by the command's own parser, whose help says what there is
+    if unknown:  # The command's own parser says so, since its help has the right options.
         commands.choices[options.command].error("unrecognized arguments: " + " ".join(unknown))
     options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = f"deformnd {options.command}"
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {_line(error)}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError, ValueError, TypeError, MemoryError) as error:
-        # A disk that is full, a file that an engine finds wrong ...
+        # Such as a disk that is full, or a file that an engine finds wrong.
         print(f"{name}: {_line(error) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -114,7 +114,7 @@ def _threads(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    return _whole(text, -(2**63), 2**63 - 2)  # torch's range, and room for one more
+    return _whole(text, -(2**63), 2**63 - 2)  # int64, as torch has it, with room for seed + 1.
 
 
 def _seconds(text: str) -> float:
@@ -183,14 +183,14 @@ def _demo(options: Any) -> int:
             made = [p for p in (options.out, *options.out.parents) if not os.path.exists(p)]
             options.out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=options.out):
-                pass  # a folder that cannot be written is found before the training
+                pass  # To write a file now shows a folder that cannot be written before training.
         except OSError as error:
             reason = f"is no folder to write to: {error.strerror}"
             raise UsageError(f"--out {options.out} {reason}") from None
         run(options.epochs, options.out, options.seed, options.device)
     except BaseException:
-        for folder in made:  # the innermost first
-            with contextlib.suppress(OSError):  # of one that has files, or was never made
+        for folder in made:  # The innermost folder comes first.
+            with contextlib.suppress(OSError):  # It may have files by now, or was never made.
                 folder.rmdir()
         raise
     return 0
@@ -385,7 +385,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _load(spec: str) -> tuple[Any, tuple[Any, ...] | None]:
-    """The model that MODEL.py:FACTORY or module:FACTORY makes, and its inputs if it says them."""
+    """The model that MODEL.py:FACTORY or module:FACTORY makes, and its inputs if it gives any."""
     from torch import nn
 
     source, separator, name = spec.rpartition(":")
@@ -395,8 +395,8 @@ def _load(spec: str) -> tuple[Any, tuple[Any, ...] | None]:
     python = path.suffix == ".py"
     if python and not path.is_file():
         raise UsageError(f"there is no file {source}")
-    # The file's folder comes first, as for a script; but a file that is named as a module, such as
-    # onnx.py, is not found in that module's place.
+    # The file's folder comes first on sys.path, as for a script. But a file that has the name of a
+    # module, such as onnx.py, must not be imported in place of that module.
     taken = python and (path.stem in sys.modules or _is_another_module(path))
     before = list(sys.path)
     if python:
@@ -421,7 +421,7 @@ def _load(spec: str) -> tuple[Any, tuple[Any, ...] | None]:
 
 
 def _is_another_module(path: Path) -> bool:
-    """Whether the name of a Python file is that of a module that is found elsewhere."""
+    """Whether a module of the same name as this Python file is found elsewhere."""
     name = path.stem
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     return found is not None and Path(found.origin or "").resolve() != path.resolve()
@@ -431,7 +431,7 @@ def _run_file(path: Path, name: str) -> Any:
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # what a class asks for its module
+    sys.modules[name] = module  # Classes look their module up here.
     try:
         found.loader.exec_module(module)
     except BaseException:
@@ -503,7 +503,7 @@ def _export(options: Any) -> int:
     if inputs is None:
         raise UsageError("the input's shape is not known: give --input, such as --input 1,3,64,64")
     _load_weights(model, options.weights)
-    _output(model, inputs)  # what the model finds wrong is not the exporter's
+    _output(model, inputs)  # An error of the model itself comes here, and not from the exporter.
     dynamic = None
     if options.dynamic:
         auto = torch.export.Dim.DYNAMIC
@@ -576,7 +576,7 @@ def _check(options: Any) -> int:
         raise UsageError("--weights are those of a --model, which is not given")
     try:
         graph = onnx.load(options.file, load_external_data=False)
-    except Exception as error:  # whatever protobuf raises
+    except Exception as error:  # protobuf has several classes of errors.
         raise UsageError(f"{options.file} is no ONNX file: {_line(error)}") from None
     if not graph.HasField("graph") or not graph.opset_import:
         raise UsageError(f"{options.file} is no ONNX file: it holds no graph, or names no opset")
@@ -662,7 +662,7 @@ def _rewrite(options: Any) -> int:
 def _random_inputs(
     graph: Any, size: int, given: list[tuple[int, ...]] | None
 ) -> list[tuple[str, Any]]:
-    """A tensor for each input of the graph, and what there is to say of it."""
+    """A random tensor for each input of the graph, and a line that describes it."""
     import numpy as np
     import onnx
     import torch
@@ -726,7 +726,7 @@ def _random_inputs(
 
 
 def _run_engine(engine: str, path: Path, inputs: list[Any], seconds: float) -> dict[str, Any]:
-    """The outputs of a file by an engine, in a process of its own."""
+    """What an engine makes of a file, in a process of its own, which can be ended or can crash."""
     import numpy as np
     import torch
 
@@ -737,7 +737,8 @@ def _run_engine(engine: str, path: Path, inputs: list[Any], seconds: float) -> d
     except ImportError:
         print(f"{engine}: not installed")
         return {}
-    # Not `python engines.py`: its folder has an openvino.py, and the current one any file.
+    # `python engines.py` would not do: its folder, which has an openvino.py, would be first on
+    # sys.path, and with -c it is the current folder, which may have any file.
     code = (
         "import sys; sys.path[:1] == [''] and sys.path.pop(0); import runpy; "
         "runpy.run_path(sys.argv[1], run_name='__main__')"

@@ -142,7 +142,7 @@ def whole(images: Tensor, labels: Tensor, count: int) -> list[int]:
     border[..., 2:-2, 2:-2] = 0
     inside = (images * border).amax((1, 2, 3)) < 0.05
     ink = images.sum((1, 2, 3))
-    large = ink > ink.median()  # small ones are whole, too, and show less
+    large = ink > ink.median()  # Small digits would be whole as well, but show less.
     seen: dict[int, int] = {}
     for chosen in (inside & large, inside):
         for i in chosen.nonzero().flatten().tolist():
@@ -157,13 +157,13 @@ def draw(model: nn.Sequential, images: Tensor, labels: Tensor, path: Path) -> No
         2, len(images), figsize=(3 * len(images), 6.6), layout="constrained", squeeze=False
     )
     steps = [viz.steps(model[:4], images, i) for i in range(len(images))]
-    # The mean displacement of the kernel points; the input is half as large as the image.
+    # The mean displacement of the kernel points, twice, since the input is half the image's size.
     fields = [2 * found[-1].offset.unflatten(0, (9, 2)).mean(0) for found in steps]  # type: ignore[union-attr]
     largest = max(float(field.norm(dim=0).max()) for field in fields) or 1.0
     for i, (axis, below) in enumerate(axes.T):
         axis.imshow(images[i, 0], cmap="gray_r", interpolation="nearest", vmin=0, vmax=1.4)
         axis.set_title(f"a {labels[i].item()}")
-        # The darkest places, apart from each other: where the digit is.
+        # Take the places with the most ink, apart from each other, since the digit is there.
         ink = F.avg_pool2d(images[i : i + 1], 3, stride=2, padding=1)[0, 0]
         for colour in ("tab:red", "tab:blue"):
             y, x = divmod(int(ink.argmax()), ink.shape[1])
@@ -174,7 +174,7 @@ def draw(model: nn.Sequential, images: Tensor, labels: Tensor, path: Path) -> No
         below.imshow(viz.flow_colours(fields[i], largest), interpolation="nearest")
         for tile in (axis, below):
             tile.set(xticks=[], yticks=[])
-        # Points outside sample 0; the frame is the image's, with some room.
+        # Points far outside sample 0 and need not be seen.
         axis.set(xlim=(-4.5, SIDE + 3.5), ylim=(SIDE + 3.5, -4.5))
         axis.spines[:].set_visible(False)
     axes[0, 0].set_ylabel("sampling points")
@@ -190,7 +190,7 @@ def draw(model: nn.Sequential, images: Tensor, labels: Tensor, path: Path) -> No
 
 
 class Training(NamedTuple):
-    """What came of training one network."""
+    """The result of training one network."""
 
     epochs: int
     seconds: float
@@ -221,19 +221,20 @@ def learn(name: str, epochs: int, seed: int, device: str) -> tuple[Training, nn.
 
 def run(epochs: int, out: Path, seed: int, device: str) -> dict[str, list[Training]]:
     """The whole demo; prints and writes what `deformnd demo --help` says, returns the trainings."""
-    torch.zeros(1, device=device)  # an unknown device fails here, with torch's own words
+    torch.zeros(1, device=device)  # An unknown device fails here, before anything is written.
     out.mkdir(parents=True, exist_ok=True)
     done: dict[str, list[Training]] = {}
     parameters = {}
-    for deformable in (False, True):  # what a first call costs is no training time
+    for deformable in (False, True):  # What first calls cost must not count as training time.
         model = network(deformable).to(device)
         model(torch.zeros(BATCH, 1, SIDE, SIDE, device=device)).sum().backward()
         parameters[deformable] = sum(p.numel() for p in model.parameters())
     for s in range(seed, seed + SEEDS):
         ours, model = learn(DEFORMABLE, epochs, s, device)
         same, _ = learn(ORDINARY, epochs, s, device)
-        # As many epochs more as make up for the deformable network's slower ones, and a tenth:
-        # times vary, and where they do the other should not be the one that was given less.
+        # One ordinary network gets as many more epochs as make up for the deformable network's
+        # slower ones, and a tenth more: times vary, and it should not be the one that was given
+        # less.
         more = max(1.0, 1.1 * ours.seconds / same.seconds)
         longer, _ = learn(LONGER, math.ceil(epochs * more), s, device)
         for name, training in ((ORDINARY, same), (LONGER, longer), (DEFORMABLE, ours)):
@@ -242,7 +243,7 @@ def run(epochs: int, out: Path, seed: int, device: str) -> dict[str, list[Traini
     model = copy.deepcopy(model).cpu().eval()
     images, labels = (t.cpu() for t in distorted(seed + SEEDS - 1, device))
     print("exporting to ONNX ...")
-    # It warns of every operator of torchvision when that is not installed.
+    # The exporter warns of every operator of torchvision where that is not installed.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     batch = images[:BATCH]
     path = out / "model.onnx"
@@ -328,7 +329,7 @@ Time for an image on the CPU, in batches of {BATCH}: {engines}.
 
 
 def _verdict(done: dict[str, list[Training]]) -> str:
-    """The comparison with the better of the two others, in a sentence that is true either way."""
+    """A sentence that compares with the better of the two others, whichever is the best."""
     means = {name: statistics.mean(run.accuracy for run in runs) for name, runs in done.items()}
     rival = max((ORDINARY, LONGER), key=lambda name: means[name])
     gain = 100 * (means[DEFORMABLE] - means[rival])

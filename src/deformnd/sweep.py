@@ -1,10 +1,10 @@
 """The sweep: random realistic layers and those of public models, beside torchvision and dense.
 
-`deformnd bench --sweep N` runs it. Named shapes are what kernels are tuned for; here stand layers
-that nobody chose. The process that the user starts draws them, keeps the report and touches no
-device. Others, which it asks one line of JSON at a time, time the layers and compile kernels ahead:
-so a crash, a hang or an error that spoils the device costs one layer, and a second process may have
-the operators of another source tree.
+`deformnd bench --sweep N` runs it. Kernels are tuned for named shapes, so here are layers that
+nobody chose. The process that the user starts draws them, keeps the report and touches no device.
+Other processes, which it asks one line of JSON at a time, time the layers and compile kernels
+ahead. So a crash, a hang or an error that spoils the device costs one layer, and another process
+may have the operators of another source tree.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from . import bench
 from .bench import Shape, mean
 
-# The layers that are drawn. Values, and how often each comes.
+# What is drawn for a layer: values, and how often each comes.
 KINDS = {(2, False): 80, (1, False): 6, (3, False): 7, (2, True): 5, (1, True): 1, (3, True): 1}
 BATCHES = {1: 30, 2: 16, 3: 4, 4: 14, 6: 4, 8: 16, 12: 3, 16: 6, 24: 2, 32: 5}
 CHANNELS = {
@@ -44,24 +44,25 @@ DILATIONS = {1: 84, 2: 11, 3: 5}
 UPSAMPLINGS = {(4, 2): 5, (2, 2): 3, (3, 1): 2, (3, 2): 1}  # kernel and stride of the transposed
 SIDES = (7, 400)
 THIN = 16  # a thin image has a side of at most so many pixels
-# Multiplications of one image channel by a mask, at most: about 10 ms for the slowest peer on an
-# H200, a second on two cores. Products of the convolution are at most 256 times as many, and
-# elements of all tensors as many, which with gradients and columns in float32 are about 4 GB.
+# How many samples a layer may have at most, see Work. So many take the slowest peer about 10 ms on
+# an H200, or a second on two cores. The convolution's products are at most 256 times as many. All
+# tensors have at most as many elements, which with gradients and columns in float32 are about 4 GB.
 SAMPLES = {"cuda": 10**8, "cpu": 2 * 10**6}
 PRODUCTS = 256
 
-# What is wrong: the largest relative error of output and gradients.
+# A larger relative error of the output or a gradient counts as wrong.
 TOLERANCE = {"float16": 5e-3, "bfloat16": 3e-2, "float32": 1e-4, "float64": 1e-9}
-SLOW = 2.5  # times the dense convolution, from where a layer is listed
+SLOW = 2.5  # a layer that takes so many times as long as the dense convolution is listed
 
-# So many seconds a process may take for an answer; a kernel that waits for itself never ends.
+# How many seconds a process may take for an answer, since a kernel that waits for itself never
+# ends.
 PATIENCE = 180
 
 
 class Work(NamedTuple):
     """How much a layer does."""
 
-    samples: int  # that are multiplied by a mask: positions x kernel points x image channels
+    samples: int  # positions x kernel points x image channels
     products: int
     elements: int  # of all tensors
 
@@ -106,7 +107,7 @@ def depthwise(shape: Shape) -> bool:
 
 
 def describe(shape: Shape) -> str:
-    """A layer in a few letters: 4x96x56x56 > 192 k3 s2 d2 g4 og3."""
+    """A layer in a few letters, such as 4x96x56x56 > 192 k3 s2 d2 g4 og3."""
     sizes = "x".join(map(str, (shape.batch, shape.channels, *shape.size)))
     parts = [f"{'up ' * shape.transposed}{sizes} > {shape.out_channels} k{shape.kernel}"]
     parts += [f"s{shape.stride}"] * (shape.stride != 1)
@@ -117,11 +118,13 @@ def describe(shape: Shape) -> str:
 
 
 def draw(count: int, seed: int, samples: int) -> list[Shape]:
-    """So many layers, the first of them the same for any count."""
-    rng = random.Random(str(seed))  # of a number it takes no sign
+    """This number of layers. With another count, the first ones are the same."""
+    rng = random.Random(str(seed))  # As a number, a seed would lose its sign.
     shapes: list[Shape] = []
     for _ in range(count):
-        kind = _pick(rng, KINDS)  # once: what is too large must not change the shares
+        # The kind is drawn once, and not anew for a layer that is too large, since shares of kinds
+        # would change with how often that happens.
+        kind = _pick(rng, KINDS)
         while not allowed(shape := _draw(rng, *kind), samples):
             pass
         shapes.append(shape)
@@ -350,9 +353,9 @@ class Worker:
 
 def serve() -> None:
     """Answer requests, a line of JSON each, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks says goodbye
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # On Ctrl-C the process that asks ends this one.
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed
+    os.dup2(2, 1)  # Whatever else is printed must not mix with the answers.
     options = json.loads(sys.argv[3])
     device = options["device"]
     torch.backends.cudnn.allow_tf32 = False
@@ -392,7 +395,7 @@ def _about(peers: Sequence[str], device: str) -> dict[str, Any]:
 
 def _problem(sizes: dict[str, Any], dtype: str, device: str) -> bench.Problem:
     if device != "cpu":
-        torch.cuda.empty_cache()  # several processes share the device
+        torch.cuda.empty_cache()  # Several processes share the device's memory.
     of: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
     return bench.Problem(Shape(**of), getattr(torch, dtype), device)
 
@@ -417,10 +420,11 @@ def _time(
 ) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     if device != "cpu" and hasattr(os, "sched_setaffinity"):
-        # One core: a backward alone goes to a thread of autograd's and back, which takes 100 us
-        # where that wakes another core of a virtual machine. In a model it goes there once.
+        # Everything runs on one core. A backward goes to a thread of autograd's and back, which
+        # takes 100 us where it wakes another core of a virtual machine. In a model that happens
+        # once, but here it would count for each layer.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        torch.set_num_threads(1)  # others would wait for one another on that core
+        torch.set_num_threads(1)  # More threads would wait for each other on that core.
     p = _problem(sizes, dtype, device)
     threads = torch.get_num_threads()
     return {phase: bench.measure(p, phase, peers, threads, seconds) for phase in phases}
@@ -511,7 +515,7 @@ def run(
 
 
 def _write(report: dict[str, Any], path: Path) -> None:
-    """A run that is cut leaves a whole report."""
+    """Write the report in one step, so that a run that is cut off leaves a whole one."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
     part.replace(path)
@@ -525,7 +529,7 @@ def _introduce(
     for answer, tree in zip(said, trees, strict=True):
         if "failed" in answer:
             raise RuntimeError(f"deformnd of {tree} does not run: {answer['failed']}")
-        if answer["from"] != str(tree):  # an editable installation comes before all paths
+        if answer["from"] != str(tree):  # An editable installation may come before all paths.
             raise RuntimeError(f"{tree} was asked for, and deformnd is that of {answer['from']}")
     report = said[0]
     del report["from"]
@@ -540,7 +544,7 @@ def _compile(
     phases: Sequence[str],
     stop: float,
 ) -> float:
-    """Seconds that it took; what fails here fails again where it is timed."""
+    """Compile ahead; returns the seconds it took. What fails fails again where it is timed."""
     start = time.monotonic()
     for several in ahead:
         idle: SimpleQueue[Worker] = SimpleQueue()
@@ -569,7 +573,7 @@ def _row(timers: Sequence[Worker], asked: dict[str, Any], peers: Sequence[str]) 
     shape = Shape(**asked["sizes"])
     row: dict[str, Any] = {"layer": describe(shape), "depthwise": depthwise(shape)}
     row |= {"sizes": asked["sizes"], "dtype": asked["dtype"]}
-    # First ours: a peer's error that spoils the device must not be taken for one of ours.
+    # deformnd comes first: an error of a peer that spoils the device must not be taken for its own.
     answer = timers[0].ask({**asked, "peers": ["deformnd", *peers]})
     if "failed" in answer:
         why = answer["failed"]
@@ -645,7 +649,7 @@ def show(row: dict[str, Any], against: bool = False, cold: bool = False) -> str:
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What failed or is wrong of ours."""
+    """What failed or is wrong of deformnd."""
     return [show(row) for row in report["rows"] if "failed" in row or row["wrong"]]
 
 
@@ -679,7 +683,7 @@ def text(report: dict[str, Any], most: int = 25) -> str:
 
 
 def _all_means(report: dict[str, Any], time: str) -> Iterator[str]:
-    """Those of every peer, dtype and phase."""
+    """The means of every peer, dtype and phase, a line each."""
     rows = report["rows"]
     kinds = [(d, f) for d in dict.fromkeys(r["dtype"] for r in rows) for f in bench.PHASES]
     for peer in (*report["peers"], *(["against"] if "against" in report else [])):
@@ -701,7 +705,7 @@ def _means(counted: Sequence[float], apart: Sequence[float]) -> str:
 def _listed(
     what: str, rows: Iterable[dict[str, Any]], peer: str, below: float, most: int
 ) -> Iterator[str]:
-    """Layers whose ratio is less, the slowest first."""
+    """The layers whose ratio is below a limit, the slowest first."""
     found = []
     for row in rows:
         for phase in bench.PHASES:

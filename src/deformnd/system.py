@@ -154,7 +154,7 @@ def self_test() -> Iterator[tuple[str, str, float, bool]]:
             for a, b in zip(got, want, strict=True)
             if b is not None
         ]
-        error = float(torch.tensor(errors).max())  # NaN if any is, unlike Python's max
+        error = float(torch.tensor(errors).max())  # Unlike Python's max, it is NaN if any is.
         return name, device, error, error < 1e-5
 
     for device in devices:

@@ -107,11 +107,11 @@ def steps(layers: nn.Module | Iterable[nn.Module], input: Tensor, index: int = 0
             x = layer(x)
         if len(calls) == 1 and not calls[0].transposed:
             call = calls[0]
-            # padding='same' of an even kernel calls the operator with a zero behind the input.
+            # For padding='same' of an even kernel the operator's input has a zero more at its end.
             kernel, dilation = call.step.kernel, call.step.dilation
             odd = [d * (k - 1) % 2 for k, d in zip(kernel, dilation, strict=True)]
             sizes = (call.size, tuple(s - o for s, o in zip(call.size, odd, strict=True)))
-            # Of images with channels first, or last.
+            # Images may have their channels first or last.
             if not {tuple(before.shape[2:]), tuple(before.shape[1:-1])} & {*sizes}:
                 raise ValueError(
                     f"steps: {type(layer).__name__} does not call its {call.by} on an input of its "
@@ -149,16 +149,18 @@ def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
 
 
 class _Call(NamedTuple):
-    """A call of an operator: what it did, with the batch, and in what its positions lie."""
+    """A call of an operator, with the whole batch's offset and mask."""
 
     step: Step
-    size: tuple[int, ...]  # of the input; of a transposed call, of the output
+    size: tuple[
+        int, ...
+    ]  # of what has the positions: the input or, of a transposed call, the output
     transposed: bool
     by: str
 
 
 class _Notice(TorchDispatchMode):
-    """Tells of each call of an operator that samples: by layers, functions, or in TorchScript."""
+    """Calls `note` for each call of an operator, be it by a layer, a function or a script."""
 
     def __init__(self, note: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -175,9 +177,10 @@ class _Notice(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _watch(module: nn.Module) -> Iterator[list[_Call]]:
-    """The calls of operators that the module makes while this is open, also those far below it."""
+    """While open, lists the calls of operators that the module and those below it make."""
     calls: list[_Call] = []
-    # The module, and in it the layers of this package: with their inputs, and the calls before.
+    # Of the modules that run now, the watched one and layers of this package: each with its input
+    # and the number of calls before it.
     running: list[tuple[Any, Any, int]] = []
 
     def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -185,7 +188,8 @@ def _watch(module: nn.Module) -> Iterator[list[_Call]]:
 
     def leave(layer: Any, args: Any, output: Any) -> None:
         _, input, before = running.pop()
-        if len(calls) == before and isinstance(layer, _DEFORMABLE):  # it had nothing to deform
+        # A layer with neither offset nor mask calls the ordinary convolution, and no operator.
+        if len(calls) == before and isinstance(layer, _DEFORMABLE):
             size = (output if layer.transposed else input).shape[-layer.rank :]
             step, by = _step(layer, None, None), type(layer).__name__
             calls.append(_Call(step, tuple(size), layer.transposed, by))
@@ -197,17 +201,18 @@ def _watch(module: nn.Module) -> Iterator[list[_Call]]:
         transposed = name == "deform_conv_transpose"
         if name == "deform_aggregate":
             image, offset, mask, kernel, stride, padding, dilation = args
-        else:  # a transposed call has output_padding before the dilation
+        else:  # A transposed call has output_padding before the dilation.
             image, weight, offset, mask, _, stride, padding, *_, dilation, _ = args
             kernel = weight.shape[2:]
         n = image.dim() - 2
         step = Step(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), offset, mask)
         size = tuple((output if transposed else image).shape[2:])
         if isinstance(layer, _internimage._Module):
-            if image.is_cpu:  # where it calls the operator with the axes (x, y)
+            if image.is_cpu:  # On CPUs these layers call the operator with the axes (x, y).
                 step, size = _turned(step), size[::-1]
         elif isinstance(layer, _DEFORMABLE):
-            # The operator's input may have been padded before: the layer's own has not.
+            # The operator's input may be padded already, but positions are those in the layer's
+            # own.
             step = _step(layer, offset, mask)
             size = size if transposed else tuple(input.shape[-n:])
         by = type(layer).__name__ if isinstance(layer, _DEFORMABLE) else f"{name}{n}d"
@@ -219,8 +224,8 @@ def _watch(module: nn.Module) -> Iterator[list[_Call]]:
         for layer in layers:
             hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(layer.register_forward_hook(leave))
-        # What torch.compile made of a module would run without hooks. Nothing is compiled where
-        # this is not imported, which takes a second.
+        # A module that torch.compile has compiled would run without its hooks. If torch._dynamo,
+        # whose import takes a second, is not imported yet, then nothing is compiled.
         eager: Any = contextlib.nullcontext()
         if "torch._dynamo" in sys.modules:
             eager = torch.compiler.set_stance("force_eager")
@@ -232,7 +237,7 @@ def _watch(module: nn.Module) -> Iterator[list[_Call]]:
 
 
 def _turned(step: Step) -> Step:
-    """A 2-D step with axes and kernel points in the other order."""
+    """A 2-D step with its axes, and with them its kernel points, exchanged."""
     kernel, offset, mask = step.kernel, step.offset, step.mask
     if offset is not None:
         places = offset.unflatten(1, (-1, *kernel, 2)).permute(0, 1, 3, 2, 4, 6, 5)
@@ -244,7 +249,7 @@ def _turned(step: Step) -> Step:
 
 
 def _step(layer: Any, offset: Tensor | None, mask: Tensor | None) -> Step:
-    # The rank stands in the name of torch's poolings and nowhere else.
+    # torch's poolings have their rank in their names alone.
     known = isinstance(layer, _DEFORMABLE) or hasattr(layer, "weight")
     n = len(layer.kernel_size) if known else int(type(layer).__name__[-2])
 
@@ -326,7 +331,7 @@ def _check_at(name: str, at: tuple[int, ...], size: tuple[int, ...]) -> None:
 
 
 def _item(name: str, what: str, t: Tensor | None, n: int, index: int | None) -> Any:
-    """Of an offset or mask of n axes that may have a batch, that of one image."""
+    """One image's part of an offset or mask of n axes, which may have a batch."""
     if t is None or t.dim() == n + 1:
         return t
     if t.dim() != n + 2:
@@ -371,7 +376,8 @@ def _back(
     if step.mask is not None and deformed:
         mask_groups = step.mask.shape[0] // points
         mask = step.mask.detach().cpu()[where].T.to(dtype).reshape(-1, mask_groups, points)
-        # Groups of masks and of offsets are blocks of the same channels: the mean of those meeting.
+        # Groups of masks and of offsets divide the same channels. A sample of an offset group gets
+        # the mean of the mask groups that share channels with it.
         masks = torch.stack(
             [mask[:, _meeting(g, groups, mask_groups)].mean(1) for g in range(groups)], 1
         )
@@ -382,7 +388,7 @@ def _back(
 
 
 def _meeting(group: int, groups: int, others: int) -> slice:
-    """Of so many other groups, those that share channels with a group."""
+    """Which of `others` groups share channels with one of `groups` groups of the same channels."""
     return slice(group * others // groups, -(-(group + 1) * others // groups))
 
 
@@ -446,7 +452,7 @@ def _draw_on(
         def place(s: Samples) -> tuple[Any, Any]:
             x = s.positions[:, 0].double().numpy()
             low = min(0.0, float(image.min()))
-            # A sample outside of the signal is 0, and drawn below it.
+            # A sample outside of the signal is 0; it is drawn at the height of the lowest value.
             return x, np.interp(x, range(len(image)), image.numpy(), left=low, right=low)
     else:
         if not axis.images:
@@ -457,7 +463,8 @@ def _draw_on(
             return s.positions[:, 1].numpy(), s.positions[:, 0].numpy()
 
     if regular is not None:
-        # In front, with a rim: seen on any image, and on the dot of a sample that has not moved.
+        # Crosses are in front and have a rim, so that they are seen on any image, and on the dot of
+        # a sample that has not moved.
         rim = _matplotlib("patheffects").withStroke(linewidth=2.6, foreground="white")
         axis.scatter(
             *place(regular),
@@ -526,7 +533,7 @@ def _draw_offset_on(
     plane: int | None,
     largest: float | None = None,
 ) -> list[Any]:
-    """A tile for each of these groups, [K, n, *out], in a figure or a part of one."""
+    """Draw a tile for each group of offsets [OG, K, n, *out] in a figure or a part of one."""
     n = next(iter(fields.values())).shape[1]
     field = torch.stack(list(fields.values()))
     tiles = _subplots(parent, len(fields))
@@ -604,7 +611,7 @@ def draw_mask(
 def _draw_mask_on(
     parent: Any, fields: dict[int, Tensor], point: int | None, plane: int | None
 ) -> list[Any]:
-    """A tile for each of these groups, [K, 1, *out], in a figure or a part of one."""
+    """Draw a tile for each group of masks [MG, K, 1, *out] in a figure or a part of one."""
     field = torch.stack(list(fields.values()))[:, :, 0]
     n = field.dim() - 2
     if n == 1:
@@ -723,19 +730,8 @@ def show(
     kernel, size = ("x".join(map(str, values)) for values in (step.kernel, out))
     figure.suptitle(f"{name or 'the model'}: {found.by}, kernel {kernel}, offsets {size}")
 
-    scale = torch.tensor(image.shape[-n:]) / torch.tensor(found.size)
     colours = list(itertools.islice(itertools.cycle(_COLOURS), len(places)))
-    points = [
-        [
-            # Pixel centres are integers, so the borders are half a pixel outside of them.
-            Samples((s.positions + 0.5) * scale - 0.5, s.weights)
-            for s in (
-                follow([step], place, group=group),
-                follow([step], place, group=group, deformed=False),
-            )
-        ]
-        for place in places
-    ]
+    points = [_points_on_image(found, image, place, group) for place in places]
     _draw_points_on(parts[0], image, points, colours)
     for part, (what, tiles) in zip(parts[1:], drawn, strict=True):
         plane = places[0][0] if n == 3 else None
@@ -750,10 +746,26 @@ def show(
     return figure
 
 
+def _points_on_image(
+    found: _Call, image: Tensor, place: tuple[int, ...], group: int | None
+) -> list[Samples]:
+    """The samples and the regular places of a location, in the pixels of an image."""
+    n = len(found.size)
+    scale = torch.tensor(image.shape[-n:]) / torch.tensor(found.size)
+    # Pixel centres are at integers, so an image's edge is half a pixel outside of them.
+    return [
+        Samples((s.positions + 0.5) * scale - 0.5, s.weights)
+        for s in (
+            follow([found.step], place, group=group),
+            follow([found.step], place, group=group, deformed=False),
+        )
+    ]
+
+
 def _call_of(
     model: nn.Module, name: str, images: Tensor, index: int, call: int, inputs: Sequence[Any] | None
 ) -> _Call:
-    """What the named module did to one image of a batch, as its call of an operator says."""
+    """One of the named module's calls of an operator, for one image of a batch."""
     modules = dict(model.named_modules(remove_duplicate=False))
     training = [(module, module.training) for module in modules.values()]
     model.eval()
@@ -789,7 +801,7 @@ def _deformable_layers(modules: dict[str, nn.Module]) -> str:
 
 
 def _axes_of(model: nn.Module, module: nn.Module) -> int | None:
-    """How many axes a module's images have, as the layers in it say, else the model's."""
+    """How many axes a module's images have, by the layers in it, or else by those of the model."""
     for layer in module.modules():
         if isinstance(layer, _DEFORMABLE):
             return int(getattr(layer, "rank", 2))
@@ -818,7 +830,7 @@ def _is_location(place: Any) -> bool:
 def _draw_points_on(
     part: Any, image: Tensor, points: list[list[Samples]], colours: Sequence[str]
 ) -> None:
-    """Samples and regular places of some locations, in 3-D on the planes that hold most."""
+    """Draw samples and regular places of some locations, in 3-D on the planes that hold most."""
     samples = [s for s, _ in points]
     n, count = samples[0].positions.shape[1], len(samples[0].weights)
     slices = None
@@ -827,7 +839,7 @@ def _draw_points_on(
         held = Counter(p for p in near.tolist() if 0 <= p < image.shape[-3])
         slices = sorted(p for p, _ in held.most_common(9)) or [0]
     axes = _subplots(part, len(slices or [0]))
-    # The largest mask has the largest dot: a softmax leaves none near 1.
+    # Dots are in units of the largest mask, since after a softmax none is near 1.
     largest = max(0.0, *(float(s.weights.max()) for s in samples)) or 1.0
     size = min(22.0 if n < 3 else 12.0, max(12.0, 600 / count))
     for (moved, regular), colour in zip(points, colours, strict=True):
@@ -840,7 +852,7 @@ def _draw_points_on(
             slices=slices,
             size=size,
         )
-    if n > 1:  # samples far outside are 0: they need not be seen at the cost of the image
+    if n > 1:  # Samples far outside are 0, and to show them would make the image small.
         for axis in axes:
             for limits, set_limits, length in (
                 (axis.get_xlim(), axis.set_xlim, image.shape[-1]),
@@ -904,7 +916,7 @@ _COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab
 
 
 def _shown(image: Tensor, n: int) -> Tensor:
-    """[*size], or [*size, 3] for colours, on the CPU."""
+    """An image as matplotlib takes it: [*size], or [*size, 3] for colours, on the CPU."""
     image = image.detach().cpu().float()
     if image.dim() == n:
         return image
@@ -914,7 +926,7 @@ def _shown(image: Tensor, n: int) -> Tensor:
         )
     if image.shape[0] == 3 and n > 1:
         low, high = image.min(), image.max()
-        if low < 0 or high > 1:  # imshow would clip
+        if low < 0 or high > 1:  # imshow would clip colours outside of [0, 1].
             image = (image - low) / (high - low)
         return image.movedim(0, -1)
     return image.mean(0)
@@ -926,7 +938,8 @@ def _grouped(name: str, what: str, t: Tensor, kernel_size: Size, index: int | No
     if points is not None:
         n = len(kernel_size)  # type: ignore[arg-type]
     else:
-        # One channel is too few for more than one kernel point: that is a batch of one.
+        # A first dimension of 1 is too few channels for several kernel points, so it is a batch of
+        # one.
         alone = len(t) == 1 and t.dim() > 2 and kernel_size != 1
         n = t.dim() - (1 if index is None and not alone else 2)
         points = math.prod(_values(kernel_size, n))

@@ -22,9 +22,8 @@ def layer_like(
 ) -> nn.Module:
     """The deformnd layer with source's weight, bias and geometry, for module's place.
 
-    What geometry does not say is read off source or, where that does not know, module. Predictors
-    of a packed layer are made without memory (on the meta device), for the caller to fill or
-    replace.
+    Settings that geometry does not have are read off source, or else off module. The predictors of
+    a packed layer are made without memory (on the meta device), for the caller to fill or replace.
     """
     weight, bias = source.weight, getattr(source, "bias", None)
     if not isinstance(weight, nn.Parameter):
@@ -69,17 +68,18 @@ _HOOKS = [k for k in vars(nn.Module()) if re.match(r"_(forward|backward)_(pre_)?
 def take_place(new: nn.Module, old: nn.Module) -> None:
     """Give new the training flag, hooks and plain attributes of old, such as a YOLO layer's f."""
     new.training = old.training
-    if not any(m is old for m in new.modules()):  # where old is a part of new, it has its hooks
+    # Where old becomes a part of new, it still runs its own hooks.
+    if not any(m is old for m in new.modules()):
         if old._is_full_backward_hook is not None:
             new._is_full_backward_hook = old._is_full_backward_hook
         for key in _HOOKS:
             hooks = getattr(new, key)
             if hooks:
                 hooks.update(getattr(old, key))
-            else:  # the same dictionary, so that what a handle removes is gone
+            else:  # One dictionary for both, so that a handle made before still removes its hook.
                 setattr(new, key, getattr(old, key))
     for key, value in vars(old).items():
-        # YOLO's layers have a string `type`, which is the name of a method of all modules.
+        # YOLO's layers have a string attribute `type`, and every module has a method of that name.
         hidden = key not in vars(new) and hasattr(nn.Module, key) and not callable(value)
         if not key.startswith("_") and (hidden or not hasattr(new, key)):
             setattr(new, key, value)
@@ -88,7 +88,7 @@ def take_place(new: nn.Module, old: nn.Module) -> None:
 def leftovers(
     module: nn.Module, source: nn.Module, kept: Sequence[Any] = (), drop: Sequence[str] = ()
 ) -> Iterator[str]:
-    """What of module is neither source's weight or bias nor in what is kept or dropped."""
+    """Say what module has beside source's weight and bias and what is kept or dropped."""
 
     def lost(m: nn.Module, prefix: str) -> Iterator[str]:
         for name, t in (*m._parameters.items(), *m._buffers.items()):
@@ -108,8 +108,15 @@ def leftovers(
     return lost(module, "")
 
 
+def everything(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All modules, parameters and buffers below a module, by every name they have."""
+    yield from module.named_modules(remove_duplicate=False)
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
 def check_nothing_lost(where: str, layer: nn.Module) -> None:
-    """That a layer of weight and bias has nothing else."""
+    """Raise ValueError if the layer has anything but a weight and a bias."""
     more = list(leftovers(layer, layer))
     if "forward" in vars(layer):
         more.append(f"a forward of its own, {vars(layer)['forward']}")
@@ -120,7 +127,10 @@ def check_nothing_lost(where: str, layer: nn.Module) -> None:
 def replacements(
     model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]
 ) -> dict[str, nn.Module]:
-    """What to put where. A module that stands in several places is replaced by one."""
+    """The new modules by the names of the old ones.
+
+    A module that stands in several places is replaced by the same new one in all of them.
+    """
     made: dict[nn.Module, nn.Module | None] = {}
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):

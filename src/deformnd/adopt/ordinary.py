@@ -12,7 +12,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from ..ops.modules import _PLAIN, Activation
+from ..ops.bases import PLAIN
+from ..ops.modules import Activation
 from .exchange import check_nothing_lost, layer_like, replace, replacements, take_place
 
 Chooser = Callable[[str, nn.Module], bool]
@@ -79,7 +80,7 @@ def deformify(
         model = copy.deepcopy(model)
 
     def replacement(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) not in _PLAIN or not chosen(name, module):
+        if type(module) not in PLAIN or not chosen(name, module):
             return None
         layer: Any = layer_like(
             f"deformify: {name}",

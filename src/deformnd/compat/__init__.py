@@ -1,4 +1,4 @@
-"""Faces of other packages, so that their users move by changing an import."""
+"""Other packages' names on deformnd's operators, so that a changed import is enough to move."""
 
 # ruff: noqa: UP006, UP035, UP045 (TorchScript)
 import inspect
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops.functional import _ints, _outside_a_trace, deform_attention
 
-# As in deformnd itself: imported when they are first asked for.
+# Modules that are imported when they are first asked for, as in deformnd itself.
 _LAZY = (
     "counters",
     "internimage",
@@ -49,20 +49,20 @@ Use = TypeVar("Use", bound="_Acceleration")
 
 
 class _Acceleration:
-    """Something that is in effect for the whole process while any use of its class is."""
+    """An exchange of code that is in effect for the whole process while any use of its class is."""
 
     devices: Tuple[str, ...]
     """Device types whose calls run on deformnd's kernels, such as ('cpu', 'cuda')."""
 
     _lock: ClassVar[threading.Lock]
-    _uses: ClassVar[int]  # how many are in effect
-    _undo: ClassVar[Optional[Callable[[], None]]]  # while any is
+    _uses: ClassVar[int]  # how many uses are in effect
+    _undo: ClassVar[Optional[Callable[[], None]]]  # takes the exchange back while it is in effect
 
     def __init_subclass__(cls) -> None:
         cls._lock, cls._uses, cls._undo = threading.Lock(), 0, None
 
     def __init__(self, exchange: Callable[[], Callable[[], None]]) -> None:
-        """exchange brings it about and returns what takes it back."""
+        """`exchange` exchanges the code and returns a function that takes that back."""
         self._active = False
         kind = type(self)
         with kind._lock:
@@ -98,11 +98,12 @@ def _diverted(*args: Any, _deformnd: Callable[..., Any], **options: Any) -> Any:
 def _divert(
     function: types.FunctionType, devices: Tuple[str, ...], ours: Callable[..., Any]
 ) -> Callable[[], None]:
-    """Have a function of another package compute by ours; return what undoes that.
+    """Have a function of another package compute by `ours`; return a function that undoes that.
 
-    Its code is exchanged, not what its name stands for: so it reaches those who hold the function
-    already, such as layers that keep it as an attribute. Tensors on other devices than those keep
-    the function's own code. ours has the function's parameters, a tensor `value` among them.
+    The function's code is exchanged, and not what its name stands for. So the change reaches those
+    who hold the function already, such as layers that keep it as an attribute. Tensors on devices
+    other than `devices` keep the function's own code. `ours` has the same parameters, one of which
+    is a tensor `value`.
     """
     signature = inspect.signature(function)
     at = list(signature.parameters).index("value")
@@ -112,11 +113,11 @@ def _divert(
 
     def call(*args: Any, **options: Any) -> Any:
         value = args[at] if len(args) > at else options.get("value")
-        # Theirs says what is wrong with a call that has none.
+        # A call without a value goes to theirs, which raises the error that its users know.
         there = isinstance(value, Tensor) and value.device.type in devices
         return (ours if there else theirs)(*args, **options)
 
-    # In such an order that another thread may call the function between any two of these.
+    # The order matters: another thread may call the function between any two of these steps.
     told: Any = function
     told.__signature__ = signature
     function.__kwdefaults__ = {**(keywords or {}), "_deformnd": call}
@@ -133,9 +134,10 @@ def _divert(
 
 
 def _attend(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
-    """deform_attention in the dtype that an interpolation and a product of torch's would have."""
+    """deform_attention, with the result's dtype that torch's own operations would give."""
     device = value.device.type
-    # Always, it would be a context in exported graphs. Some devices (meta) know no autocast.
+    # Autocast is only turned off where it is on, since exported graphs would have the context in
+    # them. Some devices, such as meta, have no autocast.
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _attend(value, shapes, locations, weights)
@@ -161,7 +163,7 @@ def _check_groups(
     offset: Optional[Tensor],
     mask: Optional[Tensor],
 ) -> None:
-    """Others give the number of offset groups, which we read off: both must agree."""
+    """Check a given number of offset groups, which our functions read off the offset's channels."""
     if not torch.jit.is_scripting():
         if torch.jit.is_tracing():
             check: Any = _check_groups
@@ -172,7 +174,7 @@ def _check_groups(
     if groups < 1:
         raise ValueError(f"{name}: {argument} is {groups}, expected at least 1")
     if not isinstance(weight, Tensor) or weight.dim() != 4:
-        return  # which the function says better
+        return  # The function called next has a better message for this.
     points = weight.shape[2] * weight.shape[3]
     if isinstance(offset, Tensor) and offset.dim() >= 3:
         channels = offset.shape[-3]
@@ -191,8 +193,10 @@ def _check_groups(
 
 
 def _first_values(t: Optional[Tensor], out: List[int]) -> Optional[Tensor]:
-    """Of an offset or mask that is larger than the output, what mmcv's kernels read: the memory of
-    each image from its beginning, as if it had the output's size."""
+    """The part of a too large offset or mask that mmcv's kernels read.
+
+    They read the memory of each image from its beginning, as if it had the output's size.
+    """
     if t is None or t.dim() != 4:
         return t
     size = t.shape[2:]

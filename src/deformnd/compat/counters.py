@@ -1,9 +1,9 @@
-"""What the counters of operations need to know of deformnd's layers, else they count zero.
+"""What counters of operations need to know of deformnd's layers, which they would count as zero.
 
 Each function gives a dictionary to hand over. Counted are the multiplications of the ordinary
-convolution, those of the predictors of a packed layer among them, as the packages count them, and
-not the interpolation; of deform_aggregate, which thop sees in packed layers alone, those of a
-depthwise convolution. torch.utils.flop_counter knows the operators without help.
+convolution, as the packages count them, and those of a packed layer's predictors; interpolation is
+not counted. deform_aggregate counts as a depthwise convolution; thop sees it in packed layers only.
+torch.utils.flop_counter knows the operators without help.
 
 Example:
     >>> import torch
@@ -37,7 +37,8 @@ from ..ops.modules import _DeformConvNd, _DeformConvTransposeNd, _Predicting
 
 __all__ = ["fvcore", "ptflops", "thop"]
 
-_OPERATORS = {"deform_conv": False, "deform_conv_transpose": True}  # transposed?
+# By operator, whether it is transposed.
+_OPERATORS = {"deform_conv": False, "deform_conv_transpose": True}
 
 
 def fvcore() -> dict[str, Callable[..., int]]:
@@ -60,7 +61,7 @@ def fvcore() -> dict[str, Callable[..., int]]:
 
 
 def thop() -> dict[type, Callable[..., None]]:
-    """For `thop.profile(..., custom_ops=thop())`. It has all layers that are defined by then."""
+    """For `thop.profile(..., custom_ops=thop())`; it has all layers defined when it is called."""
 
     def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer.total_ops += _of_layer(layer, inputs[0], output) + _taken(layer, "total_ops")
@@ -71,7 +72,7 @@ def thop() -> dict[type, Callable[..., None]]:
 def ptflops() -> dict[Any, Callable[..., Any]]:
     """For `get_model_complexity_info(..., custom_modules_hooks=ptflops())`, with either backend.
 
-    It has all layers that are defined by then.
+    It has all layers that are defined when it is called.
     """
 
     def of_layer(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -95,7 +96,7 @@ def ptflops() -> dict[Any, Callable[..., Any]]:
 
 
 def _products(positions: Sequence[int], weight: Sequence[int]) -> int:
-    """Of a convolution at the positions of a tensor of that shape, [B, C, *size]."""
+    """The multiplications of a convolution at the positions of a tensor of shape [B, C, *size]."""
     return positions[0] * math.prod(positions[2:]) * math.prod(weight)
 
 
@@ -108,9 +109,10 @@ def _of_layer(layer: Any, input: Tensor, output: Tensor) -> int:
 
 
 def _taken(module: nn.Module, count: str) -> Any:
-    """What the modules below have counted, and is from now on counted here.
+    """Take over what the modules in a layer have counted, and return it.
 
-    Both packages look no deeper than a layer that has a rule, so the predictors' share is its own.
+    Both packages look no deeper than a layer that has a rule, so it has to add the predictors'
+    share.
     """
     total = 0
     for child in module.children():

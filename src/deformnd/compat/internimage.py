@@ -41,7 +41,7 @@ class _ToChannelsLast(nn.Module):
 
 
 class _Module(nn.Module):
-    """What both have: the sizes, the sampling, and the features of the middle mixed in."""
+    """What DCNv3 and DCNv4 share: sizes, sampling, and blending with the features in the middle."""
 
     center_feature_scale_proj_weight: Optional[Tensor]
     center_feature_scale_proj_bias: Optional[Tensor]
@@ -105,29 +105,29 @@ class _Module(nn.Module):
         self.register_parameter("center_feature_scale_proj_bias", bias)
 
     def _sample(self, value: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """The aggregation of value [N, H, W, C], by points that are in the originals' order.
+        """The aggregation of value [N, H, W, C], with the points in the original modules' order.
 
         offset: [N, Ho, Wo, group, points, 2], (x, y) of the points column by column; mask: [N, Ho,
-        Wo, group, points]. The operator has them in this order if its image has the axes (x, y):
-        all three are then views of what is here, which the core reads in place. For GPUs, whose
-        kernels do not, the copy that brings the channels first changes the order, too.
+        Wo, group, points]. This is also the operator's order if its image has the axes (x, y). Then
+        all three are views of the tensors here, which the CPU core reads in place. The GPU kernels
+        need channels first, and the copy that brings them there changes the order as well.
         """
         k = self.kernel_size
-        if self.remove_center:  # the operator samples the middle all the same, for nothing
+        if self.remove_center:  # The operator still samples the middle, with a mask of 0.
             offset = _with_center(offset, 4, self.points // 2)
             mask = _with_center(mask, 4, self.points // 2)
         offset = offset.flatten(3)
         if self.offset_scale != 1.0:
-            # It scales the regular grid, too, about its middle, which is `pad` from its corner.
+            # The scale is also that of the regular grid, about its middle, `pad` from its corner.
             dtype = torch.promote_types(offset.dtype, torch.float32)
             grid = torch.arange(k, device=offset.device, dtype=dtype)
             grid = (grid * self.dilation - self.pad) * (self.offset_scale - 1.0)
-            # Of all groups at once: long rows are added sooner.
+            # The grid is repeated for all groups, since adding long rows is faster.
             grid = torch.cartesian_prod(grid, grid).flatten().repeat(self.group)
             offset = torch.add(grid, offset, alpha=self.offset_scale)
         in_place = True
         if not torch.jit.is_scripting():
-            in_place = not isinstance(value, torch.fx.Proxy)  # whose device is not known
+            in_place = not isinstance(value, torch.fx.Proxy)  # A proxy's device is not known.
         if in_place and value.is_cpu:
             output = deform_aggregate(
                 2,
@@ -149,11 +149,11 @@ class _Module(nn.Module):
         return output.permute(0, 2, 3, 1)
 
     def _thin_out(self, x: Tensor) -> Tensor:
-        """Of [N, H, W, C], the pixels in the middle of the output positions' kernels."""
+        """The pixels of [N, H, W, C] that are in the middle of the output positions' kernels."""
         return x if self.stride == 1 else x[:, :: self.stride, :: self.stride]
 
     def _with_features_of_center(self, output: Tensor, query: Tensor, value: Tensor) -> Tensor:
-        """output, blended with value by shares that are linear in query, one for each group."""
+        """The output blended with value, by a share for each group that is predicted of query."""
         weight = self.center_feature_scale_proj_weight
         if weight is None:
             return output
@@ -176,7 +176,7 @@ class _Module(nn.Module):
 
 
 def _with_center(t: Tensor, axis: int, at: int) -> Tensor:
-    """With a zero on that axis, before the point `at`."""
+    """The tensor with a zero more on an axis, at the place `at`."""
     before, after = t.narrow(axis, 0, at), t.narrow(axis, at, at)
     return torch.cat([before, torch.zeros_like(t.narrow(axis, 0, 1)), after], axis)
 
@@ -204,7 +204,7 @@ def _check_shape(module: Any, input: Tensor, shape: Any) -> None:
                 f"{name}: input has {length} pixels, expected a square number, or shape=(H, W)"
             )
         return
-    sizes = (int, torch.SymInt, Integral, Tensor)  # tensors in a torch.jit.trace
+    sizes = (int, torch.SymInt, Integral, Tensor)  # In a torch.jit.trace sizes are tensors.
     if not isinstance(shape, (tuple, list)) or not all(isinstance(s, sizes) for s in shape):
         raise TypeError(f"{name}: shape is {shape!r}, expected two ints, (H, W)")
     if len(shape) != 2 or shape[0] * shape[1] != length:
@@ -300,7 +300,7 @@ class DCNv3(_Module):
         self.output_proj = nn.Linear(channels, channels)
         self._reset_parameters()
 
-    def _reset_parameters(self) -> None:  # InternImage calls it by this name
+    def _reset_parameters(self) -> None:  # InternImage calls this by its name.
         _reset([self.offset, self.mask], [self.input_proj, self.output_proj])
 
     def forward(self, input: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def _out_size(
 
 
 def _old_name(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that takes deformable_groups, too, the older name of deform_groups."""
+    """A constructor that also takes deformable_groups, the older name of deform_groups."""
 
     @functools.wraps(init)
     def both_names(self: Any, *args: Any, **options: Any) -> None:
@@ -467,7 +467,8 @@ class MultiScaleDeformableAttention(ops.MultiScaleDeformableAttention):
             query = query + query_pos
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
-        points: Any = reference_points  # which has no default that works, nor have the shapes
+        # The default of reference_points does not work, nor does that of the shapes, as in mmcv.
+        points: Any = reference_points
         shapes: Any = spatial_shapes
         output = super().forward(query, value, points, shapes, key_padding_mask)
         if not self.batch_first:

@@ -1,4 +1,4 @@
-"""accelerate() of `deformnd.compat.mmcv`: mmcv's own functions and layers on deformnd's kernels."""
+"""`deformnd.compat.mmcv.accelerate`: mmcv's own functions and layers on deformnd's kernels."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _exchange(devices: tuple[str, ...]) -> Callable[[], None]:
         take_away = _stand_in()
     else:
         _check_kernels(devices)
-        importlib.import_module("mmcv.ops")  # which fills the registry
+        importlib.import_module("mmcv.ops")  # The import fills mmcv's registry.
         theirs = {name: getattr(compiled, name) for name in _FUNCTIONS}
         for name, function in _FUNCTIONS.items():
             setattr(compiled, name, _on(devices, function, theirs[name]))
@@ -92,7 +92,7 @@ def _exchange(devices: tuple[str, ...]) -> Callable[[], None]:
             for name, function in theirs.items():
                 setattr(compiled, name, function)
 
-    # What attention is on CPUs, whether or not there are compiled operators.
+    # On CPUs attention is this function, whether or not there are compiled operators.
     in_torch = sys.modules["mmcv.ops.multi_scale_deform_attn"].multi_scale_deformable_attn_pytorch
     give_back = _divert(in_torch, devices, _attention_in_torch)
 
@@ -131,8 +131,8 @@ class _Missing(types.ModuleType):
         return missing
 
 
-# What importing mmcv.ops beside a stand-in has left: modules by name, and entries of the registry.
-# It is kept between uses, since classes made in one must be those of the next.
+# What an import of mmcv.ops beside a stand-in leaves: modules by name, and entries of the registry.
+# Both are kept between uses, since a class made in one use must be the same in the next.
 _imported: dict[str, types.ModuleType] = {}
 _registered: dict[str, Any] = {}
 
@@ -172,8 +172,9 @@ def _stand_in() -> Callable[[], None]:
     return undo
 
 
-# mmcv's compiled functions. They write into tensors that the caller has made; those for columns
-# and ones are working memory of mmcv's, which we do not need. The caller has made dtypes equal.
+# Functions in the place of mmcv's compiled ones. The caller has made dtypes equal, and has made the
+# tensors for results, into which these write. The tensors for columns and ones are working memory
+# of mmcv's own functions and are not needed here.
 
 
 def _deform_conv_forward(
@@ -206,7 +207,7 @@ def _deform_conv_backward_parameters(
     **sizes: int,
 ) -> None:
     into = (None, grad_weight, None, None, None)
-    weight = torch.empty_like(grad_weight)  # only its sizes matter to its own gradient
+    weight = torch.empty_like(grad_weight)  # A weight's gradient depends on its sizes alone.
     if scale != 1:
         grad_output = grad_output * scale
     _backward("deform_conv2d", into, grad_output, input, weight, offset, None, sizes)
@@ -257,7 +258,7 @@ def _attention_in_torch(
     return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
-# These two return their results, or write gradients over what is there.
+# Of these two, the forward returns its result, and the backward overwrites the gradients given.
 
 
 def _attention_forward(
@@ -301,7 +302,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ms_deform_attn_backward": _attention_backward,
 }
 
-# stride, padding and dilation by the names that the two families give them.
+# The names that the two families of functions give to stride, padding and dilation.
 _NAMES = {
     "deform_conv2d": (("dH", "dW"), ("padH", "padW"), ("dilationH", "dilationW")),
     "modulated_deform_conv2d": (
@@ -324,7 +325,7 @@ def _checked(
     mask: Tensor | None,
     sizes: dict[str, int],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Offset and mask, of the right number of groups, as mmcv reads them for this output."""
+    """Offset and mask as mmcv reads them for this output, once their groups have been checked."""
     _check_groups(name, "deform_groups", sizes["deformable_group"], weight, offset, mask)
     if mask is not None:
         size = list(output.shape[2:])
@@ -343,7 +344,7 @@ def _forward(
     sizes: dict[str, int],
 ) -> None:
     offset, mask = _checked(name, output, weight, offset, mask, sizes)
-    # Under autocast, too, in the dtype that mmcv has chosen.
+    # mmcv has chosen the dtype, which autocast must not change.
     with torch.autocast(input.device.type, enabled=False):
         output.copy_(
             torch.ops.deformnd.deform_conv.default(

@@ -59,14 +59,15 @@ def _register(keys: list[str]) -> Callable[[], None]:
         if not _has_autocast(key):
             rule = functools.partial(_autocast, key.lower())
             ours.impl("deform_conv2d", rule, "Autocast" + key)
-    # Dropped, it takes its kernels back, too, once nothing else holds it.
+    # Without this private method the library is dropped, and takes its kernels back once nothing
+    # else holds it.
     return getattr(ours, "_destroy", [ours].clear)
 
 
 def _has_autocast(key: str) -> bool:
-    """Whether torchvision has its rule for that device."""
+    """Whether torchvision has registered its autocast rule for the device of a dispatch key."""
     ask: Any = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
-    if ask is None:  # a private name of torch
+    if ask is None:  # This name is private to torch and may be gone.
         return key == "CUDA"
     return bool(ask("torchvision::deform_conv2d", "Autocast" + key))
 
@@ -81,7 +82,7 @@ def _check() -> None:
             "accelerate: torchvision is not installed, so there is nothing to accelerate "
             "(deformnd's own operators need no acceleration)"
         ) from error
-    except RuntimeError as error:  # its compiled operators do not fit torch
+    except RuntimeError as error:  # Its compiled operators are for another torch.
         raise ImportError(
             f"accelerate: torchvision does not work with torch {torch.__version__}: {error}"
         ) from error
@@ -92,9 +93,10 @@ def _check() -> None:
 
 
 def _autocast(device: str, *args: Any) -> Tensor:
-    """torchvision's rule. Without it the operator of ours below would cast, behind autograd's back.
+    """torchvision's autocast rule, in which float64 stays, as in all rules of torch.
 
-    float64 stays, as in all rules of torch.
+    Without it our operator, which is called below autograd, would cast where autograd cannot see
+    it.
     """
 
     def single(t: Tensor) -> Tensor:

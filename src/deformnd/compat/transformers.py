@@ -121,7 +121,7 @@ class DeformableDetrMultiscaleDeformableAttention(ops.MultiScaleDeformableAttent
         if isinstance(padding, Proxy) or getattr(padding, "dtype", None) == torch.bool:
             padding = ~padding
         shapes: Any = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
-        value: Any = encoder_hidden_states  # which has no default that works
+        value: Any = encoder_hidden_states  # Its default does not work, as in transformers.
         points: Any = reference_points
         return self._attend(hidden_states, value, points, shapes, padding)
 
@@ -185,7 +185,7 @@ def _check() -> None:
         ) from error
 
 
-# What transformers' functions take, and what we do instead. Their parameters have these names.
+# What computes in the place of transformers' functions, and has parameters of the same names.
 
 
 def _function(
@@ -205,7 +205,10 @@ def _points_by_level(
     num_points_list: Sequence[int],
     method: str = "default",
 ) -> Tensor:
-    """Locations [B, Q, heads, points of all levels, 2], weights without the last axis."""
+    """Attention whose levels may have different numbers of points, listed in num_points_list.
+
+    Locations are [B, Q, heads, points of all levels, 2], weights the same without the last axis.
+    """
     most, levels = max(num_points_list), len(num_points_list)
     if method != "discrete" and min(num_points_list) == most:
         at, weight = sampling_locations, attention_weights
@@ -218,12 +221,13 @@ def _points_by_level(
         attention_weights.split(num_points_list, 3),
         strict=True,
     ):
-        if method == "discrete":  # the nearest pixel of the image, by its centre
+        if method == "discrete":  # Each location moves to the centre of the nearest pixel.
             size = torch.tensor([width, height], device=at.device)
             pixel = torch.minimum((at * size + 0.5).long().clamp(min=0), size - 1)
             at = (pixel + 0.5) / size
         more = most - at.shape[3]
-        # Points that a level has less lie outside of it, where the kernels have nothing to do.
+        # A level with fewer points gets more that lie outside, where the kernels have nothing to
+        # do.
         locations.append(F.pad(at, (0, 0, 0, more), value=-1.0))
         weights.append(F.pad(weight, (0, more)))
     return _attend(value, value_spatial_shapes, torch.stack(locations, 3), torch.stack(weights, 3))
@@ -235,7 +239,7 @@ _FORMS: dict[str, Callable[..., Tensor]] = {
     "multi_scale_deformable_attention_v2": _points_by_level,
 }
 
-# In a model's file; what follows the word, as in the name of a layer around it, is not of interest.
+# What in a model's file shows that it samples. Other names may go on after these words.
 _SAMPLES = re.compile(rb"^(?:class|def) \w*multi_?scale_?deformable_?attention", re.M | re.I)
 
 Functions = dict[str, dict[types.FunctionType, Callable[..., Tensor]]]
@@ -243,7 +247,7 @@ Functions = dict[str, dict[types.FunctionType, Callable[..., Tensor]]]
 
 @functools.cache
 def _functions() -> tuple[Functions, dict[str, str]]:
-    """Of each model that samples, its functions and ours; and why others are left as they are."""
+    """For each model that samples its functions and ours, and why others are left as they are."""
     import transformers
 
     found: Functions = {}
@@ -281,7 +285,7 @@ def _fits(theirs: Any, ours: Callable[..., Tensor]) -> bool:
 
 
 def _exchange(devices: tuple[str, ...], found: Functions) -> Callable[[], None]:
-    """Put our functions in place; return what takes them out again."""
+    """Put our functions in place; return a function that takes them out again."""
     every = {theirs: ours for forms in found.values() for theirs, ours in forms.items()}
     undos = [_divert(theirs, devices, ours) for theirs, ours in every.items()]
 

@@ -1,14 +1,15 @@
 """deform_attention as torch sees it: schema, kernels, fakes, autocast, counts and derivatives.
 
-It is no Family of geometry.py, since its samples lie on several images at once, and its channels
-last; what all operators share is in autograd.py. Its sizes are in geometry.py, its definition in
-reference.py.
+It is no Family of geometry.py, since its samples lie on several images at once and its channels are
+last. What it shares with the other operators is in autograd.py, its sizes are in geometry.py and
+its definition is in reference.py.
 
 Note [derivatives of attention]
-The backward gives u -> J(x)^T u, and reference.attend_along gives v -> J(x) v, a composition of
-torch's own operations. The backward's derivatives are made of these two: that by u is J again, and
-that by x is the gradient of <u, J(x) v> by x, forwards and backwards alike. So all derivatives but
-the first are computed by the reference, on every device.
+With J the operator's derivative at its tensors x, the backward gives u -> J(x)^T u, and
+reference.attend_along gives v -> J(x) v as a composition of torch's own operations. The backward's
+own derivatives are made of these two: the one by u is J again, and the one by x is the gradient of
+<u, J(x) v> by x, in forward and in reverse mode alike. So all derivatives but the first are
+computed by the reference, on every device.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _check_backward(
 
 
 def _forward_fake(*args: Any) -> Tensor:
-    from .library import hint_at_onnx  # which imports this module
+    from .library import hint_at_onnx  # Not above, since library.py imports this module.
 
     hint_at_onnx()
     value: Tensor = args[0]
@@ -98,7 +99,7 @@ def _backward_fake(grad_output: Tensor, *args: Any) -> Gradients:
 
 
 def _autocast(device: str, value: Tensor, *rest: Any) -> Tensor:
-    # As torch's own rules: float64 stays. Locations and weights are not cast at all.
+    # As in torch's own rules, float64 stays. Locations and weights keep their precision.
     if value.dtype != torch.float64:
         value = value.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
@@ -107,7 +108,7 @@ def _autocast(device: str, value: Tensor, *rest: Any) -> Tensor:
 
 
 def _flops(value: Sequence[int], weights: Sequence[int]) -> int:
-    """Of the sums of samples, not of the interpolation, as the other operators count."""
+    """Operations of summing the samples up; as elsewhere, interpolation is not counted."""
     return int(2 * math.prod(weights) * value[-1])
 
 
@@ -121,7 +122,7 @@ def _backward_flops(grad_output: Sequence[int], *args: Any, out_shape: Any) -> i
 
 
 class _Kind(NamedTuple):
-    """As autograd.Kind."""
+    """What autograd.py has to know of this operator."""
 
     name: str = NAME
     tensors: int = 3
@@ -198,7 +199,7 @@ def _vmap(name: str, count: int, info: Any, in_dims: tuple[Any, ...], *args: Any
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """Its part of library.decompositions."""
+    """What library.decompositions gives for this operator."""
     ops = torch.ops.deformnd
     return {
         ops.deform_attention.default: _forward_kernel(lambda: reference),
@@ -211,8 +212,11 @@ def register(
     backends: Sequence[tuple[str, Callable[[], Any]]],
     recalled: Callable[..., Any],
 ) -> None:
-    """Register the operator and its backward; the backends are by dispatch key. `recalled` wraps
-    the kernels for GPUs, as in gpu/__init__.py."""
+    """Register the operator and its backward.
+
+    backends: pairs of a dispatch key and what gives its backend. recalled: what wraps the kernels
+    for GPUs, from gpu/__init__.py.
+    """
     backward_name = NAME + "_backward"
     for schema in (
         f"{NAME}({_TENSORS}, SymInt[] shapes) -> Tensor",

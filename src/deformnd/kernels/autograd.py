@@ -8,11 +8,11 @@ the call to the Autograd key with the transform half undone, where autograd.Func
 So the operators have a kernel at that key, which hands the whole call to autograd.Function;
 torch.func peels its transforms off that one by one, by the vmap rules below or by `backward`.
 
-Note [the public way]
-Not torch.library.register_autograd, since its functions refuse torch.func's transforms (torch
-2.13) other than vmap, and know no forward mode. It is what is left, derivatives of any order
-included, should torch lose the front key or the guard that a kernel at the Autograd key needs.
-DTensor is then told only if it was imported first.
+Note [the public way] torch.library.register_autograd is not used where it can be avoided: what it
+registers knows no forward mode, and refuses torch.func's transforms other than vmap (as of torch
+2.13). It is the way out should torch lose the front key, or the guard that a kernel at the Autograd
+key needs; derivatives of any order work by it, too. DTensor then learns of the operators only if it
+was imported first.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ from . import direct, directional, sharding
 from .directional import Tensors
 from .geometry import Family, Geometry, Slots, empty
 
-# Gradients by the operator's tensors, as by (input, weight, offset, mask, bias); None where not
-# needed.
+# Gradients by the operator's tensors, such as (input, weight, offset, mask, bias); None for those
+# that are not needed.
 Gradients = tuple[Tensor | None, ...]
 
 
 class Kind(Protocol):
-    """What is the same for a Family of geometry.py and for deform_attention."""
+    """What both a Family of geometry.py and deform_attention say of themselves."""
 
     @property
     def name(self) -> str: ...
     @property
     def tensors(self) -> int:
-        """How many the operator takes,"""
+        """The number of tensors that the operator takes."""
 
     @property
     def saved(self) -> int:
-        """and how many of these its derivatives need."""
+        """How many of these, the first ones, its derivatives need."""
 
     @property
     def transposed(self) -> bool:
-        """Whether plans of the backward have the result's gradient before all else."""
+        """Whether the backward's plans have the result's gradient as their first tensor."""
 
 
 class _Call(threading.local):
-    """Of the operator that this thread runs."""
+    """What is known of the call that this thread is making."""
 
-    differentiated = False  # whether its result will have gradients
-    # As what to remember a user's call: its key, the ids of its tensors, its sizes. `known_as` is
-    # that of one whose checks have passed, until its kernel takes it.
+    differentiated = False  # Whether gradients will be asked of its result.
+    # What a user's call is to be remembered by: its key, the ids of its tensors, and its sizes.
+    # Once the call has passed its checks, this becomes `known_as`, until the kernel takes it from
+    # there.
     asked: tuple[Any, tuple[int, ...], tuple[Any, ...]] | None = None
     known_as = asked
 
@@ -68,21 +69,21 @@ call = _Call()
 
 
 class _Known(NamedTuple):
-    """A call that one like it repeats: Note [calls like earlier ones] in direct.py."""
+    """A call that can be run again, see Note [calls like earlier ones] in direct.py."""
 
     replay: direct.Replay
-    sizes: tuple[Any, ...]  # those of the call, before they were brought to lists
-    parameters: tuple[Any, ...]  # what came of them
-    # How to run its backward again, by what that depends on beside this, and which of the
-    # gradients that gives.
+    sizes: tuple[Any, ...]  # As the user gave them.
+    parameters: tuple[Any, ...]  # As the operator gets them, in lists.
+    # For each kind of backward seen so far, how to run it again, and which gradients that gives.
     backwards: dict[Any, tuple[direct.Replay, tuple[bool, ...]]]
 
 
 class Operator:
-    """An operator that goes the direct way (direct.py) where a call allows it.
+    """An operator whose calls go the direct way (direct.py) where they can.
 
-    count: of its tensors. ways: by dispatch keys two functions, of calls that are differentiated
-    and others. repeat: makes a result that of a known call that is differentiated.
+    dispatched: the operator as torch calls it. count: the number of its tensors. ways: for each set
+    of dispatch keys two functions, one for calls that are differentiated and one for all others.
+    repeat: gives the result of a repeated call its backward.
     """
 
     repeat: Callable[..., Tensor]
@@ -100,8 +101,11 @@ class Operator:
         return _go(way, args, self.count)
 
     def remembers(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        """The kernel of one of the ways, which says here how to run it again: what runs behind it,
-        as hooks of saved tensors, may call this operator, too."""
+        """A kernel that notes how to run its call again.
+
+        It does so right after the kernel, since what runs later in the call, such as hooks of saved
+        tensors, may call this operator as well.
+        """
 
         def forward(*args: Any) -> Any:
             asked, call.known_as = call.known_as, None
@@ -117,21 +121,24 @@ class Operator:
         return forward
 
     def again(self, tensors: Tensors, sizes: tuple[Any, ...]) -> Tensor | None:
-        """The result of a user's call like an earlier one. None: the call has to be looked at,
-        and will be known if it comes to this operator with the same tensors."""
+        """The result of a user's call that is like an earlier one, or None.
+
+        After None the caller checks the call and makes it. If it comes to this operator with the
+        same tensors, the next call like it will be known.
+        """
         if not direct.replays(tensors[0]):
             return None
         try:
             keys = direct.forward_keys(tensors)
             if keys is None:
                 return None
-            call.asked = None  # what is left of a call that failed
+            call.asked = None  # Forget an earlier call that failed its checks.
             if keys not in self.ways or direct.forward_mode():
                 return None
             parts, addresses = direct.described(tensors)
             key = (keys, *parts, *sizes)
             known = self.known.get(key)
-        except TypeError:  # something that is no tensor, or sizes in a list
+        except TypeError:  # An argument is no tensor, or sizes are in a list, which has no hash.
             return None
         results = None
         if known is not None and all(map(_alike, known.sizes, sizes)):
@@ -146,7 +153,7 @@ class Operator:
 
 
 def _alike(known: Any, size: Any) -> bool:
-    """Whether sizes that are equal are of the same type, as 1, 1.0 and True are not."""
+    """Whether equal sizes have equal types: 1, 1.0 and True are equal, but only 1 is valid."""
     return known is size or (
         type(known) is type(size)
         and (not isinstance(size, tuple) or all([type(value) is int for value in size]))
@@ -164,7 +171,7 @@ def register(
 ) -> None:
     """Register the derivatives of the family's operator and of its backward.
 
-    Both have to be defined, and their kernels are given by dispatch key.
+    Both operators have to be defined already. Their kernels are given by dispatch key.
     """
     of = functools.partial
     direct_backward = direct.kernels_by_keys(backward_kernels)
@@ -202,8 +209,10 @@ def register_one(
     tangent: Callable[[Tensors, Sequence[Any], Tensors], Any],
     vmap_rule: Callable[..., tuple[Any, Any]],
 ) -> None:
-    """For an operator of which the first `count` arguments are tensors; the derivatives need the
-    first `saved` of these."""
+    """Register the derivatives of one operator.
+
+    Its first `count` arguments are tensors, of which the derivatives need the first `saved`.
+    """
     vmap_rule = functools.partial(_vmap_of_any, name, vmap_rule)
 
     class Differentiable(torch.autograd.Function):
@@ -227,8 +236,9 @@ def register_one(
         def jvp(ctx: Any, *tangents: Any) -> Any:
             if direct.set_forward_mode is None:
                 raise NotImplementedError(f"deformnd::{name}: no forward mode with this torch")
-            # torch turns forward mode off in here, to spare this level; an outer one (jacfwd of
-            # jacfwd) needs it, so it is this level's tangents that go.
+            # torch turns forward mode off in here, so that this level's tangents are not used
+            # again. An outer level (as in jacfwd of jacfwd) needs forward mode, so it is turned on
+            # again, and this level's tangents are taken off the tensors instead.
             tensors = [
                 None if t is None else forward_ad.unpack_dual(t, level=0).primal
                 for t in ctx.saved_tensors
@@ -242,7 +252,7 @@ def register_one(
 
     apply: Any = Differentiable.apply
     if direct.below_autograd is None or not _at_front(lib, name, apply):
-        operator = f"deformnd::{name}"  # see Note [the public way]
+        operator = f"deformnd::{name}"  # See Note [the public way].
         setup = Differentiable.setup_context
         torch.library.register_autograd(operator, gradient, setup_context=setup, lib=lib)
         torch.library.register_vmap(operator, vmap_rule, lib=lib)
@@ -266,7 +276,7 @@ def register_one(
 
 
 def _go(way: tuple[Any, Any], args: Sequence[Any], count: int) -> Any:
-    """`count`: of the tensors among the arguments."""
+    """Make a call, whose first `count` arguments are tensors, by one of a way's two functions."""
     if direct.forward_mode() or _recorded(args[:count]):
         call.differentiated = True
         try:
@@ -277,7 +287,7 @@ def _go(way: tuple[Any, Any], args: Sequence[Any], count: int) -> Any:
 
 
 def _recorded(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether autograd records a call; in inference mode it does not, gradients enabled or not."""
+    """Whether autograd records a call, which it never does in inference mode."""
     return (
         torch.is_grad_enabled()
         and any([t is not None and t.requires_grad for t in tensors])
@@ -286,7 +296,7 @@ def _recorded(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _at_front(lib: torch.library.Library, name: str, kernel: Callable[..., Any]) -> bool:
-    """Register the kernel as Note [functorch] has it, if torch has that key."""
+    """Register the kernel at the key of Note [functorch]; False if this torch has no such key."""
     try:
         lib.impl(name, kernel, "FuncTorchDynamicLayerFrontMode")
     except RuntimeError:
@@ -295,7 +305,10 @@ def _at_front(lib: torch.library.Library, name: str, kernel: Callable[..., Any])
 
 
 def _operators(family: Family, parameters: Sequence[Any]) -> tuple[Any, Any]:
-    """The operator and its backward as functions of tensors only, as directional.py takes them."""
+    """The operator and its backward as functions of (input, weight, offset, mask) and of needs.
+
+    This is the form in which directional.py takes them, for every family.
+    """
     forward = getattr(torch.ops.deformnd, family.name)
     backward = getattr(torch.ops.deformnd, family.name + "_backward")
     return (
@@ -321,7 +334,7 @@ def forward_gradient(
     ctx: Any,
     grad_output: Tensor | None,
 ) -> tuple[Any, ...]:
-    """`kernels` are the backward's own, by keys as direct.py has them."""
+    """The first derivative. `kernels` are the backward's, by sets of keys as in direct.py."""
     if grad_output is None:
         return (None,) * (family.tensors + len(ctx.parameters))
     grads = _gradients(family, kernels, ctx, grad_output, ctx.saved_tensors)
@@ -335,8 +348,11 @@ def _gradients(
     grad_output: Tensor,
     saved: Tensors,
 ) -> Gradients:
-    """`saved` are the context's, which whoever asks for them twice unpacks twice: the hooks of
-    torch.utils.checkpoint forbid that."""
+    """The gradients by the backward's kernel.
+
+    `saved` are the context's saved tensors. They are given and not asked for again, since that
+    would unpack them a second time, which the hooks of torch.utils.checkpoint forbid.
+    """
     tensors = (grad_output, *saved)
     backward = direct.backward_kernel(kernels, tensors)
     if backward is None:
@@ -347,7 +363,7 @@ def _gradients(
 
 
 def repeated(family: Kind, kernels: dict[int, Callable[..., Gradients]]) -> Any:
-    """The `repeat` of the family's operator: its tensors, and what it knows of the call."""
+    """Operator.repeat for a family: a function of its tensors and of (what is known, result)."""
 
     class Repeated(torch.autograd.Function):
         @staticmethod
@@ -365,7 +381,7 @@ def repeated(family: Kind, kernels: dict[int, Callable[..., Gradients]]) -> Any:
             saved = ctx.saved_tensors
             input, *others = saved
             both = (grad_output, input) if family.transposed else (input, grad_output)
-            tensors = (*both, *others)  # as plans have them: the image is before the points
+            tensors = (*both, *others)  # In the order of plans, with the image before the points.
             if direct.backward_kernel(kernels, tensors) is None:
                 return (*_gradients(family, kernels, ctx, grad_output, saved), None)
             parts, addresses = direct.described(tensors)
@@ -441,10 +457,11 @@ def _backward_tangent(
 def _vmap_of_any(
     name: str, rule: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[Any, Any]:
-    """The rule, which divides by the number of calls that are mapped, also where there are none."""
+    """The vmap rule, or for a dimension of size 0, by which rules would divide, an empty result."""
     if info.batch_size != 0:
         return rule(info, in_dims, *args)  # type: ignore[no-any-return]
-    # Such a call's shapes come of one on zeros: the sums of nothing, which derivatives pass.
+    # The shapes of an empty result are those of a call on zeros. The zeros are sums over the empty
+    # dimension, so that derivatives still reach the tensors.
     one = [t.sum(d) if isinstance(d, int) else t for t, d in zip(args, in_dims, strict=True)]
     results = getattr(torch.ops.deformnd, name)(*one)
     if isinstance(results, Tensor):
@@ -488,7 +505,7 @@ def _backward_vmap(
     *parameters, needs = args[count:]
     into, out_dims = (0,) * count, (0,) * family.tensors
     if family.weighted:
-        # A gradient of the weight for each: they are made groups.
+        # Each mapped call has a weight gradient of its own, so the calls become groups of one call.
         parameters[-1] *= size
         into, out_dims = (1, 1, 0, 1, 1), (1, 0, 1, 1, 0)
     folded = [_fold(t, d, size, i) for t, d, i in zip(args[:count], in_dims, into, strict=False)]

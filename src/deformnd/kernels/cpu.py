@@ -1,20 +1,22 @@
-"""The operators by the C++ core (csrc/): same functions as reference.py, CPU tensors only.
+"""The operators by the C++ core (csrc/): the same functions as in reference.py, for CPU tensors.
 
-The core is one shared library beside the package, loaded through ctypes, which releases the GIL
-during a call. Where it is absent, cannot be loaded, or is of another version, available() is False.
+The core is one shared library beside the package. It is loaded through ctypes, which releases the
+GIL during a call. Where it is absent, cannot be loaded or is of another version, available() is
+False.
 
 Note [infinity]
-A mask multiplies its sample, and gradients are sums of products, as IEEE arithmetic has them: 0
-times infinity is NaN. The core multiplies the corners' weights by the mask, and adds up what a
-gradient is made of corner by corner, which is the same but for infinite factors: those times
-corners of both signs are NaN, times the sample infinite. So it says where a mask or such a gradient
-is not finite, and if infinite values came in, the definition computes the call again.
+By the definition a mask multiplies its sample, and 0 times infinity is NaN. The core multiplies the
+corners' weights by the mask instead, and sums gradients corner by corner. The results are the same
+unless a factor is infinite: an infinite mask times the sample is infinite, but times corners of
+both signs it is a sum of both infinities, which is NaN. So the core reports a mask, or a gradient
+by offset or mask, that is not finite. If infinite values came in, the reference then computes the
+call again.
 
 Note [backwards]
-Others have the offsets of x before those of y, and kernel points column by column. Such a call is
-one on the image with its axes exchanged, a view. Where a call's image is such a view of one with
-channels last, the core is called with all axes in the order of memory, and told that offsets and
-masks have them backwards.
+Some packages have the offsets of x before those of y, and kernel points column by column. Their
+calls are ours on the image with its axes exchanged, which is a view. Where an image is such a view
+of one with channels last, nothing is copied: the core is called with all axes in the order of
+memory, and is told that offsets and masks have them backwards.
 """
 
 from __future__ import annotations
@@ -44,20 +46,19 @@ from .geometry import (
     lies_backwards,
 )
 
-# The names of the levels that the core counts, see best_level in csrc/core.cpp.
+# What the levels of instructions are called that best_level in csrc/core.cpp counts.
 LEVELS = ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with bfloat16", "AMX")
-# For tests only. Instructions to use: 0 baseline, 1 AVX2, 2 AVX-512, 3 that and its products of
-# bfloat16, 4 those of AMX, -1 the best there are.
+# Only tests set these two. The level of instructions to use, an index of LEVELS; -1 for the best.
 level = -1
-# For tests only. Threads to use even for a small call; 0: at most torch.get_num_threads().
+# The number of threads to use even for a small call; 0 for at most torch.get_num_threads().
 threads = 0
 
-# As enum Dtype in csrc/core.h; + 4 for channels last.
+# As enum Dtype in csrc/core.h has them. Channels last add 4 to the code.
 _CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 _ABSENT = (0, 0)
-# Of the tensors of a call, which are weights and biases, and where the gradients begin.
+# Among the tensors of a call: the places of weights and biases, and where the gradients begin.
 _WEIGHTS, _GRADIENTS = (2, 5, 7), 6
-# As enum Status there.
+# As enum Status in csrc/core.h has them.
 _NO_MEMORY, _ODD = 1, 2
 _PACK = {n: struct.Struct(f"={4 + 6 + 6 * n + 2 * 10}q").pack for n in (1, 2, 3)}
 
@@ -68,7 +69,7 @@ PATH: Path = Path(__file__).parent.parent / f"_core{_SUFFIX}"
 
 
 def _load() -> ctypes.CDLL | None:
-    """The library, or None, with a warning where there is one that does not fit."""
+    """The library or None. A library that is there and does not fit is warned of."""
     path = PATH
     if not path.exists():
         return None
@@ -95,14 +96,14 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _check_whole(path: Path) -> None:
-    """Raise OSError for an ELF file that was cut off: loading it would end the process (SIGBUS)."""
+    """Raise OSError for an ELF file that was cut off, since loading it would end the process."""
     file = path.read_bytes()
-    if file[:5] != b"\x7fELF\x02":  # of 64 bits
+    if file[:5] != b"\x7fELF\x02":  # Only 64-bit ELF files are looked at.
         return
     (start,) = struct.unpack("=Q", file[32:40])
     size, count = struct.unpack("=2H", file[54:58])
     for header in range(start + 8, start + 8 + size * count, size or 1):
-        # A segment's offset in the file and its size there.
+        # A segment's offset in the file and its size there say where it ends.
         if sum(struct.unpack("=Q16xQ", file[header : header + 32])) > len(file):
             raise OSError(f"the file has {len(file)} bytes and was cut off")
 
@@ -198,9 +199,9 @@ def gradients(
     return grad_image, grad_points, grad_weight, grad_offset, grad_mask, sums
 
 
-@functools.lru_cache(4096)  # a twentieth of a small call
+@functools.lru_cache(4096)  # Without this it is a twentieth of the time of a small call.
 def _fits(g: Geometry) -> bool:
-    """Whether there is anything to compute, with 32-bit indices of positions and pixels."""
+    """Whether the call has anything to compute, and positions and pixels fit 32-bit indices."""
     return (
         g.batch > 0
         and g.image_channels > 0
@@ -220,7 +221,7 @@ def _infinite(*tensors: Tensor | None) -> bool:
 
 
 def _layout(t: Tensor) -> tuple[Tensor, int]:
-    """The tensor with channels first or last, and whether last; copied only if neither."""
+    """The tensor, copied unless its channels are first or last, and what its code adds for last."""
     if t.is_contiguous():
         return t, 0
     if t.movedim(1, -1).is_contiguous():
@@ -229,7 +230,7 @@ def _layout(t: Tensor) -> tuple[Tensor, int]:
 
 
 def _turned_kernel(weight: Tensor) -> Tensor:
-    """With its axes in the reverse order, or the original of that; a bias has none."""
+    """A weight with its spatial axes in the reverse order, and a bias as it is."""
     return weight.permute(*range(min(weight.dim(), 2)), *range(weight.dim() - 1, 1, -1))
 
 
@@ -244,15 +245,16 @@ def _call(
     bias: Tensor | None,
     grads: Sequence[Tensor | None] = (None, None, None, None),
 ) -> bool:
-    """Run the core; grads are those by image, weight, offset and mask.
+    """Run the core, which writes the points or, if it does not gather, the gradients given.
 
-    Whether infinite tensors may need the definition, see Note [infinity].
+    grads: room for those by image, weight, offset and mask. Returns whether infinite tensors may
+    need the reference, see Note [infinity].
     """
     turned = lies_backwards(points if image is None else image)
     axes = slice(None, None, -1 if turned else 1)
     words: list[int] = []
-    keep = []  # copies must outlive the call
-    results = []  # those that do not lie as the core writes them, and what it writes
+    keep = []  # The core gets addresses alone, so copies have to be held until it is done.
+    results = []  # Results that do not lie as the core writes them, and what it writes instead.
     for i, t in enumerate((image, points, weight, offset, mask, bias, *grads)):
         if t is None:
             words += _ABSENT
@@ -302,7 +304,7 @@ def attend(a: Attention, value: Tensor, locations: Tensor, weights: Tensor) -> T
     out = value.new_empty(a.batch, a.queries, a.heads * _room(a))
     if _call_attention(a, (value, locations, weights), out, None) and _infinite(weights):
         return reference.attend(a, value, locations, weights)
-    if _room(a) > a.channels:  # no view leaves an operator
+    if _room(a) > a.channels:  # What an operator returns must not be a view of a larger tensor.
         out = out.unflatten(2, (a.heads, -1))[..., : a.channels].flatten(2).contiguous()
     return out
 
@@ -336,13 +338,13 @@ def attend_gradients(
 
 
 def _attends(a: Attention) -> bool:
-    """As _fits."""
+    """As _fits, of a call of deform_attention."""
     sizes = (a.batch, a.queries, a.heads, a.channels, a.points)
     return min(sizes) > 0 and a.pixels < 2**30 and a.heads * _room(a) < 2**31
 
 
 def _room(a: Attention) -> int:
-    """The channels of a head in the core, which takes them by four."""
+    """The channels that a head has in the core, which takes them in fours."""
     return (a.channels + 3) // 4 * 4
 
 
@@ -356,7 +358,10 @@ def _call_attention(
     output: Tensor,
     grads: Sequence[Tensor | None] | None,
 ) -> bool:
-    """Run the core: the output, or with it as its gradient the gradients. As _call."""
+    """Run the core, which writes the output or, with grads, reads it as the output's gradient.
+
+    Returns what _call does.
+    """
     value, locations, weights = tensors
     dtype = torch.promote_types(torch.float32, value.dtype)
     for t in (locations, weights):

@@ -1,20 +1,20 @@
-"""Calls without the dispatcher, and all else that takes the dispatcher's private names of torch.
+"""Calls that go around torch's dispatcher, and all else that needs its private names.
 
 Note [the direct way]
-Where nothing but autograd and a device's own kernel listens to a call, that kernel is called
-without the dispatcher between them, nor Function.apply and what that does for torch.func: both
-cost the host more than all else. Who listens is in the call's set of dispatch keys: any mode,
-subclass, transform or view that torch still has to see to has a key of its own there.
+Where only autograd and a device's own kernel have to see a call, that kernel is called directly:
+without the dispatcher, and without the part of Function.apply that serves torch.func. Both cost the
+host more time than all else in a small call. Who has to see a call is in its set of dispatch keys:
+every mode, subclass, transform or view that concerns torch has a key of its own there.
 
 Note [calls like earlier ones]
-What a call checks, looks up and works out depends on what `described` tells of its tensors and on
-its sizes, and costs the host more than the launches that come of it. So a backend that has run a
-plan with a call's tensors as they were says how to run it again (`latest`), and the next call alike
-does only that: gpu/__init__.py has it for what is dispatched, autograd.py for calls by users.
+What a call checks, looks up and works out depends only on its sizes and on what `described` tells
+of its tensors, and it costs the host more time than launching the kernels. So a backend that has
+run a plan on a call's tensors says in `latest` how to run it again, and the next call like it does
+only that. gpu/__init__.py does so for calls that are dispatched, autograd.py for those by users.
 
 Note [private names]
-No private name has to be there. They are looked for once, here: without those of the direct way,
-all calls are dispatched; what the other two are missed for, autograd.py says.
+No private name of torch has to be there. They are looked for once, here. Without those of the
+direct way all calls are dispatched, and autograd.py does without the other two.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 Kernel = Callable[..., Any]
-# Runs a plan again with tensors at these addresses: its results, or None if it cannot now.
+# Runs a plan again on tensors at these addresses; gives its results, or None if it cannot now.
 Replay = Callable[[Sequence[int]], Any]
 
 _C: Any = torch._C
 
-# Each a context manager, or None. Inside the first, a call's operators begin below autograd; with
-# True, the second turns forward mode on again.
+# Two context managers, or None where torch lacks them. Within the first, operators skip autograd.
+# The second, given True, turns forward mode on again where torch has turned it off.
 below_autograd: Any = getattr(_C, "_AutoDispatchBelowAutograd", None)
 set_forward_mode: Any = getattr(forward_ad, "_set_fwd_grad_enabled", None)
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode differentiation is on, or torch does not tell."""
+    """Whether forward-mode differentiation is on; True if this torch does not tell."""
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 class _Latest(threading.local):
-    """Of the call that this thread ran last: how to run one like it."""
+    """How to run a call again that is like the last one of this thread."""
 
     def __init__(self) -> None:
         self.replay: Replay | None = None
@@ -57,12 +57,12 @@ latest = _Latest()
 
 
 def replays(input: Any) -> bool:
-    """Whether the backend of such a call would say how to run it again: the core does not."""
+    """Whether the input's backend says how to run a call again, which only the GPU's does."""
     return isinstance(input, Tensor) and input.is_cuda
 
 
 def described(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[int]]:
-    """What a plan depends on beside sizes that are no tensor's, and the tensors' addresses."""
+    """What a plan depends on beside stride, padding and the like; and the tensors' addresses."""
     parts: list[Any] = [torch.are_deterministic_algorithms_enabled()]
     addresses = []
     for t in tensors:
@@ -75,37 +75,37 @@ def described(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[int]]:
 
 
 def spread(results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The results of a plan in their order, and None for what was not wanted."""
+    """A plan's results, each in its place, with None for those that were not wanted."""
     found = iter(results)
     return tuple([next(found) if want else None for want in wanted])
 
 
 def kernels_by_keys(kernels: dict[str, Kernel]) -> dict[int, Kernel]:
-    """The kernels of devices, by the keys of a call to which nobody else listens.
+    """The kernels by the sets of keys of calls that nobody but autograd and the kernel has to see.
 
-    Empty where torch lacks a private name. `kernels` are by dispatch key.
+    `kernels` are by dispatch key. Empty where torch lacks a private name.
     """
     return {
         _keys(*both).raw_repr(): _below(kernel)
         for key, kernel in kernels.items()
         if _DEAF is not None and hasattr(_C.DispatchKey, "Autograd" + key)
-        for both in ((key, "Autograd" + key), (key,))  # the latter of tensors made for inference
+        for both in ((key, "Autograd" + key), (key,))  # Inference tensors have no Autograd key.
     }
 
 
 def apply(function: Any) -> Kernel:
-    """The `apply` of an autograd.Function without torch.func's part in it."""
+    """The `apply` of an autograd.Function, without the part that serves torch.func."""
     direct: Kernel = getattr(super(torch.autograd.Function, function), "apply", function.apply)
     return direct
 
 
 def backward_kernel(kernels: dict[int, Kernel], tensors: Sequence[Tensor | None]) -> Kernel | None:
-    """The one of `kernels_by_keys` for a call in a backward, None: the call is dispatched."""
+    """The one of `kernels_by_keys` for a call in a backward, or None if it must be dispatched."""
     if (
         not kernels
         or torch.is_grad_enabled()
         or forward_mode()
-        or _C._autograd._profiler_enabled()  # which learns of operators by dispatch
+        or _C._autograd._profiler_enabled()  # The profiler sees what is dispatched alone.
         or has_torch_function(tensors)
     ):
         return None
@@ -113,7 +113,7 @@ def backward_kernel(kernels: dict[int, Kernel], tensors: Sequence[Tensor | None]
 
 
 def forward_keys(tensors: Sequence[Tensor | None]) -> int | None:
-    """The keys of a call by a user, as `kernels_by_keys` has them; None: it is dispatched."""
+    """A user's call's set of keys for `kernels_by_keys`, or None if it must be dispatched."""
     if (
         not _USUAL
         or torch.compiler.is_compiling()
@@ -126,7 +126,7 @@ def forward_keys(tensors: Sequence[Tensor | None]) -> int | None:
 
 
 def _listening(tensors: Sequence[Tensor | None]) -> int:
-    """The keys of a call with these tensors."""
+    """The set of keys of a call with these tensors, without those that mean nothing."""
     keys = _C._dispatch_tls_local_include_set().raw_repr()
     for t in tensors:
         if t is not None:
@@ -149,8 +149,10 @@ def _keys(*names: str) -> Any:
 
 
 def _usual_exclusions() -> frozenset[int]:
-    """The keys that a thread does not listen to before anything changes that, as autocast does:
-    otherwise, and in inference mode."""
+    """The sets of keys that a thread leaves out as it starts: in general, and in inference mode.
+
+    Contexts such as autocast's change the set, and with another set calls are dispatched.
+    """
     found: list[int] = []
 
     def look() -> None:
@@ -164,8 +166,8 @@ def _usual_exclusions() -> frozenset[int]:
     return frozenset(found)
 
 
-# Keys that every call has, and that mean nothing to a backward; None if a private name is missing.
-# _USUAL: the sets of those that are left out in a thread where nothing has changed that.
+# _DEAF: keys that calls have whether or not anybody has to see them; None if a private name is
+# missing. _USUAL: what _usual_exclusions gives; empty if a private name is missing.
 _DEAF: Any = None
 _USUAL: frozenset[int] = frozenset()
 try:

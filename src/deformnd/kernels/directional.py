@@ -25,14 +25,14 @@ from torch import Tensor
 
 from .geometry import Geometry
 
-# (input, weight, offset, mask), or as many derivatives by them.
+# (input, weight, offset, mask), or a derivative by each of them.
 Tensors = Sequence["Tensor | None"]
 
 
 def tangent(
     operator: Callable[..., Tensor], g: Geometry, tensors: Tensors, direction: Tensors
 ) -> Tensor | None:
-    """The derivative of operator(*tensors) along the direction (None: zero)."""
+    """The derivative of operator(*tensors) along a direction; None stands for zero in both."""
     total: Tensor | None = None
     tensors, direction = _wide(tensors, direction)
     for _, moved in _linear_terms(tensors, direction):
@@ -84,7 +84,7 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _wide(tensors: Tensors, direction: Tensors) -> tuple[Tensors, Tensors]:
-    """All in one dtype, float32 at least: differences in half would lose too much."""
+    """All tensors in one dtype, float32 at least, since differences in half lose too much."""
     dtype = torch.float32
     for t in tensors:
         if t is not None:
@@ -97,7 +97,7 @@ def _wide(tensors: Tensors, direction: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _linear_terms(tensors: Tensors, direction: Tensors) -> Iterator[tuple[int, Tensors]]:
-    """Which tensor is replaced by its direction, and the tensors with it replaced."""
+    """For each tensor in which the operator is linear: its index, and all with it replaced."""
     for i in (0, 1, 3):
         if direction[i] is not None and tensors[i] is not None:
             yield i, [direction[j] if j == i else t for j, t in enumerate(tensors)]
@@ -114,7 +114,7 @@ class _OffsetTerm:
         self.tensors = (input, weight, snapped, factor.flatten(1, 2))
 
     def offset_gradient(self, g: Geometry, grad: Tensor) -> Tensor:
-        """Without the axis along which nothing depends on the offset."""
+        """The gradient by the offset: zero along the snapped axis, where nothing depends on it."""
         n = len(g.kernel)
         axes = torch.arange(n, device=grad.device).view(-1, *[1] * n)
         split = grad.unflatten(1, (g.offset_groups, -1, n))
@@ -135,7 +135,7 @@ def _offset_terms(g: Geometry, tensors: Tensors, direction: Tensors) -> Iterator
     n, points = len(g.kernel), math.prod(g.kernel)
     groups = math.lcm(g.offset_groups, max(g.mask_groups, 1))
     split = (g.offset_groups, points, n)
-    axes = offset.unflatten(1, split).unbind(3)  # n of [B, OG, K, *point_size]
+    axes = offset.unflatten(1, split).unbind(3)  # n times [B, OG, K, *point_size]
     for a, factor in enumerate(along.unflatten(1, split).unbind(3)):
         factor = _regroup(factor, groups)
         floor = axes[a].floor()
@@ -145,6 +145,6 @@ def _offset_terms(g: Geometry, tensors: Tensors, direction: Tensors) -> Iterator
 
 
 def _regroup(t: Tensor, groups: int) -> Tensor:
-    """[B, G, ...] as [B, groups, ...], each group repeated."""
+    """Repeat each group of [B, G, ...] until there are `groups`, a multiple of G."""
     repeat = groups // t.shape[1]
     return t.unsqueeze(2).expand(-1, -1, repeat, *t.shape[2:]).flatten(1, 2)

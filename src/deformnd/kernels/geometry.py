@@ -30,8 +30,8 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Of stride, padding, dilation and groups: torch's own convolutions cut larger ones to 32 bits, and
-# products with a size of up to 2^32 still fit 64.
+# The largest stride, padding, dilation and number of groups. torch's own convolutions cut larger
+# ones to 32 bits, and products of these with sizes of up to 2^32 still fit 64 bits.
 LARGEST = 2**31 - 1
 
 
@@ -42,8 +42,8 @@ class Geometry(NamedTuple):
     image_channels: int
     point_channels: int
     groups: int
-    offset_groups: int  # 0: no offset
-    mask_groups: int  # 0: no mask
+    offset_groups: int  # 0 without an offset
+    mask_groups: int  # 0 without a mask
     image_size: tuple[int, ...]
     point_size: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -55,19 +55,19 @@ class Geometry(NamedTuple):
 def memory_format(t: Tensor) -> torch.memory_format:
     """The layout that a result takes over from the tensor it belongs to."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    # The stride first: it decides most cases without a guard on symbolic sizes.
+    # The stride is looked at first, since it decides most cases without a guard on symbolic sizes.
     if last is not None and t.stride(-1) != 1 and t.is_contiguous(memory_format=last):
         return last
     return torch.contiguous_format
 
 
 def backwards(t: Tensor) -> Tensor:
-    """[B, C, *size] as [B, *reversed size, C], or that as the former."""
+    """A view of [B, C, *size] as [B, *reversed size, C], or of the latter as the former."""
     return t.permute(0, *range(t.dim() - 1, 0, -1))
 
 
 def lies_backwards(t: Tensor) -> bool:
-    """Whether a view with exchanged axes is taken as it lies, see Note [backwards] in cpu.py."""
+    """Whether the core takes this view without a copy, see Note [backwards] in cpu.py."""
     return (
         t.is_cpu
         and t.dim() > 3
@@ -78,7 +78,7 @@ def lies_backwards(t: Tensor) -> bool:
 
 
 def empty(size: Sequence[int], like: Tensor) -> Tensor:
-    """In the dtype and layout of the tensor that it belongs to."""
+    """An empty tensor in the dtype and layout of the tensor that it belongs to."""
     if lies_backwards(like):
         return backwards(like.new_empty((size[0], *reversed(size[1:]))))
     return torch.empty(
@@ -87,7 +87,7 @@ def empty(size: Sequence[int], like: Tensor) -> Tensor:
 
 
 def arranged(t: Tensor, like: Tensor) -> Tensor:
-    """In that dtype and layout."""
+    """The tensor in another's dtype and layout."""
     t = t.to(like.dtype)
     if lies_backwards(like):
         return backwards(backwards(t).contiguous())
@@ -95,7 +95,7 @@ def arranged(t: Tensor, like: Tensor) -> Tensor:
 
 
 def empty_gradient(given: Tensor) -> Tensor:
-    """Of an offset or a mask: in its layout on CPUs, contiguous on GPUs."""
+    """An empty gradient of an offset or a mask, which the GPU kernels write contiguously."""
     return empty(given.shape, given) if given.is_cpu else given.new_empty(given.shape)
 
 
@@ -255,10 +255,10 @@ class Attention(NamedTuple):
     batch: int
     queries: int
     heads: int
-    channels: int  # of a head
-    points: int  # of a level
+    channels: int  # of each head
+    points: int  # of each head in each level
     shapes: tuple[tuple[int, ...], ...]  # the levels' sizes
-    pixels: int  # of all levels
+    pixels: int  # of all levels together
 
     @property
     def starts(self) -> list[int]:
@@ -328,8 +328,8 @@ def attention_geometry(
     return Attention(batch, queries, heads, channels, points, levels, total)
 
 
-# What the kernels and the derivatives take: (input, weight, offset, mask, bias), or the first four,
-# or as many of whatever belongs to each.
+# What the kernels and the derivatives take: (input, weight, offset, mask, bias) or the first four
+# of these, or something that belongs to each, such as whether its gradient is needed.
 Slots = Sequence[Any]
 
 
@@ -339,26 +339,26 @@ class Family(NamedTuple):
     name: str
     transposed: bool
     geometry: Callable[..., Geometry]
-    weighted: bool = True  # or it has neither weight nor bias
+    weighted: bool = True  # False for an operator with neither weight nor bias
 
     def own(self, slots: Slots) -> Slots:
-        """What belongs to the operator's own tensors."""
+        """Of slots, those of the tensors that the operator has."""
         return slots if self.weighted else (slots[0], *slots[2:4])
 
     def slots(self, own: Slots) -> Slots:
-        """The reverse, with None for all others; a bias may be missing."""
+        """The reverse of `own`, with None for tensors that the operator does not have."""
         if len(own) == 5:
             return own
         return (*own, None) if self.weighted else (own[0], None, *own[1:], None)
 
     @property
     def tensors(self) -> int:
-        """How many the operator takes."""
+        """The number of tensors that the operator takes."""
         return 5 if self.weighted else 3
 
     @property
     def saved(self) -> int:
-        """How many of these its derivatives need: all but a bias."""
+        """How many of these its derivatives need, which is all but a bias."""
         return 4 if self.weighted else 3
 
     def output_shape(self, g: Geometry) -> tuple[int, ...]:
@@ -386,8 +386,10 @@ def check_call(
     number of values in each size.
     """
     for key, t in tensors.items():
+        # This repeats a part of _no_dense_tensor, since it decides nearly all calls in half the
+        # time.
         if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested:
-            continue  # as nearly always, in half the time
+            continue
         if t is not None or key in ("input", "weight"):
             raise TypeError(f"{name}: {key} {_no_dense_tensor(t)}{_order(n, tensors)}")
     input = tensors["input"]
@@ -407,13 +409,14 @@ def check_call(
             )
     ints = [int] * n
     for key, value in parameters.items():
+        # Plain ints in range need none of the checks below, and nearly all calls have nothing else.
         if (type(value) is int and -LARGEST <= value <= LARGEST) or (
             type(value) is tuple
             and [*map(type, value)] == ints
             and key != "groups"
             and -LARGEST <= min(value) <= max(value) <= LARGEST
         ):
-            continue  # as nearly always, in half the time
+            continue
         sequence = isinstance(value, (tuple, list))
         if key == "padding" and isinstance(value, str) and "output_padding" not in parameters:
             if value not in ("same", "valid"):
@@ -431,26 +434,27 @@ def check_call(
 
 
 def check_attention(value: Any, shapes: Any, locations: Any, weights: Any) -> list[int]:
-    """Check the types of what deform_attention was given; its shapes one after another."""
+    """Check the types of deform_attention's arguments; return the levels' sizes in one list."""
     name = "deform_attention"
     for key, t in (("value", value), ("locations", locations), ("weights", weights)):
         problem = _no_dense_tensor(t)
         if problem:
             raise TypeError(f"{name}: {key} {problem}")
     n = locations.shape[-1] if locations.dim() == 6 else 0
-    # The operator knows better what is wrong with locations of another rank.
+    # Where locations are wrong themselves, the operator has a better message than a wrong shape.
     levels = check_levels(name, shapes, n if 1 <= n <= 3 else 0)
     return [size for level in levels for size in level]
 
 
-# Dtypes of the sizes that come in a tensor.
+# The dtypes that sizes may have where they come in a tensor.
 _INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_levels(name: str, shapes: Any, n: int, key: str = "shapes") -> Sequence[Sequence[int]]:
-    """The levels' sizes as a function of that name was given them, out of a tensor.
+    """Check the levels' sizes and return them; those in a tensor become lists.
 
-    n: how many values each has, 0 if that cannot be said. key: the argument's name.
+    name, key: of the function and its argument, for messages. n: the number of axes of each level,
+    or 0 if it is not known.
     """
     given = shapes
     if isinstance(shapes, Tensor):
@@ -489,7 +493,7 @@ def check_levels(name: str, shapes: Any, n: int, key: str = "shapes") -> Sequenc
 
 
 def check_ints(name: str, key: str, value: Any, n: int, least: int) -> tuple[int, ...]:
-    """An int, or one for each of n axes, as n ints of at least `least`; n = 0: one int alone."""
+    """Check an int, or one for each of n axes, and return n ints; n = 0 means one int alone."""
     many = n > 0 and isinstance(value, (tuple, list))
     values = tuple(value) if many else (value,) * max(n, 1)
     wanted = "an int" if n == 0 else f"an int or {n} int{'s' if n > 1 else ''}"
@@ -503,7 +507,7 @@ def check_ints(name: str, key: str, value: Any, n: int, least: int) -> tuple[int
 
 
 def _told(value: Any) -> str:
-    """A wrong size, but not the numbers of a tensor, as of a weight where none is taken."""
+    """A wrong value as a message shows it; of a tensor, such as a misplaced weight, the shape."""
     if getattr(value, "ndim", 0):
         return f"a {type(value).__name__} of shape {list(value.shape)}"
     return repr(value)
@@ -538,7 +542,7 @@ def _no_dense_tensor(t: Any) -> str:
 
 
 def check_tensor(name: str, key: str, t: Any) -> None:
-    """Raise TypeError unless it is a dense tensor of a floating dtype, or torch.fx traces."""
+    """Raise TypeError unless t is a dense tensor of a floating dtype, or a proxy of torch.fx."""
     if isinstance(t, torch.fx.Proxy):
         return
     problem = _no_dense_tensor(t)
@@ -554,9 +558,10 @@ def _no_dtype(t: Tensor) -> str:
 
 
 def _order(n: int, tensors: dict[str, Any]) -> str:
-    """A hint where what came as the weight would be an offset for a weight that came later.
+    """A hint for a message if the arguments seem to be in another package's order, or ''.
 
-    torchvision's call is (input, offset, weight, ...), mmcv's second (input, offset, mask, weight).
+    They do if the second one fits as an offset for a weight that comes later. torchvision's order
+    is (input, offset, weight, ...), mmcv's is that or (input, offset, mask, weight).
     """
     first = (tensors["input"], tensors.get("weight"))
     for last in (tensors.get("offset"), tensors.get("mask")):
@@ -575,9 +580,9 @@ def _order(n: int, tensors: dict[str, Any]) -> str:
 
 
 def _check_tensors(operator: str, tensors: dict[str, Any], rest: str = "") -> Fail:
-    """Check type, device, dtype and rank of the tensors; return a function that raises.
+    """Check type, device, dtype and rank of the tensors; return a function that raises errors.
 
-    `rest` is what its messages say beside the tensors' shapes.
+    `rest` is what messages say after the tensors' shapes.
     """
     input = tensors["input"]
 
@@ -598,7 +603,8 @@ def _check_tensors(operator: str, tensors: dict[str, Any], rest: str = "") -> Fa
             fail(f"{key} is on {t.device}, expected {input.device}, where input is")
     weight = tensors.get("weight")
     for key, t in (("weight", weight), ("bias", tensors.get("bias"))):
-        # Under autocast the operator below casts; here the plain convolution may still be ahead.
+        # Under autocast dtypes may differ, since either this operator casts below autocast's key or
+        # the ordinary convolution, which is called where there is nothing to deform, does.
         if (
             t is not None
             and t.dtype != input.dtype
@@ -617,10 +623,10 @@ def _check_tensors(operator: str, tensors: dict[str, Any], rest: str = "") -> Fa
 
 
 def _static(input: Tensor, weight: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
-    """Channels of input, and channels and kernel of weight.
+    """Channels of input, and channels and kernel of weight, as plain ints.
 
-    int() makes them constants of a graph with symbolic sizes, as torch's own convolutions do:
-    batch and spatial sizes vary between calls, these do not.
+    In a graph with symbolic sizes int() makes them constants, as in torch's own convolutions: they
+    do not vary between calls, as batch and spatial sizes do.
     """
     points, per_group, *kernel = map(int, weight.shape)
     return int(input.shape[1]), points, per_group, tuple(kernel)
@@ -652,7 +658,7 @@ def _check_list(fail: Fail, name: str, values: Sequence[int], n: int, least: int
 
 
 def _check_numel(fail: Fail, shape: Sequence[int], causes: str) -> None:
-    """That the bytes of the output can be counted; with symbolic sizes torch sees to it."""
+    """Refuse outputs whose bytes 64 bits cannot count; of symbolic sizes torch does so itself."""
     if all(isinstance(size, int) for size in shape) and math.prod(shape) > 2**60:
         fail(f"the output would have shape {list(shape)}, expected at most 2^60 values ({causes})")
 
@@ -666,7 +672,7 @@ def _point_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
-    """Of an output with so many channels, where the input is what is sampled."""
+    """The output's size where the input is what is sampled."""
     point_size = tuple(
         (s + 2 * p - d * (k - 1) - 1) // t + 1
         for s, p, d, k, t in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
@@ -694,7 +700,7 @@ def _check_offset_mask(
 ) -> tuple[int, int]:
     """Check offset and mask against the sizes; return their numbers of groups.
 
-    made_by: stride, padding and dilation, where point_size comes of them.
+    made_by: stride, padding and dilation, for messages, where point_size was computed from them.
     """
     n, points = len(kernel), math.prod(kernel)
     found = []

@@ -1,9 +1,9 @@
-"""The operators as torch sees them: schemas, kernels, fakes, autocast, counts (and autograd.py).
+"""The operators as torch sees them: schemas, kernels, fakes, autocast and counts of operations.
 
-The dispatcher is the only registry: it picks the kernel by device, and the reference runs
-wherever no other kernel is registered. All families share every rule below; what differs is
-the schema, the function that makes the Geometry, and which tensor is the image (see
-Note [one bilinear form] in geometry.py).
+torch's dispatcher is the only registry: it picks the kernel by device, and the reference runs
+wherever no other kernel is registered. Derivatives are in autograd.py. All families share every
+rule below. They differ in their schema, in the function that makes the Geometry, and in which
+tensor is the image (see Note [one bilinear form] in geometry.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _lib = torch.library.Library("deformnd", "DEF")
 
 _SIZES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 _CONV = "Tensor input, Tensor weight, Tensor? offset, Tensor? mask"
-# Of each family: the tensors that its derivatives need, the bias, the parameters.
+# The arguments of each family: tensors that its derivatives need, the bias, and parameters.
 _SCHEMAS = {
     "deform_conv": (_CONV, ", Tensor? bias", f"{_SIZES}, SymInt groups"),
     "deform_conv_transpose": (
@@ -48,7 +48,7 @@ _SCHEMAS = {
 
 @functools.cache
 def _gpu() -> Any:
-    """The Triton kernels, imported at the first call (0.4 s), or the reference without Triton."""
+    """The GPU kernels, or the reference without Triton; imported at the first call, in 0.4 s."""
     try:
         from . import gpu
     except ImportError as failure:
@@ -64,7 +64,7 @@ _said_slow = False
 
 
 def _without_core() -> Any:
-    """The reference for CPU tensors; the first call says what an installation of it lacks."""
+    """The reference for CPU tensors where there is no core, of which the first call warns."""
     global _said_slow
     if not _said_slow:
         _said_slow = True
@@ -78,24 +78,24 @@ def _without_core() -> Any:
     return reference
 
 
-# What computes, by dispatch key; the first stands in wherever there is no other.
+# Pairs of a dispatch key and what gives its backend. The first serves every device without one.
 _BACKENDS: list[tuple[str, Callable[[], Any]]] = [("CompositeExplicitAutograd", lambda: reference)]
 if cpu.available():
     _BACKENDS.append(("CPU", lambda: cpu))
-elif not cpu.PATH.exists():  # of one that is there and does not fit, cpu.py has said so
+elif not cpu.PATH.exists():  # If there is one that does not fit, cpu.py has warned of it.
     _BACKENDS.append(("CPU", _without_core))
 if torch.version.cuda or torch.version.hip:
     _BACKENDS.append(("CUDA", _gpu))
 
 
 def compiled_keys() -> list[str]:
-    """Dispatch keys of the devices that have kernels of their own here, such as 'CPU'."""
+    """Dispatch keys, such as 'CPU', of the devices that have kernels of their own here."""
     there = {"CPU": cpu.available(), "CUDA": importlib.util.find_spec("triton") is not None}
     return [key for key, _ in _BACKENDS[1:] if there[key]]
 
 
 def _remembered(family: Family) -> Callable[..., Geometry]:
-    """The family's geometry, but a call with the sizes of an earlier one is not checked again."""
+    """The family's geometry, which does not check a call again that is like an earlier one."""
     known: dict[Any, Geometry] = {}
     geometry, count = family.geometry, family.tensors
 
@@ -107,13 +107,13 @@ def _remembered(family: Family) -> Callable[..., Geometry]:
         )
         try:
             found = known.get(key)
-        except TypeError:  # symbolic sizes
+        except TypeError:  # Symbolic sizes have no hash.
             return geometry(*args)
         if found is None:
             found = geometry(*args)
             if len(known) >= 4096:
                 known.clear()
-            # Or only autocast made it valid.
+            # If dtypes differ, the call is valid under autocast only, and must be checked again.
             if not family.weighted or args[0].dtype == args[1].dtype:
                 known[key] = found
         return found
@@ -163,7 +163,7 @@ def _backward_kernel(family: Family, backend: Callable[[], Any]) -> Callable[...
 
 
 def _split(family: Family, args: Sequence[Any]) -> tuple[Slots, Sequence[Any], Sequence[bool]]:
-    """Of a backward, after grad_output: tensors, without a bias; parameters; needs."""
+    """Split a backward's arguments after grad_output into tensors, parameters and needs."""
     saved, parameters = args[: family.saved], args[family.saved : -1]
     return family.slots(saved), parameters, args[-1]
 
@@ -171,7 +171,7 @@ def _split(family: Family, args: Sequence[Any]) -> tuple[Slots, Sequence[Any], S
 def _recalled(
     kernel: Callable[..., Any], order: Sequence[int], backward: bool
 ) -> Callable[..., Any]:
-    """The kernel as gpu.recalled has it, from the first call on."""
+    """gpu.recalled(kernel, ...), made at the first call, since that imports the GPU kernels."""
     found: list[Callable[..., Any]] = []
 
     def recalled(*args: Any) -> Any:
@@ -186,7 +186,7 @@ def _recalled(
 def _check_backward(
     family: Family, g: Geometry, grad_output: Tensor, input: Tensor, needs: Sequence[bool]
 ) -> None:
-    if len(needs) != family.tensors:  # the schema's bool[] of a size lets any number pass
+    if len(needs) != family.tensors:  # torch does not check the size of a bool[5] in a schema.
         *names, last = family.own(("input", "weight", "offset", "mask", "bias"))
         raise ValueError(
             f"{family.name}_backward: needs has {len(needs)} values, expected {family.tensors} "
@@ -208,14 +208,14 @@ def _check_backward(
             )
 
 
-# What deformnd.onnx.translation_table has made, as long as somebody holds it.
+# The tables that deformnd.onnx.translation_table has made and somebody still holds.
 onnx_translations: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def hint_at_onnx() -> None:
-    """Warn where torch.onnx.export meets an operator and nobody holds translations for it.
+    """Warn where torch.onnx.export meets an operator and nobody holds a table of translations.
 
-    The error with which it ends, unless it is given others, says that it found no function.
+    Without one the export ends with an error that does not say how to get one.
     """
     if "torch.onnx" in sys.modules and not onnx_translations and torch.onnx.is_in_onnx_export():
         warnings.warn(
@@ -255,7 +255,7 @@ def _autocast(family: Family, device: str, *args: Any) -> Tensor:
     input, weight, offset, mask, bias = family.slots(args[: family.tensors])
 
     def cast(t: Tensor | None) -> Tensor | None:
-        # As torch's own rules: float64 stays. Offset and mask are not cast at all.
+        # As in torch's own rules, float64 stays. Offset and mask keep their precision.
         return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
     operator = getattr(torch.ops.deformnd, family.name)
@@ -268,7 +268,7 @@ def _autocast(family: Family, device: str, *args: Any) -> Tensor:
 def _products(
     family: Family, points: Sequence[int], tensors: Slots, parameters: Sequence[Any]
 ) -> int:
-    """Of the convolution, as torch counts an ordinary one: the GEMM, not the interpolation."""
+    """The products of the matrix product, which torch counts; interpolation is not counted."""
     weight = tensors[1] if family.weighted else (tensors[0][1], *parameters[0])
     return int(points[0] * math.prod(points[2:]) * math.prod(weight))
 

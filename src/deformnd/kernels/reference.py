@@ -1,7 +1,7 @@
 """The definition of the operators in plain PyTorch: any rank, device and floating dtype.
 
 Each function is a composition of differentiable operations, so autograd gives derivatives of any
-order. It is what runs where no kernel exists, and the oracle for the kernels.
+order. The reference runs where there is no kernel, and tests compare the kernels with it.
 
 Shapes: B batch, K kernel points, P positions of the points, G groups, OG and MG offset and mask
 groups, C image channels, O point channels, R rows of the bordered image (see _rows). Columns are
@@ -95,7 +95,7 @@ def gradients(
 
 
 def _gradient(t: Tensor, given: Tensor) -> Tensor:
-    """Of an offset or a mask, laid out as empty_gradient has it."""
+    """A gradient of an offset or a mask, in the layout of empty_gradient."""
     return arranged(t, given) if given.is_cpu else t.to(given.dtype).contiguous()
 
 
@@ -115,8 +115,9 @@ class _Cells(NamedTuple):
     valid: Tensor  # False for positions outside and for NaN and infinity
 
 
-# A border of two zero pixels before and one after each axis. Positions in [-1, size) find all
-# their corners there; any other is sent to -2, where all corners are zero.
+# The image gets a border of zeros, two pixels before and one after each axis. A position in
+# [-1, size) has all its corners in the bordered image. Any other position is moved to -2, where all
+# corners are zero.
 _BEFORE, _AFTER = 2, 1
 
 
@@ -137,7 +138,8 @@ def _cells(g: Geometry, offset: Tensor | None, like: Tensor, dtype: torch.dtype)
         k = torch.arange(g.kernel[a], device=like.device) * g.dilation[a]
         p = p.view(_along(n, a)).expand(g.point_size).reshape(1, -1)
         k = k.view(_along(n, a)).expand(g.kernel).reshape(-1, 1)
-        # The offset is split, not the position, whose fraction would lose bits to the image's size.
+        # The offset is split into an integer and a fraction, and not the position: in a large image
+        # a position has few bits left for its fraction.
         along = offset[:, :, :, a].permute(0, 2, 3, 1)
         near = along.abs() < 2**30
         along = torch.where(near, along, 0.0)
@@ -161,7 +163,7 @@ def _along(n: int, axis: int) -> list[int]:
 
 
 def _corners(g: Geometry, cells: _Cells) -> list[tuple[tuple[int, ...], Tensor]]:
-    """The corners of each cell: for each of 2^n corners, its bits and its rows."""
+    """For each of the 2^n corners of the cells, its bits (one for each axis) and its rows."""
     groups = max(g.offset_groups, 1)
     size = _bordered(g)
     corners = []
@@ -172,7 +174,7 @@ def _corners(g: Geometry, cells: _Cells) -> list[tuple[tuple[int, ...], Tensor]]
 
 
 def _corner_weight(cells: _Cells, bits: tuple[int, ...], skip: int = -1) -> Tensor | float:
-    """Interpolation weight of a corner [B, K, P, OG]; without the factor of axis `skip`."""
+    """Interpolation weights [B, K, P, OG] of a corner, without the factor of the axis `skip`."""
     weight: Tensor | float = 1.0
     for a, (bit, fraction) in enumerate(zip(bits, cells.fractions, strict=True)):
         if a != skip:
@@ -261,7 +263,10 @@ def _grouped_points(g: Geometry, points: Tensor) -> Tensor:
 
 
 def _contract(g: Geometry, columns: Tensor, weight: Tensor | None) -> Tensor:
-    """Columns times weight, None for ones of each channel alone: points [B, O, *point_size]."""
+    """Columns times weight: points [B, O, *point_size].
+
+    Without a weight each channel is summed over its own kernel points.
+    """
     if weight is None:
         points = columns.sum(1).transpose(1, 2)
     else:
@@ -371,7 +376,7 @@ class _Level(NamedTuple):
     """Where the samples of one level lie, [B, Q, H, P] each."""
 
     fractions: tuple[Tensor, ...]  # position in the cell along each axis, in [0, 1)
-    # Of each corner its bits, its row among those of the value, and whether it is inside.
+    # For each corner its bits, its rows among those of the value, and whether it is inside.
     corners: list[tuple[tuple[int, ...], Tensor, Tensor]]
 
     def factor(self, bits: tuple[int, ...], slope: int = -1) -> Tensor:
@@ -390,7 +395,7 @@ def _level(a: Attention, locations: Tensor, level: int) -> _Level:
     cells, fractions = [], []
     valid = torch.ones((), dtype=torch.bool, device=locations.device)
     for axis, size in enumerate(sizes):
-        # x, the last axis, comes first.
+        # Locations have x first, which is the last axis.
         position = locations[:, :, :, level, :, -1 - axis] * size - 0.5
         near = position.abs() < 2**30
         position = torch.where(near, position, 0.0)
@@ -413,6 +418,6 @@ def _level(a: Attention, locations: Tensor, level: int) -> _Level:
 
 
 def _take_pixels(a: Attention, value: Tensor, index: Tensor, inside: Tensor) -> Tensor:
-    """Rows of the value [B, Q, H, P, C], zeros for those outside."""
+    """The rows of the value at these indices, [B, Q, H, P, C], with zeros for those outside."""
     taken = _take(value.reshape(a.batch * a.pixels * a.heads, a.channels), index)
     return torch.where(inside.unsqueeze(-1), taken, 0.0)

@@ -1,6 +1,7 @@
 """How the operators run on DTensors: which shardings of their tensors need no communication.
 
-torch.distributed.tensor moves what is sharded otherwise into the cheapest of them.
+Where tensors are sharded in another way, torch.distributed.tensor brings them to the cheapest of
+these first.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ import torch
 
 from .geometry import FAMILIES, Family, Slots
 
-# For each sharding, placements of output, input, weight, offset, mask and bias.
+# One sharding: the placements of output, input, weight, offset, mask and bias.
 _Placements = tuple[Any, ...]
 
 
-# Families that DTensor does not know yet. It is told once somebody has imported it (0.5 s).
+# Families that DTensor does not know yet. It is told of them once somebody else has imported it,
+# since the import takes 0.5 s.
 unknown = list(FAMILIES)
-_failure = ""  # why it could not be told
+_failure = ""  # Why DTensor could not be told.
 
 
 def register() -> None:
     """Tell DTensor about the operators and their backwards; imports torch.distributed.tensor.
 
-    Its private parts have to be those known here, or DTensors are refused: the public part alone
-    would take a cached result for a call with other strides.
+    This needs private parts of DTensor, and where they are missing DTensors are refused: by the
+    public part alone, DTensor would give a call the cached output shape of one with other strides.
     """
     global _failure
     try:
@@ -41,8 +43,9 @@ def register() -> None:
             for suffix, rule in (("", _forward), ("_backward", _backward)):
                 operator = getattr(torch.ops.deformnd, family.name + suffix).default
                 register_sharding(operator)(_checked(rule, family))
-                # Strides and the like, too, decide about the output's shape: no cached result
-                # without them. (register_sharding counts from the first int, which is groups.)
+                # The output's shape depends on stride and the like, so they must be part of the
+                # key by which DTensor caches it. (register_sharding takes only what comes from the
+                # first int on, which is groups.)
                 static = family.tensors if rule is _forward else 1 + family.saved
                 infos[operator] = dataclasses.replace(infos[operator], static_argnum=static)
     except (AttributeError, ImportError, KeyError, TypeError) as failure:
@@ -63,7 +66,7 @@ def _checked(rule: Callable[..., Any], family: Family) -> Callable[..., Any]:
 def _shardings(
     family: Family, tensors: Slots, parameters: Sequence[Any]
 ) -> tuple[_Placements, list[_Placements]]:
-    """All replicated, and the other possibilities."""
+    """The sharding with all tensors replicated, and a list of all other possible ones."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     _, weight, offset, mask, _ = tensors
@@ -71,8 +74,8 @@ def _shardings(
     found: list[_Placements] = [(Shard(0), Shard(0), whole, Shard(0), Shard(0), whole)]
     kernel = weight.shape[2:] if family.weighted else parameters[0]
     n, points = len(kernel), math.prod(kernel)
-    # Offset and mask come by groups of image channels: those of input, or of the transposed
-    # output. Half of the channels want half of the groups, or all one.
+    # Offset and mask are by groups of image channels: of the input, or of the transposed output.
+    # Where image channels are sharded, offset and mask fit each part only if there is one group.
     one_group = (offset is None or offset.shape[1] == n * points) and (
         mask is None or mask.shape[1] == points
     )
@@ -106,8 +109,8 @@ def _backward(family: Family, *args: Any) -> list[tuple[list[Any], list[Any]]]:
     replicated, others = _shardings(family, slots, parameters)
     found = []
     for placements in (replicated, *others):
-        # A gradient is sharded as its tensor; where that is whole on each device and the work
-        # is not, each has a part of the gradient's sum.
+        # A gradient is sharded as its tensor is. Where the tensor is whole on each device and the
+        # work is not, each device has a part of the gradient's sum.
         grads = [p if placements is replicated else _dual(p) for p in placements]
         inputs = [grads[0], *family.own(placements[1:5])]
         outputs = [g if need else None for g, need in zip(grads[1:], needs, strict=True)]

@@ -67,7 +67,7 @@ class MultiScaleDeformableAttention(nn.Module):
         torch.Size([1, 5, 64])
     """
 
-    # What messages call the arguments that have other names in a class below.
+    # The names of arguments in messages, where a subclass calls them otherwise.
     _names: ClassVar[Dict[str, str]] = {}
 
     def __init__(
@@ -172,9 +172,10 @@ class MultiScaleDeformableAttention(nn.Module):
 def _locations(
     reference_points: Tensor, offsets: Tensor, shapes: Levels, dims: int, num_points: int
 ) -> Tensor:
-    """Offsets [B, Q, heads, levels, points, dims] around the reference points, in float32."""
+    """Locations [B, Q, heads, levels, points, dims], in float32 at least."""
     last = reference_points.shape[3]
-    if torch.jit.is_scripting():  # where _check does not run, and boxes of one size would broadcast
+    # _check does not run under TorchScript, and boxes with one size for all axes would broadcast.
+    if torch.jit.is_scripting():
         if last != dims and last != 2 * dims:
             raise ValueError(
                 f"MultiScaleDeformableAttention: reference_points have {last} coordinates, "
@@ -202,7 +203,7 @@ def _locations(
 
 
 def _sizes(shapes: Levels, like: Tensor) -> Tensor:
-    """[levels, 1, dims], x first."""
+    """The levels' sizes as a tensor [levels, 1, dims], with x first."""
     return torch.tensor(shapes, dtype=like.dtype, device=like.device).flip(1).unsqueeze(1)
 
 
@@ -256,14 +257,14 @@ def _check_levels(layer: Any, shapes: Any) -> Any:
 
 
 def _directions(heads: int, dims: int) -> Tensor:
-    """[heads, dims], evenly around, the largest component 1 or -1."""
+    """Directions [heads, dims], evenly around, whose largest component is 1 or -1."""
     i = torch.arange(heads, dtype=torch.float64)
     if dims == 1:
         return torch.where(i % 2 == 0, 1.0, -1.0).unsqueeze(1).float()
     if dims == 2:
         angle = i * (2.0 * math.pi / heads)
         around = torch.stack([angle.cos(), angle.sin()], 1)
-    else:  # a spiral from pole to pole, by the golden angle
+    else:  # They are on a spiral from pole to pole, which turns by the golden angle.
         height = 1 - (2 * i + 1) / heads
         radius, angle = (1 - height * height).sqrt(), i * (math.pi * (3 - math.sqrt(5)))
         around = torch.stack([radius * angle.cos(), radius * angle.sin(), height], 1)

@@ -1,6 +1,7 @@
-"""torch's bases of its convolutions and norms, by way of the public classes below them.
+"""torch's convolutions, and the base classes of these and of its norms.
 
-Their own names are private, and need not stay.
+The bases' own names are private to torch and may change, so each is found as the base of a public
+class.
 """
 
 from typing import TYPE_CHECKING
@@ -19,4 +20,13 @@ else:
     BatchNorm = nn.BatchNorm1d.__base__
     NormBase = BatchNorm.__base__
 
-__all__ = ["BatchNorm", "ConvNd", "ConvTransposeNd", "LazyConvXdMixin", "NormBase"]
+PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+__all__ = ["PLAIN", "BatchNorm", "ConvNd", "ConvTransposeNd", "LazyConvXdMixin", "NormBase"]

@@ -1,6 +1,7 @@
 """State dicts with the names of other packages, or of the layer that stood there before."""
 
 # ruff: noqa: UP045
+import functools
 import itertools
 import re
 import warnings
@@ -20,9 +21,9 @@ __all__ = ["original_state_dict"]
 class Part:
     """Keys of a layer that begin with `ours` and, where it comes from, with `theirs`.
 
-    With rows, ours are these rows of theirs, which have `of`. Where ours is None, the layer has no
-    use for theirs. A layer that stands for another has a tuple of such parts as its attribute
-    `_original`.
+    Where rows are given, ours are these rows of theirs, which has `of` rows in all. Where ours is
+    None, the layer has no use for theirs. A layer that stands in the place of another has a tuple
+    of such parts as its attribute `_original`.
     """
 
     ours: Optional[str]
@@ -32,7 +33,7 @@ class Part:
 
 
 def joint_names(joint: str, layer: Any) -> tuple[Part, ...]:
-    """The parts of a packed layer where one predictor, `joint`, stood for both generators."""
+    """The parts of a packed layer whose original predicts offset and mask by one `joint`."""
     keys = [k for k in ("offset_generator", "mask_generator") if getattr(layer, k) is not None]
     ends = list(itertools.accumulate(getattr(layer, key).out_channels for key in keys))
     return tuple(
@@ -42,9 +43,10 @@ def joint_names(joint: str, layer: Any) -> tuple[Part, ...]:
 
 
 def _keys(state_dict: dict[str, Any], prefix: str, name: Optional[str]) -> list[str]:
-    """The keys of a module, whose name ends in a dot, or of a parameter.
+    """The keys that belong to a module, whose name ends in a dot, or to a parameter.
 
-    A parameter's are also what torch's pruning, weight_norm and spectral_norm make of it.
+    To a parameter belong also the keys that torch's pruning, weight_norm and spectral_norm have in
+    its place.
     """
     if name is None:
         return []
@@ -54,10 +56,11 @@ def _keys(state_dict: dict[str, Any], prefix: str, name: Optional[str]) -> list[
 
 
 def take_original(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """Give what stands in state_dict by the original's names the layer's own.
+    """Rename what stands in state_dict by the original's names to the layer's own.
 
-    A name may be one of both. So it counts as the original's only beside one that the layer does
-    not have (or has of fewer rows), and none that the original does not have.
+    Some names may be both the original's and the layer's. So a state_dict counts as the original's
+    only if it has a key that the layer does not have (or has with fewer rows), and no key that the
+    original does not have.
     """
     found, taken = {}, set()
     parts: tuple[Part, ...] = getattr(layer, "_original", ())
@@ -140,9 +143,9 @@ def take_mmcv(
 ) -> None:
     """Split mmcv's `conv_offset`, or `conv_offset_mask` of DCNv2's forks, between the generators.
 
-    What is there and does not fit is left in state_dict, where strict loading finds it, and warned
-    of, since loading that is not strict would skip it. What fits but means something else here is
-    an error.
+    What does not fit stays in state_dict, where strict loading reports it. A warning names it as
+    well, since loading that is not strict would skip it silently. What fits but means something
+    else here is an error.
     """
     generators = [g for g in (layer.offset_generator, layer.mask_generator) if g is not None]
     _take_mmdet(state_dict, prefix, unexpected)
@@ -175,7 +178,7 @@ def take_mmcv(
 
 
 def _take_mmdet(state_dict: dict[str, Any], prefix: str, unexpected: list[str]) -> None:
-    """mmdet 1.x kept the predictor of a layer `conv2` beside it, as `conv2_offset`."""
+    """Rename a predictor as mmdet 1.x has it, beside the layer: `conv2_offset` beside `conv2`."""
     for key in ("weight", "bias"):
         old, new = f"{prefix[:-1]}_offset.{key}", f"{prefix}conv_offset.{key}"
         own = f"{prefix}offset_generator.{key}"
@@ -185,14 +188,23 @@ def _take_mmdet(state_dict: dict[str, Any], prefix: str, unexpected: list[str]) 
                 unexpected.remove(old)
 
 
-def take_mmdet_below(
+def watch_beside(parent: nn.Module) -> None:
+    """Have a module load what mmdet 1.x kept beside a packed layer in it.
+
+    torch shows a layer only the keys below its own name, so the module above has to see to others.
+    """
+    hooks = [getattr(h, "hook", None) for h in parent._load_state_dict_pre_hooks.values()]
+    if not any(getattr(h, "func", None) is _take_mmdet_below for h in hooks):
+        # The hook gets the children and not the parent, which torch would hold by a weak reference
+        # that is dead in a shallow copy.
+        hook = functools.partial(_take_mmdet_below, parent._modules)
+        parent._register_load_state_dict_pre_hook(hook)
+
+
+def _take_mmdet_below(
     children: dict[str, Optional[nn.Module]], state_dict: dict[str, Any], prefix: str, *rest: Any
 ) -> None:
-    """A load_state_dict pre-hook of a module that holds packed layers, given its `_modules`.
-
-    torch shows a layer only the keys below its own name, so that names beside it must be seen to by
-    the module above.
-    """
+    """The load_state_dict pre-hook of a module with these children."""
     for name, child in children.items():
         if hasattr(child, "offset_generator") and f"{name}_offset" not in children:
             _take_mmdet(state_dict, f"{prefix}{name}.", [])
@@ -205,7 +217,7 @@ def _skipped(layer: Any, key: str, why: str) -> None:
 
 
 def _misfit(layer: Any, generators: list[Any], parameter: str, t: Tensor) -> str:
-    """Why the layer's generators cannot take this parameter of one that predicts for both."""
+    """Why the generators cannot share a parameter of the joint predictor, or '' if they can."""
     if layer.offset_generator is None:
         return "the layer has no offset_generator"
     if not all(isinstance(g, ConvNd) and "weight" in g._parameters for g in generators):
@@ -219,7 +231,7 @@ def _misfit(layer: Any, generators: list[Any], parameter: str, t: Tensor) -> str
 
 
 def _other_meaning(layer: Any, key: str) -> list[str]:
-    """What else than mmcv's layer this one would make of the same numbers."""
+    """A message for each activation by which this layer differs from mmcv's with equal weights."""
     expected: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = []
     if layer.offset_generator is not None:
         expected.append(("offset", "as they are predicted", lambda t: t, "None"))
@@ -235,7 +247,7 @@ def _other_meaning(layer: Any, key: str) -> list[str]:
 
 
 def _computes(layer: Any, kind: str, function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the activation is that function, by its values; True where there are none."""
+    """Whether the activation has that function's values; True on devices that have no values."""
     activation = getattr(layer, f"{kind}_activation")
     channels = getattr(layer, f"{kind}_generator").out_channels
     given = torch.linspace(-4, 4, 2**layer.rank * channels)
@@ -247,7 +259,7 @@ def _computes(layer: Any, kind: str, function: Callable[[Tensor], Tensor]) -> bo
     with torch.no_grad():
         try:
             value, expected = activation(given), function(given)
-        except Exception:  # of one that takes another size only, so that it is another function
+        except Exception:  # An activation that fails for this size is another function.
             return False
     if value.is_meta or type(value) is not Tensor:
         return True

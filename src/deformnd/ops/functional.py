@@ -1,8 +1,8 @@
 """The functions.
 
-They are thin on purpose: each brings sizes to lists, resolves padding='same' and unbatched input,
-and calls torch.ops.deformnd, or the ordinary convolution where there is nothing to deform. All of
-it compiles under torch.jit.script, which is why the annotations are those of typing.
+They are thin on purpose: each makes lists of its sizes, resolves padding='same' and unbatched
+input, and calls torch.ops.deformnd, or the ordinary convolution where there is nothing to deform.
+All of it compiles under torch.jit.script, so the annotations are those of typing.
 """
 
 # ruff: noqa: UP006, UP007, UP035, UP045
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Size = Union[int, Sequence[int]]
     Padding = Union[str, int, Sequence[int]]
     Levels = Union[Sequence[Sequence[int]], Tensor]
-else:  # TorchScript knows no Sequence and no Tuple[int, ...].
+else:  # TorchScript has neither Sequence nor Tuple[int, ...].
     Size = Union[int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
     Padding = Union[str, int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
     Levels = List[List[int]]
@@ -498,9 +498,9 @@ Result = TypeVar("Result")
 
 
 def _node(function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
-    """The call as a node of torch.fx's graph, if one of the arguments is of that; else None.
+    """The call as a node of torch.fx's graph if an argument is one of its proxies, or else None.
 
-    So torch.fx does not look into our functions: they check sizes, which it does not know.
+    By this, torch.fx does not trace through our functions, which check sizes that it does not know.
     """
     for proxy in args:
         if isinstance(proxy, Proxy):
@@ -508,15 +508,16 @@ def _node(function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
     return None
 
 
-# Private names of torch. Without one of the two, such warnings come.
+# Private names of torch. Without one of them, traces give the warnings that are described below.
 _GET_TRACING: Any = getattr(torch._C, "_get_tracing_state", None)
 _SET_TRACING: Any = _GET_TRACING and getattr(torch._C, "_set_tracing_state", None)
 
 
 def _outside_a_trace(function: Callable[..., Result], *args: Any) -> Result:
-    """function(*args), where torch.jit.trace does not see it.
+    """function(*args), unseen by torch.jit.trace.
 
-    While that runs, each size of a tensor is a tensor, too, and each comparison of one a warning.
+    In a trace each size of a tensor is a tensor as well, and each comparison of one gives a
+    warning.
     """
     if not torch.jit.is_tracing() or _SET_TRACING is None:
         return function(*args)
@@ -529,7 +530,7 @@ def _outside_a_trace(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def _ints(sizes: Any) -> Any:
-    """Sizes that torch.jit.trace has made tensors, as ints, as torch's convolutions take them."""
+    """Sizes as ints, where torch.jit.trace has made tensors of them."""
     if isinstance(sizes, (tuple, list)):
         return tuple(_ints(size) for size in sizes)
     if isinstance(sizes, Tensor) and sizes.dim() == 0 and sizes.dtype == torch.int64:
@@ -553,7 +554,7 @@ def _values(size: Size, n: int) -> List[int]:
 
 
 def _check_rank(name: str, n: int, input: Tensor, weight: Optional[Tensor]) -> None:
-    """What check_call does, as far as TorchScript leaves it to us."""
+    """The part of check_call that is not left to types under TorchScript."""
     if input.dim() != n + 1 and input.dim() != n + 2:
         raise ValueError(f"{name}: input has {input.dim()} dimensions, expected {n + 2} or {n + 1}")
     if weight is not None and weight.dim() != n + 2:
@@ -573,9 +574,10 @@ def _batch_of_one(
 def _pad_same(
     name: str, input: Tensor, kernel: List[int], stride: List[int], dilation: List[int]
 ) -> Tuple[Tensor, List[int]]:
-    """The symmetric part of padding='same', and the input with the odd zero, if any, behind it.
+    """The input and the padding that mean padding='same'.
 
-    A zero more behind the input changes no sample: outside is zero anyway.
+    Where the padding is odd, the input gets one zero more at its end, as in torch's convolutions.
+    That changes no sample, since samples outside are zero anyway.
     """
     padding: List[int] = []
     odd: List[int] = []

@@ -81,7 +81,7 @@ class _Lazy(LazyConvXdMixin):
             for _, generator in self._generators():
                 generator.initialize_parameters(input)
             super().initialize_parameters(input, *args, **kwargs)
-        else:  # loaded before it saw an input
+        else:  # A state_dict was loaded before the first input came.
             rows, columns = self.weight.shape[:2]
             self.in_channels = rows if self.transposed else columns * self.groups
 

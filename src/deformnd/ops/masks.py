@@ -61,9 +61,9 @@ def mask_sigmoid(mask: Tensor, scale: float = 2.0) -> Tensor:
 
 def _check_scale(name: str, scale: Any) -> float:
     if type(scale) is float and 0 < scale < math.inf:
-        return scale  # as nearly always, in a third of the time
+        return scale  # This is checked first, since it decides nearly all calls.
     value = scale
-    if isinstance(scale, Tensor) and scale.numel() == 1:  # one that is learned, or a traced size
+    if isinstance(scale, Tensor) and scale.numel() == 1:  # It may be learned, or a traced size.
         value = scale.item()
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: scale is {scale!r}, expected a number")
@@ -102,7 +102,7 @@ def _mask_softmax(n: int, mask: Tensor, kernel_size: Size) -> Tensor:
     points = 1
     for k in kernel:
         points *= k
-    if len(kernel) != n or min(kernel) < 1:  # TorchScript's; else it has been checked
+    if len(kernel) != n or min(kernel) < 1:  # Only TorchScript gets here without a check before.
         raise ValueError(f"{name}: kernel_size is {kernel}, expected {n} positive values")
     if mask.dim() != n + 1 and mask.dim() != n + 2:
         raise ValueError(f"{name}: mask has {mask.dim()} dimensions, expected {n + 2} or {n + 1}")

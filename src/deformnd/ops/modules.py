@@ -1,29 +1,24 @@
 """Layers: the operators as modules, and packed ones that predict their own offset and mask.
 
-The rank-free bases do the work; the fifteen classes name it. Weight initialisation, repr, dtype and
-device arguments and state_dict names are those of torch's own convolutions, which they subclass;
-aggregations, which have no weight, are packed ones alone.
+The rank-free bases do the work, and the fifteen public classes name it. The layers subclass torch's
+own convolutions and have their initialisation, repr, arguments and state_dict names. Aggregations
+have no weight, so there are only packed ones.
 """
 
 # ruff: noqa: UP006, UP007, UP035, UP045
-import copy
-import functools
 import math
-import warnings
 from collections.abc import Callable
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, List, Optional, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from ..kernels.geometry import check_ints, check_tensor
 from . import checkpoints, masks
-from .bases import BatchNorm, ConvNd, ConvTransposeNd, NormBase
+from .bases import ConvNd, ConvTransposeNd
 from .functional import (
     Padding,
     Size,
@@ -51,7 +46,6 @@ __all__ = [
     "PackedDeformConvTranspose1d",
     "PackedDeformConvTranspose2d",
     "PackedDeformConvTranspose3d",
-    "fuse_batch_norm",
 ]
 
 _MODES = ("zeros", "reflect", "replicate", "circular")
@@ -189,16 +183,16 @@ _PACKED_TRANSPOSE = {
 def _check_arguments(
     module: Any, numbers: dict[str, Any], switches: dict[str, Any], like: dict[str, Any]
 ) -> None:
-    """Check what torch's convolution leaves to whoever stumbles over it, by name.
+    """Check arguments that torch's convolutions do not check, so that the error names them.
 
-    numbers: an int each; switches: a bool each; like: device and dtype.
+    numbers: arguments that are an int; switches: those that are a bool; like: device and dtype.
     """
     name = type(module).__name__
     for key, value in numbers.items():
-        least = 0 if key.endswith("channels") else 1  # lazy layers are made of none
+        least = 0 if key.endswith("channels") else 1  # Lazy layers begin with no channels.
         check_ints(name, key, value, 0, least)
     for key, value in switches.items():
-        # As a truth value: None and numpy's are used as such.
+        # By comparison and not by type, so that None and NumPy's bools may stand for a bool.
         if isinstance(value, Tensor) or value not in (True, False, None):
             raise TypeError(f"{name}: {key} is {value!r}, expected a bool")
     dtype, device = like["dtype"], like["device"]
@@ -250,14 +244,15 @@ def _check_rank(module: Any, input: Tensor) -> None:
 
 
 def _check_input(module: Any, input: Tensor) -> None:
-    """Check the input of a layer that computes something of its own from it, ahead of the call."""
+    """Check an input that the layer pads, or predicts from, before an operator sees it."""
     if isinstance(input, torch.fx.Proxy):
         return
     _check_rank(module, input)
     name, n = type(module).__name__, module.rank
-    weight = module._parameters.get("weight")  # None if parametrized: computing it costs
+    # A parametrized weight is no parameter: it is not looked at, since that would compute it.
+    weight = module._parameters.get("weight")
     channels, size, expected = input.shape[-n - 1], input.shape[-n:], module.in_channels
-    if weight is not None:  # what counts: a pruned layer's in_channels may be of before
+    if weight is not None:  # The in_channels of a layer that was pruned may be out of date.
         expected = weight.shape[0] if module.transposed else weight.shape[1] * module.groups
     if channels != expected:
         raise ValueError(
@@ -274,7 +269,7 @@ def _check_input(module: Any, input: Tensor) -> None:
             raise TypeError(
                 f"{name}: input has dtype {input.dtype}, expected {like.dtype} as {key}"
             )
-    # As F.pad takes them: the last axis first.
+    # In the order of F.pad, which has the last axis first.
     around = [0, 0] * n if module.transposed else module._reversed_padding_repeated_twice
     mode = module.padding_mode
     for a in range(n):
@@ -297,14 +292,15 @@ def _check_input(module: Any, input: Tensor) -> None:
 def _check_output_size(module: Any, sizes: Any) -> None:
     if isinstance(sizes, torch.fx.Proxy):
         return
-    ints = (int, torch.SymInt, Integral, Tensor, torch.fx.Proxy)  # tensors in a torch.jit.trace
+    # In a torch.jit.trace sizes are tensors.
+    ints = (int, torch.SymInt, Integral, Tensor, torch.fx.Proxy)
     if not isinstance(sizes, (list, tuple)) or not all(isinstance(s, ints) for s in sizes):
         name = type(module).__name__
         raise TypeError(f"{name}: output_size is {sizes!r}, expected a list of ints")
 
 
 def _around(module: Any) -> List[int]:
-    """The padding as F.pad takes it: the last axis first."""
+    """The padding in the order of F.pad, which has the last axis first."""
     around: List[int] = []
     for a in reversed(range(module.rank)):
         if isinstance(module.padding, str):
@@ -355,7 +351,7 @@ class _DeformConvNd(ConvNd):
             device=device,
             dtype=dtype,
         )
-        # torch has the same by this name, a private one.
+        # torch has an attribute of this name, which is private and so need not stay.
         self._reversed_padding_repeated_twice = _around(self)
 
     def forward(
@@ -496,7 +492,7 @@ class _DeformConvTransposeNd(ConvTransposeNd):
 
 
 def _output_padding(default: Any, input: Any, output_size: Any, *sizes: Any) -> Any:
-    """The output_padding that gives output_size; a function, so that a graph can call it."""
+    """The output_padding that gives output_size; torch.fx makes the call a node of its graph."""
     if output_size is None:
         return default
     node = _node(_output_padding, (default, input, output_size, *sizes))
@@ -514,7 +510,7 @@ def _fill(
     n: int,
     dilation: List[int],
 ) -> List[int]:
-    """What is missing from the least output up to output_size."""
+    """By how much output_size is larger than the least output, on each axis."""
     first = input.dim() - n
     if len(output_size) == input.dim():
         output_size = output_size[first:]
@@ -574,7 +570,7 @@ _SOFTMAX = {1: masks.MaskSoftmax1d, 2: masks.MaskSoftmax2d, 3: masks.MaskSoftmax
 
 
 class _Call(nn.Module):
-    """A callable as a module: TorchScript cannot test a function against None."""
+    """A callable as a module, since TorchScript cannot compare a function with None."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -597,7 +593,7 @@ class _Predicting(nn.Module):
     """What the packed layers add: the generators and their activations."""
 
     rank: int
-    if TYPE_CHECKING:  # TorchScript would take them for types of its own
+    if TYPE_CHECKING:  # TorchScript would try to compile these annotations.
         in_channels: int
         kernel_size: tuple[int, ...]
         stride: tuple[int, ...]
@@ -608,7 +604,7 @@ class _Predicting(nn.Module):
         def reset_parameters(self) -> None: ...
 
     def _as_placed(self, bias: bool, device: Any, dtype: Any) -> dict[str, Any]:
-        """The arguments of a generator whose kernel lies where the layer's does."""
+        """The arguments of a generator whose kernel lies where the layer's own kernel does."""
         return {
             "kernel_size": self.kernel_size,
             "stride": self.stride,
@@ -702,10 +698,11 @@ class _Predicting(nn.Module):
                     )
 
     def _to_zero(self) -> list[Tensor]:
-        """The parameters that make the generators' outputs zero if they are zero."""
+        """The parameters that, where they are zero, make the generators' outputs zero."""
         found = []
         for key in ("offset_generator", "mask_generator"):
-            generator = getattr(self, key, None)  # None, too, while the base class is made
+            # The base class's constructor gets here before the generators are there.
+            generator = getattr(self, key, None)
             if generator is None:
                 continue
             last = _last_affine(generator)
@@ -719,7 +716,8 @@ class _Predicting(nn.Module):
             if why:
                 raise ValueError(f"{type(self).__name__}: {why}, so it cannot be reset")
             tensors = (last.weight, last.bias)
-            found += [t for t in tensors if t is not None and not is_lazy(t)]  # lazy begins so
+            # Lazy parameters are reset when they get their sizes.
+            found += [t for t in tensors if t is not None and not is_lazy(t)]
         return found
 
     def _offset(self, input: Tensor) -> Optional[Tensor]:
@@ -782,9 +780,9 @@ def _last_convolution(generator: nn.Module) -> Optional[ConvNd]:
 
 
 def _last_affine(generator: nn.Module) -> Any:
-    """The last module with weight and bias, a convolution or norm, or None.
+    """The last module that can make its output other than zero: a convolution or norm, or None.
 
-    A norm without them counts if it has statistics: any other leaves zero as it is.
+    A norm without weight and bias makes zeros of zeros, unless it has running statistics.
     """
     found = [
         m
@@ -976,7 +974,7 @@ class _PackedDeformAggregateNd(_Predicting):
         )
 
     def _generators_weight(self) -> tuple[str, Optional[Tensor]]:
-        """The name of a weight that an input must agree with, and it."""
+        """A weight whose device and dtype an input must have, with its name."""
         for key in ("offset_generator", "mask_generator"):
             weight = getattr(getattr(self, key), "_parameters", {}).get("weight")
             if weight is not None:
@@ -1029,151 +1027,3 @@ class PackedDeformConvTranspose2d(_PackedDeformConvTransposeNd, DeformConvTransp
 
 class PackedDeformConvTranspose3d(_PackedDeformConvTransposeNd, DeformConvTranspose3d):
     __doc__ = _PACKED_DOC.format(**_words(3), **_PACKED_TRANSPOSE)
-
-
-_PLAIN = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-
-
-def _registered(parent: nn.Module, name: str, new: Optional[nn.Module]) -> Optional[nn.Module]:
-    """Note [what a parent does with a packed layer].
-
-    Two things can be seen only where a layer gets its place. The keys that mmdet 1.x kept beside a
-    layer are the parent's to load; the hook holds the parent's _modules, since one that holds the
-    parent is dead in a shallow copy. And fusing tools, such as the fuse() of YOLO, read the
-    geometry of a convolution and put a plain one in its place, with the weights times the norm's
-    factors: without the offsets. The result keeps its weight and bias, and the layer its offsets.
-    Where weight and bias are the layer's own, there is nothing to tell a tool from a person by.
-    Either way a warning says what was done.
-    """
-    if isinstance(new, _Packed):
-        hooks = [getattr(h, "hook", None) for h in parent._load_state_dict_pre_hooks.values()]
-        if not any(getattr(h, "func", None) is checkpoints.take_mmdet_below for h in hooks):
-            hook = functools.partial(checkpoints.take_mmdet_below, parent._modules)
-            parent._register_load_state_dict_pre_hook(hook)
-    elif type(new) in _PLAIN and name in parent._modules:
-        old, plain = parent._modules[name], cast(Any, new)
-        if isinstance(old, _Packed) and _is_multiple(old, new):
-            what = f"{type(old).__name__} {name!r}: a {type(new).__name__} with"
-            if _same(old.weight, plain.weight) and _same(old.bias, plain.bias):
-                warnings.warn(
-                    f"{what} its weight and bias takes its place, without its offsets; if that is "
-                    "a norm being fused, call deformnd.fuse_batch_norm instead",
-                    stacklevel=3,
-                )
-                return None
-            warnings.warn(
-                f"{what} multiples of its filters is taken for itself with a norm fused: it stays, "
-                "offsets and all, with this weight and bias; put None there first to be rid of it",
-                stacklevel=3,
-            )
-            fused = copy.deepcopy(old)
-            fused.weight, fused.bias = plain.weight, plain.bias
-            return fused
-    return None
-
-
-register_module_module_registration_hook(_registered)  # type: ignore[arg-type]
-
-
-def _same(a: Optional[Tensor], b: Optional[Tensor]) -> bool:
-    """Whether they have equal values; None stands for zeros."""
-    if a is None or b is None:
-        return not any(t is not None and bool(t.any()) for t in (a, b))
-    return torch.equal(a.cpu().double(), b.cpu().double())
-
-
-def _is_multiple(old: Any, new: Any) -> bool:
-    """Whether new's weight is old's with a factor for each output channel."""
-    keys = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "transposed")
-    if any(getattr(old, key) != getattr(new, key) for key in keys):
-        return False
-    if old.weight.is_meta or new.weight.is_meta:
-        return False
-    with torch.no_grad():
-        a, b = (_by_output_channel(m, m.weight).flatten(1).double().cpu() for m in (old, new))
-        if a.shape[1] < 2:  # one number is always a multiple of another
-            return False
-        factor = ((a * b).sum(1) / a.square().sum(1)).nan_to_num(0.0)
-        return bool((b - factor[:, None] * a).norm() < 1e-2 * b.norm())
-
-
-def _by_output_channel(layer: ConvNd, weight: Tensor) -> Tensor:
-    """The layer's weight with the output channels first, whatever its family and groups."""
-    if not layer.transposed:
-        return weight
-    grouped: Tensor = weight.unflatten(0, (layer.groups, -1))
-    return grouped.transpose(1, 2).flatten(0, 1)
-
-
-Layer = TypeVar("Layer", bound=ConvNd)
-
-
-def fuse_batch_norm(layer: Layer, norm: BatchNorm) -> Layer:
-    """A copy of the layer that computes norm(layer(...)) by itself, for inference.
-
-    For any of the twelve layers (and torch's own convolutions, also grouped transposed ones) in
-    any rank: the normalisation becomes part of weight and bias. Offsets and masks stay.
-
-    Args:
-        layer: a convolution in eval mode.
-        norm: the BatchNorm that follows it, in eval mode, with running statistics.
-
-    Raises:
-        TypeError: layer is no convolution, or norm no BatchNorm.
-        ValueError: either is in training mode, norm has other channels or no running statistics,
-            or the layer's weight is parametrized (remove_parametrizations first).
-
-    Example:
-        >>> import torch
-        >>> from deformnd import PackedDeformConv2d, fuse_batch_norm
-        >>> layer, norm = PackedDeformConv2d(3, 4, 3).eval(), torch.nn.BatchNorm2d(4).eval()
-        >>> x = torch.rand(1, 3, 8, 8)
-        >>> torch.allclose(fuse_batch_norm(layer, norm)(x), norm(layer(x)), atol=1e-6)
-        True
-    """
-    if not isinstance(layer, ConvNd):
-        raise TypeError(
-            f"fuse_batch_norm: layer is a {type(layer).__name__}, expected a convolution"
-        )
-    if not isinstance(norm, NormBase):  # InstanceNorm with running statistics is the same in eval
-        raise TypeError(f"fuse_batch_norm: norm is a {type(norm).__name__}, expected a BatchNorm")
-    if layer.training or norm.training:
-        raise ValueError("fuse_batch_norm: expected layer and norm in eval mode")
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        raise ValueError("fuse_batch_norm: norm has no running statistics")
-    if norm.num_features != layer.out_channels:
-        raise ValueError(
-            f"fuse_batch_norm: norm has {norm.num_features} features, expected the layer's "
-            f"{layer.out_channels} output channels"
-        )
-    if parametrize.is_parametrized(layer):
-        raise ValueError("fuse_batch_norm: layer is parametrized, expected plain parameters")
-    fused = copy.deepcopy(layer)
-    with torch.no_grad():
-        scale = (variance.double() + norm.eps).rsqrt()
-        shift = -mean.double()
-        if layer.bias is not None:
-            shift = shift + layer.bias
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = shift * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias
-        if layer.transposed:  # weight is [groups * Cin / groups, Cout / groups, ...]
-            weight = layer.weight.double().unflatten(0, (layer.groups, -1))
-            weight = weight * scale.view(layer.groups, 1, -1, *[1] * len(layer.kernel_size))
-            weight = weight.flatten(0, 1)
-        else:
-            weight = layer.weight * scale.view(-1, 1, *[1] * len(layer.kernel_size))
-        dtype, grad = layer.weight.dtype, layer.weight.requires_grad
-        fused.weight = nn.Parameter(weight.to(dtype), grad)
-        fused.bias = nn.Parameter(shift.to(dtype), grad)
-    return fused
