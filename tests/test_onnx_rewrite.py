@@ -13,7 +13,8 @@ import deformnd.onnx
 from deformnd import cli
 from deformnd.onnx import engines, old_graphs
 
-TARGETS = ["onnxruntime", "openvino", "standard", "precise", "deformnd"]  # each with lowerings of its own
+# Those with lowerings of their own.
+TARGETS = ["onnxruntime", "openvino", "standard", "precise", "deformnd"]
 OLD = "deform_conv2d_onnx_exporter"
 # Each with an input and what torchvision 0.29 made of it. deform_conv2d_onnx_exporter 1.2.0 wrote
 # them, at opsets 12 to 18, with and without constant folding; those with an open batch are of its
