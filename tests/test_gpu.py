@@ -45,6 +45,7 @@ from deformnd.kernels.gpu import (  # noqa: E402
     hopper,
     layout,
     runtime,
+    strategy,
     tiles,
     variants,
 )
@@ -279,8 +280,7 @@ def test_interpreted_depthwise(
     check(case.make(torch.float32, "cpu"), 1e-6, 1e-6)
     if case.image in (8, 12, 100):
         check(case.make(torch.float16, "cpu", float_offset=True), 1e-3, 4e-3)
-    used = {step.name for plan in backend._PLANS.values() for step in plan.steps}
-    assert not used & {"forward", "backward_atomic", "backward_weight"}
+    assert not kernels_used() & {"forward", "backward_atomic", "backward_weight"}
     if case.image in (12, 40):
         repeatable(monkeypatch, True)
         check(case.make(torch.float32, "cpu"), 1e-6, 1e-6)
@@ -498,6 +498,42 @@ def test_interpreted_wide(case: Case, interpreted: None, monkeypatch: pytest.Mon
     """Sample groups of few channels also take the wide kernels, one group at a time."""
     monkeypatch.setattr(tiles, "NARROW", 0)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+
+
+# Calls that take im2col if they are made to.
+IM2COL = [
+    Case((9,), (3,), image=8, batch=3),
+    Case((6, 7), (3, 3), image=24, points=17, offset_groups=3, mask_groups=1),
+    Case((5, 4), (2, 3), image=40, points=20, offset_groups=1, mask_groups=0, last=True),
+    Case((3, 4, 3), (2, 1, 2), image=16, offset_groups=2),
+    Case((9, 8), (3, 1), image=8, points=16, transposed=True),
+]
+
+
+def by_im2col(monkeypatch: pytest.MonkeyPatch, at_once: int = 1) -> None:
+    """Have calls take it, whatever they have, for so many numbers at a time, or a tile of them."""
+    monkeypatch.setattr(tiles, "SAMPLED_ONCE", 0)
+    monkeypatch.setattr(tiles, "COLUMNS_AT_ONCE", at_once)
+    for name in ("FORWARD", "WEIGHT"):
+        kind = getattr(strategy, name)
+        first = [variant for variant in kind if "im2col" in variant.name]
+        monkeypatch.setattr(strategy, name, (*first, *kind))
+
+
+def kernels_used() -> set[str]:
+    return {step.name for plan in backend._PLANS.values() for step in plan.steps}
+
+
+@pytest.mark.parametrize("case", IM2COL, ids=str)
+def test_interpreted_im2col(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_im2col(monkeypatch)
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+    assert {"sample_columns", "multiply_columns", "multiply_points"} <= kernels_used()
+    if case.image == 24:
+        check(case.make(torch.float16, "cpu", float_offset=True), 1e-2, 2e-2)
+        monkeypatch.setattr(tiles, "FEW", 1)  # in parts
+        forget()
+        check(case.make(torch.float32, "cpu"), 1e-4, 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -1336,11 +1372,16 @@ COMPILED_DEPTHWISE = [
 ]  # fmt: skip
 
 
+COMPILED_IM2COL = Case((16, 16), (3, 3), image=256, points=300, offset_groups=8, mask_groups=8)
+
+
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
 @pytest.mark.parametrize(
     ("architecture", "case", "dtype"),
     [
         *(("sm_90", *some) for some in (*COMPILED, *COMPILED_DEPTHWISE)),
+        *((a, COMPILED_IM2COL, torch.float16) for a in ("sm_86", "sm_90", "gfx942")),
+        *((a, COMPILED_IM2COL, torch.float32) for a in ("sm_80", "sm_90", "sm_120")),
         ("gfx942", *COMPILED_DEPTHWISE[0]),
         ("sm_80", *COMPILED_DEPTHWISE[1]),
         *(("sm_80", *some) for some in COMPILED[1:4]),
@@ -2015,6 +2056,33 @@ def test_gpu_narrow(
             check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
         finally:
             torch.use_deterministic_algorithms(False)
+    assert not variants.BROKEN
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *IM2COL,
+        Case((33, 30), (3, 3), image=96, points=300, offset_groups=3, batch=3),
+        Case((21,), (5,), image=512, points=40, offset_groups=16, mask_groups=0),
+        Case((20, 23), (3, 3), image=341, points=341, offset_groups=11, last=True),
+        Case((12, 15), (3, 3), image=200, points=130, transposed=True),
+    ],
+    ids=str,
+)
+def test_gpu_im2col(
+    case: Case, dtype: torch.dtype, exact_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows at once, and some at a time, with more splits the more multiprocessors there are."""
+    for at_once, count in ((1 << 30, 132), (1 << 17, 9)):
+        by_im2col(monkeypatch, at_once)
+        on_device(monkeypatch, tiles.device_of(torch.device("cuda")).architecture, count)
+        backend._PLANS.clear()
+        check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+        assert {"sample_columns", "multiply_columns", "multiply_points"} <= kernels_used()
+    backend._PLANS.clear()
     assert not variants.BROKEN
 
 

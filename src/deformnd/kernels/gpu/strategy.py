@@ -17,8 +17,8 @@ from . import (
     backward_weight,
     depthwise,
     forward,
-    forward_columns,
     hopper,
+    im2col,
     tiles,
     variants,
 )
@@ -29,12 +29,17 @@ from .runtime import Buffer, Launch, Plan
 FORWARD = (
     depthwise.FORWARD,
     *hopper.FORWARD,
-    forward_columns.FORWARD_COLUMNS,
+    im2col.FORWARD,
     *forward.VARIANTS,
 )
 ATOMIC = (depthwise.BACKWARD_ATOMIC, *hopper.BACKWARD_ATOMIC, *backward_atomic.VARIANTS)
 SORTED = (*hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
-WEIGHT = (depthwise.BACKWARD_WEIGHT, *hopper.BACKWARD_WEIGHT, *backward_weight.VARIANTS)
+WEIGHT = (
+    depthwise.BACKWARD_WEIGHT,
+    *hopper.BACKWARD_WEIGHT,
+    im2col.BACKWARD_WEIGHT,
+    *backward_weight.VARIANTS,
+)
 
 Forms = Sequence[torch.memory_format]  # of image and points, which results take over
 

@@ -54,10 +54,12 @@ PORTABLE = (
     Tiles("forward narrow", 2, ANY, 64, 128, 32, 4, 1),
     Tiles("forward narrow", 4, 64, 64, 64, 16, 4, 1),
     Tiles("forward narrow", 4, ANY, 64, 128, 32, 4, 1),
-    Tiles("forward_columns", 2, 64, 128, 64, 64, 4, 3),
-    Tiles("forward_columns", 2, ANY, 128, 128, 64, 8, 3),
-    Tiles("forward_columns", 4, 64, 128, 64, 32, 4, 3),
-    Tiles("forward_columns", 4, ANY, 128, 128, 32, 8, 3),
+    Tiles("forward_im2col", 2, 64, 128, 64, 64, 4, 3),
+    Tiles("forward_im2col", 2, ANY, 128, 128, 64, 8, 3),
+    Tiles("forward_im2col", 4, 64, 128, 64, 32, 4, 3),
+    Tiles("forward_im2col", 4, ANY, 128, 128, 32, 8, 3),
+    Tiles("backward_weight_im2col", 2, ANY, 64, 128, 128, 8, 3),
+    Tiles("backward_weight_im2col", 4, ANY, 32, 128, 128, 8, 3),
     Tiles("backward_atomic", 2, 128, 64, 128, 32, 4, 1),
     Tiles("backward_atomic", 2, 256, 64, 256, 32, 4, 1),
     Tiles("backward_atomic", 2, ANY, 64, 64, 64, 4, 2),
@@ -179,13 +181,15 @@ TILE_US, BANDWIDTH = 1.6, 4e6
 # (layout.py, sizes_of).
 BLOCKS = frozenset(("sm_90",))
 
-# Above so many outputs samples are written down as columns (forward_columns.py), instead of being
+# Above so many outputs samples are written down as columns (im2col.py), instead of being
 # found anew for several blocks of outputs; and by Hopper's narrow kernel above so many, by
 # precision. Of columns there are so many numbers at once: 32 MiB of half ones.
 SAMPLED_ONCE = 128
 SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
 COLUMNS_AT_ONCE = 16 << 20
-WARPS_AT_ONCE = 8
+
+# What it takes to write and add a number of a partial sum, in products of half numbers (im2col.py).
+PART = 300
 
 # From so many bytes of a sample group's channels on the portable forward loads samples ahead; with
 # fewer it has too much else to do.

@@ -474,7 +474,7 @@ def takes(call: Call) -> bool:
 
 
 def takes_forward(call: Call) -> bool:
-    """Few enough blocks of outputs: more sample for too long (forward_columns.py)."""
+    """Few enough blocks of outputs: more sample for too long (im2col.py)."""
     return takes(call) and call.sizes.outputs <= SAMPLED_ONCE_NARROW[call.precision]
 
 

@@ -1,0 +1,290 @@
+"""The forward and the weight's gradient by im2col: samples are written down, and a product of
+matrices takes them all.
+
+    columns [rows, taps, channels]      a row for each position of each batch item
+    out [rows, outputs] = columns @ weight
+    weight's gradient = columns.T @ points [rows, outputs]
+
+In forward.py and backward_weight.py a program finds the samples for its own block of outputs. Where
+there are several such blocks, or where sample groups are narrow, so that a product waits long for
+its samples, this is faster, although columns go through memory. They are written for so many rows
+at a time that they stay in the second cache of most GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import columns, depthwise, tiles
+from .layout import Call, Operand, fit
+from .runtime import Buffer
+from .sampling import following, parts_of, unravel
+from .variants import Variant
+
+
+@triton.jit
+def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, tiles, blocks, splits,
+                   PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
+                   BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """The columns of tiles of positions, from `first_tile` of all batch items on, whose first row
+    is `first_row`. In "bf16x3" they are heads, and their tails lie after `room` rows of these.
+
+    Grid: (tiles x sample groups x blocks of their channels, splits of the taps).
+    """
+    c0 = tl.program_id(0) % blocks * (CHUNKS * BLOCK_C)
+    s = tl.program_id(0) // blocks % g.sample_groups
+    tile = first_tile + tl.program_id(0) // blocks // g.sample_groups
+    b = (tile // tiles).to(tl.int64)
+    p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = p < g.positions
+    c = tl.arange(0, BLOCK_C)
+    image += b * g.item + s.to(tl.int64) * g.plane + c0
+    stop = g.padded - c0
+    split = tl.program_id(1)
+    first = split * g.taps // splits
+    last = (split + 1) * g.taps // splits
+    tails = out + room * (g.taps * g.columns)
+    row = (b * g.positions - first_row).to(tl.int32) + p
+    of_tap = first * g.columns + s * g.padded + c0
+    place = of_tap + (row * (g.taps * g.columns))[:, None] + c[None, :]
+    point = unravel(p, g.point)
+    shift = unravel(first, g.kernel)
+    rows = depthwise.rows_of(s, first, g)
+    offsets, masks = depthwise.read_at(offset, mask, rows, b, p, inside, g, INDEX)
+    for tap in range(first, last):
+        axes, amplitude, _ = depthwise.cells(offsets, masks, point, shift, inside, g)
+        # Now, so that the next tap need not wait for them.
+        more = inside & (tap + 1 < last)
+        rows = depthwise.next_rows(rows, g)
+        offsets, masks = depthwise.read_at(offset, mask, rows, b, p, more, g, INDEX)
+        x = depthwise.sample(image, axes, amplitude, c, stop, g, INDEX, EVEN, CHUNKS)
+        for j in tl.static_range(CHUNKS):
+            keep = inside[:, None]
+            if not EVEN:
+                keep = keep & (c + j * BLOCK_C < stop)[None, :]
+            factors = parts_of(x[j], out.dtype.element_ty, PRECISION)
+            tl.store(out + place + j * BLOCK_C, factors[0], mask=keep)
+            if PRECISION == "bf16x3":
+                tl.store(tails + place + j * BLOCK_C, factors[1], mask=keep)
+        shift, _ = following(shift, g.kernel)
+        out += g.columns
+        tails += g.columns
+
+
+@triton.jit
+def read_columns(of, place, inside, c, g, EVEN: tl.constexpr):
+    """Columns c, or weights of these, at each place."""
+    keep = inside[:, None]
+    if not EVEN:
+        keep = keep & (c < g.columns)[None, :]
+    return tl.load(of + place[:, None] + c[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def multiply_columns(columns_, weight, bias, out, parts, g, first_row, room, number, blocks,
+                     splits,
+                     LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+                     EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+                     BLOCK_C: tl.constexpr):  # fmt: skip
+    """The results at `number` rows, which sample_columns has written the columns of.
+
+    Grid: (tiles of rows x blocks of outputs, splits of the columns).
+    """
+    row = tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = row < number
+    o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_in = o < g.outputs
+    per_tap = tl.cdiv(g.columns, BLOCK_C)
+    split = tl.program_id(1)
+    first = (split * (g.taps * per_tap) // splits).to(tl.int32)
+    last = ((split + 1) * (g.taps * per_tap) // splits).to(tl.int32)
+    tails = g.taps * g.padded_outputs * g.columns
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    for step in range(first, last):
+        tap = step // per_tap
+        c = step % per_tap * BLOCK_C + tl.arange(0, BLOCK_C)
+        of_row = (row * g.taps + tap) * g.columns
+        of_output = (tap * g.padded_outputs + o) * g.columns
+        x = (read_columns(columns_, of_row, inside, c, g, EVEN),)
+        w = (read_columns(weight, of_output, o_in, c, g, EVEN),)
+        if PRECISION == "bf16x3":
+            x = x + (
+                read_columns(columns_ + room * (g.taps * g.columns), of_row, inside, c, g, EVEN),
+            )
+            w = w + (read_columns(weight + tails, of_output, o_in, c, g, EVEN),)
+        acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
+    row = first_row.to(tl.int64) + row
+    b = row // g.positions
+    p = row % g.positions
+    if LAST:
+        place = (row * g.outputs)[:, None] + o[None, :]
+    else:
+        place = (b * (g.outputs * g.positions) + p)[:, None]
+        place = place + (o.to(INDEX) * g.positions)[None, :]
+    keep = inside[:, None] & o_in[None, :]
+    if splits > 1:
+        parts += split.to(tl.int64) * g.batch * g.positions * g.outputs
+        tl.store(parts + place, acc, mask=keep)
+    else:
+        if bias is not None:
+            acc += tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def multiply_points(columns_, points, parts, g, first_row, room, number, blocks, splits, before,
+                    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
+                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """The weight's gradient [splits, taps, channels, outputs] by `number` rows, whose columns are
+    there; added to what there is already, if there is something `before`.
+
+    Grid: (blocks of columns x blocks of outputs, splits of the rows).
+    """
+    length = g.taps * g.columns
+    column = tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    split = tl.program_id(1)
+    tap, c = column // g.columns, column % g.columns
+    s, c = c // g.padded, c % g.padded
+    place = (split * g.taps + tap) * g.channels + s * g.group_channels + c
+    place = (place.to(tl.int64) * g.padded_outputs)[:, None] + o[None, :]
+    keep = ((column < length) & (c < g.group_channels))[:, None] & (o < g.padded_outputs)[None, :]
+    acc = tl.load(parts + place, mask=keep & (before > 0), other=0.0)
+    steps = tl.cdiv(number, BLOCK_P)
+    points += first_row.to(tl.int64) * g.padded_outputs
+    tails = points + g.batch.to(tl.int64) * g.positions * g.padded_outputs
+    for step in range(split * steps // splits, (split + 1) * steps // splits):
+        row = step * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (row < number)[:, None]
+        at = (row * length)[:, None] + column[None, :]
+        of_row = (row * g.padded_outputs)[:, None] + o[None, :]
+        there = inside & (column < length)[None, :]
+        known = inside & (o < g.padded_outputs)[None, :]
+        x = (tl.load(columns_ + at, mask=there, other=0.0),)
+        y = (tl.load(points + of_row, mask=known, other=0.0),)
+        if PRECISION == "bf16x3":
+            x = x + (tl.load(columns_ + room * length + at, mask=there, other=0.0),)
+            y = y + (tl.load(tails + of_row, mask=known, other=0.0),)
+        acc = columns.dot_once(columns.transpose(x, PRECISION), y, acc, PRECISION)
+    tl.store(parts + place, acc, mask=keep)
+
+
+class Columns:
+    """Room for the columns of some rows at a time, those of whole tiles of positions."""
+
+    def __init__(self, call: Call, image: Operand, rows_at_once: int = 1) -> None:
+        """rows_at_once: for how many rows a product has as many programs as multiprocessors."""
+        n, parts = call.sizes, 2 if call.precision == "bf16x3" else 1
+        self.call, self.image, length = call, call.image(image), n.taps * n.columns
+        self.constants, self.tiles, self.blocks = depthwise.blocks_of(call)
+        self.block_p: int = self.constants["BLOCK_P"]
+        rows = tiles.COLUMNS_AT_ONCE // length
+        rows = max(rows // rows_at_once * rows_at_once or rows, 1)
+        # Tiles do not reach from one batch item into the next: so many have as many rows at most.
+        self.tiles_at_once = min(n.batch * self.tiles, triton.cdiv(rows, self.block_p))
+        self.rows = min(self.tiles_at_once * self.block_p, n.batch * n.positions)
+        dtype = torch.bfloat16 if parts == 2 else call.dtype
+        self.buffer = call.plan.scratch(parts, self.rows, length, dtype=dtype)
+
+    def write(self) -> Iterator[dict[str, Any]]:
+        """Launch what writes them, and yield arguments that say which they are, again and again."""
+        call, n = self.call, self.call.sizes
+        for first in range(0, n.batch * self.tiles, self.tiles_at_once):
+            count = min(self.tiles_at_once, n.batch * self.tiles - first)
+            programs = count * n.sample_groups * self.blocks
+            splits = max(1, min(n.taps, 8 * call.multiprocessors // programs))
+            which = dict(first_row=self._row(first), room=self.rows)
+            call.launch(
+                *(sample_columns, (programs, splits), self.constants),
+                **dict(image=self.image, out=self.buffer, first_tile=first, tiles=self.tiles),
+                **dict(which, blocks=self.blocks, splits=splits, warps=depthwise.WARPS),
+            )
+            number = self._row(first + count) - which["first_row"]
+            yield dict(which, number=number, columns_=self.buffer)
+
+    def _row(self, tile: int) -> int:
+        """The first one of a tile."""
+        positions = self.call.sizes.positions
+        return tile // self.tiles * positions + tile % self.tiles * self.block_p
+
+
+def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
+    """Into how many parts the programs' sums of so many products are split, at least eight steps
+    each: more fill the last round of programs better, but parts have to be written and added."""
+    rounds = programs / call.multiprocessors
+
+    def cost(splits: int) -> float:
+        added = splits * tiles.PART / length * rounds if splits > 1 else 0.0
+        return math.ceil(rounds * splits) / splits + added
+
+    return min(range(1, max(1, min(steps // 8, 16)) + 1), key=cost)
+
+
+def takes(call: Call) -> bool:
+    n = call.sizes
+    whole = call.g.groups == 1 and n.columns % 8 == 0  # so that loads have 16 bytes
+    return whole and (n.outputs > tiles.SAMPLED_ONCE or (call.narrow and n.padded >= 16))
+
+
+def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
+    n, weight = call.sizes, call.weight()
+    row = call.tiles("forward_im2col", n.outputs)
+    block_o, block_c = fit(n.outputs, row.block_o), fit(n.columns, row.block_c)
+    blocks = triton.cdiv(n.outputs, block_o)
+    laid = Columns(call, image, call.multiprocessors // blocks * row.block_p)
+    programs = triton.cdiv(laid.rows, row.block_p) * blocks
+    steps = n.taps * triton.cdiv(n.columns, block_c)
+    splits = splits_of(call, programs, n.taps * n.columns, steps)
+    parts = call.room_for_parts(splits, out)
+    constants: dict[str, Any] = dict(LAST=out.last, EVEN=n.columns % block_c == 0)
+    constants |= dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=block_c)
+    for which in laid.write():
+        grid = (triton.cdiv(which["number"], row.block_p) * blocks, splits)
+        call.launch(
+            *(multiply_columns, grid, constants),
+            **dict(weight=weight, bias=bias, out=out.buffer, parts=parts, blocks=blocks),
+            **dict(which, splits=splits, warps=row.warps, stages=row.stages),
+        )
+    call.reduce(parts, out, bias)
+
+
+def takes_weight(call: Call) -> bool:
+    return takes(call) and (call.sizes.outputs > 2 * tiles.SAMPLED_ONCE or call.narrow)
+
+
+def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
+    n, laid, factors = call.sizes, Columns(call, image), call.factors(points)
+    row = call.tiles("backward_weight_im2col", n.outputs)
+    block_o = fit(n.padded_outputs, row.block_o)
+    blocks = triton.cdiv(n.padded_outputs, block_o)
+    programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
+    steps = triton.cdiv(laid.rows, row.block_p)
+    splits = splits_of(call, programs, laid.rows, steps)  # which are added anew for such rows
+    shape = (splits, n.taps, n.channels, n.padded_outputs)
+    parts = call.plan.scratch(*shape, dtype=torch.float32)
+    constants = dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=row.block_c)
+    for i, which in enumerate(laid.write()):
+        call.launch(
+            *(multiply_points, (programs, splits), constants),
+            **dict(points=factors, parts=parts, blocks=blocks, splits=splits, before=min(i, 1)),
+            **dict(which, warps=row.warps, stages=row.stages),
+        )
+    call.reduce_weight(parts, out)
+
+
+FORWARD = Variant(
+    "forward_im2col", takes, write_forward, others=("sample_columns", "multiply_columns")
+)
+BACKWARD_WEIGHT = Variant(
+    "backward_weight_im2col",
+    takes_weight,
+    write_weight,
+    wants_parts=True,
+    others=("sample_columns", "multiply_points"),
+)
