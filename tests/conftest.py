@@ -24,3 +24,38 @@ def pytest_runtest_call(item):
         if "InvalidCxxCompiler" in f"{type(error)} {error}":
             pytest.skip("torch.compile finds no C++ compiler here")
         raise
+
+
+@pytest.fixture(scope="module")
+def torchvision_operator():
+    """torchvision's deform_conv2d, or, where that is not installed, one that computes as ours."""
+    import torch
+
+    import deformnd
+
+    try:
+        import torchvision as torchvision
+    except (ImportError, RuntimeError):  # RuntimeError: of another build of torch
+        library = torch.library.Library("torchvision", "DEF")
+        library.define(
+            "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
+            "SymInt stride_h, SymInt stride_w, SymInt pad_h, SymInt pad_w, SymInt dilation_h, "
+            "SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask) -> Tensor"
+        )
+
+        def call(x, weight, offset, mask, bias, *p):
+            stride, padding, dilation, groups, use_mask = p[:2], p[2:4], p[4:6], p[6], p[8]
+            mask = mask if use_mask else None
+            return deformnd.deform_conv2d(
+                x, weight, offset, mask, bias, stride, padding, dilation, groups
+            )
+
+        def fake(x, weight, offset, *rest):
+            return x.new_empty(x.shape[0], weight.shape[0], *offset.shape[2:])
+
+        library.impl("deform_conv2d", call, "CPU")
+        torch.library.register_fake("torchvision::deform_conv2d", fake, lib=library)
+        yield torch.ops.torchvision.deform_conv2d
+        library._destroy()
+    else:
+        yield torch.ops.torchvision.deform_conv2d

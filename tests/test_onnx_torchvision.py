@@ -17,37 +17,6 @@ from deformnd.onnx import (
 from test_onnx import TARGETS
 
 
-@pytest.fixture(scope="module")
-def operator():
-    """torchvision's, or, where that is not installed, one of its schema that computes as ours."""
-    try:
-        import torchvision as torchvision
-    except (ImportError, RuntimeError):  # RuntimeError: of another build of torch
-        library = torch.library.Library("torchvision", "DEF")
-        library.define(
-            "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
-            "SymInt stride_h, SymInt stride_w, SymInt pad_h, SymInt pad_w, SymInt dilation_h, "
-            "SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask) -> Tensor"
-        )
-
-        def call(x, weight, offset, mask, bias, *p):
-            stride, padding, dilation, groups, use_mask = p[:2], p[2:4], p[4:6], p[6], p[8]
-            mask = mask if use_mask else None
-            return deformnd.deform_conv2d(
-                x, weight, offset, mask, bias, stride, padding, dilation, groups
-            )
-
-        def fake(x, weight, offset, *rest):
-            return x.new_empty(x.shape[0], weight.shape[0], *offset.shape[2:])
-
-        library.impl("deform_conv2d", call, "CPU")
-        torch.library.register_fake("torchvision::deform_conv2d", fake, lib=library)
-        yield torch.ops.torchvision.deform_conv2d
-        library._destroy()
-    else:
-        yield torch.ops.torchvision.deform_conv2d
-
-
 class Layer(nn.Module):
     def __init__(self, operator):
         super().__init__()
@@ -69,8 +38,8 @@ def arguments(mask):
 @pytest.mark.parametrize("patch", [False, True])
 @pytest.mark.parametrize("gathernd", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
-def test_the_existing_exporters_names(operator, mask, gathernd, patch, tmp_path):
-    model, args, path = Layer(operator).eval(), arguments(mask), tmp_path / "model.onnx"
+def test_the_existing_exporters_names(torchvision_operator, mask, gathernd, patch, tmp_path):
+    model, args, path = Layer(torchvision_operator).eval(), arguments(mask), tmp_path / "model.onnx"
 
     def verify(opset):
         onnx.checker.check_model(path, full_check=True)
@@ -82,7 +51,7 @@ def test_the_existing_exporters_names(operator, mask, gathernd, patch, tmp_path)
             assert check(path, model, args, engine=engine) < 1e-6
 
     op = create_deform_conv2d_custom_op(use_gathernd=gathernd, enable_openvino_patch=patch)
-    table = {operator.default: op}
+    table = {torchvision_operator.default: op}
     torch.onnx.export(
         model,
         args,
@@ -101,8 +70,8 @@ def test_the_existing_exporters_names(operator, mask, gathernd, patch, tmp_path)
         verify(opset)
 
 
-def test_the_legacy_exporter_with_dynamic_sizes(operator, tmp_path):
-    model, path = Layer(operator).eval(), tmp_path / "model.onnx"
+def test_the_legacy_exporter_with_dynamic_sizes(torchvision_operator, tmp_path):
+    model, path = Layer(torchvision_operator).eval(), tmp_path / "model.onnx"
     register_deform_conv2d_onnx_op()
     axes = {key: {0: "batch", 2: "height", 3: "width"} for key in ("x", "offset", "mask")}
     with warnings.catch_warnings():
@@ -121,11 +90,11 @@ def test_the_legacy_exporter_with_dynamic_sizes(operator, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_model_that_mixes_both(operator, target, tmp_path):
+def test_a_model_that_mixes_both(torchvision_operator, target, tmp_path):
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.theirs = Layer(operator)
+            self.theirs = Layer(torchvision_operator)
             self.ours = deformnd.PackedDeformConv2d(4, 4, 3, padding=1, modulated=True)
             self.up = deformnd.PackedDeformConvTranspose2d(4, 2, 2, 2)
 

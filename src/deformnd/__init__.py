@@ -25,10 +25,11 @@ __all__ = [
 
 # Modules that are imported when they are first asked for, since many programs need none of them.
 # They are not in __all__, since `from deformnd import *` would then import them.
-_LAZY = ("compat", "onnx", "viz")
+_LAZY = ("compat", "export", "onnx", "viz")
 
 if TYPE_CHECKING:  # To type checkers a __getattr__ would make every name an attribute.
     from . import compat as compat
+    from . import export as export
     from . import onnx as onnx
     from . import viz as viz
 else:

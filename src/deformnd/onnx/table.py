@@ -402,7 +402,7 @@ def _by_deform_conv(g: Geometry) -> Lowering:
     node = lowerings.standard_deform_conv2d
     if len(g.kernel) < 3:
         return functools.partial(lowerings.native, deform_conv2d=node)
-    if not _short(g):
+    if not short(g):
         return _by_gather(g)
     return functools.partial(lowerings.native3d, deform_conv2d=node)
 
@@ -411,7 +411,7 @@ def _by_openvino(g: Geometry) -> Lowering:
     node = lowerings.openvino_deform_conv2d
     if len(g.kernel) == 3:
         native = functools.partial(lowerings.native3d, deform_conv2d=node)
-        return native if _short(g) else lowerings.gather_rows
+        return native if short(g) else lowerings.gather_rows
     if g.offset_groups >= _MANY_GROUPS:
         return lowerings.grid_sample
     return functools.partial(lowerings.native, deform_conv2d=node)
@@ -427,7 +427,7 @@ def _by_scatter(g: Geometry) -> Lowering:
     return lowerings.scatter
 
 
-def _short(g: Geometry) -> bool:
+def short(g: Geometry) -> bool:
     """Whether positions in the tall image of a 3-D call are fine enough; see _TALL."""
     depth, height, _ = g.image_size
     return isinstance(depth, int) and isinstance(height, int) and depth * (height + 1) <= _TALL
