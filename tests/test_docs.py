@@ -10,6 +10,7 @@ also keeps what they draw, which is how the pictures in docs/pictures are made.
 
 import html
 import importlib
+import json
 import os
 import re
 import runpy
@@ -25,6 +26,7 @@ import torch
 
 import deformnd
 import deformnd.onnx
+import engines
 from deformnd import cli, viz
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +119,10 @@ def test_tables_of_speed_are_those_of_the_results(page):
     assert runpy.run_path(str(script))["filled"](text) == text
 
 
+def test_table_of_engines_is_that_of_the_results():
+    assert engines.table(json.loads(engines.RESULTS.read_text())) in engines.PAGE.read_text()
+
+
 # The rows of docs/pytorch.md, and the tests of each.
 CLAIMS = {
     "`torch.compile`": "test_library.py::test_compile "
@@ -190,7 +196,7 @@ def test_every_public_name_is_in_the_reference(site):
         "deformnd.ops",
     }
     modules = ["compat.torchvision", "compat.mmcv", "compat.counters", "compat.torch_pruning"]
-    modules += ["compat.internimage", "compat.transformers"]
+    modules += ["compat.internimage", "compat.transformers", "export"]
     for module in (
         viz,
         deformnd.onnx,
