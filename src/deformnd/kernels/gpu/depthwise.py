@@ -114,9 +114,9 @@ def next_rows(rows, g):
 
 
 @triton.jit
-def cells(offsets, masks, point, shift, inside, g):
+def cells(offsets, masks, point, shift, inside, g, NEAR: tl.constexpr):
     """The cells of samples, their amplitudes and validity, as of sampling.locate."""
-    axes, valid = cell_of(offsets, starts_of(point, shift, g), inside, g)
+    axes, valid = cell_of(offsets, starts_of(point, shift, g), inside, g, NEAR)
     return axes, amplitude_of(masks, valid), valid
 
 
@@ -141,7 +141,7 @@ def read_rows(rows, p, inside, c, j: tl.constexpr, i: tl.constexpr, stop, g, IND
 def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
                       LAST: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                       MULTIPLIER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                      CHUNKS: tl.constexpr):  # fmt: skip
+                      CHUNKS: tl.constexpr, NEAR: tl.constexpr):  # fmt: skip
     """out[b, c, p] = bias[c] + sum over taps of weight[c, tap] * sample.
 
     Grid: (B x tiles of positions x sample groups x blocks of their channels).
@@ -166,7 +166,7 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
     rows = rows_of(s, 0, g)
     offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
     for tap in range(g.taps):
-        axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
+        axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g, NEAR)
         # Now, so that the next tap need not wait for them.
         more = inside & (tap + 1 < g.taps)
         rows = next_rows(rows, g)
@@ -198,8 +198,8 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
 def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, grad_offset,
                               grad_mask, g, tiles, splits,
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
-                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                              CHUNKS: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
+                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+                              NEAR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
     """As backward_atomic. ONCE: the chunks hold all channels of a sample group.
 
     Grid: (B x tiles of positions x sample groups, splits).
@@ -233,7 +233,7 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
     rows = rows_of(s, first, g)
     offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
     for tap in range(first, stop):
-        axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
+        axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g, NEAR)
         more = inside & (tap + 1 < stop)
         rows = next_rows(rows, g)
         offsets, masks = read_at(offset, mask, rows, b, p, more, g, INDEX)
@@ -295,8 +295,8 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
 @triton.jit
 def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, blocks, splits,
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
-                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                              CHUNKS: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
+                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+                              NEAR: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
     """Sums [splits, K, 1, O] of points times samples over shares of the positions. The points are
     read for TAPS at a time, of which there is a whole number.
 
@@ -333,7 +333,7 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
             rows = rows_of(s, first_tap + k, g)
             offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
             shift = unravel(first_tap + k, g.kernel)
-            axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g)
+            axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g, NEAR)
             x = sample(source, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
             for j in tl.static_range(CHUNKS * MULTIPLIER):
                 term = x[j // MULTIPLIER] * grads[j]
@@ -377,7 +377,12 @@ def blocks_of(call: Call) -> tuple[dict[str, Any], int, int]:
     block_p = 128 if lanes == 1 else min(256 // lanes, 64)
     even = n.padded % (chunks * block_c) == 0
     constants = dict(
-        MULTIPLIER=n.group_out, BLOCK_P=block_p, BLOCK_C=block_c, CHUNKS=chunks, EVEN=even
+        MULTIPLIER=n.group_out,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        CHUNKS=chunks,
+        EVEN=even,
+        NEAR=call.is_near,
     )
     return constants, triton.cdiv(n.positions, block_p), triton.cdiv(n.padded, chunks * block_c)
 

@@ -31,7 +31,8 @@ from .variants import Variant
 @triton.jit
 def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, tiles, blocks, splits,
                    PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
-                   BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+                   BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+                   NEAR: tl.constexpr):  # fmt: skip
     """The columns of tiles of positions, from `first_tile` of all batch items on, whose first row
     is `first_row`. In "bf16x3" they are heads, and their tails lie after `room` rows of these.
 
@@ -58,7 +59,7 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
     rows = depthwise.rows_of(s, first, g)
     offsets, masks = depthwise.read_at(offset, mask, rows, b, p, inside, g, INDEX)
     for tap in range(first, last):
-        axes, amplitude, _ = depthwise.cells(offsets, masks, point, shift, inside, g)
+        axes, amplitude, _ = depthwise.cells(offsets, masks, point, shift, inside, g, NEAR)
         # Now, so that the next tap need not wait for them.
         more = inside & (tap + 1 < last)
         rows = depthwise.next_rows(rows, g)

@@ -542,6 +542,20 @@ class Call:
         )
         self._record = dict(g=self.sizes, offset=offset, mask=mask)
 
+    @functools.cached_property
+    def is_near(self) -> bool:
+        """Whether no position lies 2^21 or more pixels away without its offset, nor any pixel, and
+        sampling.floor_of, which is NVIDIA's, will do."""
+        n = self.sizes
+        reach = [
+            p * s + t + k * d
+            for p, s, t, k, d in zip(
+                n.point, n.stride, n.padding, n.kernel, n.dilation, strict=True
+            )
+        ]
+        there = not torch.version.hip and self.architecture != "interpreter"
+        return there and max(*n.image, *reach) < 2**21
+
     def _spreads(self, g: Geometry) -> bool:
         """Whether the weight of several groups is taken for one of a single group, with zeros
         where an output has no channel.

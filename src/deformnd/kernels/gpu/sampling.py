@@ -174,10 +174,12 @@ def cell_of(offsets, starts, inside, g, NEAR: tl.constexpr = False):
     valid = inside
     for a in tl.static_range(len(starts)):
         low = starts[a]
-        if NEAR:
+        if len(offsets) == 0:
+            fraction = (low * 0).to(tl.float32)
+        elif NEAR:
             floor, fraction = floor_of(offsets[a].to(tl.float32))
             low = low + floor
-        elif len(offsets) > 0:
+        else:
             value = offsets[a].to(tl.float32)
             near = tl.abs(value) < 1.0e9
             value = tl.where(near, value, 0.0)
@@ -185,8 +187,6 @@ def cell_of(offsets, starts, inside, g, NEAR: tl.constexpr = False):
             low = low + floor.to(tl.int32)
             valid = valid & near
             fraction = value - floor
-        else:
-            fraction = (low * 0).to(tl.float32)
         # Both bounds in one comparison: a number below -1 is a large one without its sign.
         valid = valid & ((low + 1).to(tl.uint32) <= g.image[a].to(tl.uint32))
         has_low = low >= 0

@@ -456,17 +456,12 @@ def blocks_of(call: Call, tiles: Tiles) -> dict[str, int]:
 def takes(call: Call) -> bool:
     """Sizes that fit into 32 bits, beside what all kernels need."""
     n = call.sizes
-    # How far positions lie from the image's first pixel without offsets.
-    reach = [
-        p * s + t + k * d
-        for p, s, t, k, d in zip(n.point, n.stride, n.padding, n.kernel, n.dilation, strict=True)
-    ]
     return (
         common.takes_any(call)
         and call.narrow
         and n.padded >= 4
         and n.columns % 32 == 0
-        and max(*n.image, *reach) < 2**21  # sampling.py, floor_of
+        and call.is_near
         and max(n.item, n.positions * n.padded_outputs) < 2**31
         and n.sample_groups * n.taps * len(n.image) * n.positions < 2**31
         and 2 * n.batch * n.positions < 2**31
