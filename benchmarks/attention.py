@@ -205,9 +205,9 @@ def main() -> None:
             print(f"{name}, {dtype}, {way} (ms): {times}", flush=True)
         listed = " ".join(f"{e:.1e}" for e in found["errors"])
         print(f"    errors {listed}; MiB {found['peak']}", flush=True)
-    if options.out:
-        report = {"versions": bench.versions(), "results": results}
-        options.out.write_text(json.dumps(report, indent=1))
+        if options.out:
+            report = {"versions": bench.versions(), "results": results}
+            options.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
