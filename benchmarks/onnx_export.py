@@ -10,7 +10,9 @@ One process, one live session at a time, rounds over all contestants, medians. C
 - `seed-nd`, `seed-elements`: deform_conv2d_onnx_exporter with either of its gathers, if it is
   installed (`pip install --no-deps deform_conv2d_onnx_exporter`; without torchvision, an operator
   of the same schema stands in, since only the nodes matter here);
-- `rewritten`: the first of these files after deformnd.onnx.rewrite.
+- `rewritten`: the first of these files after deformnd.onnx.rewrite;
+- `deformnd` and `node` also in ONNX Runtime with deformnd's core as its custom operators (engine
+  "deformnd"), and the call itself in PyTorch.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     # batch, in, spatial, out, kernel, offset groups
     "A": {"shape": (1, 64, 64, 64), "out": 64, "kernel": 3},
     "B": {"shape": (1, 128, 100, 168), "out": 128, "kernel": 3},
+    "C": {"shape": (1, 256, 50, 84), "out": 256, "kernel": 3},
     "D": {"shape": (1, 64, 180, 320), "out": 64, "kernel": 3, "offset_groups": 16},
     "K7": {"shape": (1, 256, 32, 32), "out": 256, "kernel": 7},
     "1d": {"shape": (4, 64, 1024), "out": 64, "kernel": 5},
@@ -184,7 +187,13 @@ def ov_session(path: str) -> Any:
     return lambda arrays: next(iter(request.infer(arrays).values()))
 
 
-ENGINES = {"onnxruntime": ort_session, "openvino": ov_session}
+def our_session(path: str) -> Any:
+    session = deformnd.onnx.session(path)
+    names = [i.name for i in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0]
+
+
+ENGINES = {"onnxruntime": ort_session, "openvino": ov_session, "deformnd": our_session}
 
 
 def files(model: Call, inputs: tuple[Tensor, ...], folder: str) -> dict[str, str]:
@@ -203,7 +212,7 @@ def files(model: Call, inputs: tuple[Tensor, ...], folder: str) -> dict[str, str
 
     # All targets share one lowering of the transpose; those that are not here, these lowerings.
     targets = "onnxruntime", "openvino", "standard", "precise", "deformnd"
-    for target in targets[:1] if model.transposed else targets:
+    for target in (targets[0], targets[-1]) if model.transposed else targets:
         make(target, deformnd.onnx.export, target=target, verify=False, verbose=False)
     if model.n == 2 and not model.transposed:
         make("node", hand_made)
@@ -212,6 +221,14 @@ def files(model: Call, inputs: tuple[Tensor, ...], folder: str) -> dict[str, str
         if "seed-nd" in found:
             make("rewritten", rewritten, old=found["seed-nd"])
     return found
+
+
+def in_pytorch(model: Call) -> Any:
+    def run(arrays: list[Any]) -> Any:
+        with torch.no_grad():
+            return model(*map(torch.from_numpy, arrays)).numpy()
+
+    return run
 
 
 def measure(function: Any, seconds: float) -> list[float]:
@@ -237,10 +254,15 @@ def run_case(name: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = files(model, inputs, folder)
+        pairs = [
+            (file, path, engine, start)
+            for file, path in paths.items()
+            for engine, start in ENGINES.items()
+            if engine != "deformnd" or file in ("deformnd", "node")
+        ]
+        pairs.append(("", "", "PyTorch", lambda _: in_pytorch(model)))
         for _ in range(rounds):
-            for (file, path), (engine, start) in (
-                (f, e) for f in paths.items() for e in ENGINES.items()
-            ):
+            for file, path, engine, start in pairs:
                 row = rows.setdefault((file, engine), {"case": name, "file": file})
                 if "failed" in row:
                     continue
@@ -255,7 +277,7 @@ def run_case(name: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
                     continue
                 row["error"] = float(np.abs(got - exact).max())
                 row["relative_error"] = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
-                row["bytes"] = os.path.getsize(path)
+                row["bytes"] = os.path.getsize(path) if path else 0
                 row.setdefault("ms", []).extend(measure(lambda s=session: s(arrays), seconds))
                 del session, got
                 gc.collect()
