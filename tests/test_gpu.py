@@ -1063,6 +1063,14 @@ def test_chunks_bound_memory(
         assert not split or plans[-1].size <= torchvision / 10 + 8 * 4 * weight.numel()
 
 
+def test_few_multiprocessors(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than there are blocks of outputs."""
+    on_device(monkeypatch, "portable", 1)
+    made = on_meta(Case((33, 30), (3, 3), image=64, points=700, offset_groups=2), torch.float16)
+    made.forward(backend), made.backward(backend)
+    assert {"multiply_columns", "multiply_points"} <= kernels_used()
+
+
 @pytest.mark.parametrize("architecture", ["sm_90", "portable"])
 def test_no_size_compiles_anything(
     architecture: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch

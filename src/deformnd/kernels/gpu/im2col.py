@@ -13,7 +13,6 @@ at a time that they stay in the second cache of most GPUs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,7 +87,7 @@ def read_columns(of, place, inside, c, g, EVEN: tl.constexpr):
 
 
 @triton.jit
-def multiply_columns(columns_, weight, bias, out, parts, g, first_row, room, number, blocks,
+def multiply_columns(laid, weight, bias, out, parts, g, first_row, room, number, blocks,
                      splits,
                      LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                      EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -112,12 +111,10 @@ def multiply_columns(columns_, weight, bias, out, parts, g, first_row, room, num
         c = step % per_tap * BLOCK_C + tl.arange(0, BLOCK_C)
         of_row = (row * g.taps + tap) * g.columns
         of_output = (tap * g.padded_outputs + o) * g.columns
-        x = (read_columns(columns_, of_row, inside, c, g, EVEN),)
+        x = (read_columns(laid, of_row, inside, c, g, EVEN),)
         w = (read_columns(weight, of_output, o_in, c, g, EVEN),)
         if PRECISION == "bf16x3":
-            x = x + (
-                read_columns(columns_ + room * (g.taps * g.columns), of_row, inside, c, g, EVEN),
-            )
+            x = x + (read_columns(laid + room * (g.taps * g.columns), of_row, inside, c, g, EVEN),)
             w = w + (read_columns(weight + tails, of_output, o_in, c, g, EVEN),)
         acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
     row = first_row.to(tl.int64) + row
@@ -139,7 +136,7 @@ def multiply_columns(columns_, weight, bias, out, parts, g, first_row, room, num
 
 
 @triton.jit
-def multiply_points(columns_, points, parts, g, first_row, room, number, blocks, splits, before,
+def multiply_points(laid, points, parts, g, first_row, room, number, blocks, splits, before,
                     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """The weight's gradient [splits, taps, channels, outputs] by `number` rows, whose columns are
@@ -167,10 +164,10 @@ def multiply_points(columns_, points, parts, g, first_row, room, number, blocks,
         of_row = (row * g.padded_outputs)[:, None] + o[None, :]
         there = inside & (column < length)[None, :]
         known = inside & (o < g.padded_outputs)[None, :]
-        x = (tl.load(columns_ + at, mask=there, other=0.0),)
+        x = (tl.load(laid + at, mask=there, other=0.0),)
         y = (tl.load(points + of_row, mask=known, other=0.0),)
         if PRECISION == "bf16x3":
-            x = x + (tl.load(columns_ + room * length + at, mask=there, other=0.0),)
+            x = x + (tl.load(laid + room * length + at, mask=there, other=0.0),)
             y = y + (tl.load(tails + of_row, mask=known, other=0.0),)
         acc = columns.dot_once(columns.transpose(x, PRECISION), y, acc, PRECISION)
     tl.store(parts + place, acc, mask=keep)
@@ -207,7 +204,7 @@ class Columns:
                 **dict(which, blocks=self.blocks, splits=splits, warps=depthwise.WARPS),
             )
             number = self._row(first + count) - which["first_row"]
-            yield dict(which, number=number, columns_=self.buffer)
+            yield dict(which, number=number, laid=self.buffer)
 
     def _row(self, tile: int) -> int:
         """The first one of a tile."""
@@ -218,11 +215,11 @@ class Columns:
 def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
     """Into how many parts the programs' sums of so many products are split, at least eight steps
     each: more fill the last round of programs better, but parts have to be written and added."""
-    rounds = programs / call.multiprocessors
 
     def cost(splits: int) -> float:
-        added = splits * tiles.PART / length * rounds if splits > 1 else 0.0
-        return math.ceil(rounds * splits) / splits + added
+        rounds: float = triton.cdiv(programs * splits, call.multiprocessors) / splits
+        added = programs / call.multiprocessors * splits * tiles.PART / length
+        return rounds + (added if splits > 1 else 0.0)
 
     return min(range(1, max(1, min(steps // 8, 16)) + 1), key=cost)
 
@@ -238,14 +235,14 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     row = call.tiles("forward_im2col", n.outputs)
     block_o, block_c = fit(n.outputs, row.block_o), fit(n.columns, row.block_c)
     blocks = triton.cdiv(n.outputs, block_o)
-    laid = Columns(call, image, call.multiprocessors // blocks * row.block_p)
-    programs = triton.cdiv(laid.rows, row.block_p) * blocks
+    made = Columns(call, image, max(call.multiprocessors // blocks, 1) * row.block_p)
+    programs = triton.cdiv(made.rows, row.block_p) * blocks
     steps = n.taps * triton.cdiv(n.columns, block_c)
     splits = splits_of(call, programs, n.taps * n.columns, steps)
     parts = call.room_for_parts(splits, out)
     constants: dict[str, Any] = dict(LAST=out.last, EVEN=n.columns % block_c == 0)
     constants |= dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=block_c)
-    for which in laid.write():
+    for which in made.write():
         grid = (triton.cdiv(which["number"], row.block_p) * blocks, splits)
         call.launch(
             *(multiply_columns, grid, constants),
@@ -260,17 +257,17 @@ def takes_weight(call: Call) -> bool:
 
 
 def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
-    n, laid, factors = call.sizes, Columns(call, image), call.factors(points)
+    n, made, factors = call.sizes, Columns(call, image), call.factors(points)
     row = call.tiles("backward_weight_im2col", n.outputs)
     block_o = fit(n.padded_outputs, row.block_o)
     blocks = triton.cdiv(n.padded_outputs, block_o)
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
-    steps = triton.cdiv(laid.rows, row.block_p)
-    splits = splits_of(call, programs, laid.rows, steps)  # which are added anew for such rows
+    steps = triton.cdiv(made.rows, row.block_p)
+    splits = splits_of(call, programs, made.rows, steps)  # which are added anew for such rows
     shape = (splits, n.taps, n.channels, n.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     constants = dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=row.block_c)
-    for i, which in enumerate(laid.write()):
+    for i, which in enumerate(made.write()):
         call.launch(
             *(multiply_points, (programs, splits), constants),
             **dict(points=factors, parts=parts, blocks=blocks, splits=splits, before=min(i, 1)),
