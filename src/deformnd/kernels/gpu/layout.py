@@ -553,7 +553,7 @@ class Call:
                 n.point, n.stride, n.padding, n.kernel, n.dilation, strict=True
             )
         ]
-        there = not torch.version.hip and self.architecture != "interpreter"
+        there = self.architecture != "interpreter" and not self.architecture.startswith("gfx")
         return there and max(*n.image, *reach) < 2**21
 
     def _spreads(self, g: Geometry) -> bool:
