@@ -52,9 +52,9 @@ def export(
         path: the file to write, in a folder that exists. Weights of 2 GB or more, or with
             external_data=True, go to a second one beside it, path + ".data".
         target: who shall run the file.
-            "onnxruntime": the standard DeformConv, for ONNX Runtime 1.25 or newer. The fastest
-            there.
-            "openvino": one file for OpenVINO and ONNX Runtime 1.25 or newer, each of which runs
+            "onnxruntime": the standard DeformConv, for ONNX Runtime 1.26 or newer. (1.25 has it,
+            too, and crashes where an offset is NaN.)
+            "openvino": one file for OpenVINO and ONNX Runtime 1.26 or newer, each of which runs
             its own operator. The fastest in OpenVINO.
             "standard": GridSample, which every engine has; its error grows with the image.
             "precise": gathers at integer coordinates; the most exact, and for old engines.
@@ -64,6 +64,7 @@ def export(
             "tensorrt": the standard DeformConv in 2-D, else as "precise"; never GridSample.
             "webgpu", "web": as "precise".
             "ncnn": GridSample by what pnnx reads: 1-D and 2-D, one group of offsets and of masks.
+            ncnn takes a batch of one, which is not checked.
         kwargs: the model's inputs by name.
         dynamic_shapes: as for torch.onnx.export: the axes whose size may vary.
         opset: from the oldest of the target up to the newest that torch writes. None: the default
