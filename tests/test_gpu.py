@@ -1352,7 +1352,7 @@ def different(plans: Iterable[Plan]) -> list[Launch]:
 
 # What a program may have of shared memory. Consumer chips of NVIDIA have 99 KiB.
 ROOM = {
-    **{"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99},
+    **{"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99},
     **{"gfx942": 64, "gfx1100": 64},
 }
 
@@ -1394,7 +1394,7 @@ COMPILED_IM2COL = Case((16, 16), (3, 3), image=256, points=300, offset_groups=8,
         ("sm_80", *COMPILED_DEPTHWISE[1]),
         *(("sm_80", *some) for some in COMPILED[1:4]),
         ("sm_86", Case((16, 16), (3, 3), image=256, points=256), torch.float32),
-        *((architecture, *COMPILED[2]) for architecture in ("gfx942", "gfx1100")),
+        *((architecture, *COMPILED[2]) for architecture in ("gfx942", "gfx1100", "sm_89")),
         *((architecture, *COMPILED[3]) for architecture in ROOM if architecture[0] == "g"),
         *((architecture, *COMPILED[3]) for architecture in ("sm_100", "sm_120")),
     ],
