@@ -157,7 +157,7 @@ def table_of_sweep() -> str:
     """Geometric means (and the least) against torchvision, for layers that nobody chose."""
     rows = []
     for kernels, file in (
-        ("H100", "sweep_h200.json"),
+        ("H100/H200", "sweep_h200.json"),
         ("other GPUs", "sweep_h200_portable.json"),
     ):
         for how, time in (("one call", "ms"), ("device alone", "device ms")):
