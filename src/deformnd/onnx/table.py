@@ -501,7 +501,7 @@ TARGETS = {
     ),
     # Positions have no rounding, and the operators are the oldest and plainest.
     "precise": Target(
-        18, 18, "any engine, ONNX Runtime from 1.19, with the smallest error, by Gather"
+        18, 18, "most engines, ONNX Runtime from 1.19, with the smallest error, by Gather"
     ),
     # The lowerings are the bodies of the functions that stand in for its nodes.
     "deformnd": Target(
