@@ -553,7 +553,7 @@ def _compared(model: Any, source: Path, made: Path, path: Path, target: str) -> 
         for g, e in zip(got, expected, strict=True):
             worst = max(
                 worst,
-                checked_difference(g, e, target == "standard", engine, str(path), str(source)),
+                checked_difference(g, e, TARGETS[target].coarse, engine, str(path), str(source)),
             )
         said.append(f"differs from {source} by {worst:.1e} of its largest value in {engine}")
     return "; ".join(said)
