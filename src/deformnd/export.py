@@ -2,8 +2,8 @@
 
     ov.convert_model(deformnd.export.to_torchvision(program))
 
-Each converter knows torch's own operators, and some torchvision's deform_conv2d. OpenVINO can also
-be taught the operators themselves.
+Every converter knows torch's own operators, and some know torchvision's deform_conv2d. OpenVINO can
+also be taught the operators of this package themselves.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ __all__ = ["openvino_extensions", "to_core_aten", "to_torchvision"]
 def to_torchvision(program: ExportedProgram) -> ExportedProgram:
     """The program with torchvision's deform_conv2d in place of deform_conv and deform_aggregate.
 
-    For converters that have a rule for torchvision's operator, which are OpenVINO's, coremltools
-    and onnxscript. In 1-D the image becomes one row, and in 3-D a tall image, its planes one below
-    the other. Of what torchvision's operator cannot express, transposed convolutions, attention and
-    3-D images of more than 1024 such rows or of open depth or height, torch's own operators are
-    made, as by to_core_aten.
+    It is for converters that have a rule for torchvision's operator, which are OpenVINO's,
+    coremltools and onnxscript. In 1-D the image becomes one row, and in 3-D a tall image, its
+    planes one below the other. torchvision's operator cannot express transposed convolutions,
+    attention, and 3-D images of more than 1024 such rows or of open depth or height. They become
+    torch's own operators, as by to_core_aten.
 
-    Half dtypes are computed in float32. The result runs, as torch's own programs do, and computes
-    the same, also where an offset is NaN or infinite.
+    Half dtypes are computed in float32. The new program can be run like any other, and computes the
+    same, also where an offset is NaN or infinite.
 
     Args:
-        program: of torch.export.export, which is not changed.
+        program: the program, made by torch.export.export. It is not changed.
 
     Returns:
         The new program.
 
     Raises:
-        TypeError: it is no ExportedProgram.
+        TypeError: program is no ExportedProgram.
         ImportError: torchvision is not installed, or not for this version of torch.
 
     Example:
@@ -62,7 +62,7 @@ def to_torchvision(program: ExportedProgram) -> ExportedProgram:
     if not hasattr(torch.ops.torchvision, "deform_conv2d"):
         try:
             import torchvision  # noqa: F401
-        except (ImportError, RuntimeError) as error:  # RuntimeError: of another build of torch
+        except (ImportError, RuntimeError) as error:  # RuntimeError: made for another torch
             raise ImportError(
                 "deformnd.export.to_torchvision needs torchvision, whose operator it writes: "
                 f"pip install torchvision ({error})"
@@ -78,17 +78,17 @@ def to_torchvision(program: ExportedProgram) -> ExportedProgram:
 def to_core_aten(program: ExportedProgram) -> ExportedProgram:
     """The program in torch's core operators alone, for runtimes that know no others.
 
-    For ExecuTorch, LiteRT, and any converter that to_torchvision does not serve. It computes the
-    same, slower than the kernels, as `deformnd.decompositions` says.
+    It is for ExecuTorch, LiteRT, and any converter that to_torchvision does not serve. The new
+    program computes the same, but slower than the kernels do, as `deformnd.decompositions` says.
 
     Args:
-        program: of torch.export.export, which is not changed.
+        program: the program, made by torch.export.export. It is not changed.
 
     Returns:
         The new program.
 
     Raises:
-        TypeError: it is no ExportedProgram.
+        TypeError: program is no ExportedProgram.
 
     Example:
         >>> import torch, deformnd.export
@@ -166,11 +166,13 @@ def _sampled(
         assert mask is not None
         offset = mask.new_zeros(g.batch, g.mask_groups * n * math.prod(g.kernel), *g.point_size)
         g = g._replace(offset_groups=g.mask_groups)
-    # torchvision has one dtype for all, and one number of groups.
+    # torchvision's operator has one dtype for all tensors, and one number of groups for offset and
+    # mask.
     dtype = compute_dtype(input, offset, mask)
     image, weight, offset = input.to(dtype), weight.to(dtype), offset.to(dtype)
     mask, bias = (None if t is None else t.to(dtype) for t in (mask, bias))
-    # Its kernels, and OpenVINO's, read out of bounds at NaN, see Note [bounded offsets] in onnx/.
+    # torchvision's kernels, and OpenVINO's, read out of bounds at NaN; see Note [bounded offsets]
+    # in onnx/lowerings.py.
     offset = torch.where(offset.abs() < FAR, offset, FAR)
     groups = math.lcm(g.offset_groups, g.mask_groups or 1)
     offset = _repeat(offset, g.offset_groups, groups)
@@ -181,7 +183,7 @@ def _sampled(
 
 
 def _repeat(t: Tensor, groups: int, common: int) -> Tensor:
-    """An offset or mask of so many groups, each repeated, as one of `common` groups."""
+    """An offset or mask of `groups` groups, each repeated, so that there are `common` groups."""
     if groups == common:
         return t
     batch, channels, *size = t.shape
@@ -198,7 +200,7 @@ def _deform_conv2d(
     mask: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    # What is left out is given as torchvision's own function does.
+    # A mask or bias that is left out is given as torchvision's own function gives it.
     result: Tensor = torch.ops.torchvision.deform_conv2d(
         image,
         weight,
@@ -223,7 +225,7 @@ def _row(
     mask: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """1-D as an image of one row."""
+    """A 1-D call, as a 2-D call on an image of one row."""
     offset = torch.stack((torch.zeros_like(offset), offset), 2).flatten(1, 2)  # dx as (0, dx)
     flat = g._replace(stride=(1, *g.stride), padding=(0, *g.padding), dilation=(1, *g.dilation))
     mask = None if mask is None else mask.unsqueeze(2)
@@ -239,12 +241,13 @@ def _tall_image(
     mask: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """3-D as native3d in onnx/lowerings.py, see Note [tall image] there."""
+    """A 3-D call, as native3d in onnx/lowerings.py writes it; see Note [tall image] there."""
     points, groups = math.prod(g.kernel), g.offset_groups
     depth, height, width = g.image_size
     plane = height + 1
     tall = F.pad(image, [0, 0, 0, 1]).reshape(g.batch, g.image_channels, depth * plane, width)
-    # The operator's output has the size that follows from its image: pad that, or the points.
+    # The size of the operator's output follows from its image. So the image is padded where the
+    # output would be too small, and the points are padded where it is too large.
     stride = (g.stride[0] * g.stride[1], g.stride[2])
     wanted = (g.point_size[0] * g.point_size[1], g.point_size[2])
     grow, extra = [], []
@@ -282,7 +285,8 @@ def _tall_image(
 
 
 def _regular(g: Geometry, axis: int, like: Tensor) -> Tensor:
-    """Where the points of the kernel lie without an offset: [K, *point_size], or ones in it."""
+    """Where the points of the kernel lie along an axis without an offset: [K, *point_size], with
+    size 1 in place of the sizes of the other axes."""
     n = len(g.kernel)
     along = [-1 if a == axis else 1 for a in range(n)]
     p = torch.arange(g.point_size[axis], device=like.device) * g.stride[axis] - g.padding[axis]
@@ -292,19 +296,20 @@ def _regular(g: Geometry, axis: int, like: Tensor) -> Tensor:
 
 
 def openvino_extensions() -> list[Any]:
-    """What teaches OpenVINO the operators, in one process with deformnd: they run on its kernels.
+    """The extensions that teach OpenVINO the operators, which then run on deformnd's kernels.
 
-    For the argument `extension` of openvino.convert_model, together with a program of torch.export
-    that holds deform_conv, its transpose, deform_aggregate or deform_attention. A model that was
-    converted so and saved is read again by a Core that was given each by `add_extension`.
+    They are for the argument `extension` of openvino.convert_model, together with a program of
+    torch.export that holds deform_conv, its transpose, deform_aggregate or deform_attention, and
+    they work only in a process with deformnd. A saved model that was converted so can be read again
+    by a Core that was given each extension by `add_extension`.
 
     Returns:
         The extensions, for OpenVINO's PyTorch front end, and the operator that they write.
 
     Raises:
         ImportError: OpenVINO is not installed.
-        During the conversion, OpenVINO's error for an attention whose levels' sizes are open, since
-            an operator of it holds them as numbers.
+        The conversion itself raises OpenVINO's error for an attention whose levels' sizes are open,
+            since OpenVINO's operator holds them as numbers.
 
     Example:
         >>> import openvino, torch, deformnd.export
@@ -352,7 +357,8 @@ def _openvino_operator() -> Any:
     import openvino
 
     class DeformndCall(openvino.Op):  # type: ignore[misc]
-        """A call of an operator: its name, which tensors are given, what else it takes (JSON)."""
+        """A call of an operator: its name, and as JSON which tensors are given, and its
+        parameters."""
 
         def __init__(
             self,
@@ -362,7 +368,7 @@ def _openvino_operator() -> Any:
             parameters: str = "",
         ) -> None:
             self.call = {"operator": operator, "given": given, "parameters": parameters}
-            # Without inputs it is one that is being read, whose attributes come later.
+            # Without inputs the operator is being read from a file, and its attributes come later.
             super().__init__(self, None if inputs is None else list(inputs))
 
         def clone_with_new_inputs(self, inputs: Sequence[Any]) -> Any:
@@ -388,7 +394,7 @@ def _openvino_operator() -> Any:
             self.set_output_type(0, self.get_input_element_type(0), openvino.PartialShape(shape))
 
         def open_shape(self, shapes: Sequence[Any]) -> list[Any]:
-            """What is known of the result where not all sizes are."""
+            """What is known of the result's shape where not all sizes of the inputs are known."""
             open_size = openvino.Dimension()
 
             def product(*sizes: Any) -> Any:

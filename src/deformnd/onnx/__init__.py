@@ -1,8 +1,8 @@
-"""ONNX export of every operator, for the engine that shall run the file.
+"""ONNX export of every operator, for the engine that is to run the file.
 
     deformnd.onnx.export(model, args, "model.onnx", target="onnxruntime")
 
-Needs `pip install 'deformnd[onnx]'`, at use and not at import.
+It needs `pip install 'deformnd[onnx]'` when it is used, but not when it is imported.
 """
 
 from .compat import create_deform_conv2d_custom_op, register_deform_conv2d_onnx_op

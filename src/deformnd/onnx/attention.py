@@ -7,11 +7,12 @@ Shapes: B batch, S pixels of all levels, H heads, C channels of a head, Q querie
 points of a level, n axes.
 
 Note [samples inside]
-A sample beyond the border's pixels is the nearest of them, less what lies further out: of a sample
-that is a pixel away nothing is left. So every sample is moved into the image, and its weight
-multiplied by what is left of it. No engine is asked for a sample outside, where several are wrong.
-GridSample's levels have a border of zeros all the same, a pixel wide, since a sample on the last
-pixel also has a corner beyond it, whose weight is 0 or what an engine's rounding makes of that.
+A sample beyond the outermost pixels blends the nearest of them with zeros: the further out it lies,
+the less is left of the pixel, and a pixel away nothing is left. So every sample is moved into the
+image, and its weight is multiplied by the share that is left. No engine is asked for a sample
+outside, where several are wrong. GridSample's levels still have a border of zeros, a pixel wide,
+since a sample on the last pixel also has a corner beyond it, whose weight is 0 or what an engine's
+rounding makes of 0.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .lowerings import bounded, grid_sample2d, normalised
 
 
 def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights: Value) -> Value:
-    """By one GridSample for each level."""
+    """A call by one GridSample for each level."""
     maps = b.mul(a.batch, a.heads)
     shapes, positions, weights = _in_2d(b, a, *_inside(b, a, locations, weights))
     points = a.points * (2 if len(a.shapes[0]) == 3 else 1)
-    # [L, B, H, Q, P]: what one GridSample takes is one after another.
+    # With the levels first, [L, B, H, Q, P], what one GridSample takes is contiguous.
     y, x, weights = (b.transpose(t, 3, 0, 2, 1, 4) for t in (*positions, weights))
     value = b.reshape(value, a.batch, a.pixels, a.heads * a.channels)
     total: Value = None
@@ -44,7 +45,8 @@ def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights:
         start = end
 
         def of_level(t: Value, level: int = level) -> Value:
-            # allowzero: where there are no queries, 0 would mean as many as there are heads.
+            # allowzero is needed where there are no queries: without it a 0 would copy the size of
+            # the same axis of t, which is the number of heads.
             size = b.tensor(maps, a.queries, points)
             return b.op.Reshape(b.take(t, level, 0), size, allowzero=1)
 
@@ -61,9 +63,9 @@ def grid_sample(b: Graph, a: Attention, value: Value, locations: Value, weights:
 
 
 def gather(b: Graph, a: Attention, value: Value, locations: Value, weights: Value) -> Value:
-    """By gathering the corners of each sample, a row of a head's channels at a time."""
+    """A call that gathers the corners of each sample, a row of a head's channels at a time."""
     positions, weights = _inside(b, a, locations, weights)
-    corners = [(_first_rows(b, a), weights)]  # each its row and its weight, [B, Q, H, L, P]
+    corners = [(_first_rows(b, a), weights)]  # a row and a weight [B, Q, H, L, P] for each corner
     for axis, position in enumerate(positions):
         floor = b.op.Floor(position)
         part = b.op.Sub(position, floor)
@@ -105,13 +107,14 @@ def _inside(b: Graph, a: Attention, locations: Value, weights: Value) -> tuple[l
     See Note [samples inside].
     """
     n = len(a.shapes[0])
-    # One image's width outside is far enough, for NaN and infinity, too.
+    # Locations are bounded to one image's width outside, where nothing is left of a sample. NaN and
+    # infinity end there, too.
     locations = bounded(b, locations, -1, 2.0)
     half, one = b.number(0.5), b.number(1.0)
     positions = []
     for axis in range(n):
         size = _column(b, [shape[axis] for shape in a.shapes], b.float)
-        # x, the last axis, comes first.
+        # Locations have x, which is the last axis of the image, first.
         position = b.op.Sub(b.op.Mul(b.take(locations, n - 1 - axis, 5), size), half)
         inside = b.op.Min(b.op.Max(position, b.number(0.0)), b.op.Sub(size, one))
         left = b.op.Sub(one, b.op.Abs(b.op.Sub(position, inside)))
@@ -125,8 +128,8 @@ def _in_2d(
 ) -> tuple[list[tuple[Size, ...]], list[Value], Value]:
     """The levels as 2-D images, and where the samples lie in these.
 
-    A 1-D level is one row. A 3-D level is its planes one below the other, and a sample in it two,
-    in neighbouring planes, of which each has its share of the weight.
+    A 1-D level is one row. A 3-D level is its planes, one below the other, and a sample of it is
+    two samples in neighbouring planes, each with its share of the weight.
     """
     n = len(positions)
     if n == 1:
@@ -154,7 +157,7 @@ def _in_2d(
 
 
 def _column(b: Graph, sizes: list[Size], dtype: Any) -> Value:
-    """A number of each level, [L, 1], as is what is multiplied with it, [B, Q, H, L, P]."""
+    """One number for each level, as a tensor [L, 1] that broadcasts with [B, Q, H, L, P]."""
     if all(isinstance(s, int) for s in sizes):
         return b.array(np.reshape(sizes, (-1, 1)), dtype)
     return b.cast(b.reshape(b.tensor(*sizes), len(sizes), 1), dtype)

@@ -79,7 +79,7 @@ def _gather(use_gathernd: bool, enable_openvino_patch: bool) -> Callable[..., Va
 
 
 class _Graph(Graph):
-    """What the arguments of a legacy symbolic function know of themselves."""
+    """Reads shapes and dtypes from the arguments of a legacy symbolic function."""
 
     def shape(self, t: Value) -> Sequence[Any]:
         from torch.onnx import symbolic_helper
@@ -93,7 +93,7 @@ class _Graph(Graph):
 
 
 class _Ops:
-    """The legacy exporter's graph with the calls of an onnxscript opset."""
+    """Gives the legacy exporter's graph the calls of an onnxscript opset."""
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph
@@ -110,7 +110,8 @@ class _Ops:
 
         return self._graph.op("Constant", value_t=torch.tensor(numpy_helper.to_array(value)))
 
-    # Their axes were an attribute until opset 13: torch knows.
+    # The axes of these two were an attribute until opset 13. torch's helpers write what the opset
+    # needs.
 
     def Unsqueeze(self, t: Value, axes: Value) -> Value:
         from torch.onnx import symbolic_helper

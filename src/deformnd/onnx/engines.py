@@ -1,7 +1,7 @@
 """The engines that run ONNX files, on numpy arrays.
 
-`python engines.py ENGINE FILE FOLDER` runs a file apart from whoever asks, whom an engine that
-crashes or never ends shall not take along. It needs neither torch nor this package.
+`python engines.py ENGINE FILE FOLDER` runs a file in a process of its own, so that an engine that
+crashes or never ends does not harm the caller. It needs neither torch nor this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Run = Callable[[Sequence[Any]], list[Any]]
 def onnxruntime(path: str, library: str | None = None) -> tuple[list[set[int]], Run]:
     """The open axes of each input of a file, and the function that runs it.
 
-    library: one of custom operators.
+    library: the path of a library of custom operators to run it with.
     """
     import onnxruntime
 
@@ -36,7 +36,7 @@ def onnxruntime(path: str, library: str | None = None) -> tuple[list[set[int]], 
 
 
 def openvino(path: str) -> tuple[list[set[int]], Run]:
-    """The same in OpenVINO, in float32."""
+    """The open axes and the function for OpenVINO, which runs the file in float32."""
     import openvino
 
     core = openvino.Core()
@@ -53,12 +53,12 @@ def openvino(path: str) -> tuple[list[set[int]], Run]:
 
 
 def deformnd(path: str) -> tuple[list[set[int]], Run]:
-    """The same in ONNX Runtime with deformnd's kernels."""
+    """The open axes and the function for ONNX Runtime with deformnd's kernels."""
     return onnxruntime(path, str(_core()))
 
 
 def _core() -> Path:
-    """As deformnd.onnx.custom_ops_library, which this file cannot import."""
+    """The path that deformnd.onnx.custom_ops_library returns, which this file cannot import."""
     found = sorted(Path(__file__).parent.parent.glob("_core.*"))
     if not found:
         raise ImportError("deformnd's core is not there")
@@ -69,7 +69,7 @@ ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino, "deformnd": deformn
 
 
 def version(engine: str) -> str:
-    """Of an engine; raises ImportError if it is not installed."""
+    """The version of an engine. Raises ImportError if the engine is not installed."""
     if engine == "deformnd":
         _core()
         engine = "onnxruntime"
@@ -81,10 +81,10 @@ def version(engine: str) -> str:
 
 
 def reason(engine: str, error: Exception | str) -> str:
-    """Why an engine does not run a file, in one line, and what helps."""
+    """One line that says why an engine does not run a file, and what helps."""
     said = " ".join(str(error).split())[:300]
     hint = ""
-    if "DeformConv" in said and "MMCV" not in said:  # mmcv has nodes of such names
+    if "DeformConv" in said and "MMCV" not in said:  # mmcv's nodes have DeformConv in their names
         hint = {
             "onnxruntime": "; it has DeformConv from 1.25 on: target 'precise' runs in older ones",
             "openvino": "; deformnd.onnx.read_openvino_model reads it, and so does OpenVINO itself "
@@ -94,7 +94,7 @@ def reason(engine: str, error: Exception | str) -> str:
 
 
 class NotLoadedError(ValueError):
-    """An engine does not load a file, which says nothing about the file."""
+    """An engine does not load a file. The file need not be at fault."""
 
 
 def not_loaded(engine: str, path: str, error: Exception) -> NotLoadedError:
@@ -113,6 +113,6 @@ if __name__ == "__main__":
         arrays = [np.asarray(o) for o in outputs]
         if any(a.dtype.kind not in "fiub" for a in arrays):
             raise TypeError("an output is no tensor of numbers")
-    except Exception as error:  # each engine has its own; the message is what counts
+    except Exception as error:  # each engine has its own errors; only the message matters
         sys.exit(reason(engine, error))
     np.savez(Path(folder) / "outputs.npz", *arrays)

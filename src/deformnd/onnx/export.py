@@ -20,10 +20,10 @@ from .lowerings import OPENVINO_DOMAIN, openvino_function
 from .nodes import add_functions
 from .table import TARGETS, UnsupportedError, body, resolve, translation_table
 
-# Of the largest value of an output. What is wrong is wrong by much more, and a deep network adds
-# up more than one layer's rounding.
+# The tolerances are in units of an output's largest value. A wrong file is wrong by much more, and
+# a deep network adds up the rounding of many layers.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2}
-_TOLERANCE_OF_STANDARD = 10  # GridSample's positions are that much coarser
+_TOLERANCE_OF_STANDARD = 10  # the tolerance's factor, as GridSample's positions are coarser
 
 
 def export(
@@ -41,17 +41,18 @@ def export(
 ) -> Any:
     """Export a model that holds deformnd's operators, or torchvision's deform_conv2d, to ONNX.
 
-    torch.onnx.export(dynamo=True) with translation_table(target, opset), and checks: the file is
-    valid, has the opset asked for, and, run by the target's engine, agrees with the model.
+    It calls torch.onnx.export(dynamo=True) with translation_table(target, opset), and then checks
+    that the file is valid, has the opset asked for, and, run by the target's engine, agrees with
+    the model.
 
     Args:
-        model: an nn.Module in eval mode, or a torch.export.ExportedProgram. In float16 (where
-            these operators still compute in float32), float32 or float64. While a Module is
-            exported, its parameters do not require gradients.
+        model: an nn.Module in eval mode, or a torch.export.ExportedProgram. Its dtype is float16
+            (in which these operators still compute in float32), float32 or float64. While a Module
+            is exported, its parameters do not require gradients.
         args: the model's positional inputs, or the one tensor that is its input.
-        path: the file to write, in a folder that exists. Weights of 2 GB or more, or with
-            external_data=True, go to a second one beside it, path + ".data".
-        target: who shall run the file.
+        path: the file to write, in a folder that exists. Weights of 2 GB or more, and all weights
+            with external_data=True, go to a second file beside it, path + ".data".
+        target: the engine that is to run the file.
             "onnxruntime": the standard DeformConv, for ONNX Runtime 1.26 or newer. (1.25 has it,
             too, and crashes where an offset is NaN.)
             "openvino": one file for OpenVINO and ONNX Runtime 1.26 or newer, each of which runs
@@ -63,16 +64,16 @@ def export(
             functions it is as "precise".
             "tensorrt": the standard DeformConv in 2-D, else as "precise"; never GridSample.
             "webgpu", "web": as "precise".
-            "ncnn": GridSample by what pnnx reads: 1-D and 2-D, one group of offsets and of masks.
-            ncnn takes a batch of one, which is not checked.
+            "ncnn": GridSample in operators that pnnx reads, for 1-D and 2-D with one group of
+            offsets and of masks. ncnn takes a batch of one, which is not checked.
         kwargs: the model's inputs by name.
         dynamic_shapes: as for torch.onnx.export: the axes whose size may vary.
-        opset: from the oldest of the target up to the newest that torch writes. None: the default
-            of the target; deformnd.onnx.TARGETS has both.
+        opset: the opset, from the target's oldest up to the newest that torch writes. None: the
+            target's default. deformnd.onnx.TARGETS has the oldest and the default.
         verify: run the file and compare. Without the engine installed, only the file is checked.
         verbose: say what was written and how well it agrees.
-        **options: more for torch.onnx.export: input_names, output_names, external_data ... Its
-            names f and opset_version are taken for path and opset.
+        **options: more arguments of torch.onnx.export: input_names, output_names, external_data ...
+            Its names f and opset_version are taken for path and opset.
 
     Returns:
         torch's ONNXProgram.
@@ -81,7 +82,8 @@ def export(
         UnsupportedError: the target cannot express an operator of the model at this opset, or torch
             cannot write this opset.
         ValueError, TypeError: an argument does not fit, and the message names it; or the target's
-            engine does not load the file, or the file disagrees with the model, and was removed.
+            engine does not load the file, or the file disagrees with the model. Then the file has
+            been removed.
         ImportError: onnx or onnxscript is not installed (`pip install 'deformnd[onnx]'`).
 
     Example:
@@ -136,7 +138,7 @@ def export(
         saving["include_initializers"] = options.pop("export_params")
     log = logging.getLogger("onnxscript")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it logs tracebacks of what is an error below
+    log.setLevel(logging.CRITICAL)  # onnxscript logs tracebacks of errors that are raised below
     try:
         with _frozen(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Exporting a model while it is in training mode")
@@ -178,7 +180,8 @@ def export(
 
 
 def _compared(path: Path, model: Any, args: Any, kwargs: Any, engine: str, target: str) -> str:
-    """How well the file agrees with the model in an engine, or why that is not known."""
+    """A line that says how well the file agrees with the model in an engine, or why it is not
+    known."""
     try:
         found = check(
             path, model, args, kwargs=kwargs, engine=engine, standard=TARGETS[target].coarse
@@ -209,9 +212,11 @@ def _inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextlib.contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """No parameter requires gradients: torch 2.13 fails at attention with a learned mask that does.
+    """Within this, no parameter requires gradients, since torch 2.13 fails at attention with a
+    learned mask that does.
 
-    But for those whose flag cannot be changed, or not back: of lazy modules, and of inference mode.
+    Parameters of lazy modules and of inference mode are left out, because their flag cannot be
+    changed, or not be changed back.
     """
     learned = [
         p
@@ -259,13 +264,14 @@ def path_to_read(path: Any) -> str:
 def _explained(
     error: Exception, model: Any, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any
 ) -> Exception:
-    """The error to raise for what torch.onnx.export raised: ours where an argument is behind it."""
+    """The error to raise for one that torch.onnx.export raised: a clearer one if an argument is the
+    cause, else torch's own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UnsupportedError):
             return cause
         cause = cause.__cause__
-    # torch's own error is ten lines of advice; what went wrong is its cause.
+    # torch's own error is ten lines of advice, and its cause says what went wrong.
     reason = error if error.__cause__ is None else error.__cause__
     said = " ".join(str(reason).split())
     if dynamic_shapes is not None and (
@@ -279,7 +285,7 @@ def _explained(
             "deformnd.onnx: model is a torch.jit.ScriptModule, expected the Module it was made from"
         )
     if type(error).__name__ == "ConversionError":
-        with contextlib.suppress(Exception):  # torch's error, then, is the one to tell
+        with contextlib.suppress(Exception):  # if the model fails, torch's error is raised
             odd = _no_output(_returned(model, args, kwargs))
             if odd is not None:
                 return odd
@@ -291,8 +297,9 @@ def _explained(
 def add_function(program: Any) -> None:
     """Complete a program that torch.onnx.export made for target "openvino" or "deformnd".
 
-    It gets the definition of the operator that is OpenVINO's or deformnd's own, for every other
-    engine: without it, only that one reads the file. deformnd.onnx.export does this for you.
+    The program gets a definition of the operator that is OpenVINO's or deformnd's own, for all
+    other engines. Without it, only the engine that has this operator reads the file.
+    deformnd.onnx.export does this for you.
 
     Args:
         program: torch's ONNXProgram, changed in place.
@@ -304,7 +311,7 @@ def add_function(program: Any) -> None:
 
 
 def complete(model: Any) -> None:
-    """The same for an onnx_ir.Model."""
+    """Complete an onnx_ir.Model, as add_function completes a program."""
     from onnx_ir import serde
 
     if any(node.domain == OPENVINO_DOMAIN for node in model.graph.all_nodes()):
@@ -341,8 +348,8 @@ def check(
 ) -> float:
     """Run an exported file and compare it with the model it was made from.
 
-    With the inputs given, and, where the file leaves sizes open, with inputs of twice those sizes
-    (of tiled values), unless the model itself refuses them.
+    The inputs are those given, and, where the file leaves sizes open, also inputs of twice those
+    sizes (with tiled values), unless the model itself refuses them.
 
     Args:
         path: the file.
@@ -356,9 +363,9 @@ def check(
         The largest difference of any output, in units of its largest value.
 
     Raises:
-        ValueError: that is more than 0.001 (0.02 in float16; ten times those with `standard`), or
-            NaN where the model has none; the engine does not load or run the file; an argument does
-            not fit.
+        ValueError: the difference is more than 0.001 (0.02 in float16; ten times as much with
+            `standard`), or the file gives NaN where the model does not; the engine does not load or
+            run the file; an argument does not fit.
         ImportError: the engine is not installed.
 
     Example: see export.
@@ -373,7 +380,7 @@ def check(
     args, kwargs = _inputs(args, kwargs)
     try:
         inputs, run = engines.ENGINES[engine](path)
-    except Exception as error:  # each engine has its own
+    except Exception as error:  # each engine has its own errors
         raise engines.not_loaded(engine, path, error) from error
     leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -413,7 +420,7 @@ def check(
 
 
 def _returned(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The parts of what the model returns."""
+    """The parts of what the model returns, in one list."""
     function = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     with torch.no_grad():
         leaves: list[Any] = torch.utils._pytree.tree_leaves(function(*args, **kwargs))
@@ -421,7 +428,7 @@ def _returned(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 
 def _no_output(returned: list[Any]) -> ValueError | None:
-    """The error for what a model returns that no ONNX file can."""
+    """The error for a model that returns something that an ONNX file cannot, or None."""
     for part in returned:
         if part is not None and not isinstance(part, Tensor):
             kind = type(part).__name__
@@ -432,14 +439,15 @@ def _no_output(returned: list[Any]) -> ValueError | None:
 def difference(got: Tensor, expected: Tensor) -> float:
     """The largest difference, in units of the largest finite value expected.
 
-    Infinite for another shape, and where one is NaN or infinite and the other is not the same.
+    It is infinite if the shapes differ, or if one value is NaN or infinite and the other is not the
+    same.
     """
     if got.shape != expected.shape:
         return math.inf
     e, g = expected.double(), got.double()
     same = (e == g) | (e.isnan() & g.isnan())
     error = torch.where(same, 0.0, (g - e).abs()).nan_to_num(math.inf, math.inf)
-    if not error.any():  # nor in an empty tensor
+    if not error.any():  # this holds for an empty tensor, too, which has no largest value
         return 0.0
     largest = float(torch.where(e.isfinite(), e.abs(), 0.0).max())
     return float(error.max()) / max(largest, 1e-30)

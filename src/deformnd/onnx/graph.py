@@ -1,4 +1,4 @@
-"""Writing ONNX nodes: a little vocabulary over the exporters' operator objects."""
+"""Writing ONNX nodes: a small vocabulary on top of the exporters' operator objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Value = Any  # a tensor in the graph that is being written
-Size = Any  # an int where known, else a Value: int64 [1]
+Size = Any  # an int where it is known, else a Value, which is an int64 tensor [1]
 
 
 class Graph:
@@ -27,7 +27,7 @@ class Graph:
         self.float: Any = np.result_type(np.float32, *map(self.dtype, tensors))
 
     def shape(self, t: Value) -> Sequence[Any]:
-        """The sizes of an operator's argument; what is no int is not known."""
+        """The sizes of an operator's argument. A size that is not an int is not known."""
         return t.shape  # type: ignore[no-any-return]
 
     def dtype(self, t: Value) -> Any:
@@ -106,7 +106,7 @@ class Graph:
         return self.op.Max(self.tensor(a), self.tensor(b))
 
     def reshape(self, t: Value, *sizes: Size) -> Value:
-        # Never -1, which has no meaning in an empty batch.
+        # No size is written as -1, which has no meaning in an empty batch.
         return self.op.Reshape(t, self.tensor(*sizes))
 
     def expand(self, t: Value, *sizes: Size) -> Value:
@@ -123,7 +123,7 @@ class Graph:
         return self.op.Gather(t, self.array(index, np.int64), axis=axis)
 
     def pad(self, t: Value, before: list[Size], after: list[Size]) -> Value:
-        """Zeros around each axis of t."""
+        """t with zeros before and after it along each axis."""
         if all(isinstance(s, int) and s == 0 for s in before + after):
             return t
         return self.op.Pad(t, self.tensor(*before, *after))

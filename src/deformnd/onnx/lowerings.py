@@ -1,8 +1,8 @@
 """The operators of deformnd in the operators of ONNX.
 
 Each lowering takes a Geometry, whose batch and spatial sizes may be tensors of the graph (see
-Size), and writes one call in one floating dtype, float32 or float64. All follow the definition
-in kernels/reference.py.
+Size), and writes one call in one floating dtype, float32 or float64. All of them follow the
+definition in kernels/reference.py.
 
 Shapes: B batch, K kernel points, P positions of the points, G offset groups, MG mask groups,
 C image channels, O point channels, V pixels of the image inside a border of one zero pixel.
@@ -21,21 +21,21 @@ from ..kernels.geometry import Geometry
 from .graph import Graph, Size, Value
 
 # Note [bounded offsets]
-# Floats end at 2^24 here: no image is as large, so a larger offset points outside, and so must NaN
-# and infinity. `bounded` sends all of them there, since a comparison with NaN is false. Beyond it,
-# floats turn into integers safely, and no NaN reaches a sum (or OpenVINO's DeformableConvolution,
-# where it reads out of bounds).
+# Offsets are bounded by 2^24. No image is that large, so a larger offset points outside, as NaN and
+# infinity must do as well. `bounded` moves all of them to the bound, NaN because a comparison with
+# it is false. Then floats turn into integers safely, and no NaN reaches a sum or OpenVINO's
+# DeformableConvolution, which would read out of bounds.
 FAR = 2.0**24
 
 
 def bounded(b: Graph, t: Value, low: float, high: float | Value) -> Value:
-    """t in [low, high]; what is NaN becomes high, if the engine has comparisons."""
+    """t bounded to [low, high]. NaN becomes high if the engine has comparisons."""
     end = b.number(high) if isinstance(high, (int, float)) else b.cast(high, b.float)
     least = b.op.Where(b.op.Less(t, end), t, end) if b.comparisons else b.op.Min(t, end)
     return b.op.Max(least, b.number(low))
 
 
-# Native: DeformConv, in ONNX since opset 19
+# Lowerings to an engine's own operator, which is DeformConv in ONNX since opset 19.
 
 
 def ordinary(
@@ -47,7 +47,7 @@ def ordinary(
     mask: None,
     bias: Value | None,
 ) -> Value:
-    """With nothing to deform; deform_conv itself calls torch's own convolution then."""
+    """A call without offset and mask is an ordinary convolution, as deform_conv itself does it."""
     inputs = (image, weight) if bias is None else (image, weight, bias)
     return b.op.Conv(
         *inputs,
@@ -68,9 +68,9 @@ def native(
     bias: Value | None,
     deform_conv2d: Any,
 ) -> Value:
-    """By the engine's own 2-D operator; 1-D as an image of one row.
+    """A call by the engine's own 2-D operator, to which a 1-D image is an image of one row.
 
-    deform_conv2d is one of the functions below, which differ in who runs the node.
+    deform_conv2d is one of the functions below, which write the nodes of different engines.
     """
     points = math.prod(g.kernel)
     g, offset, mask = _repeat_groups(b, g, offset, mask)
@@ -78,7 +78,7 @@ def native(
     if len(g.kernel) == 2:
         return deform_conv2d(b, g, image, weight, offset, mask, bias)
     size = g.point_size[0]
-    # dx alone becomes (dy, dx) = (0, dx).
+    # A 1-D offset is dx alone, and becomes (dy, dx) = (0, dx).
     offset = b.reshape(offset, g.batch, groups * points, 1, size)
     offset = b.pad(offset, [0, 0, 1, 0], [0, 0, 0, 0])
     offset = b.reshape(offset, g.batch, groups * points * 2, 1, size)
@@ -100,13 +100,14 @@ def native(
 def _repeat_groups(
     b: Graph, g: Geometry, offset: Value, mask: Value | None
 ) -> tuple[Geometry, Value, Value | None]:
-    """Offset and mask in one number of groups, the least common multiple of theirs."""
+    """Offset and mask repeated to the same number of groups, the least common multiple of
+    theirs."""
     common = math.lcm(g.offset_groups, g.mask_groups or 1)
 
     def repeat(t: Value, groups: int, channels: int) -> Value:
         if groups == common:
             return t
-        # In few dimensions: OpenVINO's Broadcast is wrong in seven.
+        # This uses few dimensions, since OpenVINO's Broadcast is wrong in seven.
         size = b.mul(channels, *g.point_size)
         t = b.reshape(t, g.batch, groups, 1, size)
         t = b.expand(t, g.batch, groups, common // groups, size)
@@ -164,14 +165,15 @@ def openvino_deform_conv2d(
     bias: Value | None,
 ) -> Value:
     # OpenVINO's front end leaves bilinear_interpolation_pad at 0, which means that samples less
-    # than a pixel outside are 0 rather than blended with it. A zero border around the image gives
-    # them pixels to blend, and the operator that much less padding. Where there is none to take
-    # away, the image grows by one stride instead, and the points by one position, cropped after.
+    # than a pixel outside are 0 instead of being blended with 0. A zero border around the image
+    # gives them pixels to blend with, and the operator gets that much less padding. Where there is
+    # no padding to take away, the image grows by one stride instead, and the points by one
+    # position, which is cropped afterwards.
     border = [1 if p else s for p, s in zip(g.padding, g.stride, strict=True)]
     padding = [max(p - 1, 0) for p in g.padding]
     extra = [0 if p else 1 for p in g.padding]
     image = b.pad(image, [0, 0, *border], [0, 0, *border])
-    # OpenVINO reads out of bounds at NaN.
+    # Offsets are bounded because OpenVINO reads out of bounds at NaN.
     offset = b.pad(bounded(b, offset, -FAR, FAR), [0, 0, *extra], [0, 0, *extra])
     if mask is not None:
         mask = b.pad(mask, [0, 0, *extra], [0, 0, *extra])
@@ -246,14 +248,14 @@ def openvino_function(opset: int) -> Any:
 
 
 # Note [tall image]
-# A 3-D image is a 2-D image with its planes one below the other and a row of zeros after each. A
-# 3-D sample is two 2-D samples of it, in neighbouring planes, blended. A position in row y of plane
-# z is in row z * (height + 1) + y, for -1 <= y <= height: at both ends of that range it lies on a
-# row of zeros, or outside. z is kept in [-1, depth] likewise.
+# A 3-D image is written as a tall 2-D image: its planes one below the other, with a row of zeros
+# after each. A 3-D sample is then two 2-D samples in neighbouring planes, blended. Row y of plane z
+# is row z * (height + 1) + y of the tall image. y is kept in [-1, height], at whose ends it lies on
+# a row of zeros or outside, and z is kept in [-1, depth] for the same reason.
 
 
 def _tall_image(b: Graph, g: Geometry, image: Value) -> tuple[Value, Size, Size]:
-    """The tall image [B, C, rows, width], rows, and rows in a plane."""
+    """The tall image [B, C, rows, width], the number of its rows, and the rows of a plane."""
     depth, height, width = g.image_size
     plane = b.add(height, 1)
     rows = b.mul(depth, plane)
@@ -271,7 +273,7 @@ def native3d(
     bias: Value | None,
     deform_conv2d: Any,
 ) -> Value:
-    """By the engine's 2-D operator on the tall image; see Note [tall image].
+    """A 3-D call by the engine's 2-D operator on the tall image; see Note [tall image].
 
     Its kernel is [2, K]: row c samples plane floor(z) + c, with its share of the blend in the
     mask. The operator adds its own regular positions, which are taken off its offsets again.
@@ -280,7 +282,8 @@ def native3d(
     g, offset, mask = _repeat_groups(b, g, offset, mask)
     batch, groups = g.batch, g.offset_groups
     tall, rows, plane = _tall_image(b, g, image)
-    # The operator's output has the size that follows from its image: pad that, or the points.
+    # The size of the operator's output follows from its image. So the image is padded where the
+    # output would be too small, and the points are padded where it is too large.
     stride = (g.stride[0] * g.stride[1], g.stride[2])
     wanted = (b.mul(g.point_size[0], g.point_size[1]), g.point_size[2])
     kernel = (2, points)
@@ -299,7 +302,7 @@ def native3d(
     low = b.op.Floor(z)
     part = b.op.Sub(z, low)
     row = b.op.Add(b.op.Mul(low, b.scalar(plane, b.float)), y)
-    # In five dimensions: where the batch is not known, OpenVINO broadcasts seven wrong.
+    # This uses five dimensions, since OpenVINO broadcasts seven wrong where the batch is not known.
     shape = (batch, groups, points, *wanted)
     r = b.scaled(b.arange(wanted[0], b.float), stride[0], b.float)
     r = b.reshape(r, 1, 1, 1, wanted[0], 1)
@@ -336,13 +339,14 @@ def native3d(
     return b.reshape(result, batch, g.point_channels, *g.point_size)
 
 
-# By GridSample: every engine has it, with positions relative to the size of the image
+# The lowering to GridSample, which every engine has. Its positions are relative to the image's
+# size.
 
 # Note [samples inside the image]
 # Several engines' GridSample is wrong outside the image, and right inside. So the image gets a
-# border of zeros, two pixels wide, and positions are clipped onto its middle, half a pixel from the
-# end: what is clipped is 0 however an engine rounds, and no sample has a corner outside, not even
-# one of weight 0.
+# border of zeros, two pixels wide, and positions are clipped onto the border's middle, half a pixel
+# from the outermost pixels' centres. A clipped sample is then 0 however an engine rounds, and no
+# sample has a corner outside, not even one of weight 0.
 _BORDER = 2
 
 
@@ -355,10 +359,10 @@ def grid_sample(
     mask: Value | None,
     bias: Value | None,
 ) -> Value:
-    """By one GridSample, with the kernel points as rows of its output.
+    """A call by one GridSample, with the kernel points as rows of its output.
 
-    Its positions are normalised by the size of the image: their error, and so the result's, grows
-    with that size.
+    GridSample's positions are normalised by the size of the image, so their error, and with it the
+    result's, grows with that size.
     """
     n, points = len(g.kernel), math.prod(g.kernel)
     channels = g.image_channels // g.offset_groups
@@ -373,7 +377,7 @@ def grid_sample(
     else:
         size = [b.add(s, 2 * _BORDER) for s in g.image_size]
         normal = [normalised(b, _inside(b, p, s), s) for p, s in zip(positions, size, strict=True)]
-        if n == 1:  # the middle one of three rows
+        if n == 1:  # the image becomes the middle one of three rows
             image, border = b.unsqueeze(image, 2), [1, _BORDER]
             normal.insert(0, b.op.Mul(normal[0], b.number(0.0)))
         edges = [0, 0, *border]
@@ -389,7 +393,7 @@ def grid_sample(
 
 
 def _inside(b: Graph, position: Value, size: Size) -> Value:
-    """Positions in an image with a border, of that size, clipped onto the border's middle."""
+    """Positions in an image of a size that includes a border, clipped onto the border's middle."""
     end = size - 1.5 if isinstance(size, int) else b.op.Sub(b.scalar(size, b.float), b.number(1.5))
     return bounded(b, position, 0.5, end)
 
@@ -397,7 +401,7 @@ def _inside(b: Graph, position: Value, size: Size) -> Value:
 def normalised(b: Graph, position: Value, size: Size, border: int = 0) -> Value:
     """Positions in pixels as GridSample counts them without align_corners: edges at -1 and 1.
 
-    border: of the image, whose size it is part of, where positions count from inside of it.
+    border: the width of a border that is part of the size, but within which positions begin.
     """
     edge = 2 * border + 1
     if isinstance(size, int):
@@ -409,10 +413,11 @@ def normalised(b: Graph, position: Value, size: Size, border: int = 0) -> Value:
 
 
 def grid_sample2d(b: Graph, image: Value, y: Value, x: Value) -> Value:
-    # OpenVINO joins along the last axis one number at a time, and transposes this faster.
+    # OpenVINO joins along the last axis one number at a time. Joining along the first axis and
+    # transposing is faster.
     grid = b.op.Concat(b.unsqueeze(x, 0), b.unsqueeze(y, 0), axis=0)
-    # align_corners=0 also where its value is the same for the result: 1 fails on axes of size 1,
-    # and misses ONNX Runtime's fast path.
+    # align_corners is 0 even where its value makes no difference to the result: 1 fails on axes of
+    # size 1, and misses ONNX Runtime's fast path.
     return b.op.GridSample(
         image,
         b.transpose(grid, 1, 2, 3, 0),
@@ -425,14 +430,15 @@ def grid_sample2d(b: Graph, image: Value, y: Value, x: Value) -> Value:
 def _grid_sample3d(
     b: Graph, g: Geometry, image: Value, positions: list[Value], batch: Size, channels: int
 ) -> Value:
-    """Samples of the tall image, with the plane below each as more channels; see Note."""
-    z, y, x = positions  # which count from one plane, two rows and two columns before the image
+    """Samples of the tall image, with the plane below each as more channels; see
+    Note [tall image]."""
+    z, y, x = positions  # counted from one plane, two rows and two columns before the image
     depth, height, width = g.image_size
     z = bounded(b, z, 0, b.add(depth, 1))
     y = bounded(b, y, _BORDER - 1, b.add(height, _BORDER))
     low = b.op.Floor(z)
-    # Plane z of this one holds planes z - 1 and z, for z = 0 ... depth + 1. Two rows before and one
-    # after are the border of Note [samples inside the image].
+    # Plane z of the image made here holds planes z - 1 and z, for z = 0 ... depth + 1. Two rows
+    # before and one after are the border of Note [samples inside the image].
     plane, width = b.add(height, 1), b.add(width, 2 * _BORDER)
     image = b.pad(image, [0] * 4 + [_BORDER], [0, 0, 0, 1, _BORDER])
     image = b.reshape(image, batch, channels, b.mul(depth, plane), width)
@@ -450,7 +456,8 @@ def _grid_sample3d(
     return b.op.Add(first, b.op.Mul(b.op.Sub(second, first), part))
 
 
-# By integer gather: exact coordinates at any size, in any engine and opset
+# Lowerings to gathers by integers, whose coordinates are exact at any size, in any engine and
+# opset.
 
 
 def gather_rows(
@@ -464,9 +471,9 @@ def gather_rows(
     nd: bool = False,
     reshape_gathered: bool = False,
 ) -> Value:
-    """By gathering the corners of each sample, a row of all channels of a group at a time.
+    """A call that gathers the corners of each sample, a row of all channels of a group at a time.
 
-    nd: by GatherND; reshape_gathered: give what it returns its shape once more.
+    nd: gather by GatherND. reshape_gathered: reshape what is gathered to the shape that it has.
     """
     g, offset, mask = _repeat_groups(b, g, offset, mask)
     points, (positions,) = math.prod(g.kernel), _flat(b, g)
@@ -474,7 +481,7 @@ def gather_rows(
     image, size = _with_border(b, g, image)
     image = b.transpose(image, 0, *range(2, 2 + len(size)), 1)
     data = b.reshape(image, b.mul(g.batch, *size, groups), channels)
-    first = b.array(np.arange(groups), np.int32)  # the row at which an image and group begin
+    first = b.array(np.arange(groups), np.int32)  # the row at which a group of an image begins
     if g.batch != 1:
         rows = b.scalar(b.mul(*size, groups), np.int32)
         first = b.op.Add(b.reshape(b.op.Mul(b.arange(g.batch), rows), g.batch, 1, 1, 1), first)
@@ -501,7 +508,7 @@ def gather_elements(
     mask: Value | None,
     bias: Value | None,
 ) -> Value:
-    """By gathering the corners of each sample, a channel at a time."""
+    """A call that gathers the corners of each sample, one channel at a time."""
     g, offset, mask = _repeat_groups(b, g, offset, mask)
     batch, channels = b.mul(g.batch, g.offset_groups), g.image_channels // g.offset_groups
     samples = b.mul(math.prod(g.kernel), *g.point_size)
@@ -527,11 +534,11 @@ def _corners(
 ) -> list[tuple[Value, Value]]:
     """For each of the 2^n corners of every sample: its index, and its weight (times the mask).
 
-    The index is that of the pixel in an image with a border, or, with rows, that times G. Both are
-    [B, G, K, P] or, with rows, [B, P, K, G].
+    The index is that of the pixel in an image with a border; with `rows` it is multiplied by G.
+    Index and weight are [B, G, K, P], or with `rows` [B, P, K, G].
 
-    Whole and fractional part of an offset are exact, and the regular position is an integer: so
-    there is no rounding in a position, however large the image.
+    The whole and the fractional part of an offset are exact, and the regular position is an
+    integer. So positions are not rounded, however large the image is.
     """
     n, points = len(g.kernel), math.prod(g.kernel)
     shape = (g.batch, g.offset_groups, points)
@@ -556,7 +563,7 @@ def _corners(
             (index, b.op.Sub(b.number(1.0), fraction)),
             (b.op.Add(index, one), fraction),
         ):
-            # What is outside is on the border, whose pixels are 0.
+            # Corners outside the image are moved onto the border, whose pixels are 0.
             i = b.op.Min(b.op.Max(i, zero), last)
             ends.append((i if step == 1 else b.op.Mul(i, b.scalar(step, np.int32)), share))
         if corners:
@@ -572,7 +579,7 @@ def _corners(
     return corners
 
 
-# The transpose: scatter
+# The lowering of the transpose, which scatters.
 
 
 def scatter(
@@ -586,8 +593,8 @@ def scatter(
 ) -> Value:
     """The transpose: adds each corner's share into an image with a border, and crops that.
 
-    By ScatterElements: ONNX Runtime's ScatterND with reduction="add" loses additions when threads
-    meet at one index.
+    It uses ScatterElements, since ONNX Runtime's ScatterND with reduction="add" loses additions
+    when threads meet at one index.
     """
     g, offset, mask = _repeat_groups(b, g, offset, mask)
     count, (positions,) = math.prod(g.kernel), _flat(b, g)
@@ -614,7 +621,7 @@ def scatter(
     return _add_bias(b, b.crop(image, 1, list(g.image_size)), bias, len(size))
 
 
-# What they share
+# What the lowerings share.
 
 
 def _flat(b: Graph, g: Geometry) -> tuple[Size]:
@@ -628,7 +635,7 @@ def _plus_regular(b: Graph, g: Geometry, t: Value, axis: int, dtype: Any, border
     k = (k - g.padding[axis] + border).reshape(points, *[1] * len(g.kernel))
     p = b.scaled(b.arange(g.point_size[axis], dtype), g.stride[axis], dtype)
     p = b.reshape(p, *(s if a == axis else 1 for a, s in enumerate(g.point_size)))
-    # Along this axis only: it is small, and a file that holds it, too.
+    # This covers one axis only, so it is small, and so is a file that holds it.
     regular = b.op.Add(p, b.array(k, dtype))
     shape = (g.batch, g.offset_groups, points)
     return b.reshape(b.op.Add(b.reshape(t, *shape, *g.point_size), regular), *shape, *_flat(b, g))
@@ -644,7 +651,8 @@ def _positions(
 
 
 def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None) -> Value:
-    """Columns, [B, C, K, P] in memory, times weight: points [B, O, *point_size]."""
+    """The product of columns, [B, C, K, P] in memory, and the weight: points [B, O,
+    *point_size]."""
     inner = math.prod(g.kernel) * g.image_channels // g.groups
     if g.groups == 1:
         weight = b.reshape(weight, g.point_channels, inner)
@@ -660,7 +668,8 @@ def _contract(b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value 
 def _contract_rows(
     b: Graph, g: Geometry, columns: Value, weight: Value, bias: Value | None
 ) -> Value:
-    """Columns [B, P, K, ...], C in memory last, times weight: points [B, O, *point_size]."""
+    """The product of columns [B, P, K, ...], whose channels are last in memory, and the weight:
+    points [B, O, *point_size]."""
     points, (positions,) = math.prod(g.kernel), _flat(b, g)
     outputs, inputs = g.point_channels // g.groups, g.image_channels // g.groups
     if g.groups == 1:
@@ -681,9 +690,10 @@ def _contract_rows(
 
 
 def _as_many_as_the_batch(b: Graph, g: Geometry, weight: Value) -> Value:
-    """The weight, once for each item where the batch may be empty, which is once or never.
+    """The weight, with a first axis of size 1, or of 0 in an empty batch, if the batch may be
+    empty.
 
-    ONNX Runtime's MatMul broadcasts one to many, but not to none.
+    ONNX Runtime's MatMul broadcasts one item to many, but not to none.
     """
     if isinstance(g.batch, int) and g.batch > 0:
         return weight

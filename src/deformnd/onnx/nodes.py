@@ -1,11 +1,11 @@
 """Target "deformnd": one node for each call, and what stands in for it elsewhere.
 
 Note [nodes and functions]
-The nodes are of the domain "deformnd", whose operators the core has for ONNX Runtime, see
-session.py. For whoever does not have them, the file holds a local function for each: its body is
-the lowering of target "precise". Engines tell functions apart by name (most know nothing of
-overloads, and take any of that name), and a body holds sizes. So calls of different sizes are nodes
-of different names, DeformConv, DeformConv_2 ..., and the core knows each operator by that many.
+The nodes are of the domain "deformnd", whose operators the core has for ONNX Runtime (session.py).
+For engines without these operators, the file holds a local function for each node, whose body is
+the lowering of target "precise". A body holds sizes, and engines tell functions apart by name: most
+know nothing of overloads, and take any function of that name. So calls of different sizes are nodes
+of different names, DeformConv, DeformConv_2 ..., and the core has each operator by NAMES names.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from .graph import Graph, Size, Value
 
 DOMAIN = "deformnd"
-NAMES = 32  # kNames in csrc/onnxruntime.cpp
-# For each operator its inputs, after which a question mark stands where they are optional.
+NAMES = 32  # has to be kNames in csrc/onnxruntime.cpp
+# The inputs of each operator. A question mark stands after those that are optional.
 _CONV = ("input", "weight", "offset?", "mask?", "bias?")
 OPERATORS = {
     "DeformConv": _CONV,
@@ -26,7 +26,7 @@ OPERATORS = {
     "DeformAggregate": ("input", "offset?", "mask?"),
     "DeformAttention": ("value", "shapes", "locations", "weights"),
 }
-# They may be of another floating dtype than the first input.
+# These inputs may have another floating dtype than the first input.
 _COORDINATES = ("offset", "mask", "locations", "weights")
 _ATTRIBUTES = {"groups": "INT"} | dict.fromkeys(
     ("stride", "padding", "output_padding", "dilation", "kernel_size"), "INTS"
@@ -82,7 +82,8 @@ def write(op: Any, name: str, tensors: Sequence[Value | None], **attributes: Any
 def write_attention(
     op: Any, value: Value, locations: Value, weights: Value, shapes: list[Any]
 ) -> Value:
-    """The same of deform_attention, whose levels' sizes may be scalars of the graph."""
+    """Write the node of a call of deform_attention, whose levels' sizes may be scalars of the
+    graph."""
     b, n = Graph(op, []), int(locations.shape[-1])
     sizes: list[Size] = [s if isinstance(s, int) else b.reshape(s, 1) for s in shapes]
     levels = b.reshape(b.tensor(*sizes), len(shapes) // n, n)
@@ -90,7 +91,7 @@ def write_attention(
 
 
 class _Recorder:
-    """Stands in for an opset while a body is written: op.Add(x, y) keeps a node."""
+    """Stands in for an opset while a body is written: op.Add(x, y) adds a node to `nodes`."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
@@ -115,7 +116,8 @@ def add_functions(
     """Give each node of our domain in an onnx_ir.Model the function that stands in for it.
 
     body(op, name, inputs, attributes, sizes) writes what a node computes; sizes are those of an
-    attention's levels, if they are known. refuse(name, reason) is for what cannot be.
+    attention's levels, or None if they are not known. refuse(name, reason) raises the error for a
+    node that cannot have a function.
     """
     import onnx_ir as ir
 

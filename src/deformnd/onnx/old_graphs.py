@@ -1,16 +1,17 @@
 """Finding the graphs that deform_conv2d_onnx_exporter writes.
 
 Note [the old graph]
-A call of torchvision's deform_conv2d is some sixty nodes of standard operators there, from an image
-[B, C, H, W], an offset [B, G * K * 2, h, w] and maybe a mask [B, G * K, h, w]. Positions are a
-constant plus the offset; four gathers, by GatherND or GatherElements, read the padded image at the
-corners around them; their sum, weighted, is laid out as an image of h * kernel height rows, which a
-Conv contracts whose strides are the kernel's sizes. From that Conv `find` goes up, and asks of each
-node what the exporter writes there; where something else stands, nothing is found. Names play no
-part. All sizes but the batch are constants, and stride, padding and dilation are in those of
-positions. What optimisers make of it is known, too: constants anywhere, one node in place of
-equal ones, a bias within the Conv or none, nodes Identity, a sum of four as sums of two, a Reshape
-left out that changes nothing.
+The exporter writes a call of torchvision's deform_conv2d as some sixty nodes of standard operators,
+from an image [B, C, H, W], an offset [B, G * K * 2, h, w] and maybe a mask [B, G * K, h, w].
+Positions are a constant plus the offset. Four gathers, by GatherND or GatherElements, read the
+padded image at the corners around them. Their weighted sum is laid out as an image of h * kernel
+height rows, which a Conv contracts whose strides are the kernel's sizes.
+
+`find` goes up from this Conv, and requires of each node what the exporter writes there. If anything
+else stands there, nothing is found. Names play no part. All sizes but the batch are constants, and
+stride, padding and dilation follow from the constant of the positions. What optimisers make of the
+graph is known, too: constants anywhere, one node in place of equal ones, a bias within the Conv or
+none, Identity nodes, a sum of four as sums of two, and a Reshape left out that changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Value = Any  # of onnx_ir
+Value = Any  # an onnx_ir.Value
 Node = Any
 KIND = "deform_conv2d_onnx_exporter"
 
@@ -28,29 +29,29 @@ KIND = "deform_conv2d_onnx_exporter"
 class Call(NamedTuple):
     """A call that was found in a file."""
 
-    node: Node  # whose first output is the call's result
+    node: Node  # its first output is the call's result
     kind: str
     tensors: tuple[Value | None, ...]  # input, weight, offset, mask, bias
-    shapes: tuple[tuple[int | None, ...] | None, ...]  # of each, as far as the call says
+    shapes: tuple[tuple[int | None, ...] | None, ...]  # each tensor's, as far as the call says
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     groups: int
     offset_groups: int
-    # Where the image is not padded alike on both sides: zeros before and after it, besides.
+    # Zeros before and after the image beside the padding, if its two sides are padded differently.
     before: list[int]
     after: list[int]
 
 
 class _OtherError(Exception):
-    """Something else stands in the graph."""
+    """The graph holds something else than the exporter writes."""
 
 
 def find(conv: Node) -> Call | None:
-    """The call that ends in a Conv, or in an Add of a bias behind it; see Note."""
+    """The call that ends in a Conv, or in the Add of a bias behind it; see Note [the old graph]."""
     try:
         return _find(conv)
-    except (_OtherError, IndexError, ValueError):  # nodes of older opsets, or odd ones
+    except (_OtherError, IndexError, ValueError):  # the last two: older opsets, or odd nodes
         return None
 
 
@@ -71,14 +72,14 @@ def _maker(v: Value | None) -> Node | None:
 
 
 def _made_by(v: Value | None, *operators: str) -> Node:
-    """The node that made a value, which is one of some operators."""
+    """The node that made a value, which has to be of one of these operators."""
     node = _maker(v)
     _require(node is not None and node.domain == "" and node.op_type in operators)
     return node
 
 
 def _constant(v: Value | None) -> Any:
-    """A constant as numpy array."""
+    """The numpy array of a value that has to be a constant."""
     import onnx_ir as ir
 
     v = _source(v)
@@ -89,7 +90,7 @@ def _constant(v: Value | None) -> Any:
 
 
 def _is(v: Value | None, *numbers: int) -> None:
-    """A constant has these values, one after another."""
+    """Require that a value is a constant with these numbers, one after another."""
     found = _constant(v).reshape(-1)
     _require(found.size == len(numbers) and (found == numbers).all())
 
@@ -103,7 +104,7 @@ def _attribute(node: Node, name: str, default: Any = None) -> Any:
 
 
 def _sizes(v: Value, count: int) -> tuple[Value, list[int]]:
-    """What a Reshape is given, and the sizes it has afterwards."""
+    """The input of the Reshape that made a value, and the sizes that it reshapes to."""
     node = _made_by(v, "Reshape")
     sizes = _constant(node.inputs[1]).reshape(-1).tolist()
     _require(len(sizes) == count)
@@ -111,14 +112,14 @@ def _sizes(v: Value, count: int) -> tuple[Value, list[int]]:
 
 
 def _reshaped(v: Value, *wanted: int) -> Value:
-    """What a Reshape to [batch, *wanted] is given."""
+    """The input of a Reshape to [batch, *wanted]."""
     t, (_, *sizes) = _sizes(v, 1 + len(wanted))
     _require(sizes == list(wanted))
     return t
 
 
 def _either(node: Node, first: Callable[[Value], Any], second: Callable[[Value], Any]) -> Any:
-    """Both of a node's two inputs, by the two functions, in the order that fits."""
+    """What the two functions give of a node's two inputs, in the order that fits."""
     _require(len(node.inputs) == 2)
     a, b = node.inputs
     try:
@@ -140,7 +141,7 @@ def _slice(v: Value) -> tuple[Value, int]:
 
 
 class _Shape(NamedTuple):
-    """Sizes of the call, but for the groups."""
+    """The sizes of the call, except its groups."""
 
     channels: int
     points: int
@@ -148,13 +149,13 @@ class _Shape(NamedTuple):
 
 
 class _Corner(NamedTuple):
-    """What one of the four terms says."""
+    """What one of the four terms of the sum says of its corner."""
 
     groups: int
     image: Value
-    size: tuple[int, int]  # of the image, padded
+    size: tuple[int, int]  # the size of the padded image
     positions: Value
-    beyond: tuple[int, int]  # 0 or 1 from the floor of the positions, along y and x
+    beyond: tuple[int, int]  # how far from the floor of the positions, 0 or 1 along y and x
 
 
 def _find(conv: Node) -> Call:
@@ -177,7 +178,7 @@ def _find(conv: Node) -> Call:
     _require(_attribute(node, "perm") == [0, 1, 4, 2, 5, 3])
     shape = _Shape(channels, kernel[0] * kernel[1], size)
     node = _made_by(node.inputs[0], "Reshape", "Sum", "Add", "Mul")
-    in_place = node.op_type != "Reshape"  # one that changed nothing was left out
+    in_place = node.op_type != "Reshape"  # a Reshape that changes nothing was left out
     if not in_place:
         t = _reshaped(node.outputs[0], channels, *kernel, *size)
         node = _made_by(t, "Sum", "Add", "Mul")
@@ -232,14 +233,14 @@ def _find(conv: Node) -> Call:
 
 
 def _mask(v: Value, s: _Shape) -> tuple[Value, int]:
-    """The mask [B, G * K, h, w] behind one of [B, G, 1, K, h, w], and G."""
+    """The mask [B, G * K, h, w] that was reshaped to [B, G, 1, K, h, w], and G."""
     mask, sizes = _sizes(v, 6)
     _require(sizes[2:] == [1, s.points, *s.size])
     return mask, sizes[1]
 
 
 def _terms(node: Node) -> list[Value]:
-    """What a Sum adds, or Adds."""
+    """The terms that a Sum, or several Adds, add up."""
     found: list[Value] = []
     for v in node.inputs:
         made = _maker(v)
@@ -260,13 +261,13 @@ def _corner(term: Value, s: _Shape) -> _Corner:
 
 
 def _share(v: Value, s: _Shape) -> tuple[tuple[int, int], Value]:
-    """The corner and the positions of which a factor [B, G, 1, K, h, w] is the bilinear weight."""
+    """The corner and the positions for which a factor [B, G, 1, K, h, w] is the bilinear weight."""
     node = _made_by(v, "Reshape", "Mul")
     if node.op_type == "Reshape":
         t, sizes = _sizes(v, 6)
         _require(sizes[2:] == [1, s.points, *s.size])
         node = _made_by(t, "Mul")
-    else:  # the Reshape changed nothing, and was left out
+    else:  # a Reshape that changes nothing was left out
         _require(s.points == 1)
     found: dict[int, int] = {}
     fractions = []
@@ -287,7 +288,7 @@ def _share(v: Value, s: _Shape) -> tuple[tuple[int, int], Value]:
 
 
 def _sample(v: Value, s: _Shape) -> _Corner:
-    """Of the image's values [B, G, C / G, K, h, w] at a corner of each position."""
+    """The corner whose values of the image [B, G, C / G, K, h, w] a factor holds."""
     t, (_, groups, *sizes) = _sizes(v, 6)
     _require(groups > 0 and sizes == [s.channels // groups, s.points, *s.size])
     count = s.points * s.size[0] * s.size[1]
@@ -295,7 +296,7 @@ def _sample(v: Value, s: _Shape) -> _Corner:
     if node.op_type == "Transpose":  # what GatherND returns has the channels last
         _require(_attribute(node, "perm") == [0, 1, 3, 2])
         node = _made_by(node.inputs[0], "GatherND", "Reshape")
-        if node.op_type == "Reshape":  # enable_openvino_patch
+        if node.op_type == "Reshape":  # the exporter's enable_openvino_patch adds it
             node = _made_by(node.inputs[0], "GatherND")
         _require(_attribute(node, "batch_dims", 0) == 2)
         data = _made_by(node.inputs[0], "Transpose")
@@ -322,7 +323,7 @@ def _sample(v: Value, s: _Shape) -> _Corner:
 
 
 def _whole(data: Value, groups: int, s: _Shape, size: tuple[int, int]) -> tuple[Value, list[int]]:
-    """As _sizes, where an optimiser may have left out the first of two Reshapes."""
+    """What _sizes gives, also where an optimiser has left out the first of two Reshapes."""
     made = _maker(data)
     if made is not None and made.op_type == "Reshape":
         return _sizes(data, 5)
@@ -330,7 +331,7 @@ def _whole(data: Value, groups: int, s: _Shape, size: tuple[int, int]) -> tuple[
 
 
 class _End(NamedTuple):
-    """Where along an axis a corner is."""
+    """Where a corner is along an axis."""
 
     axis: int
     beyond: int
@@ -339,7 +340,7 @@ class _End(NamedTuple):
 
 
 def _row(v: Value, groups: int, count: int) -> tuple[_End, Value]:
-    """A row times the number of columns."""
+    """The factors of a product of a row and the number of columns."""
     node = _made_by(v, "Mul")
     end: tuple[_End, Value] = _either(
         node, lambda v: _end(_reshaped(v, groups, 1, count)), lambda v: v
@@ -362,7 +363,7 @@ def _end(v: Value) -> _End:
 
 
 def _pads(node: Node) -> list[int]:
-    """By how many zeros a Pad pads rows and columns, at both ends alike."""
+    """How many zeros a Pad adds to rows and columns, as many at both ends."""
     inputs = [*node.inputs, None, None][:4]
     _require(_attribute(node, "mode", "constant") == "constant")
     if inputs[2] is not None:
@@ -372,7 +373,7 @@ def _pads(node: Node) -> list[int]:
     pads = _constant(inputs[1]).reshape(-1).tolist()
     _require(len(pads) == 8 and pads[:4] == pads[4:] and pads[:2] == [0, 0])
     found: list[int] = pads[2:4]
-    _require(min(found) > 0)  # what is clipped onto the border is 0 then
+    _require(min(found) > 0)  # so that positions clipped onto the border read 0
     return found
 
 
@@ -383,7 +384,7 @@ def _regular(
     _require(origin.shape == (1, 1, kernel[0] * kernel[1], 2, *size) and origin.size)
     stride, padding, dilation = [], [], []
     for axis in range(2):
-        # [kernel, size] along the axis, which is what all others have to repeat.
+        # This is [kernel, size] along the axis, which has to be repeated along all other axes.
         along = origin[0, 0, :, axis].reshape(*kernel, *size)
         line = along[:, 0, :, 0] if axis == 0 else along[0, :, 0, :]
         repeated = line.reshape(line.shape[0], 1, -1, 1) if axis == 0 else line[:, None]

@@ -13,9 +13,9 @@ from .nodes import DOMAIN
 def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
     """Read an ONNX file into OpenVINO, with a rule for the standard 2-D DeformConv.
 
-    For files made for target "onnxruntime", or by others, and for those of target "deformnd", whose
-    functions OpenVINO does not read either (this needs the package onnx). What is made for target
-    "openvino" needs no help.
+    It is for files made for target "onnxruntime" or by others, and for files of target "deformnd",
+    whose functions OpenVINO does not read either (these need the package onnx). Files made for
+    target "openvino" need no help.
 
     Args:
         path: the file.
@@ -53,13 +53,14 @@ def read_openvino_model(path: str | os.PathLike[str], core: Any = None) -> Any:
     try:
         model = _without_functions(path)
         return core.read_model(path if model is None else model)
-    except Exception as error:  # OpenVINO's are RuntimeError, those of the package onnx are many
+    except Exception as error:  # OpenVINO raises RuntimeError, and the package onnx many others
         reason = " ".join(str(error).split())
         raise ValueError(f"read_openvino_model: OpenVINO does not read {path}: {reason}") from error
 
 
 def _without_functions(path: str) -> bytes | None:
-    """A file of target "deformnd" with the functions' bodies in place of the nodes, else None."""
+    """The content of a file of target "deformnd", with the bodies of its functions in place of the
+    nodes; None for other files, and where the package onnx cannot read it."""
     try:
         import onnx
         import onnx.inliner
@@ -79,14 +80,14 @@ def _convert(node: Any) -> Any:
     from openvino import opset8, opset13
 
     inputs = [node.get_input(i) for i in range(node.get_input_size())]
-    # An input that is left out in the middle.
+    # An input that is left out in the middle is a node of type NullNode.
     given = [None if t.get_node().get_type_name() == "NullNode" else t for t in inputs]
     image, weight, offset, bias, mask = given + [None] * (5 - len(given))
     assert weight is not None and offset is not None
     pads = list(node.get_attribute("pads", [0] * 4))
     if len(pads) != 4:
         raise NotImplementedError(f"deformnd.onnx: DeformConv in {len(pads) // 2}-D in OpenVINO")
-    # Note [bounded offsets] in lowerings.py.
+    # Offsets are bounded here for the reason in Note [bounded offsets] in lowerings.py.
     far = opset13.convert_like(opset13.constant(FAR), offset)
     offset = opset13.select(opset13.less(opset13.absolute(offset), far), offset, far)
     result = opset8.deformable_convolution(

@@ -1,4 +1,4 @@
-"""Files that exist: older forms of deformable convolution in them become a target's lowering."""
+"""Rewriting files that exist: older forms of deformable convolution become a target's lowering."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .old_graphs import Call, Node, Value
 from .table import TARGETS, resolve, translation_table
 
 _OURS = "deformnd.rewrite"  # the domain of the nodes that stand for calls while a file is rewritten
-_LARGEST_INPUT = 2**28  # values, of those that are made up to compare
+_LARGEST_INPUT = 2**28  # the most values of an input that is made up to compare files
 _NAMES = ("input", "weight", "offset", "mask", "bias")
-_ORDER = {  # of the inputs of each operator, by their place in a Call
+_ORDER = {  # for each operator, the place in a Call of each of its inputs
     "MMCVDeformConv2d": (0, 2, 1),
     "MMCVModulatedDeformConv2d": (0, 2, 3, 1, 4),
     "DeformConv": (0, 1, 2, 4, 3),
@@ -46,25 +46,25 @@ def rewrite(
     It finds the graphs that deform_conv2d_onnx_exporter writes (with GatherND or GatherElements,
     with or without its patch for OpenVINO, optimised or not), nodes MMCVDeformConv2d and
     MMCVModulatedDeformConv2d of mmcv and mmdeploy, and the standard DeformConv, in subgraphs and
-    local functions, too. Each becomes what deformnd.onnx.export writes for the target; all else
-    stays, in a newer opset where the target needs one. Then it runs both files on random inputs (of
-    64 along an axis whose size is open, and a batch of 1), and compares.
+    local functions, too. Each becomes what deformnd.onnx.export writes for the target. All else
+    stays, in a newer opset if the target needs one. Then it runs both files on random inputs, which
+    have a batch of 1 and size 64 along other axes whose size is open, and compares the results.
 
     Args:
         file: the ONNX file, with its external data beside it.
         out: the file to write, another one, in a folder that exists. If `file` has external data,
             so has it: out + ".data".
         target: as for deformnd.onnx.export.
-        verify: run both files in ONNX Runtime (`file`, where it lacks an operator, on deformnd's
-            kernels), and `out` in the target's engine, too. Where `file` does not run, or an engine
-            is not installed, it is said and not compared.
+        verify: run both files in ONNX Runtime (`file` on deformnd's kernels where ONNX Runtime
+            lacks an operator), and `out` in the target's engine, too. If `file` does not run, or an
+            engine is not installed, the files are not compared, and the message says so.
         verbose: say what was done.
 
     Returns:
         What was replaced: for each call the name of its last node, and what it was,
         "deform_conv2d_onnx_exporter", "MMCVDeformConv2d", "MMCVModulatedDeformConv2d" or
-        "DeformConv". Empty where nothing was, since the file has none, or has them as the target's
-        already; no file is written then.
+        "DeformConv". The list is empty if the file has no calls, or has them in the target's form
+        already. Then no file is written.
 
     Raises:
         UnsupportedError: the target cannot express a call.
@@ -116,7 +116,8 @@ def rewrite(
     said += ", ".join(f"{n} {kind}" for kind, n in Counter(kind for _, kind in replaced).items())
     import onnx_ir as ir
 
-    # Elsewhere first, so that a file of that name stays if something is wrong.
+    # The file is first written elsewhere, so that an older file at `path` stays if this one is
+    # wrong.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         external_data = data.name if external[1:] else None
@@ -132,7 +133,7 @@ def rewrite(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the packages log of that for which there is a fallback, or an error here."""
+    """Silence what the packages log of problems for which there is a fallback, or an error here."""
     logs = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
     levels = [log.level for log in logs]
     try:
@@ -145,7 +146,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _load(source: Path) -> Any:
-    """The onnx_ir.Model of a file, its data left where it is."""
+    """The onnx_ir.Model of a file. External data stays where it is."""
     try:
         import onnx
         import onnx_ir as ir
@@ -171,7 +172,7 @@ def _load(source: Path) -> Any:
 
 
 def _external(model: Any, source: Path) -> list[Path]:
-    """The files that a model is in, its own first."""
+    """The files that a model is in: its own, and then those of its external data."""
     import onnx_ir as ir
 
     found = [source]
@@ -194,7 +195,8 @@ def _rewrite(model: Any, source: Path, target: str) -> list[tuple[str, str]]:
     from onnx_ir.passes import common
 
     while called := [f for f in model.functions.values() if _in_function(f)]:
-        # Sizes are not known in a function, and differ from call to call.
+        # Functions with calls are inlined, since sizes are not known within a function, and differ
+        # between its uses.
         common.InlinePass(criteria=called.__contains__)(model)
         for f in called:
             model.functions.pop(f.identifier(), None)
@@ -218,12 +220,12 @@ def _rewrite(model: Any, source: Path, target: str) -> list[tuple[str, str]]:
     replaced = []
     stale = False
     for node in list(model.graph.all_nodes()):
-        # An old graph for which no node stands in now did not fit.
+        # An old graph that _stand_in has not replaced did not fit, and stays.
         call = None if node.op_type == "Conv" else _found(node)
         if call is None:
             continue
         if stale and not all(t is None or _known(t) for t in call.tensors):
-            # What comes after a node that onnx does not know has sizes once that is replaced.
+            # Values behind a node that onnx does not know get their sizes once it is replaced.
             common.ShapeInferencePass()(model)
             stale = False
         _learn(call)
@@ -241,7 +243,8 @@ def _rewrite(model: Any, source: Path, target: str) -> list[tuple[str, str]]:
 
 
 def _in_function(function: Any) -> bool:
-    """Whether a call stands in a local function, other than in those that our own targets have."""
+    """Whether a local function holds a call. Functions that deformnd's targets write do not
+    count."""
     if function.domain in (DOMAIN, OPENVINO_DOMAIN):
         return False
     return any(_is_call(node) for node in function.all_nodes())
@@ -271,7 +274,7 @@ def _found(node: Node) -> Call | None:
 
 
 def _call(node: Node, tensors: Sequence[Value | None]) -> Call:
-    """What a node says: mmcv's attributes, those of DeformConv, or those of _stand_in."""
+    """The call that a node's attributes describe: mmcv's, DeformConv's, or those of _stand_in."""
     kind, tensors = node.op_type, [*tensors, *[None] * 5][:5]
     for name, t in zip(_NAMES[:3], tensors, strict=False):
         if t is None:
@@ -280,7 +283,7 @@ def _call(node: Node, tensors: Sequence[Value | None]) -> Call:
     shape = None if weight is None or weight.shape is None else list(weight.shape)
     n = 2
     if kind == "DeformConv":
-        n = 2 if shape is None else len(shape) - 2  # of no known shape it is refused in _learn
+        n = 2 if shape is None else len(shape) - 2  # _learn refuses a weight of unknown shape
         pads = _ints(node, kind, "pads", [0], 2 * n, 0)
         begin, end = pads[:n], pads[n:]
         stride, padding = _ints(node, kind, "strides", [1], n), [*map(min, begin, end)]
@@ -316,7 +319,7 @@ def _call(node: Node, tensors: Sequence[Value | None]) -> Call:
 def _ints(
     node: Node, kind: str, name: str, default: list[int], count: int = 0, least: int = 1
 ) -> list[int]:
-    """An attribute that is one int, for all axes, or one for each."""
+    """An attribute as a list of ints, one for each axis. The file may give one int for all axes."""
     found = node.attributes.get(name)
     value = default if found is None or found.is_ref() else found.value
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -344,7 +347,8 @@ def _known(t: Value) -> bool:
 
 
 def _learn(call: Call) -> None:
-    """Write down what a call says of its tensors; raises ValueError where the file says else."""
+    """Store the shapes and dtypes that a call implies in its tensors. Raises ValueError if the file
+    contradicts them."""
     import onnx_ir as ir
 
     if call.shapes[1] is None:
@@ -371,7 +375,8 @@ def _learn(call: Call) -> None:
 
 
 def _stand_in(model: Any, call: Call) -> None:
-    """Replace a call by one node, since neither shape inference nor version converter knows it."""
+    """Replace a call by one node that stands in for it, while shape inference and the version
+    converter, which know neither, go over the file."""
     import onnx_ir as ir
 
     tensors = list(call.tensors)
@@ -383,7 +388,7 @@ def _stand_in(model: Any, call: Call) -> None:
             tensors[4] = ir.val(flat.name, const_value=flat)
         try:
             _learn(call._replace(tensors=tuple(tensors)))
-        except ValueError:  # another graph, then
+        except ValueError:  # the sizes do not fit, so this is another kind of graph
             return
         if tensors[4] is not bias:
             model.graph.register_initializer(tensors[4])
@@ -402,7 +407,7 @@ def _stand_in(model: Any, call: Call) -> None:
 
 
 def _swap(old: Node, new: list[Node], result: Value) -> None:
-    """Put nodes in the place of one, and remove what then has no use."""
+    """Put nodes in the place of one, and remove what is then no longer used."""
     import onnx_ir as ir
 
     before = old.outputs[0]
@@ -437,11 +442,12 @@ def _raise_opset(model: Any, opset: int, source: Path) -> None:
     common.RemoveUnusedNodesPass()(model)
     version_converter.convert_version(model, opset, fallback=True)
     if model.opset_imports[""] == opset:
-        # Each opset came with one, and functions came with that of 15.
+        # Each opset came with a version of the IR, which the file has to name. Functions came with
+        # that of opset 15, so it is new enough for them as well.
         oldest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
         model.ir_version = max(model.ir_version, oldest)
         return
-    reason = "it fails"  # and leaves the model as it was
+    reason = "it fails"  # the converter leaves the model as it was, and does not say why
     try:
         onnx.version_converter.convert_version(ir.to_proto(model), opset)
     except Exception as error:
@@ -453,7 +459,7 @@ def _raise_opset(model: Any, opset: int, source: Path) -> None:
 
 
 class _Writer:
-    """Stands in for onnxscript's evaluator: what an operator is called with becomes a node."""
+    """Stands in for onnxscript's evaluator: every call of an operator becomes a node."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -526,14 +532,14 @@ def _replace(model: Any, call: Call, body: Any) -> None:
 
 
 def _compared(model: Any, source: Path, made: Path, path: Path, target: str) -> str:
-    """How well the new file agrees with the old one, or why that is not known."""
+    """A line that says how well the new file agrees with the old one, or why that is not known."""
     expected = None
     try:
         arrays = _inputs(model)
         expected = _run("onnxruntime", source, arrays)
     except ImportError as error:
         return f"not compared ({error})"
-    except Exception as error:  # ONNX Runtime has its own
+    except Exception as error:  # ONNX Runtime has its own errors
         reason = engines.reason("onnxruntime", error)
         with contextlib.suppress(Exception):
             expected = _run("deformnd", source, arrays)

@@ -19,13 +19,13 @@ _SPINNING = "session.intra_op.allow_spinning"
 def custom_ops_library() -> str:
     """The path of the library that gives ONNX Runtime deformnd's CPU kernels.
 
-    For SessionOptions.register_custom_ops_library of onnxruntime 1.19 or newer, in any of its
+    It is for SessionOptions.register_custom_ops_library of onnxruntime 1.19 or newer, in any of its
     languages. Besides ONNX Runtime it needs only the C++ and OpenMP libraries of the system. It has
     the operators of target "deformnd", and a DeformConv that stands in for ONNX Runtime's own.
 
-    Entries of the session's configuration, before the library is registered: "deformnd.threads",
-    the most threads of a call (else as many as OpenMP uses), and "deformnd.override", "0" to leave
-    the standard DeformConv to ONNX Runtime.
+    Two entries of the session's configuration count, if they are set before the library is
+    registered. "deformnd.threads" is the most threads of a call; without it a call uses as many as
+    OpenMP does. "deformnd.override" set to "0" leaves the standard DeformConv to ONNX Runtime.
 
     Returns:
         The path.
@@ -58,17 +58,17 @@ def session(
 ) -> Any:
     """An onnxruntime.InferenceSession that runs deformable operators on deformnd's CPU kernels.
 
-    Which are the operators of files for target "deformnd", and the standard DeformConv of all
-    others. A call uses as many threads as the session's intra_op_num_threads. ONNX Runtime's own do
-    not spin, unless sess_options have an entry "session.intra_op.allow_spinning".
+    These are the operators of files for target "deformnd", and the standard DeformConv of all other
+    files. A call uses as many threads as the session's intra_op_num_threads. ONNX Runtime's own
+    threads do not spin, unless sess_options have an entry "session.intra_op.allow_spinning".
 
     Args:
         path: the file, or its content.
-        override: whether the standard DeformConv runs on deformnd's kernel, too, and not on ONNX
+        override: whether the standard DeformConv, too, runs on deformnd's kernel, and not on ONNX
             Runtime's own.
         sess_options: onnxruntime.SessionOptions, to which the library is added, with the number of
-            threads that they have then. None: new ones.
-        providers: of the session. None: ["CPUExecutionProvider"].
+            threads that they have at that time. None: new options.
+        providers: the session's providers. None: ["CPUExecutionProvider"].
         **options: more for onnxruntime.InferenceSession.
 
     Returns:
@@ -78,8 +78,8 @@ def session(
         ImportError: onnxruntime is not installed.
         FileNotFoundError: the core was not built.
         ValueError, TypeError: there is no such file, or ONNX Runtime does not load it, or
-            sess_options are none, or those of a session with the other `override`.
-        While the session runs, onnxruntime's InvalidArgument for inputs that do not fit.
+            sess_options are no SessionOptions, or belong to a session with the other `override`.
+        The session itself raises onnxruntime's InvalidArgument for inputs that do not fit.
 
     Example:
         >>> import os, tempfile, torch
@@ -107,7 +107,7 @@ def session(
     library = custom_ops_library()
     model = path if isinstance(path, bytes) else path_to_read(path)
     switch = str(int(bool(override)))
-    try:  # options of a session before, which can register the library but once
+    try:  # an earlier session may have used these options, which register the library only once
         registered = sess_options.get_session_config_entry("deformnd.registered")
     except RuntimeError:
         threads = str(sess_options.intra_op_num_threads)
@@ -115,8 +115,8 @@ def session(
         sess_options.add_session_config_entry("deformnd.override", switch)
         sess_options.register_custom_ops_library(library)
         sess_options.add_session_config_entry("deformnd.registered", switch)
-        # A call's threads are OpenMP's, and would share the processors with ONNX Runtime's, which
-        # wait in a loop for the next node: calls of two threads took twice as long.
+        # A call's threads are OpenMP's. ONNX Runtime's threads wait for the next node in a loop,
+        # and would take the processors from them: calls of two threads took twice as long.
         try:
             sess_options.get_session_config_entry(_SPINNING)
         except RuntimeError:
@@ -131,7 +131,7 @@ def session(
         return onnxruntime.InferenceSession(
             model, sess_options, providers or ["CPUExecutionProvider"], **options
         )
-    except (TypeError, ValueError):  # an option's
+    except (TypeError, ValueError):  # these are about one of the options
         raise
     except Exception as error:
         name = "the model given as bytes" if isinstance(model, bytes) else model

@@ -1,4 +1,4 @@
-"""How torch.onnx.export translates the operators: what is chosen for which target."""
+"""How torch.onnx.export translates the operators: which lowering is chosen for which target."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from . import attention, lowerings, nodes
 from .graph import Graph, Size, Value, WithoutComparisons
 
 Lowering = Callable[..., Value]
-Choice = Callable[[Any], "Lowering | str"]  # a reason why there is none
+Choice = Callable[[Any], "Lowering | str"]  # the str is the reason why there is no lowering
 Choices = tuple[Choice, Choice, Choice]  # for 1-D, 2-D and 3-D
 Tensors = tuple[Value | None, ...]  # input, weight, offset, mask, bias
 
 
 class UnsupportedError(NotImplementedError, ValueError):
-    """What a target cannot express: the message names target, opset and operator."""
+    """A target cannot express an operator. The message names target, opset and operator."""
 
     def __init__(self, target: str, opset: int, operator: str, reason: str) -> None:
         super().__init__(
@@ -32,7 +32,7 @@ class UnsupportedError(NotImplementedError, ValueError):
 
 
 def resolve(target: str, opset: int | None) -> int:
-    """The opset to write; raises ValueError or TypeError for what is no target or no opset."""
+    """The opset to write. Raises ValueError or TypeError if target or opset is not a valid one."""
     if isinstance(target, str) and target in ELSEWHERE:
         raise ValueError(f"deformnd.onnx: target {target!r}: {ELSEWHERE[target]}")
     if not isinstance(target, str) or target not in TARGETS:
@@ -52,14 +52,14 @@ def translation_table(
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
     """How torch.onnx.export translates deformnd's operators and torchvision's deform_conv2d.
 
-    For those who call torch.onnx.export themselves; deformnd.onnx.export does it for you, and
-    checks what it wrote.
+    This is for those who call torch.onnx.export themselves. deformnd.onnx.export does it for you,
+    and checks what it wrote.
 
     Args:
         target: a name in deformnd.onnx.TARGETS; see deformnd.onnx.export. A program that was made
             for "openvino" or "deformnd" runs in other engines, too, once
             deformnd.onnx.add_function has completed it.
-        opset: the opset_version that torch.onnx.export is given; None: that of the target in
+        opset: the opset_version that torch.onnx.export is given. None: the target's opset in
             deformnd.onnx.TARGETS.
 
     Returns:
@@ -67,9 +67,9 @@ def translation_table(
         torchvision's operator is in it if torchvision has been imported.
 
     Raises:
-        ValueError, TypeError: no such target, or opset is no positive int.
+        ValueError, TypeError: there is no such target, or opset is no positive int.
         ImportError: onnxscript is not installed (`pip install 'deformnd[onnx]'`).
-        During the export, UnsupportedError (as the cause of torch's own error).
+        The export itself raises UnsupportedError, as the cause of torch's own error.
 
     Example:
         >>> import torch
@@ -203,7 +203,8 @@ def body(
     attributes: dict[str, Any],
     sizes: list[int] | None,
 ) -> Value:
-    """Write what a node of target "deformnd" computes, see Note [nodes and functions]."""
+    """Write what a node of target "deformnd" computes; see Note [nodes and functions] in
+    nodes.py."""
     if name == "DeformAttention":
         value, shapes, locations, weights = tensors
         b = Graph(op, [])
@@ -241,7 +242,7 @@ def torchvision_call(
     offset_groups: int,
     use_mask: bool,
 ) -> tuple[Any, ...]:
-    """Arguments of torchvision's operator as ours."""
+    """The arguments of torchvision's operator as deform_conv takes them."""
     return (
         (input, weight, offset, mask if use_mask else None, bias),
         [stride_h, stride_w],
@@ -252,8 +253,8 @@ def torchvision_call(
 
 
 def opset18() -> Any:
-    # The one that torch's own translations are written in; the exporter converts to the opset asked
-    # for. DeformConv alone is newer.
+    # torch's own translations are written in this opset, and the exporter converts them to the
+    # opset asked for. Of the operators used here only DeformConv is newer.
     try:
         from onnxscript import opset18
     except ImportError as error:
@@ -285,9 +286,10 @@ def translate(
     kernel: tuple[int, ...] = (),
     graph: type[Graph] = Graph,
 ) -> Value:
-    """Write a call by a lowering, in float32 at least; output_padding: of the transpose.
+    """Write a call by a lowering, in float32 at least. output_padding is given for the transpose.
 
-    Without a weight, as of deform_aggregate, whose kernel is given, one of ones is written.
+    A call of deform_aggregate has no weight. Its kernel is given instead, and a weight of ones is
+    written.
     """
     b = graph(op, [t for t in tensors if t is not None])
     g = _geometry(b, tensors, stride, padding, dilation, groups, output_padding, kernel)
@@ -317,7 +319,7 @@ def _geometry(
     output_padding: list[int] | None,
     kernel: Sequence[int],
 ) -> Geometry:
-    """The sizes of a call, with tensors of the graph for those that are not known."""
+    """The geometry of a call, with tensors of the graph for the sizes that are not known."""
     input, weight, offset, mask, _ = tensors
     batch, channels, *size = b.sizes(input)
     first, second, *kernel = (groups, 1, *kernel) if weight is None else b.sizes(weight)
@@ -370,13 +372,14 @@ def translate_attention(
     return result if dtype == b.float else b.cast(result, dtype)
 
 
-# Rows of a tall image up to which positions in it are good to 1e-5 of the result; see the docs.
+# In a tall image of at most this many rows, positions are exact enough for results to be good to
+# 1e-5 (docs/onnx.md).
 _TALL = 1024
 
-# Offset groups from which OpenVINO is faster by GridSample than by its own 2-D operator.
+# From this many offset groups on, OpenVINO is faster by GridSample than by its own 2-D operator.
 _MANY_GROUPS = 8
 
-# Channels in an offset group from which ONNX Runtime gathers rows of them faster than elements.
+# From this many channels in an offset group on, ONNX Runtime gathers rows faster than elements.
 _LONG_ROW = 32
 
 
@@ -442,10 +445,11 @@ def _attention_by_grid_sample(a: Attention) -> Lowering:
 
 
 def _few_queries(a: Attention) -> bool:
-    """Whether to bring all pixels into GridSample's order costs more than it saves.
+    """Whether there are so few queries that bringing all pixels into GridSample's order costs more
+    than it saves.
 
-    Where the number of queries is not known, they are the pixels themselves, as in an encoder; a
-    decoder has a number of its own.
+    If their number is not known, the queries are assumed to be the pixels themselves, as in an
+    encoder. A decoder has a fixed number of queries.
     """
     if not isinstance(a.queries, int):
         return False
@@ -457,23 +461,24 @@ def _no(reason: str) -> Choice:
 
 
 class Target(NamedTuple):
-    """Who runs a file, and what becomes of each operator in it."""
+    """The engine that runs a file, and what becomes of each operator in it."""
 
-    opset: int  # by default
-    oldest: int  # that it can be
+    opset: int  # the default
+    oldest: int  # the oldest opset that a file can have
     line: str
-    conv: Choices = (_by_gather,) * 3  # of deform_conv and deform_aggregate
+    conv: Choices = (_by_gather,) * 3  # for deform_conv and deform_aggregate
     attention: Choices = (_attention_by_gather,) * 3
     transpose: Choice = _by_scatter
-    engines: tuple[str, ...] = ("onnxruntime",)  # in which an export is verified
-    coarse: bool = False  # positions are those of GridSample
+    engines: tuple[str, ...] = ("onnxruntime",)  # the engines in which an export is verified
+    coarse: bool = False  # whether positions are those of GridSample, which are less exact
     graph: type[Graph] = Graph
 
 
-# What runs where, and what is the fastest there, was measured: docs/onnx.md. Of three choices each
-# is for 1-D, 2-D and 3-D; a reason in a choice's place says why there is none.
+# docs/onnx.md says what runs where and how fast, as measured. Three choices are for 1-D, 2-D and
+# 3-D. `_no` stands where there is no lowering, and says why.
 TARGETS = {
-    # DeformConv is its own; 1-D is one row, and 3-D a tall image of it.
+    # ONNX Runtime has DeformConv. A 1-D image is one row of its 2-D image, and a 3-D one a tall
+    # image.
     "onnxruntime": Target(
         20,
         19,
@@ -481,7 +486,8 @@ TARGETS = {
         (_by_deform_conv,) * 3,
         (_attention_by_gather, _attention_by_grid_sample, _attention_by_gather),
     ),
-    # Its own operator in a file that others read, too. It gathers a row faster than that runs.
+    # The file has OpenVINO's own operator, and other engines read it, too. In 1-D, OpenVINO gathers
+    # faster than its operator runs.
     "openvino": Target(
         20,
         19,
@@ -490,7 +496,7 @@ TARGETS = {
         (_attention_by_gather, _attention_by_grid_sample, _attention_by_gather),
         engines=("openvino", "onnxruntime"),
     ),
-    # GridSample, whose samples stay inside the image: outside it several engines are wrong.
+    # GridSample's samples are kept inside the image, since several engines are wrong outside it.
     "standard": Target(
         20,
         18,
@@ -499,29 +505,31 @@ TARGETS = {
         (_attention_by_grid_sample,) * 3,
         coarse=True,
     ),
-    # Positions have no rounding, and the operators are the oldest and plainest.
+    # Gathers do not round positions, and their operators are the oldest and plainest.
     "precise": Target(
         18, 18, "most engines, ONNX Runtime from 1.19, with the smallest error, by Gather"
     ),
-    # The lowerings are the bodies of the functions that stand in for its nodes.
+    # The target's own nodes are written by nodes.py. These lowerings are for the functions that
+    # stand in for them.
     "deformnd": Target(
         18,
         18,
         "ONNX Runtime 1.19 or newer on deformnd's own kernels, the fastest on a CPU",
         engines=("onnxruntime", "deformnd"),
     ),
-    # Its parser has DeformConv in 2-D from 10.1 on. Its GridSample is wrong in several versions.
+    # TensorRT's parser has DeformConv in 2-D from 10.1 on. Its GridSample is wrong in several
+    # versions.
     "tensorrt": Target(
         19,
         19,
         "TensorRT 10.1 or newer, by DeformConv in 2-D, else by Gather",
         (_by_gather, _by_deform_conv, _by_gather),
     ),
-    # WebGPU has no DeformConv, and its GridSample was wrong.
+    # WebGPU's provider has no DeformConv, and its GridSample was wrong.
     "webgpu": Target(18, 18, "ONNX Runtime's WebGPU provider, by Gather"),
-    # A browser has WebGPU or not, which is not known when a file is made.
+    # When a file is made it is not known whether the browser will have WebGPU.
     "web": Target(18, 18, "ONNX Runtime in browsers, on WebAssembly or WebGPU, by Gather"),
-    # pnnx reads GridSample, and neither Less, Where, ScatterElements nor tensors of five axes.
+    # pnnx reads GridSample, but not Less, Where or ScatterElements, nor tensors of five axes.
     "ncnn": Target(
         20,
         18,
@@ -534,7 +542,7 @@ TARGETS = {
     ),
 }
 
-# What reads a torch.export.ExportedProgram, and no ONNX file.
+# These converters read no ONNX file, but a torch.export.ExportedProgram.
 ELSEWHERE = {
     "coreml": "coremltools reads no ONNX file, but an ExportedProgram with torchvision's "
     "operator: deformnd.export.to_torchvision",

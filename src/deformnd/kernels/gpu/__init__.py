@@ -1,7 +1,7 @@
-"""The operators on CUDA and ROCm tensors, by Triton: the functions of reference.py.
+"""The operators on CUDA and ROCm tensors, by Triton: the same functions as those of reference.py.
 
 Tensors of float64 take the reference. What a call does is written down in a plan (strategy.py),
-once for calls alike. docs/gpu.md says how a call goes through these files.
+once for all calls that are alike. docs/gpu.md says how a call goes through these files.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Derivatives of F by (image, points, weight, offset, mask), None where not needed.
 
-    And the channel sums of `summed`, which is the image or the points: a bias's gradient.
+    After them come the channel sums of `summed`, which is the image or the points: the gradient of
+    a bias.
     """
     if _for_reference(g, image, offset, mask) or not any(needs):
         return reference.gradients(g, image, points, weight, offset, mask, needs, summed)
@@ -97,13 +98,13 @@ def attend_gradients(
         return reference.attend_gradients(a, *tensors, needs)
     if sorts:
         found.insert(0, _attention_by_sorting(a, *tensors))
-        direct.latest.replay = None  # which would be a part of it
+        direct.latest.replay = None  # it would replay a part of the call only
     return direct.spread(found, needs)
 
 
 def _attention_by_sorting(a: Attention, *tensors: Tensor) -> Tensor:
-    """The value's gradient, bitwise repeatable: Note [repeatable attention] in attention.py. As
-    many batch items at a time as their samples allow."""
+    """The value's gradient, bitwise repeatable (attention.py, Note [repeatable attention]). It
+    takes as many batch items at a time as have at most attention.SORTED samples."""
     parts = []
     step = max(1, attention.SORTED // (a.queries * a.heads * len(a.shapes) * a.points))
     for first in range(0, a.batch, step):
@@ -122,10 +123,11 @@ def _attention_by_sorting(a: Attention, *tensors: Tensor) -> Tensor:
 def _attend(
     make: Any, a: Attention, given: Sequence[Tensor], wanted: tuple[bool, ...]
 ) -> list[Tensor] | None:
-    """Run the plan of a call of deform_attention, which `make` writes; None: the reference does it.
+    """Run the plan of a call of deform_attention, which `make` writes. It returns None where the
+    reference has to do the call.
 
-    The last of what is given are value, locations and weights. The value is read as it lies if its
-    channels follow each other.
+    The last three tensors given are value, locations and weights. The value is read as it lies if
+    its channels follow each other.
     """
     value = given[-3]
     sizes = (a.batch, a.queries, a.heads, a.channels, a.points)
@@ -157,7 +159,8 @@ def _attend(
 def _of_attention_backward(
     a: Attention, plan: Plan, strides: Sequence[int], given: Sequence[Tensor]
 ) -> Sequence[Launch]:
-    """As _of_backward."""
+    """What the backward of an attention will launch, to be compiled together with the forward, as
+    _of_backward says."""
     needs = tuple([t.requires_grad for t in given])
     if not autograd.call.differentiated or not any(needs) or len(given) != 3:
         return ()
@@ -168,8 +171,8 @@ def _of_attention_backward(
 
 
 def _replay(plan: Plan, tf32: bool | None, addresses: Sequence[int]) -> list[Tensor] | None:
-    """Run a plan again, if it takes tensors at these addresses as they are; tf32: whether it uses
-    that, None if it has no float32."""
+    """Run a plan again, or return None if it cannot take tensors at these addresses as they are.
+    `tf32` says whether the plan uses TF32, and is None if it has no float32."""
     bits = 0
     for address in addresses:
         bits |= address
@@ -183,10 +186,11 @@ def _replay(plan: Plan, tf32: bool | None, addresses: Sequence[int]) -> list[Ten
 
 
 def recalled(kernel: Callable[..., Any], order: Sequence[int], backward: bool) -> Any:
-    """A kernel of the dispatcher's, but a call like an earlier one only runs that one's plan.
+    """Wrap a kernel of the dispatcher's, so that a call like an earlier one only runs that call's
+    plan.
 
-    `order`: its first arguments, which are tensors or None, as plans have them. See
-    Note [calls like earlier ones] in direct.py.
+    `order` lists the places of its first arguments, which are tensors or None, in the order that
+    plans have them. See Note [calls like earlier ones] in direct.py.
     """
 
     def call(*args: Any) -> Any:
@@ -215,7 +219,7 @@ def recalled(kernel: Callable[..., Any], order: Sequence[int], backward: bool) -
 
 
 def _for_reference(g: Geometry, *tensors: Tensor | None) -> bool:
-    """float64 and empty tensors take the reference."""
+    """Whether the reference has to do a call, as it does for float64 and for empty tensors."""
     if 0 in (g.batch, g.image_channels, g.point_channels):
         return True
     return torch.float64 in [t.dtype for t in tensors if t is not None]
@@ -250,7 +254,7 @@ def _run(
         else:
             usable, last = _usable(t)
             tensors.append(usable)
-            # Not of a tensor of single pixels, which is contiguous as well.
+            # A tensor that is contiguous as well, as one of single pixels is, has no such format.
             layouts.append((last, memory_format(t) if last else torch.contiguous_format))
     for t in (offset, mask, bias):
         if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
@@ -279,7 +283,8 @@ def _run(
 
 
 class _Plans(dict[Any, Plan]):
-    """By all that a plan depends on, 4096 at most. What is recalled of calls goes with them."""
+    """At most 4096 plans, by all that a plan depends on. When they are dropped, what is recalled of
+    calls is dropped with them, since it runs these plans."""
 
     def __setitem__(self, key: Any, plan: Plan) -> None:
         if len(self) >= 4096:
@@ -300,14 +305,15 @@ _PLANS = _Plans()
 def _of_backward(
     g: Geometry, plan: Plan, layouts: Sequence[Any], needs: Sequence[bool]
 ) -> Sequence[Launch]:
-    """What the backward will launch after the forward that the plan is of, if there will be one:
-    compiled together they take little longer than the forward's. That the gradient of the result
-    lies in memory as the input does is a guess; if it is wrong, the backward compiles."""
+    """What the backward of this forward will launch, if there will be a backward. Its kernels are
+    compiled together with the forward's, which takes little longer than the forward's alone. This
+    guesses that the gradient of the result lies in memory as the input does. If the guess is
+    wrong, the backward compiles its own kernels."""
     if not autograd.call.differentiated or not any(needs) or None not in plan.given[:2]:
         return ()
     image, points, *others, _ = plan.given
     by_input, *by_others, by_bias = needs
-    other = len(plan.given)  # the number of a buffer that the forward has not
+    other = len(plan.given)  # a number that no buffer of the forward has
     if image is None:
         assert points is not None
         image = points._replace(shape=(g.batch, g.image_channels, *g.image_size), number=other)
@@ -322,11 +328,11 @@ def _of_backward(
 
 
 def _usable(t: Tensor) -> tuple[Tensor, bool]:
-    """A tensor with its channels contiguous or last, and which."""
+    """The tensor, contiguous or with its channels last, and whether they are last."""
     last = not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
     return _aligned(t if last else t.contiguous()), last
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """Kernels are compiled for pointers to multiples of 16 bytes."""
+    """The tensor at a multiple of 16 bytes, since kernels are compiled for such pointers."""
     return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -1,22 +1,22 @@
 """Multi-scale deformable attention: samples of several images, whose channels are last.
 
 A program takes queries of one head. A row is a query with every SPLIT-th point of each level, and
-its lanes have the head's channels, a chunk of BLOCK_C after another, as in depthwise.py:
+the row's lanes have the head's channels, one chunk of BLOCK_C after another, as in depthwise.py:
 
     [ROWS, BLOCK_C]     a chunk of samples; CHUNKS of them lie in the same lanes,
     [ROWS]              and share the cells, which every lane of a row finds for itself
 
-All is computed in float32.
+Everything is computed in float32.
 
-Programs of one head follow each other, so that its pixels stay in the second cache, those of small
-levels in the first, and its gradient in the second until it is complete. The value is read where it
-lies, and nothing is compiled for a size: only for a rank, a number of levels, dtypes, channels, and
-for whether 2 or 4 divide the points of a level.
+Programs of one head follow each other, so that its pixels stay in the second-level cache, those of
+small levels in the first-level one, and its gradient in the second until it is complete. The value
+is read where it lies. Nothing is compiled for a size: kernels are compiled only for a rank, a
+number of levels, dtypes, channels, and for whether 2 or 4 divide the points of a level.
 
 Note [repeatable attention]
-The value's gradient is a sum of what samples bring to a pixel. Added by atomics, they come in any
-order. Where algorithms must be deterministic, samples are sorted by their cell instead, a stable
-sort of torch's, and each pixel gathers from the 2^n cells around it, in their order.
+The value's gradient at a pixel is a sum of what samples bring to it. Atomics add these terms in any
+order. Where algorithms must be deterministic, torch's stable sort sorts the samples by their cell
+instead, and each pixel gathers from the 2^n cells around it in that order.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def level_of(shapes, level):
 
 @triton.jit
 def next_points(level, point, points, SPLIT: tl.constexpr):
-    """The level and the first of the SPLIT points that are next. Without a division."""
+    """The level and the first of the next SPLIT points, found without a division."""
     point += SPLIT
     last = point >= points
     return tl.where(last, level + 1, level), tl.where(last, 0, point)
@@ -65,7 +65,7 @@ def next_points(level, point, points, SPLIT: tl.constexpr):
 
 @triton.jit
 def read_samples(locations, weights, at, here, RANK: tl.constexpr):
-    """The locations, x first, and the weights of samples, as they are stored."""
+    """Read the locations, x first, and the weights of samples, as they are stored."""
     found = ()
     for a in tl.static_range(RANK):
         found = found + (tl.load(locations + (at * RANK + a), mask=here, other=0.0),)
@@ -74,14 +74,14 @@ def read_samples(locations, weights, at, here, RANK: tl.constexpr):
 
 @triton.jit
 def cells_of(location, image, here):
-    """The cells of samples, as sampling.cell_of has them, but low corners are where they are, in
-    the image or not; and whether the samples are near enough to have one."""
+    """The cells of samples as sampling.cell_of gives them, except that low corners are not moved
+    into the image; and whether the samples are near enough to have a cell."""
     axes = ()
     near = here
     for a in tl.static_range(len(image)):
         at = location[len(image) - 1 - a].to(tl.float32)
-        # Rounded before the half is taken from it, as the definition has it: compilers make one
-        # operation of a product and a difference, but not of this.
+        # The definition rounds the product before it subtracts a half. Compilers would join a
+        # product and a difference to one operation that rounds once; they do not join these.
         at = tl.fma(at, image[a].to(tl.float32), 0.0) - 0.5
         finite = tl.abs(at) < 1.0e9
         near = near & finite
@@ -89,7 +89,7 @@ def cells_of(location, image, here):
         floor = tl.floor(at)
         fraction = at - floor
         low = floor.to(tl.int32)
-        # Both bounds in one comparison: a number below 0 is a large one without its sign.
+        # One comparison checks both bounds: without its sign a number below 0 is a large one.
         has_low = low.to(tl.uint32) < image[a].to(tl.uint32)
         has_high = (low + 1).to(tl.uint32) < image[a].to(tl.uint32)
         axes = axes + ((low, 1, (1.0 - fraction, fraction), (has_low, has_high)),)
@@ -110,9 +110,9 @@ def corner_of(axes, near, q: tl.constexpr, image):
 @triton.jit
 def channels_of(value, corner, c, j: tl.constexpr, stop, g,
                 INDEX: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Chunk j of channels c of a corner [ROWS, BLOCK_C], 0 outside the image. If the chunks are
-    EVEN, none is at `stop`."""
-    # The chunk is added to the pointer, so that loads have it as a constant.
+    """Chunk j of channels c of a corner [ROWS, BLOCK_C], 0 outside the image and from channel
+    `stop` on. EVEN chunks end before `stop`, so that they need no check."""
+    # The chunk is added to the pointer last, so that it is a constant in the load's instruction.
     place = value + ((corner[0].to(INDEX) * g.row)[:, None] + c[None, :])
     keep = corner[1][:, None]
     if not EVEN:
@@ -123,7 +123,7 @@ def channels_of(value, corner, c, j: tl.constexpr, stop, g,
 @triton.jit
 def add_sample(sums, value, axes, near, weight, c, stop, image, g,
                INDEX: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Sums of chunks, plus samples times their weight, in float32."""
+    """The sums of chunks, in float32, with samples times their weight added to them."""
     result = ()
     for j in tl.static_range(len(sums)):
         total = sums[j]
@@ -175,7 +175,8 @@ def forward_attention(value, locations, weights, out, g, tiles, blocks,
     for _ in tl.static_range(CHUNKS):
         sums = sums + (tl.zeros((ROWS, BLOCK_C), tl.float32),)
     location, weight = read_samples(locations, weights, at, here, rank)
-    # A single loop: the compiler would exchange cells between lanes that go through two.
+    # Levels and points share one loop, since with two the compiler would exchange cells between
+    # lanes.
     level = 0
     point = 0
     for step in range(0, samples, SPLIT):
@@ -183,7 +184,7 @@ def forward_attention(value, locations, weights, out, g, tiles, blocks,
         level, point = next_points(level, point, g.points, SPLIT)
         axes, near = cells_of(location, image, here)
         amplitude = weight.to(tl.float32)
-        # Now, so that the next samples need not wait for them.
+        # The next locations and weights are read now, so that the next samples need not wait.
         at += SPLIT
         more = here & (step + SPLIT < samples)
         location, weight = read_samples(locations, weights, at, more, rank)
@@ -206,8 +207,8 @@ def backward_attention(value, locations, weights, grad_output, grad_value, grad_
                        INDEX: tl.constexpr, EVEN: tl.constexpr, ONCE: tl.constexpr,
                        SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
                        CHUNKS: tl.constexpr):  # fmt: skip
-    """Gradients of locations and weights; of the value by atomic additions to float32 numbers
-    [B, S, H, C]. ONCE: the chunks hold all channels of a head.
+    """The gradients of locations and weights, and that of the value by atomic additions to float32
+    numbers [B, S, H, C]; each unless None. ONCE says that the chunks hold all channels of a head.
 
     Grid: (B x heads x tiles of queries).
     """
@@ -220,8 +221,8 @@ def backward_attention(value, locations, weights, grad_output, grad_value, grad_
     r = tl.arange(0, ROWS)
     q = tile * (ROWS // SPLIT) + r // SPLIT
     here = q < g.queries
-    # A lane has 16 bytes of the float32 numbers that are added, since half of a sector of memory
-    # costs as much as all of it.
+    # The hints give a lane 16 bytes of the float32 numbers that are added, since adding to half of
+    # a sector of memory costs as much as adding to all of it.
     c = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_C), 4), 4)
     samples = levels * g.points
     before = b * g.queries * g.heads * samples
@@ -304,8 +305,9 @@ def backward_attention(value, locations, weights, grad_output, grad_value, grad_
 
 @triton.jit
 def list_cells(locations, keys, g, count, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    """The cell in which each sample lies, of those of all heads and levels; of samples that are not
-    valid the number of cells. A level has a cell more on every axis than pixels.
+    """Write the cell in which each sample lies, counted through all heads and levels.
+    Samples that are not valid get the count of all cells. On every axis a level has one more cell
+    than pixels.
 
     Grid: (blocks of samples).
     """
@@ -332,8 +334,8 @@ def list_cells(locations, keys, g, count, INDEX: tl.constexpr, BLOCK: tl.constex
 def backward_sorted_attention(locations, weights, grad_output, order, starts, out, g, tiles, blocks,
                               INDEX: tl.constexpr, ROWS: tl.constexpr,
                               BLOCK_C: tl.constexpr):  # fmt: skip
-    """The value's gradient [B, S, H, C], of the samples in their order; those of a cell begin where
-    starts say. See Note [repeatable attention].
+    """The value's gradient [B, S, H, C] from the samples in sorted order, where `starts` says at
+    which place those of each cell begin. See Note [repeatable attention].
 
     Grid: (B x heads x tiles of pixels x blocks of a head's channels).
     """
@@ -379,7 +381,7 @@ def backward_sorted_attention(locations, weights, grad_output, order, starts, ou
 
 
 class Sizes(NamedTuple):
-    """What the kernels are told of a call (in kernels: g)."""
+    """What the kernels are told of a call, where it is named g."""
 
     shapes: tuple[tuple[int, ...], ...]
     grids: tuple[tuple[int, ...], ...]  # the cells of each level on every axis
@@ -390,17 +392,17 @@ class Sizes(NamedTuple):
     points: int
     pixels: int
     cells: int  # of all levels
-    row: int  # elements between pixels of the value,
-    plane: int  # between heads,
-    item: int  # and between batch items
-    padded: int  # what divides these
+    row: int  # elements between pixels of the value
+    plane: int  # elements between its heads
+    item: int  # elements between its batch items
+    padded: int  # the common divisor of these three and 16
 
 
 class Call:
     """What the operations of one plan share."""
 
     def __init__(self, a: Attention, plan: Plan, strides: Sequence[int]) -> None:
-        """strides: the value's, of which the last is 1."""
+        """`strides` are those of the value, of which the last is 1."""
         item, row, plane = (
             stride if size > 1 else other
             for size, stride, other in zip(
@@ -419,7 +421,8 @@ class Call:
         )
         self.device = tiles.device_of(plan.device)
         rank, samples = len(a.shapes[0]), len(a.shapes) * a.points
-        # Numbers of a batch item, and of all of it beside the value as it lies.
+        # The most numbers that a tensor has in a batch item, and in the whole batch, apart from the
+        # value, which may have gaps where it lies.
         own = max(a.queries * max(samples * rank, a.channels), a.pixels * a.channels) * a.heads
         every = max(own, cells * a.heads) * a.batch
         self.index = tl.int32 if max(own, a.pixels * row) < 2**31 else tl.int64
@@ -431,8 +434,8 @@ class Call:
     def blocks(
         self, operation: str, width: int, split: int = 4
     ) -> tuple[dict[str, Any], int, Tiles]:
-        """The constants, the tiles of queries, and the row of the table. split: how many rows at
-        most share the points of a query."""
+        """The constants, the number of tiles of queries, and the row of the table. At most `split`
+        rows share the points of a query."""
         channels = self.a.channels
         row = self.tiles(operation, width)
         split = math.gcd(split, self.a.points)
@@ -463,12 +466,12 @@ class Call:
 
 
 def write_forward(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
-    """Of value, locations and weights."""
+    """Write the forward, given the value, locations and weights."""
     a, (value, locations, weights) = call.a, given
     out = call.plan.result(a.output_shape, value.dtype)
     name, width = "forward_attention", value.dtype.itemsize
-    # Where that makes programs enough, two rows share the points of a query, which leaves less to
-    # be added than four do. The others are loaded only.
+    # Two rows share the points of a query if that makes enough programs, since they leave less to
+    # be added than four rows do. The launch that does not suit this size is only loaded.
     _, count, _ = call.blocks(name, width)
     enough = a.batch * a.heads * count >= 8 * call.device.multiprocessors
     splits = {math.gcd(split, a.points) for split in (2, 4)}
@@ -491,7 +494,8 @@ def write_forward(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
 
 
 def write_gradients(call: Call, given: Sequence[Buffer], wanted: tuple[bool, ...]) -> None:
-    """Of grad_output, value, locations and weights, what is wanted by the last three."""
+    """Write the gradients that are wanted by value, locations and weights, given grad_output and
+    these three."""
     a, plan, (grad_output, value, locations, weights) = call.a, call.plan, given
     by_value, by_locations, by_weights = (
         plan.result(t.shape, t.dtype) if want else None
@@ -502,7 +506,7 @@ def write_gradients(call: Call, given: Sequence[Buffer], wanted: tuple[bool, ...
         sums = plan.scratch(*by_value.shape, dtype=torch.float32)
     if sums is not None:
         call.steps.zero(sums)
-    if not any(wanted):  # but the value's gradient, by sorting
+    if not any(wanted):  # only the value's gradient is needed, and sorting gives it
         return
     constants, count, row = call.blocks("backward_attention", value.dtype.itemsize)
     constants["ONCE"] = constants["BLOCK_C"] * constants["CHUNKS"] >= a.channels
@@ -525,7 +529,7 @@ def write_gradients(call: Call, given: Sequence[Buffer], wanted: tuple[bool, ...
 
 
 def write_cells(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
-    """Write the cell of each sample to the first of what is given."""
+    """Write the cell of each sample to the keys, which are the first buffer given."""
     keys, _, locations, _ = given
     count, block = math.prod(keys.shape), 512
     constants = dict(INDEX=call.many, BLOCK=block)
@@ -537,8 +541,8 @@ def write_cells(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
 
 
 def write_sorted(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
-    """The value's gradient, of the samples in the order that is given first, and of where those of
-    each cell start in it."""
+    """Write the value's gradient, given first the samples in sorted order, and then the places
+    where those of each cell begin."""
     a, (order, starts, grad_output, value, locations, weights) = call.a, given
     row = call.tiles("backward_sorted_attention", value.dtype.itemsize)
     block_c = fit(a.channels, row.block_c, least=4)
@@ -559,8 +563,8 @@ def write_sorted(call: Call, given: Sequence[Buffer], wanted: Any) -> None:
     )
 
 
-# Samples that are sorted at once, if one batch item has not more. The sort takes 24 to 32 bytes
-# of each.
+# At most this many samples are sorted at once, unless a single batch item has more. The sort takes
+# 24 to 32 bytes for each.
 SORTED = 1 << 23
 
 
@@ -573,7 +577,7 @@ def keys_of(a: Attention, device: torch.device) -> tuple[Tensor, int]:
 
 
 def reads(value: Tensor) -> bool:
-    """Whether the kernels read the value as it lies."""
+    """Whether the kernels can read the value as it lies."""
     strides = zip(value.shape, value.stride(), strict=True)
     return value.stride(3) == 1 and all(stride > 0 for size, stride in strides if size > 1)
 
@@ -581,7 +585,7 @@ def reads(value: Tensor) -> bool:
 def write(
     plan: Plan, make: Any, a: Attention, strides: Sequence[int], wanted: tuple[bool, ...]
 ) -> list[Launch]:
-    """Write the plan by one of the functions above; all launches that it may need."""
+    """Write the plan by one of the functions above. Returns all launches that it may need."""
     call = Call(a, plan, strides)
     make(call, plan.given, wanted)
     call.steps.finish()

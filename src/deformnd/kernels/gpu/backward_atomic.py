@@ -1,10 +1,10 @@
 """Gradients of offset and mask, and of the image by atomic additions.
 
-A program multiplies the points at BLOCK_P positions by the weight of a tap: that gives the gradient
-of the columns (columns.py, Note [rows]), which stays in registers. Its dot products with each
-sample's corners, over the channels of the sample group, give the gradients of offset and mask;
-times the corners' weights it is added to the image's gradient. Where there are few tiles of
-positions, several programs share the taps.
+A program multiplies the points at BLOCK_P positions by the weight of a tap. The product is the
+gradient of the columns (columns.py, Note [rows]), which stays in registers. Dot products of this
+gradient with each sample's corners, over the channels of the sample group, give the gradients of
+offset and mask. The gradient times the corners' weights is added to the image's gradient. Where
+there are few tiles of positions, several programs share the taps.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     EVEN: tl.constexpr, HOLD: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
                     BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """Each gradient may be None, and the image then if it serves none. HOLD: the points' channels
-    are one block, which stays in registers. Grid: (B x tiles of positions, splits)."""
+    """Write the gradients that are not None. The image may be None if neither offset nor mask gets
+    a gradient. HOLD says that the points' channels are one block, which stays in registers.
+
+    Grid: (B x tiles of positions, splits)."""
     rank: tl.constexpr = len(g.image)
     by_position: tl.constexpr = grad_offset is not None or grad_mask is not None
     b = tl.program_id(0) // tiles
@@ -62,7 +64,7 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                 else:
                     first, last = columns.channels_of(s0, c0, g, GROUPS, BLOCK_C, CHANNELS)
                     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
-                    for o0 in range(o_first // 8 * 8, o_last, BLOCK_O):  # points lie by eights
+                    for o0 in range(o_first // 8 * 8, o_last, BLOCK_O):  # eights align the loads
                         o = o0 + tl.arange(0, BLOCK_O)
                         x = columns.read_point_parts(points, b, p, inside, o, g, PRECISION, INDEX)
                         w = columns.read_weight(
@@ -114,8 +116,8 @@ def arguments_of(
     by_offset: Buffer | None,
     by_mask: Buffer | None,
 ) -> dict[str, Buffer | None]:
-    """What this kernel, the depthwise one and Hopper's are given alike. Zeros are written first
-    where the gradient of the image is added."""
+    """The arguments that this kernel, the depthwise one and Hopper's share. The image's gradient is
+    filled with zeros first, since they add to it."""
     by_position = by_offset is not None or by_mask is not None
     if by_image is not None:
         call.zero(by_image)
@@ -141,7 +143,7 @@ def write(
         if call.narrow:
             name += " narrow" if sizes.sample_groups > 1 else " few"
         tiles = call.tiles(name, sizes.group_out)
-    # All channels of a narrow group, so that lanes fill the sectors of memory that they add to.
+    # A block has all channels of a narrow group, so that lanes fill the sectors that they add to.
     constants = columns.blocks_of(call, tiles, NARROW)
     block_o = fit(columns.outputs_of(call, constants), tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)

@@ -1,25 +1,25 @@
 """The image gradient without atomic additions, which also is the transposed forward.
 
-Samples are listed by the tile of 64 pixels that they touch, once for every tile in which one of
-their corners lies. A program then has a tile and a sample group, and adds what the listed samples
-bring, for each tap by two products:
+Samples are listed by the tiles of 64 pixels that they touch: a sample is in the list of every tile
+in which one of its corners lies. A program then takes a tile and a sample group, and adds what the
+listed samples bring, by two products for each tap:
 
     out [pixels, channels] += (blend [pixels, samples] @ points [samples, outputs]) @ weight [tap]
 
-where blend is the share that a pixel had in a sample, times the mask. It is bitwise repeatable if
-the lists are in order, which deterministic algorithms ask for.
+where blend is the share that a pixel has in a sample, times the mask. The gradient is bitwise
+repeatable if the lists are in order, so they are sorted where algorithms must be deterministic.
 
 Note [lists]
-There is a list for every (batch item, offset group, tap, tile), in that order: the positions of its
-samples. `lists` holds the length of every list, then a cursor, then the end of every list in
-`entries`, which holds the samples of all; a list begins its length before its end. Lists lie there
-in any order.
+There is a list for every (batch item, offset group, tap, tile), numbered in that order. It holds
+the positions of its samples. `entries` holds the samples of all lists, which lie there in any
+order. `lists` holds the length of every list, then a cursor, which is how much of `entries` is
+reserved, and then the end of every list in `entries`. A list begins its length before its end.
 
     lists    | lengths [number] | cursor | ends [number] |
     entries  | a list's samples | another's | ...
 
-TOGETHER there is one for every (batch item, offset group, tile) instead, of all taps: of a sample
-it holds position * taps + tap.
+With TOGETHER there is one list for every (batch item, offset group, tile) instead, with the samples
+of all taps. For each it holds position * taps + tap.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def samples_of(offset, item, tap, p, g):
 
 @triton.jit
 def tile_of(axes, valid, q: tl.constexpr, g, TILE: tl.constexpr):
-    """The tile of corner q, and whether no corner of fewer set bits lies in the same one."""
+    """The tile of corner q, and whether it is new: no corner with fewer of q's bits set lies in it.
+    So every tile that a sample touches is new once."""
     new = valid
     at = ()
     for a in tl.static_range(len(TILE)):
@@ -73,7 +74,8 @@ def tile_of(axes, valid, q: tl.constexpr, g, TILE: tl.constexpr):
 @triton.jit
 def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
                  TOGETHER: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Count the samples of every list, or (FILL) write them where start_lists has put its end.
+    """Count the samples of every list. With FILL write them instead, from the start that
+    start_lists has stored as the list's end, and move that end on.
 
     Grid: (B x offset groups x taps x blocks of positions).
     """
@@ -93,14 +95,14 @@ def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
             places = places + ((place, new),)
         else:
             tl.atomic_add(at, 1, mask=new, sem="relaxed")
-    if FILL:  # Stored when all have been asked for their place, so that no place is waited for.
+    if FILL:  # the stores follow all requests for places, so that no request waits for a store
         for q in tl.static_range(2 ** len(TILE)):
             tl.store(entries + places[q][0], p, mask=places[q][1])
 
 
 @triton.jit
 def start_lists(lists, number, BLOCK: tl.constexpr):
-    """Reserve room for every list: its end, so far, is its start."""
+    """Reserve room for every list, and store its start as its end, since it has no samples yet."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     length = tl.load(lists + i, mask=i < number, other=0)
     ends = tl.cumsum(length, 0)
@@ -118,7 +120,9 @@ def sort_list(entries, length, SIZE: tl.constexpr):
 @triton.jit
 def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.constexpr,
                LONG: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Sort a list, or write it anew if it has more than LONG samples. Grid: (number of lists)."""
+    """Sort a list, or write it anew, in order, if it has more than LONG samples.
+
+    Grid: (number of lists)."""
     at = tl.program_id(0).to(tl.int64)
     length = tl.load(lists + at)
     start = tl.load(lists + number + 1 + at) - length
@@ -148,10 +152,11 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                     INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, TILE: tl.constexpr,
                     BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
                     BLOCK_C: tl.constexpr):  # fmt: skip
-    """dF/dimage of a tile: [B, S, C] with LAST, else [B, C, S]. MULTIPLIER, unless it is 0: how
-    many channels of the points a channel of the image has (depthwise.py).
+    """dF/dimage of a tile, in [B, S, C] with LAST, else in [B, C, S]. MULTIPLIER is how many
+    channels of the points a channel of the image has in a depthwise call (depthwise.py), and 0 in
+    others.
 
-    With several splits a program has a share of the taps, and its sum goes to `parts`
+    With several splits a program takes a share of the taps, and its sum goes to `parts`
     [splits, B, ...]. Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
     """
     rank: tl.constexpr = len(TILE)
@@ -169,7 +174,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
     for a in tl.static_range(rank):
         pixel = pixel + (cell[a] * TILE[a] + local[a],)
         here = here & (pixel[a] < g.image[a])
-    # The channels of a block, and the points' channels of the weight groups that it meets.
+    # These are the channels of a block, and the points' channels in the same weight groups.
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     c_in = c < g.group_channels
@@ -197,7 +202,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
             for a in tl.static_range(rank):
                 low, step, weights, inside = axes[a]
                 of_low, of_high = weights
-                of_low += tl.where(step == 0, of_high, 0.0)  # both corners are one pixel
+                of_low += tl.where(step == 0, of_high, 0.0)  # without a step both are one pixel
                 if a == 0:
                     of_low *= amplitude
                     of_high *= amplitude
@@ -255,15 +260,15 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
 
 
 def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
-    """The image's tile, and how many there are."""
+    """The shape of the image's tiles, and how many there are."""
     tile = IMAGE_TILES[len(call.sizes.image)]
     sizes = zip(call.sizes.image, tile, strict=True)
     return tile, math.prod(triton.cdiv(size, part) for size, part in sizes)
 
 
 def make_lists(call: Call, variant: Variant) -> tuple[Buffer, Buffer]:
-    """The lists, as the variant wants them, and their entries, in order if algorithms must be
-    deterministic (Note [lists])."""
+    """Make the lists that the variant wants, and their entries, which are in order if algorithms
+    must be deterministic (Note [lists])."""
     n, together = call.sizes, variant.together
     tile, tiles = tiles_of(call)
     owners = n.batch * (n.sample_groups // n.per_offset) * n.taps
@@ -278,7 +283,8 @@ def make_lists(call: Call, variant: Variant) -> tuple[Buffer, Buffer]:
     def add(kernel: Any, programs: int, warps: int, **constants: Any) -> None:
         constants = dict(TILE=tile, BLOCK=LISTED) | constants
         arguments = dict(lists=lists, entries=entries, number=number, blocks=blocks)
-        # Later, so that what is copied for the next launch is copied when zeros are written.
+        # These launches come after the jobs that the next one needs, so that those are done in the
+        # same launch that writes the zeros.
         call.steps.then(call.make(kernel, (programs,), constants, warps=warps, **arguments))
 
     add(list_samples, owners * blocks, 4, FILL=False, TOGETHER=together)
@@ -290,7 +296,7 @@ def make_lists(call: Call, variant: Variant) -> tuple[Buffer, Buffer]:
 
 
 def arguments_of(call: Call, points: Operand, lists: tuple[Buffer, Buffer]) -> dict[str, Any]:
-    """Of this kernel and Hopper's."""
+    """The arguments that this kernel and Hopper's share."""
     number = lists[0].shape[0] // 2
     return dict(points=call.rows(points), lists=lists[0], entries=lists[1], number=number)
 

@@ -1,8 +1,9 @@
 """The gradient of the weight: points^T @ columns, summed over all positions.
 
-A program samples the columns (columns.py, Note [rows]) of some taps for a block of channels, a tile
-of BLOCK_P positions after another, and multiplies by BLOCK_O channels of the points. Programs share
-the positions: each writes the sum of its share, and these are added up afterwards.
+A program samples the columns (columns.py, Note [rows]) of some taps for a block of channels, one
+tile of BLOCK_P positions after another, and multiplies them by BLOCK_O channels of the points.
+Programs share the positions: each writes the sum of its share, and these sums are added up
+afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .variants import portable
 
 @triton.jit
 def read_ahead(offset, mask, s, tap, t, tiles, g, BLOCK_P: tl.constexpr):
-    """Offsets and masks of tile t of the positions, a turn before they are used."""
+    """Read the offsets and masks of tile t of the positions, one turn before they are used."""
     p = (t % tiles * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     return sampling.read(offset, mask, t // tiles, s, tap, p, p < g.positions, g)
 
@@ -33,7 +34,8 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
                     CHANNELS: tl.constexpr):  # fmt: skip
     """Sums [splits, K, C / groups, O] over shares of the positions.
 
-    Grid: (blocks of taps x blocks of channels, blocks of the outputs that those meet, splits).
+    Grid: (blocks of taps x blocks of channels, blocks of the outputs in the same weight groups,
+    splits).
     """
     tap = tl.program_id(0) // blocks * TAPS
     block = tl.program_id(0) % blocks
@@ -43,11 +45,11 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
     c = c0 + tl.arange(0, BLOCK_C)
     first, last = columns.channels_of(s0, c0, g, GROUPS, BLOCK_C, CHANNELS)
     o_first, o_last = columns.met(first, last, g.group_in, g.group_out)
-    # Points lie by eights.
+    # Blocks of outputs begin at a multiple of eight, so that loads of points are aligned.
     o = o_first // 8 * 8 + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     WIDE: tl.constexpr = GROUPS * TAPS == 1
-    # Whether the sums are transposed, so that the larger factor need not be. Three products of all
-    # warps are faster with the more rows that outputs make.
+    # The sums are TURNED, which means transposed, so that the larger factor need not be. The three
+    # products of "bf16x3" are faster as they are, since outputs make more rows.
     TURNED: tl.constexpr = WIDE and PRECISION != "bf16x3"
     if TURNED:
         acc = tl.zeros((BLOCK_C, BLOCK_O), tl.float32)
@@ -100,12 +102,13 @@ def write(
     if tiles is None:
         name = "backward_weight narrow" if call.narrow else "backward_weight"
         tiles = call.tiles(name, sizes.group_out)
-    # All channels of a narrow group, whose cells would be found anew for each of its runs.
+    # A block has all channels of a narrow group, since smaller runs would find its cells anew.
     constants = columns.blocks_of(call, tiles, NARROW)
     groups, block_c = constants["GROUPS"], constants["BLOCK_C"]
     outputs = columns.outputs_of(call, constants)
     block_o = fit(outputs, tiles.block_o)
-    # Where a weight group does not begin at a multiple of eight, up to seven outputs before it.
+    # Blocks begin at a multiple of eight, so a weight group that does not begin at one has up to
+    # seven outputs of other groups before its own.
     extra = 7 if sizes.outputs > outputs and sizes.group_out % 8 else 0
     across = triton.cdiv(outputs + extra, block_o)
     blocks = triton.cdiv(sizes.sample_groups, groups) * triton.cdiv(sizes.padded, block_c)

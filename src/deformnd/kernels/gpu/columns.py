@@ -1,24 +1,24 @@
 """What the portable kernels share: columns of samples, weights to match, and their product.
 
 Note [rows]
-A program takes the samples of ROWS = GROUPS * TAPS rows at once, a row for every pair of GROUPS
-sample groups and TAPS taps, and BLOCK_C channels of each:
+A program takes the samples of ROWS = GROUPS * TAPS rows at once, one row for every pair of one of
+GROUPS sample groups and one of TAPS taps, and BLOCK_C channels of each:
 
     [BLOCK_P, ROWS, BLOCK_C]        samples: cells and their weights are [BLOCK_P, ROWS]
     [BLOCK_P, ROWS * BLOCK_C]       the same as a factor of a product, its `columns`
 
     columns     | s0, tap | s0+1, tap | .. | s0, tap+1 | s0+1, tap+1 | ..      each BLOCK_C wide
 
-Channels come a block at a time. A wide call has one row. A narrow one has several, since a product
-needs more channels than a sample group has. The forward's blocks are then runs of channels that a
-thread loads at once: so a thread finds the cells of its own samples, and what goes from one to
-another through shared memory is the columns alone. For that, a narrow call's numbers that are read
-for every sample lie in memory as if nothing was known of it (samples_of), or Triton would give a
-thread two of them. The gradients' blocks are all channels of a group.
+Channels come a block at a time. A wide call has one row. A narrow call has several rows, since a
+product needs more channels than a sample group has. In the forward, a narrow call's blocks are runs
+of channels that a thread loads at once. So each thread finds the cells of its own samples, and only
+the columns go from thread to thread through shared memory. For this, samples_of hides from Triton
+that a narrow call's positions are neighbours, or Triton would give a thread the offsets of two of
+them. In the gradients, a block is all channels of a group.
 
-Rows of sample groups or taps that do not exist have amplitude 0 and weights 0. In a single row
-sample group and tap are scalars, so that the compiler finds once a program what depends on them
-alone.
+Rows of sample groups or taps that do not exist have amplitude 0 and weights 0. With a single row,
+sample group and tap are scalars, so that the compiler computes what depends on them alone once for
+a program.
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ from .tiles import Tiles
 
 
 def blocks_of(call: Call, tiles: Tiles, run: int) -> dict[str, Any]:
-    """The constants of Note [rows]; CHANNELS: of a sample group of a narrow call; EVEN: the last
-    block of channels is full as well."""
+    """The constants of Note [rows]. CHANNELS is a sample group's number of channels in a narrow
+    call, and None in a wide one. EVEN says that the last block of channels is full as well."""
     sizes, groups, taps, channels = call.sizes, 1, 1, None
     block_c = fit(sizes.padded, tiles.block_c)
     if call.narrow:
         channels = sizes.padded
         block_c = min(channels, run)
         rows = max(tiles.block_c // block_c, 2)
-        # Sample groups with weight groups of their own meet other outputs: one of them at a time.
+        # Sample groups with weight groups of their own serve different outputs, so a program takes
+        # one of them at a time.
         apart = sizes.group_in < sizes.channels and sizes.group_in <= sizes.group_channels
         groups = 1 if apart else min(rows, triton.next_power_of_2(sizes.sample_groups))
         taps = min(rows // groups, triton.next_power_of_2(sizes.taps))
-        groups = rows // taps  # as a product needs so many channels
+        groups = rows // taps  # may exceed the sample groups, since a product needs the channels
     even = sizes.padded % block_c == 0
     blocks = dict(BLOCK_P=tiles.block_p, GROUPS=groups, TAPS=taps, BLOCK_C=block_c)
     return dict(blocks, CHANNELS=channels, EVEN=even)
@@ -76,13 +77,15 @@ def outputs_of(call: Call, blocks: dict[str, Any]) -> int:
 
 @triton.jit
 def met(first, stop, own, other):
-    """From channels of one side of the weight, those of the other in the same weight groups."""
+    """The range of channels on the other side of the weight that are in the same weight groups as
+    the channels from first to stop on its own side."""
     return first // own * other, ((stop - 1) // own + 1) * other
 
 
 @triton.jit
 def channels_to(g, BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where a loop over blocks of channels stops; the compiler sees if it has a single turn."""
+    """Where a loop over blocks of channels stops. It is a constant where the loop has one turn, so
+    that the compiler sees that."""
     if CHANNELS is None:
         return g.padded
     elif CHANNELS == BLOCK_C:
@@ -93,7 +96,7 @@ def channels_to(g, BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def channels_of(s0, c0, g, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):
-    """Between which channels of the image those from c0 of sample groups from s0 lie."""
+    """The range of the image's channels that a block has, from channel c0 of sample group s0 on."""
     first = s0 * g.group_channels
     last = tl.minimum(s0 + GROUPS, g.sample_groups) * g.group_channels
     if CHANNELS is None:
@@ -105,14 +108,15 @@ def channels_of(s0, c0, g, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS
 @triton.jit
 def samples_of(offset, mask, b, s0, tap, stop, p, inside, g,
                INDEX: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
-    """Of the rows from sample group s0 and `tap`, and taps before `stop`: sample group and tap
-    [1, ROWS]; position [BLOCK_P, 1], the last one after that; whether there is such a sample, its
-    cell, amplitude and validity [BLOCK_P, ROWS]."""
+    """What is known of the samples in the rows from sample group s0 and `tap` on, for taps before
+    `stop`: sample group and tap [1, ROWS]; position [BLOCK_P, 1], which several rows limit to the
+    last one; whether the sample exists, its cell, amplitude and validity [BLOCK_P, ROWS]."""
     s = s0
     k = tap
     p = p[:, None]
     here = inside[:, None]
-    # What is one number in a wide call is one for every row in a narrow one.
+    # Sample group and tap are scalars in a wide call, so that 64 bits cost nothing there. In a
+    # narrow call every row has its own.
     index: tl.constexpr = tl.int64 if GROUPS * TAPS == 1 else INDEX
     if GROUPS * TAPS > 1:
         row = tl.arange(0, GROUPS * TAPS)[None, :]
@@ -121,7 +125,7 @@ def samples_of(offset, mask, b, s0, tap, stop, p, inside, g,
         here = here & (s < g.sample_groups) & (k < stop)
         s = tl.minimum(s, g.sample_groups - 1)
         k = tl.minimum(k, stop - 1)
-        # Also hides from Triton that positions are neighbours, see Note [rows].
+        # This also hides from Triton that positions are neighbours; see Note [rows].
         p = tl.minimum(p, g.positions - 1)
     axes, amplitude, valid = locate(offset, mask, b, s, k, p, here, g, index)
     return s, k, p, here, axes, amplitude, valid
@@ -145,8 +149,8 @@ def read_image(image, place, c, g, EVEN: tl.constexpr):
 
 @triton.jit
 def corners_of(axes, amplitude, s, g, INDEX: tl.constexpr, dtype: tl.constexpr):
-    """Of every corner of samples [BLOCK_P, ROWS]: where it lies in an item of the image, and what
-    it weighs; with float16 also what the last one, the largest, loses there."""
+    """For each corner of samples [BLOCK_P, ROWS] its place in an item of the image and its weight.
+    In float16 one more weight follows: what the last one, the largest, loses by rounding."""
     if dtype == tl.float16:
         axes = lighter_first(axes)
     places = ()
@@ -165,7 +169,8 @@ def corners_of(axes, amplitude, s, g, INDEX: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def corners_read(read, point, s, tap, inside, g, INDEX: tl.constexpr, dtype: tl.constexpr):
-    """Likewise of the samples at `point` for a tap, whose offsets and masks have been read."""
+    """The places and weights of corners_of for the samples at `point` and a tap, whose offsets and
+    masks have been read."""
     offsets, masks = read
     starts = starts_of(point, unravel(tap, g.kernel), g)
     axes, valid = cell_of(offsets, starts, inside, g)
@@ -174,7 +179,8 @@ def corners_read(read, point, s, tap, inside, g, INDEX: tl.constexpr, dtype: tl.
 
 @triton.jit
 def apart(x):
-    """Numbers of samples [BLOCK_P, ROWS]: several rows after an axis of one element, see mix."""
+    """Numbers of samples [BLOCK_P, ROWS], with an axis of one element before several rows; `mix`
+    says why."""
     if x.shape[1] > 1:
         return x[:, None]
     else:
@@ -192,8 +198,8 @@ def fetch(image, places, c, g, EVEN: tl.constexpr):
 
 @triton.jit
 def mix(values, weights):
-    """Samples, as columns: float16 ones added in float16, two to an instruction, with what the
-    largest weight loses there; others in float32."""
+    """Samples as columns. Values of float16 are added in float16, two to an instruction, together
+    with what the largest weight lost by rounding; all others are added in float32."""
     count: tl.constexpr = len(values)
     total = None
     for q in tl.static_range(count):
@@ -213,8 +219,8 @@ def mix(values, weights):
     if weights[0].shape[1] == 1:
         return tl.reshape(total, (positions, columns))
     else:
-        # A sum over an axis of one element is free, and Triton moves no layout across it. It would
-        # bring every corner into that of the product, not the sum of corners.
+        # A sum over an axis of one element is free, and Triton moves no layout across it. Without
+        # it Triton would convert each corner to the product's layout, and not just their sum.
         return tl.sum(tl.reshape(total, (positions, 1, columns)), 1)
 
 
@@ -228,9 +234,9 @@ def sample(image, axes, amplitude, s, c, g, INDEX: tl.constexpr, EVEN: tl.conste
 @triton.jit
 def sample_block(image, read, p, s, tap, inside, c0, g, INDEX: tl.constexpr, EVEN: tl.constexpr,
                  BLOCK_C: tl.constexpr):  # fmt: skip
-    """BLOCK_C channels from c0 of samples of a single row, as columns, whose offsets and masks have
-    been read. They come in pieces of 64 bytes, which four lanes load: the more channels a lane has
-    of a sample, the fewer cells the lanes find over and over."""
+    """BLOCK_C channels from c0 on, as columns, of samples of a single row whose offsets and masks
+    have been read. They come in pieces of 64 bytes, which four lanes load, because every lane of a
+    sample finds its cell anew, and more channels to a lane mean fewer lanes to a sample."""
     dtype: tl.constexpr = image.dtype.element_ty
     PIECE: tl.constexpr = 512 // dtype.primitive_bitwidth
     point = unravel(p, g.point)
@@ -255,8 +261,9 @@ def sample_block(image, read, p, s, tap, inside, c0, g, INDEX: tl.constexpr, EVE
 @triton.jit
 def columns_of(s0, c0, tap, stop, length, g,
                GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """Of the columns of channels from c0: the tap of each [1, columns] (or one for all), the
-    channel where every sample group has `length` of them, and whether they exist [columns]."""
+    """What stands in the columns of channels from c0 on: the tap of each [1, columns], or one tap
+    for all; its channel, counted with `length` channels to a sample group; and whether it exists
+    [columns]."""
     column = tl.arange(0, GROUPS * TAPS * BLOCK_C)
     if GROUPS * TAPS == 1:
         c = c0 + column
@@ -273,7 +280,7 @@ def read_weight(weight, o, o_in, s0, c0, tap, stop, g,
                 GROUPED: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
                 TAPS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """Factors of the weight [point channels o, columns], 0 where there is none."""
-    if GROUPED:  # the weight lies by real channels, else by those of the image as laid out
+    if GROUPED:  # a grouped weight is packed by real channels, others by the image's padded ones
         length = g.group_channels
     else:
         length = g.padded
@@ -286,7 +293,7 @@ def read_weight(weight, o, o_in, s0, c0, tap, stop, g,
     place = (k * g.padded_outputs + o[:, None]) * g.columns + column
     head = tl.load(weight + place, mask=inside, other=0.0)
     if PRECISION == "bf16x3":
-        # Not g.weights, of which the compiler would not know that it is divisible.
+        # This is g.weights, but the compiler sees of the product that it is divisible.
         tails = weight + g.taps * g.padded_outputs * g.columns
         return (head, tl.load(tails + place, mask=inside, other=0.0))
     else:
@@ -338,8 +345,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_once(a, b, acc, PRECISION: tl.constexpr):
-    """As dot, but where float32 is meant tensor cores add up this one product only: they round sums
-    toward zero, so that the longest ones are ten times more accurate if they are added here."""
+    """Do what `dot` does, but tensor cores add up only this product where float32 is meant. They
+    round sums toward zero, so that the longest sums are ten times more accurate if the products are
+    added here."""
     if PRECISION == "bf16x3" or PRECISION == "tf32x3":
         return acc + dot(a, b, tl.zeros(acc.shape, tl.float32), PRECISION)
     else:

@@ -1,14 +1,15 @@
 """Depthwise convolutions: every channel of the points has one channel of the image.
 
-There is no product between channels, so tensor cores have nothing to do, and what costs is reading
-corners. A program takes BLOCK_P positions and channels of one sample group: it finds a cell once,
-and every lane reads 16 bytes of each corner's channels, a chunk of BLOCK_C after another:
+There are no products between channels, so tensor cores have nothing to do, and reading corners is
+what costs. A program takes BLOCK_P positions and channels of one sample group. It finds a cell
+once, and every lane reads 16 bytes of each corner's channels, one chunk of BLOCK_C after another:
 
     [BLOCK_P, BLOCK_C]      a chunk of samples; CHUNKS of them lie in the same lanes,
     [BLOCK_P]               and share the cells, which every lane of a position finds for itself
 
-Channel c has the points' channels c * MULTIPLIER to (c + 1) * MULTIPLIER. The repeatable gradient
-of the image is in backward_sorted.py, whose product by interpolation weights serves here as well.
+Channel c of the image has the points' channels from c * MULTIPLIER to (c + 1) * MULTIPLIER. The
+repeatable gradient of the image is in backward_sorted.py, whose product with interpolation weights
+serves depthwise calls as well.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def place_of(axes, q: tl.constexpr, c, g, INDEX: tl.constexpr):
 @triton.jit
 def channels_of(image, axes, q: tl.constexpr, c, j: tl.constexpr, stop, g,
                 INDEX: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Chunk j of channels c of corner q [BLOCK_P, BLOCK_C]; none at `stop` or after, which need not
-    be looked at if the chunks are EVEN."""
-    # The chunk is added to the pointer, so that loads have it as a constant.
+    """Chunk j of channels c of corner q [BLOCK_P, BLOCK_C], with 0 for the channels at `stop` or
+    after. EVEN chunks end before `stop`, so that they need no check."""
+    # The chunk is added to the pointer last, so that it is a constant in the load's instruction.
     place = image + place_of(axes, q, c, g, INDEX) + j * c.shape[0]
     if EVEN:
         return tl.load(place)
@@ -62,8 +63,9 @@ def sample(image, axes, amplitude, c, stop, g,
            INDEX: tl.constexpr, EVEN: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """Chunks of samples, in float32.
 
-    The two corners on the last axis are added in float16 if the image has it, two channels in one
-    instruction. Results then err by 3.9e-4; with all corners it would be 4.4e-4, too much.
+    If the image is float16, the two corners on the last axis are added in float16, two channels in
+    one instruction. Results then err by 3.9e-4. To add all corners so would make it 4.4e-4, which
+    is too much.
     """
     half: tl.constexpr = image.dtype.element_ty == tl.float16
     dtype: tl.constexpr = tl.float16 if half else tl.float32
@@ -73,7 +75,7 @@ def sample(image, axes, amplitude, c, stop, g,
         for q in tl.static_range(0, 2 ** len(axes), 2):
             low = channels_of(image, axes, q, c, j, stop, g, INDEX, EVEN).to(dtype)
             high = channels_of(image, axes, q + 1, c, j, stop, g, INDEX, EVEN).to(dtype)
-            # As explicit fma, of which the compiler makes better pairs.
+            # From explicit fma the compiler makes better pairs of instructions.
             of_low = (corner_weight(axes, q) * amplitude).to(dtype)[:, None]
             of_high = (corner_weight(axes, q + 1) * amplitude).to(dtype)[:, None]
             if half or q == 0:
@@ -91,7 +93,7 @@ def sample(image, axes, amplitude, c, stop, g,
 
 @triton.jit
 def rows_of(s, tap, g):
-    """How far from their start the rows of a sample group's tap lie, of offset and mask."""
+    """How far from their tensors' start a sample group's rows for a tap lie, in offset and mask."""
     row = s // g.per_offset * g.taps + tap
     mask_row = s // g.per_mask * g.taps + tap
     return row.to(tl.int64) * (len(g.image) * g.positions), mask_row.to(tl.int64) * g.positions
@@ -99,7 +101,7 @@ def rows_of(s, tap, g):
 
 @triton.jit
 def read_at(offset, mask, rows, b, p, inside, g, INDEX: tl.constexpr):
-    """Offsets and masks of positions p from where these rows lie."""
+    """Read the offsets and masks of positions p in these rows."""
     if offset is not None:
         offset += rows[0]
     if mask is not None:
@@ -109,20 +111,21 @@ def read_at(offset, mask, rows, b, p, inside, g, INDEX: tl.constexpr):
 
 @triton.jit
 def next_rows(rows, g):
-    """Those of the next tap."""
+    """The rows of the next tap."""
     return rows[0] + len(g.image) * g.positions, rows[1] + g.positions
 
 
 @triton.jit
 def cells(offsets, masks, point, shift, inside, g, NEAR: tl.constexpr):
-    """The cells of samples, their amplitudes and validity, as of sampling.locate."""
+    """The cells of samples, their amplitudes and validity, as sampling.locate gives them."""
     axes, valid = cell_of(offsets, starts_of(point, shift, g), inside, g, NEAR)
     return axes, amplitude_of(masks, valid), valid
 
 
 @triton.jit
 def read_row(row, c, j: tl.constexpr, i: tl.constexpr, stop, MULTIPLIER: tl.constexpr):
-    """Of a row by the points' channels, the i-th of chunk j of channels c, in float32."""
+    """In float32, from a row with a number for each of the points' channels, the i-th number of
+    each image channel in chunk j of channels c."""
     c += j * c.shape[0]
     return tl.load(row + (c * MULTIPLIER + i), mask=c < stop, other=0.0).to(tl.float32)
 
@@ -130,7 +133,7 @@ def read_row(row, c, j: tl.constexpr, i: tl.constexpr, stop, MULTIPLIER: tl.cons
 @triton.jit
 def read_rows(rows, p, inside, c, j: tl.constexpr, i: tl.constexpr, stop, g, INDEX: tl.constexpr,
               MULTIPLIER: tl.constexpr):  # fmt: skip
-    """Likewise of the points at positions p."""
+    """The numbers that read_row gives, from the rows of points at positions p."""
     c += j * c.shape[0]
     place = (p.to(INDEX) * g.padded_outputs)[:, None] + (c * MULTIPLIER + i)[None, :]
     keep = inside[:, None] & (c < stop)[None, :]
@@ -153,7 +156,7 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
     p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < g.positions
     c = tl.arange(0, BLOCK_C)
-    first = s * g.group_channels + c0  # of all channels
+    first = s * g.group_channels + c0  # the first channel, counted through all sample groups
     image += b * g.item + s.to(tl.int64) * g.plane + c0
     if weight is not None:
         weight += first * MULTIPLIER
@@ -167,7 +170,7 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
     offsets, masks = read_at(offset, mask, rows, b, p, inside, g, INDEX)
     for tap in range(g.taps):
         axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g, NEAR)
-        # Now, so that the next tap need not wait for them.
+        # The next tap's offsets and masks are read now, so that it need not wait for them.
         more = inside & (tap + 1 < g.taps)
         rows = next_rows(rows, g)
         offsets, masks = read_at(offset, mask, rows, b, p, more, g, INDEX)
@@ -200,7 +203,8 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
                               BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
                               NEAR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
-    """As backward_atomic. ONCE: the chunks hold all channels of a sample group.
+    """The gradients that backward_atomic writes. ONCE says that the chunks hold all channels of a
+    sample group.
 
     Grid: (B x tiles of positions x sample groups, splits).
     """
@@ -241,7 +245,7 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
         for q in tl.static_range(2**rank):
             dots = dots + (tl.zeros((BLOCK_P,), tl.float32),)
         for c0 in range(0, end, CHUNKS * BLOCK_C):
-            # A lane has 16 bytes of the float32 numbers that are added.
+            # The hints give a lane 16 bytes of the float32 numbers that are added.
             c = c0 + tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_C), 4), 4)
             grads = ()
             for j in tl.static_range(CHUNKS):
@@ -298,7 +302,7 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
                               BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
                               NEAR: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
     """Sums [splits, K, 1, O] of points times samples over shares of the positions. The points are
-    read for TAPS at a time, of which there is a whole number.
+    read once for TAPS taps at a time, which divide all taps.
 
     Grid: (sample groups x blocks of their channels x K / TAPS, splits).
     """
@@ -349,7 +353,8 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
 
 
 def multiplier_of(call: Call) -> int:
-    """How many of the points' channels a channel of the image has; 0: this file has no kernel."""
+    """How many of the points' channels a channel of the image has, or 0 if no kernel of this file
+    takes the call."""
     n = call.sizes
     fits = n.group_in == 1 and n.group_out <= MOST and call.precision != "bf16x3"
     return n.group_out if fits else 0
@@ -361,16 +366,16 @@ def takes(call: Call) -> bool:
 
 WARPS = 4
 
-# Of the weight's gradient that are taken at once, where there is a whole number of such.
+# The weight's gradient takes this many taps at once, if they divide all taps.
 TAPS = 3
 
 
 def blocks_of(call: Call) -> tuple[dict[str, Any], int, int]:
     """The constants, the tiles of positions, and the blocks of a sample group's channels."""
     n, width = call.sizes, call.dtype.itemsize
-    # A chunk is a line of memory of 128 bytes or a whole sample group; a lane has 16 numbers of a
-    # position at most. Fewer positions than lanes, unless each lane has one for itself: then the
-    # lanes of a position read its offset each, which costs less than to exchange it.
+    # A chunk is a line of memory of 128 bytes or a whole sample group, and a lane has at most 16
+    # numbers of a position. There are fewer positions than lanes, unless each lane has one for
+    # itself. Each lane of a position reads its offset, which costs less than to exchange it.
     block_c = min(triton.next_power_of_2(n.padded), 128 // width)
     chunks = min(triton.cdiv(n.padded, block_c), width)
     lanes = max(block_c * width // 16, 1)
@@ -413,7 +418,7 @@ def write_backward_atomic(
 ) -> None:
     n = call.sizes
     constants, _, blocks = blocks_of(call)
-    # One for each lane, which has 16 bytes of the float32 numbers that are added.
+    # So many positions give every lane 16 bytes of the float32 numbers that are added.
     block_p = max(32 * WARPS // max(constants["BLOCK_C"] // 4, 1), 16)
     tiles = triton.cdiv(n.positions, block_p)
     programs = n.batch * tiles * n.sample_groups
@@ -433,7 +438,7 @@ def write_backward_atomic(
 def write_backward_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     n = call.sizes
     constants, _, blocks = blocks_of(call)
-    # Half as many positions as a forward takes, for the sums of several taps.
+    # The sums of several taps leave registers for half as many positions as a forward takes.
     constants["BLOCK_P"] //= 2
     tiles = triton.cdiv(n.positions, constants["BLOCK_P"])
     warps = WARPS if call.dtype == torch.float32 else WARPS // 2

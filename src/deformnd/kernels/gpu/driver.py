@@ -1,7 +1,7 @@
 """The CUDA driver through ctypes: loading and launching what Triton compiled.
 
-Triton builds a C extension for every signature to launch a kernel, which takes a C compiler and
-longer than the kernel itself; the driver's own interface takes neither.
+To launch a kernel, Triton builds a C extension for its signature, which needs a C compiler and more
+time than compiling the kernel does. The driver's own interface needs neither.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_STATIC_SHARED = 48 * 1024  # bytes that a block may have without asking
-_ALL_REGISTERS = 65536  # of a multiprocessor, since compute capability 3.7
+_STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block may have without asking
+_ALL_REGISTERS = 65536  # registers of a multiprocessor, since compute capability 3.7
 _REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -26,7 +26,7 @@ TENSOR_MAP = 128  # bytes
 
 
 class _Configuration(ctypes.Structure):
-    """CUlaunchConfig."""
+    """The driver's CUlaunchConfig."""
 
     _fields_ = (
         ("grid", c_uint * 3),
@@ -64,7 +64,7 @@ def _check(code: int, what: str) -> None:
 
 
 class TensorMap(NamedTuple):
-    """What a descriptor for the copy engine says of a contiguous tensor, beside its address."""
+    """What a descriptor for the copy engine says of a contiguous tensor, except its address."""
 
     kind: int  # CUtensorMapDataType
     width: int  # bytes of a number
@@ -74,9 +74,9 @@ class TensorMap(NamedTuple):
 
     @classmethod
     def of(cls, described: dict[str, Any], size: tuple[int, ...]) -> TensorMap:
-        """From what Triton says of a descriptor."""
+        """The map that Triton's description of a descriptor asks for."""
         kind = described["elem_type"]
-        # Triton numbers three types in another order.
+        # Triton numbers three types in another order than CUtensorMapDataType does.
         kind = {8: 10, 9: 8, 10: 9}.get(kind, kind)
         block = tuple(described["block_size"])
         return cls(kind, described["elem_size"], described["swizzle"], size, block)
@@ -104,7 +104,7 @@ class Function:
         parameters: list[int],
         shared: int,
         warps: int,
-        resident: int,  # programs on a multiprocessor at most; 0: as many as fit
+        resident: int,  # the most programs on a multiprocessor; 0 means as many as fit
     ) -> None:
         driver = _driver()
         self.module, self.handle = c_void_p(), c_void_p()
@@ -121,14 +121,14 @@ class Function:
             self._keep_cache(resident)
 
     def _keep_cache(self, most: int) -> None:
-        """Have no more shared memory set aside than the programs need that fit a multiprocessor,
-        or `most` of them: the rest is the cache, without which kernels that gather lose a third of
-        their speed."""
+        """Set aside no more shared memory than the programs of a multiprocessor need, which are as
+        many as fit, or `most` if that is not 0. The rest serves as cache, without which kernels
+        that gather lose a third of their speed."""
         registers, driver = c_int(), _driver()
         _check(driver.cuFuncGetAttribute(byref(registers), _REGISTERS, self.handle), self.name)
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         whole = properties.shared_memory_per_multiprocessor
-        needed = self.shared + 1024  # of which the driver has some
+        needed = self.shared + 1024  # each program takes 1024 bytes beside its own
         by_registers = _ALL_REGISTERS // (registers.value * self.threads)
         programs = max(1, min(whole // needed, by_registers, most or by_registers))
         percent = min(100, -(-100 * programs * needed // whole))
@@ -146,8 +146,9 @@ def ensure_context() -> None:
 
 
 class Invocation:
-    """A function with its arguments, in the order of its parameters: the address of a word for a
-    pointer or of a tensor map, else an integer. Not for two threads at once."""
+    """A function with its arguments, in the order of its parameters. An argument is an integer, or
+    an address: of the word that holds a pointer, or of a tensor map. Two threads must not use one
+    invocation at the same time."""
 
     def __init__(
         self,
@@ -158,7 +159,8 @@ class Invocation:
         sizes = function.parameters
         self.values: list[Any] = []
         addresses = []
-        # What remains are pointers to scratch memory that none of our kernels has.
+        # The remaining parameters are Triton's pointers to scratch memory, which no kernel here
+        # uses.
         rest = [(False, 0)] * (len(sizes) - len(arguments))
         for size, (address, value) in zip(sizes, (*arguments, *rest), strict=True):
             if size not in ((8, TENSOR_MAP) if address else (4, 8)):

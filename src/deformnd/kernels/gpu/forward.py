@@ -1,8 +1,9 @@
 """The forward: out[b, o, p] = bias[o] + sum over taps and channels of weight * sample.
 
 A program samples BLOCK_P positions, tap after tap and a block of channels at a time, and multiplies
-each such block of columns (columns.py, Note [rows]) by BLOCK_O rows of the weight. Where there are
-few programs, several share the taps of one (split_k), write sums in parts, and these are added up.
+each such block of columns (columns.py, Note [rows]) by BLOCK_O rows of the weight. Where there
+would be few programs, several share the taps of one: each writes its sum as a part, and the parts
+are added up afterwards.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ from .runtime import Buffer
 from .tiles import DEEP, Tiles
 from .variants import portable
 
-# Columns of a strip (sampling.py, in_strips) that a program takes one after another: in float16
-# a sector of memory.
+# A program takes this many columns of a strip (sampling.py, in_strips) one after another. In
+# float16 they fill a sector of memory.
 RUN = tl.constexpr(16)
 
 
 @triton.jit
 def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.constexpr,
           DEEP: tl.constexpr = False):  # fmt: skip
-    """To an item of the result [outputs, positions], or with LAST [positions, outputs].
+    """Store a tile in an item of the result: [outputs, positions], with LAST [positions, outputs].
 
-    The places are made here, so that those of two branches do not fill registers at once.
+    The places are computed here, so that those of two branches do not fill registers at once.
     """
     if LAST:
         place = (p.to(INDEX) * g.outputs)[:, None] + o[None, :]
     else:
         place = (o.to(INDEX) * g.positions)[None, :] + p[:, None]
         if DEEP:
-            # Neighbours lie in memory one after another, most of them: the compiler needs to know
-            # on which axis. As it knows of no place what divides it, it stores them one by one.
+            # Most neighbours lie one after another in memory, and the hint tells the compiler on
+            # which axis. It still stores them one by one, since it knows no divisor of the places,
+            # and so the hint is right as well where neighbours do not follow each other.
             place = tl.max_contiguous(place, (RUN, 1))
     keep = inside[:, None] & o_in[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=keep)
@@ -42,7 +44,7 @@ def store(out, value, p, o, inside, o_in, g, LAST: tl.constexpr, INDEX: tl.const
 
 @triton.jit
 def blocks_between(s, first, last, g, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where the blocks of channels of sample group s begin that first to last meet, and end."""
+    """Where the blocks begin and end that have, of sample group s, the channels first to last."""
     begin = 0
     end = g.padded
     if GROUPED:
@@ -58,8 +60,8 @@ def sum_deep(image, weight, offset, mask, b, p, inside, o, o_in, first, last, st
     """The sums of a program [BLOCK_P, BLOCK_O], over taps from start to stop, where sample groups
     have many channels (tiles.py, DEEP).
 
-    One loop over taps, sample groups and blocks of channels, which loads the corners of the next
-    block while products are summed. It reads offsets and masks a sample group ahead of that.
+    One loop goes over taps, sample groups and blocks of channels, and loads the corners of the next
+    block while products are summed. It reads offsets and masks one sample group earlier still.
     """
     dtype: tl.constexpr = image.dtype.element_ty
     s_first = first // g.group_channels
@@ -101,8 +103,8 @@ def sum_deep(image, weight, offset, mask, b, p, inside, o, o_in, first, last, st
 
 @triton.jit
 def next_group(tap, s, first, last, stop):
-    """The next sample group of first to last, or the first one of the next tap; after the last tap
-    this one again."""
+    """The tap and the sample group after (tap, s), where sample groups go from first to last within
+    a tap. After the last tap the sample groups of that tap come again."""
     over = s + 1 == last
     return tl.where(over, tl.minimum(tap + 1, stop - 1), tap), tl.where(over, first, s + 1)
 
@@ -113,8 +115,10 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run
             INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
             GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
             CHANNELS: tl.constexpr, DEEP: tl.constexpr):  # fmt: skip
-    """Blocks of outputs begin anew at every `run` outputs: with several weight groups, where one
-    begins, since a block samples the channels of all groups that it meets.
+    """Write the forward of a tile of positions and a block of outputs.
+
+    Blocks of outputs begin anew at every `run` outputs. With several weight groups a run begins
+    where a group does, since a block samples the channels of all weight groups that it touches.
 
     Grid: (B x tiles of positions x blocks of outputs, splits).
     """
@@ -133,7 +137,7 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run
         o_last = tl.minimum(block // per_run * run + run, g.outputs)
     o = o0 + tl.arange(0, BLOCK_O)
     o_in = o < o_last
-    # The channels of the weight groups that these outputs belong to.
+    # These are the image's channels in the weight groups that the outputs belong to.
     first, last = columns.met(o0, tl.minimum(o0 + BLOCK_O, o_last), g.group_out, g.group_in)
     image += b.to(tl.int64) * g.item
     split = tl.program_id(1)
@@ -179,8 +183,9 @@ def write(
 ) -> None:
     sizes = call.sizes
     deep = not call.narrow and sizes.padded * call.dtype.itemsize >= DEEP
-    load = 16 // call.dtype.itemsize  # channels
-    # The outputs of a weight group, or of as many as there are in a load of a narrow call's.
+    load = 16 // call.dtype.itemsize  # channels that a thread loads at once
+    # These are the outputs of one weight group, or, in a narrow call, of as many weight groups as
+    # the channels of one load belong to.
     together = sizes.group_out
     if call.narrow:
         together *= max(1, min(load, sizes.padded) // sizes.group_in)
@@ -197,8 +202,8 @@ def write(
     blocks = triton.cdiv(sizes.outputs, run) * triton.cdiv(run, block_o)
     programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
     steps = taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
-    # About as many programs as fit, three of four warps on each multiprocessor; adding the parts is
-    # not worth a short sum's split.
+    # Splits make about as many programs as fit, which are three of four warps on a multiprocessor.
+    # Short sums are not split, since adding the parts would cost more.
     at_once = 12 * call.multiprocessors // tiles.warps
     splits = max(1, min(taps, at_once // programs, steps // 2))
     call.launch_split(

@@ -1,14 +1,14 @@
-"""The forward and the weight's gradient by im2col: samples are written down, and a product of
-matrices takes them all.
+"""The forward and the weight's gradient by im2col: samples are written to memory as columns, and
+one product of matrices takes them all.
 
     columns [rows, taps, channels]      a row for each position of each batch item
     out [rows, outputs] = columns @ weight
     weight's gradient = columns.T @ points [rows, outputs]
 
-In forward.py and backward_weight.py a program finds the samples for its own block of outputs. Where
-there are several such blocks, or where sample groups are narrow, so that a product waits long for
-its samples, this is faster, although columns go through memory. They are written for so many rows
-at a time that they stay in the second cache of most GPUs.
+In forward.py and backward_weight.py each program finds the samples for its own block of outputs.
+Im2col is faster where there are several such blocks, which would find the same samples again, and
+where sample groups are narrow, so that a product waits long for its samples. The columns go through
+memory, but only for so many rows at a time that they stay in the second-level cache of most GPUs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
                    PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
                    NEAR: tl.constexpr):  # fmt: skip
-    """The columns of tiles of positions, from `first_tile` of all batch items on, whose first row
-    is `first_row`. In "bf16x3" they are heads, and their tails lie after `room` rows of these.
+    """Write the columns of the tiles of positions from `first_tile` on, counted through all batch
+    items. Their first row is `first_row` of all. In "bf16x3" the columns are heads, and their tails
+    begin `room` rows after them.
 
     Grid: (tiles x sample groups x blocks of their channels, splits of the taps).
     """
@@ -59,7 +60,7 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
     offsets, masks = depthwise.read_at(offset, mask, rows, b, p, inside, g, INDEX)
     for tap in range(first, last):
         axes, amplitude, _ = depthwise.cells(offsets, masks, point, shift, inside, g, NEAR)
-        # Now, so that the next tap need not wait for them.
+        # The next tap's offsets and masks are read now, so that it need not wait for them.
         more = inside & (tap + 1 < last)
         rows = depthwise.next_rows(rows, g)
         offsets, masks = depthwise.read_at(offset, mask, rows, b, p, more, g, INDEX)
@@ -79,7 +80,7 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
 
 @triton.jit
 def read_columns(of, place, inside, c, g, EVEN: tl.constexpr):
-    """Columns c, or weights of these, at each place."""
+    """The numbers of columns c in the rows that begin at each place, of columns or of weights."""
     keep = inside[:, None]
     if not EVEN:
         keep = keep & (c < g.columns)[None, :]
@@ -92,7 +93,7 @@ def multiply_columns(laid, weight, bias, out, parts, g, first_row, room, number,
                      LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                      EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
                      BLOCK_C: tl.constexpr):  # fmt: skip
-    """The results at `number` rows, which sample_columns has written the columns of.
+    """The outputs at the `number` rows whose columns sample_columns has written.
 
     Grid: (tiles of rows x blocks of outputs, splits of the columns).
     """
@@ -139,8 +140,9 @@ def multiply_columns(laid, weight, bias, out, parts, g, first_row, room, number,
 def multiply_points(laid, points, parts, g, first_row, room, number, blocks, splits, before,
                     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """The weight's gradient [splits, taps, channels, outputs] by `number` rows, whose columns are
-    there; added to what there is already, if there is something `before`.
+    """Add up the weight's gradient [splits, taps, channels, outputs] over the `number` rows whose
+    columns have been written. If `before` is positive, earlier rows have left a sum in `parts`, and
+    this one is added to it.
 
     Grid: (blocks of columns x blocks of outputs, splits of the rows).
     """
@@ -174,24 +176,26 @@ def multiply_points(laid, points, parts, g, first_row, room, number, blocks, spl
 
 
 class Columns:
-    """Room for the columns of some rows at a time, those of whole tiles of positions."""
+    """Room for the columns of some rows at a time, which are those of whole tiles of positions."""
 
     def __init__(self, call: Call, image: Operand, rows_at_once: int = 1) -> None:
-        """rows_at_once: for how many rows a product has as many programs as multiprocessors."""
+        """`rows_at_once` is the number of rows for which a product has about as many programs as
+        the device has multiprocessors."""
         n, parts = call.sizes, 2 if call.precision == "bf16x3" else 1
         self.call, self.image, length = call, call.image(image), n.taps * n.columns
         self.constants, self.tiles, self.blocks = depthwise.blocks_of(call)
         self.block_p: int = self.constants["BLOCK_P"]
         rows = tiles.COLUMNS_AT_ONCE // length
         rows = max(rows // rows_at_once * rows_at_once or rows, 1)
-        # Tiles do not reach from one batch item into the next: so many have as many rows at most.
+        # A batch item's last tile may be part empty, so these tiles have at most block_p rows each.
         self.tiles_at_once = min(n.batch * self.tiles, triton.cdiv(rows, self.block_p))
         self.rows = min(self.tiles_at_once * self.block_p, n.batch * n.positions)
         dtype = torch.bfloat16 if parts == 2 else call.dtype
         self.buffer = call.plan.scratch(parts, self.rows, length, dtype=dtype)
 
     def write(self) -> Iterator[dict[str, Any]]:
-        """Launch what writes them, and yield arguments that say which they are, again and again."""
+        """Launch the kernel that writes the columns of some rows, yield the arguments that tell a
+        product which rows these are, and go on with the next rows until all have been written."""
         call, n = self.call, self.call.sizes
         for first in range(0, n.batch * self.tiles, self.tiles_at_once):
             count = min(self.tiles_at_once, n.batch * self.tiles - first)
@@ -207,14 +211,15 @@ class Columns:
             yield dict(which, number=number, laid=self.buffer)
 
     def _row(self, tile: int) -> int:
-        """The first one of a tile."""
+        """The first row of a tile, counted through all batch items."""
         positions = self.call.sizes.positions
         return tile // self.tiles * positions + tile % self.tiles * self.block_p
 
 
 def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
-    """Into how many parts the programs' sums of so many products are split, at least eight steps
-    each: more fill the last round of programs better, but parts have to be written and added."""
+    """Into how many parts to split the programs' sums, which have `length` products in `steps`
+    steps. More parts fill the last round of programs better, but parts have to be written and
+    added. Each part has at least eight steps."""
 
     def cost(splits: int) -> float:
         rounds: float = triton.cdiv(programs * splits, call.multiprocessors) / splits
@@ -226,7 +231,7 @@ def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
 
 def takes(call: Call) -> bool:
     n = call.sizes
-    whole = call.g.groups == 1 and n.columns % 8 == 0  # so that loads have 16 bytes
+    whole = call.g.groups == 1 and n.columns % 8 == 0  # eights, so that loads have 16 bytes
     return whole and (n.outputs > tiles.SAMPLED_ONCE or (call.narrow and n.padded >= 16))
 
 
@@ -263,7 +268,7 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     blocks = triton.cdiv(n.padded_outputs, block_o)
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
     steps = triton.cdiv(made.rows, row.block_p)
-    splits = splits_of(call, programs, made.rows, steps)  # which are added anew for such rows
+    splits = splits_of(call, programs, made.rows, steps)  # parts are read and added for every run
     shape = (splits, n.taps, n.channels, n.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     constants = dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=row.block_c)

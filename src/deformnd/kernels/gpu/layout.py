@@ -1,19 +1,19 @@
-"""How a call's tensors lie in memory: copies, padding, packed weights, sums; and what kernels are
-told.
+"""How a call's tensors lie in memory (copies, padding, packed weights, sums), and what kernels are
+told of a call.
 
 Note [layouts]
 Torch's tensors have channels first, [B, C, pixels], or last. The kernels want 16 bytes of a pixel's
-channels in a row, so images are copied, padded with zeros where their channels are no multiple of
-8:
+channels in a row. So images are copied, and padded with zeros where the channels of a sample group
+are no multiple of 8 (of 32 for Hopper's kernels, which take 32 at once):
 
     wide    [B, pixels, C]                        if the channels of a sample group need no padding,
-            [B, sample group, pixels, padded]     else (Hopper's kernels take 32 of them at once);
+            [B, sample group, pixels, padded]     else;
     narrow  [B, sample group, pixels, padded]     padded to a power of two, so that the two corners
                                                   of a cell on the last axis are neighbours.
 
-All have one form: element (b, s, pixel, c) lies at b * item + s * plane + pixel * row + c. Points
-are read as rows [B, positions, padded_outputs]. A weight is packed as [taps, padded_outputs,
-columns], in "bf16x3" twice, heads and then tails (sampling.py, Note [precision]).
+All of these have one form: element (b, s, pixel, c) lies at b * item + s * plane + pixel * row + c.
+Points are read as rows [B, positions, padded_outputs]. A weight is packed as [taps, padded_outputs,
+columns], and in "bf16x3" twice, first heads and then tails (sampling.py, Note [precision]).
 """
 
 from __future__ import annotations
@@ -38,31 +38,34 @@ from .sampling import unravel
 
 
 class Order(enum.IntEnum):
-    """Of the channels of a packed weight; all but PLAIN for the kernels in Gluon."""
+    """The order of the channels of a packed weight. All but PLAIN are for the kernels in Gluon."""
 
     PLAIN = 0
-    OPERAND = 1  # as registers hold a factor of a product; and point channels as they hold a sum
-    ACCUMULATOR = 2  # as registers hold a sum of products
-    BY_GROUP = 3  # a whole array for every sample group, 0 in the channels of others
+    OPERAND = 1  # image channels as registers hold a factor, point channels as they hold a sum
+    ACCUMULATOR = 2  # image channels as registers hold a sum of products
+    BY_GROUP = 3  # one array of all channels per sample group, 0 in the channels of the others
 
 
 @triton.jit
 def accumulator_order(i, RUN: tl.constexpr):
-    """The channel in column i of a wgmma accumulator of which each lane has RUN in a row."""
+    """The channel in column i of a wgmma accumulator, if every lane is to have RUN channels in a
+    row."""
     return i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN + (i // 8 % (RUN // 2)) * 2 + i % 2
 
 
 @triton.jit
 def operand_order(i, RUN: tl.constexpr):
-    """Likewise for the columns of an operand in registers."""
+    """The channel in column i of a wgmma operand in registers, if every lane is to have RUN
+    channels in a row."""
     first = i // (4 * RUN) * (4 * RUN) + (i // 2 % 4) * RUN
     return first + (i // 16 % (RUN // 4)) * 4 + (i // 8 % 2) * 2 + i % 2
 
 
-# channels and padded: of a sample group, and as they lie in a row; both group_in where rows are not
-# padded. group: channels of a sample group, for BY_GROUP. weights: elements of an array. Rows of
-# outputs that there are not are zeros. group_out: of how many outputs the channels begin at the
-# same one, all unless a weight is spread (Call.spread).
+# The sizes that _pack needs. `channels` are those of a sample group and `padded` how many they take
+# in a row of the packed weight. Where rows are not divided into sample groups, channels is group_in
+# and padded is all columns. `group` is the channels of a sample group, for BY_GROUP. `weights` is
+# the number of elements of an array. Rows beyond the outputs are zeros. `group_out` outputs read
+# the same channels; these are all outputs unless a weight is spread (Call.spread).
 _PackSizes = namedtuple(
     "_PackSizes",
     "programs taps outputs padded_outputs group_in group_out columns channels padded group weights "
@@ -74,8 +77,8 @@ _PackSizes = namedtuple(
 def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
           ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr,
           BLOCK_K: tl.constexpr):  # fmt: skip
-    """Weight [outputs, group_in, taps] (LAST: [outputs, taps, group_in]) to [taps, padded_outputs,
-    columns], with `RUN` channels to a lane where registers hold them (Order)."""
+    """Pack a weight [outputs, group_in, taps] (with LAST [outputs, taps, group_in]) as [taps,
+    padded_outputs, columns]. RUN is the channels of a lane in the orders of registers (Order)."""
     tap = (program % ((n.taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     row = program // ((n.taps + BLOCK_K - 1) // BLOCK_K)
     o = row // n.blocks % n.padded_outputs
@@ -110,9 +113,10 @@ def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
         tl.store(out + to, value, mask=inside)
 
 
-# channels, of each of several groups, are read, and padded of them written, with zeros at the end.
-# from and to: elements between batch items, groups, and pixels (channels where those are not last).
-# blocks are of pixels, across counts those of channels.
+# The sizes that _copy needs. Of each group `channels` channels are read and `padded` are written,
+# with zeros at the end. from_ and to_ are the elements between batch items, between groups, and
+# between pixels (between channels where those are not last). `blocks` counts the blocks of pixels
+# and `across` those of channels.
 _CopySizes = namedtuple(
     "_CopySizes",
     "programs batch pixels groups channels padded from_item from_group from_row to_item to_group "
@@ -124,12 +128,12 @@ _CopySizes = namedtuple(
 def _copy(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
           FROM_C: tl.constexpr, TO_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
           BF16X3: tl.constexpr):  # fmt: skip
-    """Copy an image between layouts, add a bias, convert the dtype.
+    """Copy an image between layouts, add a bias, and convert the dtype.
 
-    With LAST the channels are contiguous, multiples of FROM_C and TO_C of them, else the pixels
-    are. BF16X3: write heads, and after all of them tails.
+    With LAST the channels are contiguous, and FROM_C and TO_C divide every distance between runs of
+    them; else the pixels are contiguous. BF16X3 writes heads, and tails after all of them.
     """
-    if n.pixels % 8 == 0:  # so that several may be taken at once
+    if n.pixels % 8 == 0:  # the compiler may then take several pixels at once
         _copy_tile(program, source, out, bias, n, FROM_LAST, TO_LAST, FROM_C, TO_C, 8, BLOCK_P,
                    BLOCK_C, BF16X3)  # fmt: skip
     else:
@@ -141,7 +145,7 @@ def _copy(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: tl.co
 def _copy_tile(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr,
                FROM_C: tl.constexpr, TO_C: tl.constexpr, VECTOR_P: tl.constexpr,
                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BF16X3: tl.constexpr):  # fmt: skip
-    pixels = n.pixels // VECTOR_P * VECTOR_P  # so that the compiler knows
+    pixels = n.pixels // VECTOR_P * VECTOR_P  # tells the compiler that VECTOR_P divides it
     s = (program // n.blocks) % n.groups
     j = (program // n.blocks // n.groups) % n.across * BLOCK_C + tl.arange(0, BLOCK_C)
     b = (program // n.blocks // n.groups // n.across).to(tl.int64)
@@ -175,15 +179,15 @@ def _copy_tile(program, source, out, bias, n, FROM_LAST: tl.constexpr, TO_LAST: 
 
 _SumSizes = namedtuple("_SumSizes", "programs batch positions outputs blocks splits")
 _ZeroSizes = namedtuple("_ZeroSizes", "programs count")
-ZEROS = 4096  # that a program writes
-SUM, COPY, PACK, ZERO = map(tl.constexpr, range(4))  # kinds of jobs
+ZEROS = 4096  # how many zeros a program writes
+SUM, COPY, PACK, ZERO = map(tl.constexpr, range(4))  # the kinds of jobs of `prepare`
 
 
 @triton.jit
 def _sum(program, source, out, parts, n, LAST: tl.constexpr,
          BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-    """Sums of points [B, O, P] or [B, P, O] (LAST) over all but O; several splits write their own
-    to parts [splits, O]. Programs: blocks of O x splits."""
+    """Sum points [B, O, P], or [B, P, O] with LAST, over all but O. Where there are several splits,
+    each writes its own sum to parts [splits, O]. The programs are blocks of O x splits."""
     o = program % n.blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     split = program // n.blocks
     if LAST:
@@ -201,14 +205,14 @@ def _sum(program, source, out, parts, n, LAST: tl.constexpr,
 @triton.jit
 def _sum_tiles(source, split, o, n, LAST: tl.constexpr, VECTOR_P: tl.constexpr,
                BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-    positions = n.positions // VECTOR_P * VECTOR_P  # so that the compiler knows
+    positions = n.positions // VECTOR_P * VECTOR_P  # tells the compiler that VECTOR_P divides it
     tiles = (positions + BLOCK_P - 1) // BLOCK_P
     total = (n.batch * tiles).to(tl.int64)
     first = (split * total // n.splits).to(tl.int32)
     stop = ((split + 1) * total // n.splits).to(tl.int32)
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for next in range(first, stop, 4):
-        for i in tl.static_range(4):  # whose loads do not wait for each other
+        for i in tl.static_range(4):  # unrolled, so that the four loads do not wait for each other
             t = next + i
             b = (t // tiles).to(tl.int64)
             p = (t % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -229,10 +233,11 @@ def _zero(program, out, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def prepare(jobs, KINDS: tl.constexpr):
-    """What other kernels need done first, in one launch: sums, copies, packed weights, zeros.
+    """Do in one launch what other kernels need done first: sums, copies, packed weights, zeros.
 
-    A job is its pointers and then its sizes, of which the first is its number of programs; its kind
-    is SUM, COPY, PACK or ZERO and the constants of that function. Grid: (programs of all).
+    A job is a tuple of its pointers and then its sizes, of which the first is its number of
+    programs. Its kind is SUM, COPY, PACK or ZERO, followed by the constants of the function that
+    does it. Grid: (programs of all jobs).
     """
     program = tl.program_id(0)
     for i in tl.static_range(len(KINDS)):
@@ -258,9 +263,9 @@ def prepare(jobs, KINDS: tl.constexpr):
 @triton.jit
 def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
            BLOCK: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
-    """Sum partial results [count / inner, splits, inner], plus a bias by the middle one of the
-    three axes of the result, to where the strides say. TOGETHER: loads that do not wait for each
-    other."""
+    """Sum partial results [count / inner, splits, inner] to a result whose three axes have these
+    sizes and strides, and add a bias, which goes by the middle axis. TOGETHER is how many loads do
+    not wait for each other."""
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -281,10 +286,11 @@ def reduce_weight(parts, out, taps, group_in, group_out, columns, outputs, padde
                   BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
                   TOGETHER: tl.constexpr):  # fmt: skip
     """Sum partial weights [splits, taps, columns, padded_outputs] to a weight [outputs, group_in,
-    taps]. Each group_out outputs begin group_in columns after those before.
+    taps]. The columns of each run of group_out outputs begin group_in after those of the run
+    before.
 
-    Reads and writes runs of memory: the tile is transposed between them. Grid: (blocks of group_in
-    x taps, blocks of outputs).
+    The tile is transposed between the loads and the store, so that both are runs of memory.
+    Grid: (blocks of group_in x taps, blocks of outputs).
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -301,7 +307,7 @@ def reduce_weight(parts, out, taps, group_in, group_out, columns, outputs, padde
 
 
 class Sizes(NamedTuple):
-    """What every kernel is told of a call (in kernels: g)."""
+    """What every kernel is told of a call, where it is named g."""
 
     image: tuple[int, ...]
     point: tuple[int, ...]
@@ -315,20 +321,20 @@ class Sizes(NamedTuple):
     taps: int
     channels: int  # of the image
     outputs: int  # channels of the points
-    group_in: int  # those of a weight group
-    group_out: int
+    group_in: int  # image channels of a weight group
+    group_out: int  # point channels of a weight group
     sample_groups: int
-    group_channels: int  # of a sample group,
-    padded: int  # and as it lies in memory
+    group_channels: int  # channels of a sample group
+    padded: int  # channels of a sample group as they lie in memory
     offset_groups: int
     mask_groups: int
-    per_offset: int  # sample groups that share offsets,
-    per_mask: int  # and masks
-    row: int  # elements between pixels of the image as it is laid out,
-    plane: int  # between sample groups,
-    item: int  # and between batch items
-    columns: int  # elements of a row of the packed weight,
-    weights: int  # and of all its rows
+    per_offset: int  # sample groups that share offsets
+    per_mask: int  # sample groups that share masks
+    row: int  # elements between pixels of the image as it is laid out
+    plane: int  # elements between its sample groups
+    item: int  # elements between its batch items
+    columns: int  # elements of a row of the packed weight
+    weights: int  # elements of all rows of the packed weight
     padded_outputs: int  # channels of the points as they are read, and rows of the weight of a tap
 
 
@@ -338,9 +344,9 @@ def round_up(n: int, to: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def sizes_of(g: Geometry, blocks: bool, as_rows: bool = False) -> Sizes:
-    """blocks: some kernels take whole blocks of channels, 32 of the image's and as many of the
-    points' as make whole tiles. as_rows: the image is read as it lies, with channels last, if no
-    sample group needs padding."""
+    """The sizes of a call. With `blocks` channels are padded for kernels that take whole blocks of
+    them: 32 of the image's, and as many of the points' as make whole tiles. With `as_rows` the
+    image is read as it lies, with channels last, if no sample group needs padding."""
     channels = g.image_channels
     length = math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
     number = channels // length
@@ -373,8 +379,8 @@ def sizes_of(g: Geometry, blocks: bool, as_rows: bool = False) -> Sizes:
 
 
 def whole_blocks(channels: int) -> int:
-    """So many channels, or the next larger number that is a multiple of a block: of the smallest
-    of 64, 128 and 256 that holds all of them, else of 256."""
+    """The number of channels rounded up to a multiple of a block. The block is the smallest of 64,
+    128 and 256 that holds all of them, or 256 if none does."""
     return round_up(channels, min(256, max(64, int(triton.next_power_of_2(channels)))))
 
 
@@ -383,13 +389,14 @@ def is_narrow(length: int, number: int) -> bool:
 
 
 def fit(size: int, block: int, least: int = 32) -> int:
-    """A block that is not much larger than what it holds. A product needs 16 channels, and 32 fill
-    a sector of memory."""
+    """A block that is not much larger than what it holds, but has at least `least` channels: a
+    product needs 16 of them, and 32 fill a sector of memory."""
     return int(min(block, max(least, triton.next_power_of_2(size))))
 
 
 def allows_tf32() -> bool:
-    """torch's own switch for convolutions. Of AMD's processors few have TF32."""
+    """Whether torch's own switch for convolutions allows TF32. On AMD it never counts, since few of
+    AMD's GPUs have TF32."""
     if torch.version.hip:
         return False
     conv = getattr(torch.backends.cudnn, "conv", None)
@@ -400,11 +407,12 @@ def allows_tf32() -> bool:
 
 
 def precision_of(g: Geometry, dtype: torch.dtype) -> str:
-    """See sampling.py, Note [precision]."""
+    """The precision of the call's products (sampling.py, Note [precision])."""
     if dtype != torch.float32:
         return "native"
     sizes = sizes_of(g, False)
-    # With narrow groups the gathers cost most, and Triton 3.6 cannot compile TF32 weight gradients.
+    # With narrow groups the gathers cost most, so TF32 would gain little, and Triton 3.6 cannot
+    # compile its weight gradients.
     if allows_tf32() and not is_narrow(sizes.group_channels, sizes.sample_groups):
         return "tf32"
     if sizes.group_in * sizes.group_out >= tiles.FEW:
@@ -416,7 +424,7 @@ class Operand(NamedTuple):
     """An image or points [B, channels, *size], or a weight, as it is in memory."""
 
     buffer: Buffer
-    last: bool  # whether the channels (of a weight, those of its second axis) are last
+    last: bool  # whether the channels, which are a weight's second axis, lie last in memory
 
     def part(self, first: int, count: int) -> Operand:
         return self._replace(buffer=self.buffer.part(first, count))
@@ -425,27 +433,28 @@ class Operand(NamedTuple):
 class Steps:
     """The launches of a plan, in their order, with jobs for one `prepare` gathered before them.
 
-    Where memory is short what may wait does, jobs go one by one, and `together` is false.
+    Where memory is short `together` is false: jobs are launched one by one, and what may wait is
+    prepared later.
     """
 
     def __init__(self, plan: Plan, together: bool = True) -> None:
         self.plan, self.together = plan, together
-        self._jobs: list[tuple[Any, Any]] = []  # of `prepare`: a job and its kind
+        self._jobs: list[tuple[Any, Any]] = []  # the jobs for `prepare`, each with its kind
         self._then: list[Launch] = []
         self._last: list[Launch] = []
 
     def first(self, kind: tuple[Any, ...], *job: Any) -> None:
-        """A job to be done before the next launch; sums, which take longest, come first."""
+        """Add a job to do before the next launch. Sums take longest, so they come first."""
         self._jobs.insert(0 if kind[0] == SUM.value else len(self._jobs), (job, kind))
 
     def zero(self, buffer: Buffer) -> None:
-        """Zeros before the next launch."""
+        """Fill a buffer with zeros before the next launch."""
         count = math.prod(buffer.shape)
         self.first((ZERO.value, ZEROS), buffer, _ZeroSizes(-(-count // ZEROS), count))
 
     def convert(self, source: Buffer, out: Buffer) -> None:
-        """Numbers of one dtype to another, before the next launch; the last two axes of both are
-        told to the kernel, others may have any size."""
+        """Convert numbers from one dtype to another before the next launch. The kernel is compiled
+        for what divides the last two axes; the others may have any size."""
         channels = math.prod(out.shape[-2:])
         pixels = math.prod(out.shape[:-2])
         block_c = fit(channels, 64, least=1)
@@ -461,15 +470,16 @@ class Steps:
         self.first(kind, source, out, sizes)
 
     def then(self, launch: Launch) -> None:
-        """A launch after what is to be done before the next one."""
+        """Add a launch between the jobs for the next launch and that launch."""
         self._then.append(launch)
 
     def last(self, launch: Launch) -> None:
-        """Something to be done when all else is."""
+        """Add a launch that runs after all others."""
         self._last.append(launch)
 
     def launch(self, launch: Launch, runs: bool = True) -> None:
-        """What does not run is loaded only, since calls of other sizes need it."""
+        """Add a launch. One that does not run is only loaded, since calls of other sizes need
+        it."""
         self.flush()
         (self.plan.steps if runs else self.plan.spares).append(launch)
 
@@ -495,7 +505,8 @@ class Steps:
 
 
 class Call:
-    """What the operations of one plan share: the tensors, and layouts of them made at most once."""
+    """What the operations of one plan share: the tensors, and their layouts, each made only
+    once."""
 
     def __init__(
         self,
@@ -509,7 +520,7 @@ class Call:
         last: bool = False,
         chunks: int = 1,
     ) -> None:
-        """last: the image has, or will have, its channels last."""
+        """`last` says that the image has, or will have, its channels last."""
         self.steps, self.plan, self.dtype, self.precision = steps, steps.plan, dtype, precision
         self.offset, self.mask = offset, mask
         self.device = tiles.device_of(self.plan.device)
@@ -517,20 +528,21 @@ class Call:
         self.weight_groups = g.groups
         self.spread = self._spreads(g)
         self.g = g = g._replace(groups=1) if self.spread else g
-        # Whether kernels are there, for all but the channels, that take whole blocks of those.
+        # Whether there are kernels for this call that take whole blocks of channels, whatever the
+        # number of its channels is.
         self.by_blocks = (
             self.architecture in tiles.BLOCKS
             and precision in ("native", "bf16x3")
             and g.groups == 1
             and g.offset_groups > 0
         )
-        # What a depthwise call gains in the cache from planes of sample groups is less than a copy
-        # costs of float32 numbers, and as much of half ones.
+        # Planes of sample groups help a depthwise call in the cache. In float32 that gains less
+        # than the copy into planes costs, and in half precision it gains about as much.
         depthwise = g.groups == g.image_channels and g.point_channels <= tiles.MOST * g.groups
         self.last = last
         self.sizes = sizes_of(g, self.by_blocks, last and depthwise and dtype == torch.float32)
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
-        self.given_weight = weight  # None: all its numbers are one
+        self.given_weight = weight  # None stands for a weight of ones
         self.number_of_chunks = chunks
         self._made: dict[Any, Buffer] = {}
         self._lent: dict[Operand, Buffer] = {}
@@ -544,8 +556,8 @@ class Call:
 
     @functools.cached_property
     def is_near(self) -> bool:
-        """Whether no position lies 2^21 or more pixels away without its offset, nor any pixel, and
-        sampling.floor_of, which is NVIDIA's, will do."""
+        """Whether sampling.floor_of can be used: it needs an NVIDIA GPU, and all pixels, and all
+        positions without their offsets, within 2^21 of 0."""
         n = self.sizes
         reach = [
             p * s + t + k * d
@@ -557,11 +569,11 @@ class Call:
         return there and max(*n.image, *reach) < 2**21
 
     def _spreads(self, g: Geometry) -> bool:
-        """Whether the weight of several groups is taken for one of a single group, with zeros
-        where an output has no channel.
+        """Whether the weight of several groups is spread: treated as one of a single group, with
+        zeros where an output does not read a channel.
 
         The products with zeros cost little where samples cost most, and the kernels of a single
-        group are faster: on an H200, twice with 192 channels in two groups.
+        group are faster: on an H200 they are twice as fast with 192 channels in two groups.
         """
         several = 1 < g.groups < g.image_channels and max(g.offset_groups, g.mask_groups) == 1
         by_blocks = self.architecture in tiles.BLOCKS
@@ -581,7 +593,7 @@ class Call:
         registers: int = 0,
         **arguments: Any,
     ) -> Launch:
-        """A launch whose other arguments are those of the call."""
+        """A launch of a kernel, to which the call's own arguments and constants are added."""
         constants = {**self._common, "num_warps": warps, **constants}
         return Launch(
             kernel,
@@ -605,8 +617,8 @@ class Call:
         bias: Buffer | None,
         **rest: Any,
     ) -> None:
-        """Launch a kernel that writes a result plus a bias; or, in several splits, which are the
-        last axis of the grid, sums in parts, which are added up then."""
+        """Launch a kernel that writes a result plus a bias. The last axis of the grid is splits;
+        with several of them the kernel writes partial sums, which are added up afterwards."""
         parts = self.room_for_parts(grid[-1], out)
         constants = dict(LAST=out.last, **constants)
         rest |= dict(bias=bias, out=out.buffer, parts=parts, splits=grid[-1])
@@ -621,14 +633,14 @@ class Call:
         return tiles.find(self.architecture, operation, self.dtype.itemsize, channels)
 
     def chunks(self, *tensors: Operand | Buffer | None) -> Iterator[tuple[Call, list[Any]]]:
-        """The call for one chunk of the batch after another, and what of the tensors belongs to
-        it. Scratch memory of a chunk is that of the next."""
+        """Yield the call for one chunk of the batch after another, with that chunk's part of each
+        tensor. All chunks use the same scratch memory."""
         if self.number_of_chunks == 1:
             yield self, list(tensors)
             return
         every = (*tensors, self.offset, self.mask)
         buffers = [t.buffer if isinstance(t, Operand) else t for t in every if t is not None]
-        # So many items together begin at a multiple of 16 bytes.
+        # A chunk has a multiple of this many items, so that all begin at a multiple of 16 bytes.
         step = max(16 // math.gcd(16, b.part(1, 1).start) for b in buffers)
         steps = triton.cdiv(self.g.batch, step)
         number = min(self.number_of_chunks, steps)
@@ -646,7 +658,7 @@ class Call:
 
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
-        """Layouts made within are gone after it, and their memory is free for others."""
+        """Layouts made within the frame are dropped at its end, and their memory is free again."""
         before = dict(self._made)
         with self.plan.frame():
             yield
@@ -654,7 +666,7 @@ class Call:
         self._made = before
 
     def image(self, image: Operand) -> Buffer:
-        """As Note [layouts] says."""
+        """The image laid out as Note [layouts] says."""
         n = self.sizes
         if n.row == n.channels:
             return self._rows(image, n.channels)
@@ -666,11 +678,11 @@ class Call:
         return self._made[key]
 
     def rows(self, points: Operand) -> Buffer:
-        """Points [B, positions, padded_outputs]."""
+        """The points as rows [B, positions, padded_outputs]."""
         return self._rows(points, self.sizes.padded_outputs)
 
     def _rows(self, t: Operand, padded: int) -> Buffer:
-        """Channels last, with zeros after the last one."""
+        """A tensor with channels last, and with zeros after the last channel up to `padded`."""
         batch, channels, *size = t.buffer.shape
         if t.last and padded == channels:
             return t.buffer
@@ -682,7 +694,8 @@ class Call:
         return self._made[key]
 
     def parts(self, points: Operand) -> Buffer:
-        """Points as bfloat16 heads and tails of rows [2 x B x P, padded_outputs]."""
+        """The points as rows [2 x B x P, padded_outputs] of bfloat16, all heads before all
+        tails."""
         key = ("parts", points)
         if key not in self._made:
             n = self.sizes
@@ -692,15 +705,17 @@ class Call:
         return self._made[key]
 
     def factors(self, points: Operand) -> Buffer:
-        """Points as factors of products: parts in "bf16x3", else rows."""
+        """The points as factors of products, which are parts in "bf16x3" and else rows."""
         return self.parts(points) if self.precision == "bf16x3" else self.rows(points)
 
     def lend(self, t: Operand, result: Operand) -> None:
-        """Let a copy of t lie in a result that is written when the copy has served."""
+        """Let a copy of t lie in a result's memory. The result has to be written last, when the
+        copy has served."""
         self._lent[t] = result.buffer
 
     def _room(self, t: Operand, dtype: torch.dtype, *shape: int) -> Buffer:
-        """For a copy of t."""
+        """Room for a copy of t: the result that was lent for it if it is free and as large, else
+        scratch memory."""
         lent = self._lent.get(t)
         taken = any(buffer.kind == RETURNED for buffer in self._made.values())
         if lent is not None and not taken:
@@ -710,11 +725,11 @@ class Call:
         return self.plan.scratch(*shape, dtype=dtype)
 
     def deliver(self, laid: Buffer, bias: Buffer | None, out: Operand) -> None:
-        """Copy an image as it is laid out to a result."""
+        """Copy an image from the kernels' layout to a result, and add a bias."""
         self._copy(out, laid, False, bias)
 
     def _copy(self, given: Operand, laid: Buffer, laying: bool, bias: Buffer | None = None) -> None:
-        """Between an image as torch has it and as it is laid out: there, or back."""
+        """Copy an image from torch's layout to the kernels' (`laying`), or back."""
         n = self.sizes
         first = (n.channels * n.pixels, n.group_channels * n.pixels, n.pixels)
         last = (n.channels * n.pixels, n.group_channels, n.channels)
@@ -745,7 +760,7 @@ class Call:
         block_c = fit(max(channels, written), 64, least=1)
         block_p = 4096 // max(block_c, 32)
         blocks, across = triton.cdiv(pixels, block_p), triton.cdiv(max(channels, written), block_c)
-        # What divides every distance between the channels of different pixels and groups.
+        # These divide every distance between pixels, groups and items, so that loads are aligned.
         vectors = (
             math.gcd(16, channels, *strides) if source.last else 1,
             math.gcd(16, written, *to) if out.last else 1,
@@ -760,8 +775,8 @@ class Call:
         self.steps.zero(buffer)
 
     def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer | None:
-        """[taps, padded_outputs, columns], or its bfloat16 heads and tails, as a matrix of rows.
-        None for an aggregation, whose kernels (depthwise.py) need none."""
+        """The weight packed as [taps, padded_outputs, columns], or its bfloat16 heads and tails, as
+        a matrix of rows. It is None for an aggregation, whose kernels (depthwise.py) need none."""
         if self.given_weight is None:
             return None
         key = ("weight", order, run)
@@ -793,15 +808,15 @@ class Call:
         return out
 
     def _given_group(self) -> tuple[int, int]:
-        """Channels of a group of the weight as it is given, and of how many outputs they begin at
-        the same one: all, unless it is spread."""
+        """The channels of a group of the weight as it is given, and how many outputs read the same
+        channels of the packed one: all outputs, unless the weight is spread."""
         n = self.sizes
         if not self.spread:
             return n.group_in, n.outputs
         return n.channels // self.weight_groups, n.outputs // self.weight_groups
 
     def sums(self, source: Operand, out: Buffer) -> None:
-        """Sums over everything but the channels."""
+        """Sum a tensor over everything but its channels."""
         batch, channels, *size = source.buffer.shape
         positions = math.prod(size)
         block_o = fit(channels, 64, least=1) if source.last else 1
@@ -830,7 +845,8 @@ class Call:
         bias: Buffer | None = None,
         inner: int = 0,
     ) -> Launch:
-        """Sums [count / inner, splits, inner] to the sizes; inner is all of them unless given."""
+        """A launch that sums [count / inner, splits, inner] to a result of these sizes. `inner` is
+        the whole count unless it is given."""
         count = math.prod(sizes)
         index = tl.int32 if count * splits < 2**31 else tl.int64
         return self.make(
@@ -840,7 +856,8 @@ class Call:
         )
 
     def reduce(self, parts: Buffer, out: Operand, bias: Buffer | None = None) -> None:
-        """Sum parts [splits, *out as it lies in memory] and add a bias, if there are several."""
+        """Sum parts [splits, *out as it lies in memory] and add a bias, if there are several parts.
+        If there is one, the kernel has written the result itself, and the sum is only loaded."""
         batch, channels, *size = out.buffer.shape
         positions = math.prod(size)
         sizes = (batch * positions, channels, 1) if out.last else (batch, channels, positions)
@@ -852,17 +869,18 @@ class Call:
     def reduce_flat(
         self, parts: Buffer, splits: int, out: Buffer, inner: int = 0, runs: bool = True
     ) -> None:
-        """Sum [numbers / inner, splits, inner] to numbers in a row; inner: all unless given."""
+        """Sum [numbers / inner, splits, inner] to numbers in a row. `inner` is all of them unless
+        it is given."""
         sizes = (1, 1, math.prod(out.shape))
         launch = self._reduce(splits, sizes, (0, 0, 1), parts, out, None, inner)
         self.steps.launch(launch, runs)
 
     def reduce_weight(self, parts: Buffer, out: Buffer, runs: bool = True) -> None:
-        """Sum partial weights [splits, taps, group_in, padded_outputs] to a weight; group_in are
-        all channels where that is spread."""
+        """Sum partial weights [splits, taps, group_in, padded_outputs] to a weight. Their group_in
+        are all channels where the weight is spread."""
         n, splits = self.sizes, parts.shape[0]
         group_in, group_out = self._given_group()
-        # Few weights have many splits: more programs for them.
+        # Few weights have many splits, so smaller blocks give them more programs.
         few = group_in * n.taps * n.outputs <= 1 << 14
         block_k, warps = (2, 2) if few else (16, 4)
         grid = (triton.cdiv(group_in * n.taps, block_k), triton.cdiv(n.outputs, 32))

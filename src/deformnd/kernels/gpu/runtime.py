@@ -1,8 +1,8 @@
-"""Plans of launches, and the kernels that they launch: compiled side by side, kept on disk.
+"""Plans of launches, and the kernels that they launch, compiled side by side and kept on disk.
 
-A plan is written once for calls alike and then run for each. On the host a call costs what it takes
-to allocate its results and one block of scratch memory, and to hand the driver a list of launches
-whose arguments are made already but for the addresses.
+A plan is written once for all calls that are alike and then run for each of them. On the host a
+call costs what it takes to allocate its results and one block of scratch memory, and to hand the
+driver a list of launches whose arguments, except the addresses, have been made before.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor
 from . import sampling
 from .driver import TENSOR_MAP, Function, Invocation, TensorMap
 
-# What is no public name of Triton may change. Without what compiles a kernel ahead, the portable
-# kernels are launched by Triton itself, which takes longer on the host and compiles more often;
-# without Gluon they do all.
+# These are no public names of Triton, so they may change. Without those that compile a kernel
+# ahead, Triton itself launches the portable kernels, which takes longer on the host and compiles
+# more often. Without Gluon the portable kernels do everything.
 try:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -46,28 +46,29 @@ except Exception:
     GluonASTSource = None
 GLUON = AHEAD and GluonASTSource is not None
 
-# Whether TRITON_INTERPRET=1 was set when Triton was imported.
+# Triton's interpreter, chosen by TRITON_INTERPRET=1 when Triton is imported, makes functions
+# without this attribute.
 INTERPRETED = not hasattr(sampling.product, "cache_key")
 
-_ALIGNMENT = 256  # bytes, of a piece of scratch memory
+_ALIGNMENT = 256  # the bytes that a piece of scratch memory begins at a multiple of
 
 
 class Buffer(NamedTuple):
-    """A tensor that there is when a plan runs: given, returned, or scratch memory."""
+    """A tensor that exists when a plan runs: it is given, returned, or scratch memory."""
 
-    kind: int  # which of the three
-    number: int  # among those
+    kind: int  # GIVEN, RETURNED or SCRATCH
+    number: int  # its number among the buffers of that kind
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int = 0  # bytes before it, if it is a part
+    start: int = 0  # the bytes before it in its tensor, if it is a part
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def part(self, first: int, count: int) -> Buffer:
-        """Items of the first axis, which no layout moves."""
+        """Some items of the first axis, which comes first in memory in every layout."""
         item = math.prod(self.shape[1:]) * self.dtype.itemsize
         shape = (count, *self.shape[1:])
         return self._replace(shape=shape, start=self.start + first * item)
@@ -77,16 +78,16 @@ GIVEN, RETURNED, SCRATCH, PART = range(4)
 
 
 class Descriptor(NamedTuple):
-    """That an argument is a matrix, or more axes, which the copy engine brings in blocks."""
+    """Says that the copy engine brings an argument, of two or more axes, in blocks."""
 
     block: tuple[int, ...]
     layout: Any
 
 
-# What the compiler learns of the fields of a record (layout.py, Sizes) and of arguments of these
-# names: constants; and numbers whose common divisor with 16 it is told. All depend on channels
-# only, and all else is an argument, so that no size of an image, batch, stride or padding ever
-# compiles anything.
+# The compiler takes the fields of a record (layout.py, Sizes) and the arguments with the names in
+# CONSTANT as constants, and it is told the common divisor with 16 of those in DIVISIBLE. All of
+# them depend on channels only. Every other number is an ordinary argument, so that no new size of
+# an image, batch, stride or padding ever compiles anything.
 CONSTANT = frozenset(("per_offset", "per_mask"))
 DIVISIBLE = frozenset(
     "channels outputs group_in group_out group_channels padded row plane item columns "
@@ -94,7 +95,9 @@ DIVISIBLE = frozenset(
 )
 
 
-ALIGNED = {"plane": "padded", "item": "padded"}  # told of these is what divides those
+# A plane and an item change with the image's size. What divides `padded` divides them as well, and
+# the compiler is told only that, so that a new size compiles nothing.
+ALIGNED = {"plane": "padded", "item": "padded"}
 
 
 class Launch:
@@ -109,8 +112,8 @@ class Launch:
         warps: int,
         stages: int = 1,
         descriptors: dict[str, Descriptor] | None = None,
-        resident: int = 0,  # programs on a multiprocessor at most; 0: as many as fit
-        registers: int = 0,  # of a thread at most; 0: as many as the compiler likes
+        resident: int = 0,  # the most programs on a multiprocessor; 0 means as many as fit
+        registers: int = 0,  # the most registers of a thread; 0 leaves it to the compiler
     ) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.name: str = getattr(kernel, "__name__", "")
@@ -120,7 +123,7 @@ class Launch:
             self.options["maxnreg"] = registers
         self.descriptors = descriptors or {}
         self.resident = resident
-        self.fallback: Any = None  # what to leave out if it cannot be built; None: an error
+        self.fallback: Any = None  # the variant to give up if it cannot be built; None: an error
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -134,7 +137,7 @@ class Launch:
         return self.name, types, tuple(self.constants.items()), options
 
     def run(self, tensor_of: Callable[[Buffer], Tensor]) -> None:
-        """By Triton itself."""
+        """Have Triton itself launch the kernel."""
 
         def given(value: Any) -> Any:
             if isinstance(value, Buffer):
@@ -148,16 +151,19 @@ class Launch:
         self.kernel[self.grid](**arguments, **self.constants, **self.options)
 
     def compile(self, target: Any, room: int = 1 << 30) -> Any:
-        """For devices with so many bytes of shared memory for a program; in fewer stages where so
-        many do not fit."""
+        """Compile the kernel for devices with `room` bytes of shared memory for a program, in fewer
+        stages where it does not fit with all of them."""
         return self._compile(self.source(), target, room)
 
     def _compile(self, source: Any, target: Any, room: int) -> Any:
         with _TURN, contextlib.suppress(ImportError):
             from triton.runtime.cache import triton_key
 
-            triton_key()  # Takes .5 s once, and in every thread that asks meanwhile.
-        # Without checks that Triton writes and drops again, a sixth of what it does in Python.
+            # The first call takes .5 s, in every thread that asks before it is done. So one thread
+            # asks first, while the others wait for their turn.
+            triton_key()
+        # Triton writes checks for overflow only to drop them again. To leave them out saves a sixth
+        # of its time in Python.
         options = {**self.options, "sanitize_overflow": False}
         while True:
             compiled = triton.compile(source, target=target, options=dict(options))
@@ -187,7 +193,7 @@ class Launch:
         return source
 
     def binary(self, source: Any, hashed: str, target: Any, room: int) -> tuple[bytes, _About]:
-        """The machine code and what is known of it, from disk if it is there."""
+        """The machine code and what is known of it, read from disk if they are kept there."""
         identity = (_tools(), hashed, target, self.options, room, _About._fields)
         cache = get_cache_manager(hashlib.sha256(str(identity).encode()).hexdigest())
         kept = _kept(cache)
@@ -215,19 +221,20 @@ _TURN = threading.Lock()
 
 
 def _in_turn(make_ir: Callable[..., Any], *args: Any) -> Any:
-    """The first part of a compile, in Python, which holds the interpreter; what follows does not.
+    """Do the first part of a compile, which is in Python and holds the interpreter's lock. The
+    second part does not hold it.
 
-    Kernels take turns, so that the first of them soon are in the second part: would all share the
-    interpreter, all would be there when the last is. Nor is it safe in two threads, since Triton
-    has each node of a kernel set warning filters.
+    Kernels take turns at the first part, so that the first ones soon reach the second part. If all
+    shared the interpreter, all would reach it only when the last one does. Two threads at once
+    would not be safe either, since Triton sets warning filters at each node of a kernel.
     """
     with _TURN:
         return make_ir(*args)
 
 
 def _describe(name: str, value: Any, descriptors: dict[str, Descriptor], like: Any = 0) -> Any:
-    """What the compiler is told of an argument: a constant, a type, or (type, divisor); of a tuple
-    that of every element."""
+    """What the compiler is told of an argument: a constant, a type, or (type, divisor). For a tuple
+    it is a tuple of what is told of every element. The divisor is that of `like`, if given."""
     if value is None or name in CONSTANT:
         return ("constexpr", value)
     if isinstance(value, Buffer):
@@ -254,7 +261,8 @@ def _unwrap(
     constants: dict[tuple[int, ...], Any],
     attributes: dict[tuple[int, ...], Any],
 ) -> Any:
-    """The type of an argument as Triton takes it, its constants and divisors noted by path."""
+    """The type of an argument as Triton takes it. The constants and divisors in it are added to
+    `constants` and `attributes` by path."""
     if isinstance(described, str):
         return described
     if isinstance(value, tuple) and not isinstance(value, Buffer):
@@ -280,9 +288,11 @@ def _parameters(ptx: str) -> list[int]:
 
 @functools.cache
 def _tools() -> str:
-    """What code depends on beside a kernel and its arguments: Triton, by the hashes of all of its
-    files that it was installed with, since its own hash takes .5 s, longer than all else that a
-    first call from the disk does; the tools that it is told to use; and our own files here."""
+    """What machine code depends on beside a kernel and its arguments: Triton, the tools that its
+    environment variables name, and the files of this folder.
+
+    Triton is known by the hashes of its files that were installed with it. Its own hash would take
+    .5 s, which is longer than all else that a first call does when its kernels are on disk."""
     try:
         files = importlib.metadata.distribution("triton").read_text("RECORD")
     except importlib.metadata.PackageNotFoundError:
@@ -300,15 +310,16 @@ class _About(NamedTuple):
     """What the disk keeps of a kernel beside its code."""
 
     name: str
-    parameters: list[int]  # their sizes in bytes
+    parameters: list[int]  # the sizes of the parameters in bytes
     shared: int
     warps: int
     descriptors: list[Any]
-    digest: str  # of the code
+    digest: str  # the hash of the code, to find out whether it is complete
 
 
 def _kept(cache: Any) -> tuple[bytes, _About] | None:
-    """What the disk keeps, unless it is incomplete or something else."""
+    """The code and what is known of it from disk, or None if it is missing, damaged or of another
+    version."""
     code, described = cache.get_file("kernel.cubin"), cache.get_file("kernel.json")
     if code is None or described is None:
         return None
@@ -327,8 +338,8 @@ _POINTERS = {
     torch.int64: "*i64",
 }
 
-# Functions on a device, with what the copy engine needs to know of their descriptors; on ROCm what
-# Triton has compiled.
+# The functions that are loaded onto a device, each with what the copy engine needs to know of its
+# descriptors. On ROCm these are what Triton has compiled.
 _LOADED: dict[Any, Any] = {}
 _LOADING = threading.Lock()
 
@@ -336,10 +347,12 @@ _LOADING = threading.Lock()
 def load(
     launches: Sequence[Launch], more: Callable[[], Sequence[Launch]] = tuple
 ) -> dict[Launch, Exception]:
-    """Load what is not loaded yet onto the current CUDA device; what cannot be, and why.
+    """Load the launches' kernels that are not loaded yet onto the current CUDA device, and return
+    those that cannot be loaded, with the reason.
 
-    Threads compile side by side, those first that take longest. If something is missing, what
-    `more` gives is compiled with it, and may fail: who needs it will find out.
+    Threads compile side by side, and begin with the kernels that take longest. If any kernel is
+    missing, those that `more` gives are compiled with it. These may fail silently: the call that
+    needs them will find out.
     """
     device = torch.cuda.current_device()
     if all((launch.key, device) in _LOADED for launch in launches):
@@ -354,9 +367,9 @@ def load(
     failures: dict[Launch, Exception] = {}
     binaries: dict[Any, Any] = {}
     with _LOADING, ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        # Looked for now, since another thread may have loaded some of them meanwhile.
+        # This is looked up under the lock, since another thread may have loaded some meanwhile.
         missing = {key: launch for key, launch in needed.items() if key not in _LOADED}
-        # Those of Gluon, then those of most arguments.
+        # Gluon's kernels take longest, and then those with the most buffers.
         for key, launch in sorted(
             missing.items(), key=lambda kl: (not kl[1].descriptors, -len(kl[1].buffers))
         ):
@@ -365,7 +378,7 @@ def load(
                 if torch.version.hip:
                     binaries[key] = threads.submit(launch.compile, target, room)
                     continue
-                # Hashed here, since not every Triton can do that in two threads.
+                # The source is hashed here, since not every Triton can do that in two threads.
                 binaries[key] = threads.submit(launch.binary, source, source.hash(), target, room)
             except Exception as failure:
                 failures[launch] = failure
@@ -393,7 +406,7 @@ def load(
 
 
 def _loaded(launch: Launch) -> Any:
-    """A launch's function on the current device."""
+    """The function of a launch on the current device, which is loaded if it was not."""
     key = (launch.key, torch.cuda.current_device())
     if key not in _LOADED:
         for failure in load([launch]).values():
@@ -402,9 +415,9 @@ def _loaded(launch: Launch) -> Any:
 
 
 def shared_memory() -> int:
-    """Bytes of it that a program can have on the current device."""
+    """The bytes of shared memory that a program can have on the current device."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    # torch 2.6 tells only what a multiprocessor has, of which the driver takes some.
+    # torch 2.6 tells only what a multiprocessor has, of which the driver takes 1024 bytes.
     whole = getattr(properties, "shared_memory_per_multiprocessor", 64 * 1024 + 1024) - 1024
     return int(getattr(properties, "shared_memory_per_block_optin", whole))
 
@@ -412,7 +425,7 @@ def shared_memory() -> int:
 class _Result(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
-    strides: tuple[int, ...]  # the memory format, in the words of the cheapest call that makes it
+    strides: tuple[int, ...]  # stand for the memory format, as torch.empty_strided is the cheapest
 
 
 def ahead() -> bool:
@@ -435,14 +448,14 @@ class Plan:
         self.clear()
 
     def clear(self) -> None:
-        """Start anew."""
+        """Drop everything but what is given, so that the plan can be written anew."""
         self.results: list[_Result] = []
-        self.offsets: list[int] = []  # of the scratch buffers, in bytes
-        self.size = 0  # of all scratch memory
+        self.offsets: list[int] = []  # where each scratch buffer begins, in bytes
+        self.size = 0  # the bytes of all scratch memory
         self._top = 0
         self.steps: list[Launch] = []
         self.spares: list[Launch] = []  # not run, but loaded, since calls of other sizes need them
-        self._idle: list[_Instance] = []  # those that no thread runs now
+        self._idle: list[_Instance] = []  # the instances that no thread runs now
 
     def result(
         self,
@@ -468,7 +481,7 @@ class Plan:
         self._top = top
 
     def load(self, more: Callable[[], Sequence[Launch]] = tuple) -> dict[Launch, Exception]:
-        """Load the kernels, all at once; those that cannot be, and why."""
+        """Load all kernels at once, and return those that cannot be loaded, with the reason."""
         if not ahead():
             return {}
         return load([*self.steps, *self.spares], more)
@@ -480,7 +493,7 @@ class Plan:
         return self.run_at([t.data_ptr() for t in given])
 
     def run_at(self, given: Sequence[int]) -> list[Tensor]:
-        """With tensors at these addresses."""
+        """Run the plan on given tensors at these addresses."""
         results = self._empty_results()
         memory = _storage(self.size, self.device)
         try:
@@ -498,7 +511,8 @@ class Plan:
         ]
 
     def _run_plainly(self, given: list[Tensor]) -> list[Tensor]:
-        """By Triton itself, in memory that holds NaN, which the interpreter's tests need."""
+        """Have Triton itself launch the kernels, in memory filled with NaN, so that tests in the
+        interpreter find out what is read before it is written."""
         results = self._empty_results()
         memory = torch.full((self.size,), 255, dtype=torch.uint8, device=self.device)
         for t in results:
@@ -507,7 +521,7 @@ class Plan:
         def tensor(buffer: Buffer) -> Tensor:
             if buffer.kind != SCRATCH:
                 whole = (given, results)[buffer.kind][buffer.number]
-                if whole.dtype != buffer.dtype:  # lent for a copy (layout.py, lend)
+                if whole.dtype != buffer.dtype:  # the result was lent for a copy (layout.py, lend)
                     memory_of = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
                     place = memory_of[buffer.start : buffer.start + buffer.size]
                     return place.view(buffer.dtype).view(buffer.shape)
@@ -532,7 +546,7 @@ class _Instance:
         self.words: list[Any] = [(ctypes.c_uint64 * n)() for n in counts]
         self.offsets = plan.offsets
         self.maps: list[tuple[TensorMap, int, int, int]] = []
-        self.mapped: list[int] = []  # the addresses that they were last made for
+        self.mapped: list[int] = []  # the addresses that the maps were last made for
         self.room: list[Any] = []
         bind = self._bind_by_triton if torch.version.hip else self._bind
         self.calls = [bind(launch) for launch in plan.steps]
@@ -574,7 +588,7 @@ class _Instance:
         return Invocation(function, launch.grid, arguments)
 
     def _word_of(self, buffer: Buffer) -> tuple[int, int]:
-        """Which word, of which kind, holds its address."""
+        """The kind and the number of the word that holds a buffer's address."""
         if not buffer.start:
             return buffer.kind, buffer.number
         return PART, self.parts.index((buffer.kind, buffer.number, buffer.start))
@@ -588,7 +602,7 @@ class _Instance:
         return place
 
     def _bind_by_triton(self, launch: Launch) -> Callable[[int], None]:
-        """By Triton's own launcher, which knows drivers other than CUDA's."""
+        """Bind a launch to Triton's own launcher, which knows drivers other than CUDA's."""
         compiled = _loaded(launch)
         run = compiled.run
         head = (compiled.function, compiled.packed_metadata, None, None, None)
@@ -609,7 +623,8 @@ class _Instance:
 
 
 def _storage(size: int, device: torch.device) -> torch.UntypedStorage:
-    """Scratch memory. Not torch.empty, which fills tensors where algorithms are deterministic."""
+    """Scratch memory. It is not made by torch.empty, which fills tensors where algorithms have to
+    be deterministic."""
     return torch.UntypedStorage(size, device=device)
 
 

@@ -1,4 +1,4 @@
-"""Where a sample lies and what it is made of: device functions of both dialects, Triton and Gluon.
+"""Where a sample lies and what it is made of: device functions that Triton and Gluon kernels share.
 
 Every function serves one, two and three axes: sizes are tuples, and loops over axes and corners
 unroll. `g` is the record of the call (layout.py, Sizes). Arrays may have any shape that broadcasts.
@@ -12,11 +12,11 @@ share offsets and masks). It lies in a cell between 2^n pixels, its corners:
                     |       |          weights on all axes; its slope on an axis is -1 or +1
                 q=2 +-------+ q=3      times its weights on the others.
 
-A sample is valid if it lies in [-1, size) on every axis; NaN and infinity do not. A corner outside
-the image is moved inside, so a load needs no predicate, and has weight 0 on its axis; a sample that
-is not valid has amplitude 0. No float is converted that an integer cannot hold. Only the offset is
-split into floor and fraction, not the position, whose fraction float32 rounds the more the larger
-the image is.
+A sample is valid if it lies in [-1, size) on every axis; at NaN or infinity it is not. A corner
+outside the image is moved inside, so that a load needs no predicate, and has weight 0 on its axis.
+A sample that is not valid has amplitude 0. No float is converted that an integer cannot hold. Only
+the offset is split into floor and fraction, and not the position, because float32 rounds the
+fraction of a position more coarsely the larger the image is.
 
 Note [precision]
 PRECISION "native" multiplies half and bfloat16 numbers as they are, "tf32" rounds float32 ones to
@@ -59,8 +59,9 @@ def ravel(point, size):
 
 @triton.jit
 def in_strips(q, size, RUN: tl.constexpr):
-    """The q-th point of a grid, in strips of 4 rows of the last two axes, in each by RUN columns:
-    those of a tile lie near each other, and their samples share corners in the cache. With RUN 2:
+    """The q-th point of a grid whose last two axes are taken in strips of 4 rows, and each strip by
+    RUN columns at a time. So the points of a tile lie near each other, and their samples share
+    corners in the cache. With RUN 2 the order is:
 
          0  1 |  8  9 | 16 ..        The last strip may have fewer rows, and its last columns may
          2  3 | 10 11 |              be fewer than RUN.
@@ -91,7 +92,7 @@ SINGLE = tl.constexpr((1, 1, 1))
 
 @triton.jit
 def following(point, size, STEPS: tl.constexpr = SINGLE):
-    """The next row-major point of a grid, in steps, and 1 if it is the first one again, else 0."""
+    """The point STEPS on in row-major order, and 1 if the grid has begun anew, else 0."""
     new = ()
     carry = 1
     for a in tl.static_range(len(size) - 1, -1, -1):
@@ -123,11 +124,12 @@ def starts_of(point, shift, g):
 @triton.jit
 def read(offset, mask, b, s, tap, p, inside, g,
          INDEX: tl.constexpr = tl.int64, VECTOR_P: tl.constexpr = 1):  # fmt: skip
-    """Of samples of sample group s: the offset on every axis, and the mask, as they are stored; two
-    tuples, without elements where there is none.
+    """Read the offset on every axis, and the mask, of samples of sample group s, as they are
+    stored: two tuples, each empty where the call has no such tensor.
 
-    INDEX counts the numbers of a batch item. VECTOR_P of them, which divides all positions on the
-    last axis, can be read at once if the compiler knows that p are neighbours.
+    INDEX is an integer type that can count the numbers of a batch item. VECTOR_P divides the number
+    of positions on the last axis; as many neighbours are read at once if the compiler knows that
+    the positions p are neighbours.
     """
     rank: tl.constexpr = len(g.image)
     item = b.to(tl.int64)
@@ -149,11 +151,12 @@ def read(offset, mask, b, s, tap, p, inside, g,
 
 @triton.jit
 def floor_of(x):
-    """Floor as an integer and the fraction of float32 numbers, in three instructions of NVIDIA's.
+    """The floor, as an integer, and the fraction of float32 numbers, in three of NVIDIA's
+    instructions.
 
-    1.5 * 2^23 is added, rounded down, which leaves the floor in the low bits. Of what is not within
-    2^22, NaN and infinity too, the integer is at least 2^21 away from 0, and the fraction is some
-    number in [0, 1]: saturation turns NaN to 0.
+    Adding 1.5 * 2^23 and rounding down leaves the floor in the low bits. For numbers beyond 2^22,
+    NaN and infinity the integer is at least 2^21 away from 0, and the fraction is some number in
+    [0, 1], because saturation turns NaN to 0.
     """
     shifted = tl.inline_asm_elementwise(
         "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -167,9 +170,9 @@ def floor_of(x):
 
 @triton.jit
 def cell_of(offsets, starts, inside, g, NEAR: tl.constexpr = False):
-    """Per axis (low corner, step to the high one, their two weights, whether each is in the image);
-    and whether the sample is valid. NEAR: starts and sizes are below 2^21, and so floor_of will
-    do, which saves a kernel that finds many cells 5 % of its instructions."""
+    """For each axis (low corner, step to the high one, their two weights, whether each is in the
+    image), and whether the sample is valid. NEAR says that starts and sizes are below 2^21, so that
+    floor_of can be used, which saves a kernel that finds many cells 5 % of its instructions."""
     axes = ()
     valid = inside
     for a in tl.static_range(len(starts)):
@@ -187,7 +190,7 @@ def cell_of(offsets, starts, inside, g, NEAR: tl.constexpr = False):
             low = low + floor.to(tl.int32)
             valid = valid & near
             fraction = value - floor
-        # Both bounds in one comparison: a number below -1 is a large one without its sign.
+        # One comparison checks both bounds: without its sign a number below -1 is a large one.
         valid = valid & ((low + 1).to(tl.uint32) <= g.image[a].to(tl.uint32))
         has_low = low >= 0
         has_high = low + 1 < g.image[a]
@@ -200,8 +203,8 @@ def cell_of(offsets, starts, inside, g, NEAR: tl.constexpr = False):
 
 @triton.jit
 def amplitude_of(masks, valid):
-    """The mask's value, if there is one; where the sample is not valid 0 times that, which is NaN
-    if the mask is not finite: the definition multiplies a sample of 0 by it."""
+    """The mask's value, or 1 without a mask. Where the sample is not valid it is 0 times that
+    value, which is NaN if the mask is not finite: the definition multiplies a sample of 0 by it."""
     amplitude = tl.where(valid, 1.0, 0.0)
     if len(masks) > 0:
         value = masks[0].to(tl.float32)
@@ -220,9 +223,9 @@ def locate(offset, mask, b, s, tap, p, inside, g, INDEX: tl.constexpr = tl.int64
 
 @triton.jit
 def lighter_first(axes):
-    """The same cell, seen so that on every axis the corner that weighs less comes first, and the
-    step may be -1: then corners go from the smallest weight to the largest, or nearly, and a sum of
-    float16 numbers errs little more than its rounding in the end does."""
+    """The same cell with the corner that weighs less first on every axis, so that a step may be -1.
+    Corners then go from the smallest weight to the largest, or nearly, and a sum in float16 errs
+    little more than the rounding of its result does."""
     ordered = ()
     for a in tl.static_range(len(axes)):
         low, step, weights, inside = axes[a]
@@ -236,7 +239,7 @@ def lighter_first(axes):
 
 @triton.jit
 def lost_in_half(weight):
-    """What a weight loses by rounding to float16, in which it is not infinite."""
+    """What a weight loses by rounding to float16, or 0 where float16 might make it infinite."""
     lost = weight - weight.to(tl.float16).to(tl.float32)
     return tl.where(tl.abs(weight) < 60000.0, lost, 0.0)
 
@@ -260,9 +263,9 @@ def corner_weight(axes, q: tl.constexpr):
 
 @triton.jit
 def contract(dots, axes):
-    """From a number for every corner: per axis their sum by slopes, then their sum by weights.
+    """Contract one number per corner to a sum by slopes for each axis, and then a sum by weights.
 
-    Goes from the last axis to the first, so that all sums share what they have in common.
+    The loop goes from the last axis to the first, so that the sums share their partial sums.
     """
     plain = dots
     slopes = ()
@@ -295,8 +298,8 @@ def contract(dots, axes):
 def parts_of(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """The factors that stand for x in a product: (head, tail) for "bf16x3", else x as `dtype`."""
     if PRECISION == "bf16x3":
-        # Rounded as an integer, which is as exact: GPUs convert single numbers slowly. Of NaN the
-        # tail is one, if the head is not.
+        # The head is rounded as an integer, which is as exact, because GPUs convert single numbers
+        # slowly. For NaN the tail is NaN if the head is not.
         bits = (x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
         head = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
         return (head, (x - bits.to(tl.float32, bitcast=True)).to(tl.bfloat16))

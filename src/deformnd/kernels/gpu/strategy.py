@@ -1,5 +1,5 @@
-"""Which operations a call takes, in which order, in which chunks of the batch, sharing which
-buffers."""
+"""What a call does: its operations, their order, the chunks of the batch, and the buffers that they
+share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from . import (
 from .layout import Call, Operand, Order, Steps, precision_of
 from .runtime import Buffer, Launch, Plan
 
-# What can do an operation, the fastest first; the last takes every call on every GPU.
+# The variants of each operation, the fastest first. The last one takes every call on every GPU.
 FORWARD = (
     depthwise.FORWARD,
     *hopper.FORWARD,
@@ -41,7 +41,7 @@ WEIGHT = (
     *backward_weight.VARIANTS,
 )
 
-Forms = Sequence[torch.memory_format]  # of image and points, which results take over
+Forms = Sequence[torch.memory_format]  # the formats of image and points, which results take over
 
 
 def write(
@@ -52,10 +52,10 @@ def write(
     wanted: Any,
     more: Callable[[], Sequence[Launch]] = tuple,
 ) -> None:
-    """Write the plan and load its kernels, and `more` if any is not there yet.
+    """Write the plan and load its kernels, together with those of `more` if any has to be compiled.
 
-    It is written anew with less memory and in more chunks while it needs too much of it, and
-    without the variants whose kernels cannot be built.
+    The plan is written anew while it needs too much memory, first without gathering jobs and then
+    in more chunks. It is also written anew without the variants whose kernels cannot be built.
     """
     width = dtype_of(plan).itemsize
     most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / tiles.CHUNK)))
@@ -74,7 +74,7 @@ def write(
 
 
 def dtype_of(plan: Plan) -> torch.dtype:
-    """That of the image and the points."""
+    """The dtype of the image and the points."""
     return next(t.dtype for t in plan.given if t is not None)
 
 
@@ -87,7 +87,8 @@ def draft(
     chunks: int = 1,
     room: bool = True,
 ) -> list[Launch]:
-    """Write the plan as it would be for that memory; all launches that it may need."""
+    """Write the plan in this many chunks, and with jobs gathered if there is `room` for their
+    results. Returns all launches that it may need."""
     operands: list[Any] = []
     forms = []
     for buffer, layout in zip(plan.given, layouts, strict=False):
@@ -135,10 +136,10 @@ def gradients(
     forms: Forms,
     wanted: tuple[bool, ...],
 ) -> None:
-    """Derivatives of F by all that is wanted, and sums of the image or the points."""
+    """Derivatives of F by all that is wanted, and channel sums of the image or the points."""
     by_image, by_points, by_weight, by_offset, by_mask, sums_image, sums_points = wanted
     plan, weight = call.plan, call.given_weight and call.given_weight.buffer
-    # The results in their order, whatever is computed first.
+    # The results are made in the order in which they are returned, whatever is computed first.
     grad_image = _image_result(call, forms[0]) if by_image else None
     grad_points = _points_result(call, forms[1]) if by_points else None
     grad_weight, grad_offset, grad_mask = (
@@ -152,14 +153,15 @@ def gradients(
     if grad_weight is None or call.number_of_chunks == 1:
         for chunk, parts in call.chunks(*tensors):
             _gradients(chunk, grad_weight, *parts)
-        if grad_weight is not None:  # what chunks would need
+        if grad_weight is not None:  # load what calls in several chunks need
             kept = grad_weight._replace(dtype=torch.float32)
             call.reduce_flat(kept, 1, grad_weight, runs=False)
             call.reduce_flat(kept, 1, kept, runs=False)
             call.reduce_weight(kept, kept, runs=False)
         return
     assert weight is not None
-    # Sums of some chunks, in float32, and then of all; each begins at a multiple of 256 bytes.
+    # The gradients of some chunks are kept in float32 and then added up, until one sum is left.
+    # Each begins at a multiple of 256 bytes.
     length = -(-math.prod(weight.shape) // 64) * 64
     room = min(call.number_of_chunks, tiles.KEPT)
     kept = plan.scratch(room, length, dtype=torch.float32)
@@ -192,15 +194,17 @@ def _gradients(
     wants_parts = call.precision == "bf16x3" and (
         narrow is not None or (weight_variant is not None and weight_variant.wants_parts)
     )
-    # The derivative by the image, or by the points, is written last: until then a copy of that
-    # tensor lies in its place. So atomic additions come after the weight's gradient.
+    # The gradient of the image, or of the points, is written last, because until then a copy of the
+    # image, or of the points, lies in its memory. So atomic additions come after the weight's
+    # gradient.
     if grad_image is not None and grad_points is None:
         call.lend(image, grad_image)
     elif grad_points is not None and grad_image is None:
         call.lend(points, grad_points)
     lists = None
     if by_sorting:
-        # Before the frame, so that all kernels use the rows, and all is prepared at once.
+        # These are made before the frame, so that all kernels use the same rows, and everything is
+        # prepared in one launch.
         sorting = _sorting(call)
         call.weight(sorting.order)
         if not wants_parts:
@@ -213,7 +217,7 @@ def _gradients(
         if not wants_parts and (by_position or grad_weight is not None or by_atomics is not None):
             call.rows(points)
         if narrow is None and (by_position or by_atomics is not None):
-            # Here, so that all weights are packed at once.
+            # The weight is asked for here, so that all orders of it are packed in one launch.
             atomic = variants.choose(ATOMIC, call)
             call.weight(atomic.order if atomic else Order.PLAIN)
         if narrow is not None:
@@ -232,18 +236,19 @@ def _gradients(
 
 
 def _by_sorting(call: Call, beside: bool = False) -> bool:
-    """Whether the image gradient is gathered from sorted lists of samples; beside: other gradients.
+    """Whether the image gradient is gathered from sorted lists of samples. `beside` says that other
+    gradients are computed as well.
 
-    It is bitwise repeatable if the lists are in order. For half numbers it is also faster than
-    atomic additions, unless few channels share the cost of a list; for float32 it has more
-    products to split (sampling.py, Note [precision]), so it is slower and less accurate.
+    The gradient is bitwise repeatable if the lists are in order. In half precision it is also
+    faster than atomic additions, unless few channels share the cost of a list. In float32 it has
+    more products to split (sampling.py, Note [precision]), so it is slower and less accurate.
     """
     if torch.are_deterministic_algorithms_enabled():
         return True
     n = call.sizes
-    # With strides a tile of pixels has few samples of a tap, for each of which it is multiplied:
-    # several sample groups, which hopper/backward_columns.py does not take, then add more cheaply
-    # what the gradients of offset and mask multiply anyway.
+    # With strides a tile of pixels has few samples of a tap, but is multiplied for every tap. The
+    # gradients of offset and mask compute the gradients of all samples anyway, and to add these by
+    # atomics is then cheaper. A single sample group has hopper/backward_columns.py for this.
     few = beside and n.sample_groups > 1 and math.prod(n.stride) > 2
     return call.precision == "native" and n.group_channels > tiles.NARROW and not few
 
@@ -254,7 +259,7 @@ def _forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> N
 
 
 def _sorting(call: Call) -> variants.Variant:
-    """The variant that will take the sorted gradient, whose weights and lists are made before."""
+    """The variant that will do the sorted gradient, whose weights and lists are made before it."""
     return variants.choose(SORTED, call) or SORTED[-1]
 
 
@@ -268,7 +273,7 @@ def _sorted(
 
 
 def _atomic(call: Call, image: Any, points: Operand, bias: Buffer | None, *wanted: Any) -> None:
-    """Derivatives by image (through atomic additions, with a bias), offset and mask."""
+    """Derivatives by the image (by atomic additions, plus a bias), offset and mask."""
     _atomic_like(call, ATOMIC, image, points, *wanted, bias=bias)
 
 
@@ -308,7 +313,8 @@ def _atomic_like(
 
 
 def _by_sample_group(call: Call, result: Buffer | None, groups: int) -> Buffer | None:
-    """Where a gradient goes first: that of each sample group where several share it."""
+    """The buffer that kernels write a gradient of offset or mask to: the result itself, or one for
+    every sample group where several share an offset or mask, which are added up afterwards."""
     if result is None or groups == 1:
         return result
     return call.plan.scratch(math.prod(result.shape) * groups, dtype=torch.float32)

@@ -1,9 +1,10 @@
 """Tile sizes and costs of GPUs: one table for an architecture, and one for all others.
 
-A row is right for every size: it only decides how fast, and nothing is tuned on a user's call. The
-first row that fits is taken: those of the device's own table, then those for every GPU. To tune
-another GPU, give it a table in TABLES. Measured on an NVIDIA H200 with torch 2.11 and Triton 3.6,
-on shapes of two dimensions with 3 x 3 and 7 x 7 taps; benchmarks/gpu_tune.py tries others.
+Every row gives right results for every size: it only decides how fast a call is, and nothing is
+tuned on a user's call. `find` takes the first row that fits, from the device's own table and then
+from the one for every GPU. To tune another GPU, give it a table in TABLES. The rows were measured
+on an NVIDIA H200 with torch 2.11 and Triton 3.6, on shapes of two dimensions with 3 x 3 and 7 x 7
+taps; benchmarks/gpu_tune.py tries other rows.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ import torch
 
 @dataclass(frozen=True)
 class Tiles:
-    operation: str  # a kernel's name; for "deep" or "narrow" sample groups, "few" channels in all
+    operation: str  # a kernel's name, and which calls of it: "deep", "narrow" or "few"
     width: int  # bytes of an element of the image
-    channels: int  # up to so many point channels of a weight group (sorted: of a sample group's)
-    block_p: int  # positions of a program (sorted: list entries; for Hopper: pixels of a tile;
-    # attention: rows)
-    block_o: int  # point channels (attention: blocks of channels in the same lanes)
-    block_c: int  # image channels
+    channels: int  # the most channels that the row is for; callers of `find` say which are counted
+    block_p: int  # positions of a program (for sorted kernels list entries, and for those on Hopper
+    # pixels of a tile; for attention rows)
+    block_o: int  # point channels of a block (attention: blocks of channels in the same lanes)
+    block_c: int  # image channels of a block
     warps: int
     stages: int
-    resident: int = 0  # programs on a multiprocessor at most; 0: as many as fit
-    registers: int = 0  # of a thread at most; 0: as many as the compiler likes
-    tiles: int = 1  # backward_sorted_hopper: tiles of the image of a program,
-    rings: tuple[int, ...] = ()  # and stages of points (or columns), blends and weights
+    resident: int = 0  # the most programs on a multiprocessor; 0 means as many as fit
+    registers: int = 0  # the most registers of a thread; 0 leaves it to the compiler
+    tiles: int = 1  # tiles of the image that a program of backward_sorted_hopper takes
+    rings: tuple[int, ...] = ()  # the stages of points (or columns), of blends and of weights
 
 
 ANY = 1 << 31
 
 # Some other tiles of "backward_sorted" compile to wrong machine code for Hopper with Triton 3.6:
 # 32/64/64/4/1 with many sample groups, and 64 point channels beside 32 image channels where neither
-# count is even. tests/test_gpu.py, unset_registers, looks for that in every row it compiles.
+# count is even. unset_registers in tests/test_gpu.py looks for such code in every row it compiles.
 PORTABLE = (
     Tiles("forward", 2, 32, 64, 32, 32, 4, 1),
     Tiles("forward", 2, 64, 64, 64, 32, 4, 1),
@@ -147,9 +148,10 @@ HOPPER = (
     Tiles("backward_columns_hopper", 2, ANY, 64, 0, 128, 4, 1, 2, 104, rings=(4, 3)),
 )
 
-# For GPUs without Hopper's products, where both factors go through registers, and with as little
-# shared memory as those of workstations have (99 KiB for a program): where rows of PORTABLE do not
-# fit, or spill many registers, blocks that do not. Chosen by what they compile to, not timed.
+# These rows are for GPUs without Hopper's products, where both factors go through registers, and
+# for as little shared memory as GPUs of workstations have (99 KiB for a program). They replace the
+# rows of PORTABLE that do not fit there or spill many registers. They were chosen by what they
+# compile to and have not been timed.
 AMPERE = (
     Tiles("forward deep", 2, 256, 64, 256, 64, 8, 2),
     Tiles("forward deep", 4, 64, 64, 64, 32, 4, 2),
@@ -165,74 +167,81 @@ AMPERE = (
     Tiles("backward_sorted", 2, ANY, 128, 32, 256, 8, 2),
 )
 
-# Of the last variant of every operation, which fits any device.
+# The last variant of every operation takes this row, which fits any device.
 SMALLEST = Tiles("", 0, ANY, block_p=32, block_o=32, block_c=32, warps=4, stages=1)
 
-# By architecture, as torch and Triton name it ("sm_90", "gfx942").
+# The tables are found by architecture, as torch and Triton name it ("sm_90", "gfx942").
 TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER} | dict.fromkeys(
     ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), AMPERE
 )
 
-# What backward_weight_hopper weighs against each other, measured on an H200, whose memory moves
-# 4.8 TB/s at best: microseconds of a program's tile, and bytes of partial sums in a microsecond.
+# backward_weight_hopper weighs two costs against each other: the microseconds that a program takes
+# for a tile, and the bytes of partial sums that memory moves in a microsecond. Both were measured
+# on an H200, whose memory moves 4.8 TB/s at best.
 TILE_US, BANDWIDTH = 1.6, 4e6
 
-# Architectures with kernels that take whole blocks of channels, and whose calls therefore pad them
-# (layout.py, sizes_of).
+# These architectures have kernels that take whole blocks of channels, so their calls pad the
+# channels to whole blocks (layout.py, sizes_of).
 BLOCKS = frozenset(("sm_90",))
 
-# Above so many outputs samples are written down as columns (im2col.py), instead of being
-# found anew for several blocks of outputs; and by Hopper's narrow kernel above so many, by
-# precision. Of columns there are so many numbers at once: 32 MiB of half ones.
+# With more than SAMPLED_ONCE outputs, samples are written to memory as columns (im2col.py) instead
+# of being found anew for each block of outputs. Hopper's narrow kernel gives way to columns above
+# SAMPLED_ONCE_NARROW outputs, by precision. COLUMNS_AT_ONCE is how many numbers of columns are kept
+# at once, which is 32 MiB of half precision.
 SAMPLED_ONCE = 128
 SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
 COLUMNS_AT_ONCE = 16 << 20
 
-# What it takes to write and add a number of a partial sum, in products of half numbers (im2col.py).
+# Writing and adding a number of a partial sum costs as much as this many products of half-precision
+# numbers (im2col.py, splits_of).
 PART = 300
 
-# From so many bytes of a sample group's channels on the portable forward loads samples ahead; with
-# fewer it has too much else to do.
+# The portable forward loads samples ahead where a sample group's channels have at least this many
+# bytes. With fewer it is busy with other work, and loading ahead does not pay.
 DEEP = 512
 
-# Sample groups of at most so many channels are taken several at a time, a single one of half as
-# many for several taps at a time, and their image gradient goes by atomic additions.
+# Sample groups of at most this many channels are narrow: a program takes several of them at a time.
+# A single sample group is narrow with at most half as many, and then a program takes several taps
+# at a time. The image gradient of narrow groups goes by atomic additions.
 NARROW = 32
 
-# Depthwise kernels take up to so many of the points' channels for one of the image's: more sums do
-# not fit into registers.
+# Depthwise kernels take at most this many channels of the points for one channel of the image,
+# because more sums do not fit into registers.
 MOST = 4
 
-# In so few weights of a group and tap the errors of "bf16x3" (sampling.py, Note [precision]) do not
-# average out, and "tf32x3", which takes their place, is no bottleneck.
+# With fewer weights than this in a group and tap, the errors of "bf16x3" (sampling.py,
+# Note [precision]) do not average out. "tf32x3" takes its place, and is no bottleneck there.
 FEW = 16
 
-# A weight of several groups is taken for one of a single group (layout.py, Call) where image and
-# points have at most so many channels each, by precision: on most architectures, and on BLOCKS.
+# A weight of several groups is treated as one of a single group (layout.py, Call) where image and
+# points each have at most this many channels, by precision. SPREAD_BY_BLOCKS holds for the
+# architectures in BLOCKS, and SPREAD for all others.
 SPREAD = {"native": 192, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
 SPREAD_BY_BLOCKS = SPREAD | {"native": 256, "bf16x3": 256}
 
-# A batch is taken in chunks where a call would need more scratch memory at once (in elements of the
-# image), as long as a chunk has about so many positions: four waves of programs of 64 on an H200,
-# whose 132 multiprocessors hold two each.
+# A batch is taken in chunks where a call would need more than SCRATCH elements, of the image's
+# dtype, of scratch memory at once. A chunk keeps about CHUNK positions, which make four waves of
+# programs of 64 positions on an H200, whose 132 multiprocessors hold two programs each.
 SCRATCH = 35 << 20
 CHUNK = 65536
 
-# Columns of so many numbers at most are there at once (hopper/backward_columns.py): 64 MiB. Half
-# as many would stay in the cache of an H200, but would take twice the launches, which costs more.
+# hopper/backward_columns.py keeps columns of at most this many numbers at once, which is 64 MiB.
+# Half as many would stay in the cache of an H200 but take twice the launches, which costs more.
 COLUMNS = 32 << 20
 
-# So many chunks' gradients of the weight are kept before they are added.
+# The gradients of the weight of this many chunks are kept before they are added up.
 KEPT = 8
 
-# Positions that are listed at once for the sorted image gradient.
+# This many positions are listed at a time for the sorted image gradient.
 LISTED = 512
 
-# Samples of a list at most that are sorted at once, in the usual case and at all.
+# Most lists have at most SHORT samples and are sorted at once as lists of that size. Those of at
+# most LONG samples are sorted as lists of that larger size. Longer ones are written anew, in order
+# (backward_sorted.py).
 SHORT, LONG = 128, 1024
 
-# Tiles of the image for the sorted image gradient, and of the positions for the weight gradient on
-# Hopper, by rank: 64 each.
+# By rank, the tiles of the image for the sorted image gradient and of the positions for the weight
+# gradient on Hopper. Each tile has 64 pixels or positions.
 IMAGE_TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 POSITION_TILES = {1: (64,), 2: (8, 8), 3: (1, 8, 8)}
 
@@ -240,7 +249,7 @@ POSITION_TILES = {1: (64,), 2: (8, 8), 3: (1, 8, 8)}
 class Device(NamedTuple):
     architecture: str
     multiprocessors: int
-    shared_memory: int  # bytes of each, of which a program takes 1024 beside its own
+    shared_memory: int  # bytes of each multiprocessor; each program takes 1024 beside its own
 
 
 @functools.cache

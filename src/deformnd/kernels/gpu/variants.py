@@ -1,4 +1,4 @@
-"""What can do an operation: the first variant that takes the call and can be built does it."""
+"""The ways to do an operation: the first variant that takes the call and can be built does it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Variant(NamedTuple):
     takes: Callable[[Call], bool]
     write: Callable[..., None]  # adds its launches to the call's plan
     wants_parts: bool = False  # whether it reads points as parts in "bf16x3", not as rows
-    order: Order = Order.PLAIN  # of the weight
-    others: tuple[str, ...] = ()  # its other kernels
+    order: Order = Order.PLAIN  # the order in which it wants the weight's channels
+    others: tuple[str, ...] = ()  # the names of its other kernels
     together: bool = False  # whether it takes lists of all taps together (backward_sorted.py)
 
 
@@ -35,29 +35,30 @@ def _any(call: Call) -> bool:
     return True
 
 
-# What could not be built here: (name, architecture, dtype, precision, rank).
+# The variants that could not be built here, as (name, architecture, dtype, precision, rank).
 BROKEN: set[tuple[Any, ...]] = set()
 
 
 def choose(variants: Sequence[Variant], call: Call) -> Variant | None:
-    """The first that takes the call and is not known not to build."""
+    """The first variant that takes the call and has not failed to build."""
     return next((v for v in variants if _key(v, call) not in BROKEN and v.takes(call)), None)
 
 
 def write(variants: Sequence[Variant], call: Call, *args: Any) -> None:
-    """Have an operation done. The last variant takes every call."""
+    """Add an operation to the call's plan. The last variant does it if no other can."""
     variant = choose(variants, call) or variants[-1]
     steps, spares = len(call.plan.steps), len(call.plan.spares)
     variant.write(call, *args)
     for launch in (*call.plan.steps[steps:], *call.plan.spares[spares:]):
-        # Not so of the last, which nothing can stand in for.
+        # The last variant has another name than its kernel, and so no fallback: nothing can stand
+        # in for it.
         if launch.name in (variant.name, *variant.others):
             launch.fallback = _key(variant, call)
 
 
 def give_up(failures: dict[Launch, Exception]) -> None:
-    """Leave out the variants whose kernels cannot be built, and say so once; raise if nothing is
-    there to do their work."""
+    """Leave out the variants whose kernels cannot be built, and say so once. Raise the failure of a
+    kernel that nothing can stand in for."""
     for launch, failure in failures.items():
         if launch.fallback is None:
             raise failure

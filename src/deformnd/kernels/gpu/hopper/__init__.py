@@ -1,7 +1,7 @@
-"""The operations in Gluon for NVIDIA's Hopper (H100, H200): nothing here without Gluon.
+"""The operations in Gluon for NVIDIA's Hopper (H100, H200). Without Gluon there are none here.
 
-Gluon's interface may yet change, and a Triton that it does not know has no variants here: the
-portable kernels do all.
+Gluon's interface may still change. With a Triton whose Gluon does not fit these files there are no
+variants here either, and the portable kernels do everything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ try:
         forward,
         narrow,
     )
-except Exception:  # whatever a changed interface raises
+except Exception:  # a changed interface may raise anything
     pass
 else:
     FORWARD = (forward.VARIANT, narrow.FORWARD)

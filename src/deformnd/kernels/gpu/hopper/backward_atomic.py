@@ -1,13 +1,13 @@
 """The gradients by offset, mask and image on Hopper, where many channels share offsets and masks.
 
-A program has a tile of positions and takes one tap after another (of each sample group, if there
-are several: common.py, parted). It multiplies the points' tile,
-which stays in shared memory, with the tap's weights; so it has, in registers, the gradient by every
-sample's channels. Those times the values of the sample's corners give the gradients by offset and
-mask; those times the corners' weights are added to the image's gradient by atomic additions.
+A program has a tile of positions and takes one tap of one sample group after another (common.py,
+parted). It multiplies the points' tile, which stays in shared memory, by the tap's weights. The
+product, in registers, is the gradient by every sample's channels. This times the values of the
+sample's corners gives the gradients by offset and mask, and this times the corners' weights is
+added to the image's gradient by atomic additions.
 
 A lane has eight consecutive channels of a position at once, which it loads as 16 bytes of each
-corner. These are just its share of a product, since the weights' channels are permuted so
+corner. The weights' channels are permuted so that these are exactly the lane's share of a product
 (layout.py, Order.ACCUMULATOR).
 """
 
@@ -31,8 +31,8 @@ from . import common
 @gluon.jit
 def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.constexpr,
                 SEVERAL: gl.constexpr, PRECISION: gl.constexpr):  # fmt: skip
-    """Start the copy of a block of weights. They are numbered by units from `first` on, then blocks
-    of image channels, then blocks of point channels, of which there are BLOCKS."""
+    """Start the copy of a block of weights. Blocks are numbered by units from `first` on, then by
+    blocks of image channels, and then by the BLOCKS blocks of point channels."""
     block_c: gl.constexpr = held.shape[2]
     stages: gl.constexpr = bars.shape[0]
     step = number // BLOCKS
@@ -47,9 +47,9 @@ def bring_block(weight, number, first, per_tap, g, held, bars, pred, BLOCKS: gl.
 @gluon.jit
 def multiply_blocks(tile, held, number, bars, BLOCKS: gl.constexpr, PRECISION: gl.constexpr,
                     MMA: gl.constexpr):  # fmt: skip
-    """The sum of the points' blocks @ the weights numbered so, when these are there. All weights
-    are waited for before the first product, and the last product here, or ptxas makes every product
-    wait for the one before."""
+    """Wait for the BLOCKS blocks of weights from `number` on, and sum the products of the points'
+    blocks by them. The waits come before the first product, and the wait for the last product is
+    here, because else ptxas makes every product wait for the one before."""
     for j in gl.static_range(BLOCKS):
         common.await_full(bars, number + j)
     rows: gl.constexpr = tile.shape[1]
@@ -69,10 +69,11 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
                            STAGES: gl.constexpr, SEVERAL: gl.constexpr, MMA: gl.constexpr,
                            COLUMNS: gl.constexpr, SECTORS: gl.constexpr,
                            ROWS: gl.constexpr):  # fmt: skip
-    """The gradients by offset and mask, and by the image (float32), each unless None.
+    """Write the gradients by offset and mask, and by the image (float32), each unless None.
 
-    Weights come a block of point channels at a time, STAGES of them ahead. Corners are on their way
-    while the points are multiplied. Atomic additions go by SECTORS, where two lanes fill 32 bytes.
+    Weights come a block of point channels at a time, STAGES blocks ahead. Corners are being loaded
+    while the points are multiplied. Atomic additions use the layout SECTORS, in which two lanes
+    fill the 32 bytes of a sector.
     Grid: (batch x tiles of positions, splits of the taps).
     """
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype.element_ty
@@ -182,7 +183,7 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
 
 
 class Plan(NamedTuple):
-    """Blocks and stages that suit a call, and the shared memory that a program then takes."""
+    """The blocks and stages that suit a call, and the shared memory that a program then takes."""
 
     block_p: int
     block_o: int

@@ -1,16 +1,16 @@
 """The image gradient by columns, on Hopper, where there are more pixels than positions.
 
-In backward_sorted.py a tile of 64 pixels is multiplied by the weights of every tap, though with a
-stride of 2 on both axes only some 20 samples of a tap touch it. Here the points are multiplied by
-the weights of all taps first, which is as much work as a dense transposed convolution:
+In backward_sorted.py a tile of 64 pixels is multiplied by the weights of every tap, although with a
+stride of 2 on both axes only about 20 samples of a tap touch it. Here the points are first
+multiplied by the weights of all taps, which is as much work as a dense transposed convolution:
 
     columns [B, positions, taps, channels] = points [B, positions, outputs] @ weight [tap]
 
-A tile then sums its samples' columns, of all taps together:
+A tile then sums the columns of its samples, of all taps together:
 
     out [pixels, channels] = blend [pixels, samples] @ columns [samples, channels]
 
-Columns of so many batch items are there at once as tiles.COLUMNS says.
+The columns of as many batch items are kept at once as tiles.COLUMNS has room for.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from . import common
 from .backward_atomic import bring_block, multiply_blocks
 from .backward_sorted import await_empty, blend_of, corner_of, deliver, load_rows
 
-LISTED = gl.constexpr(64)  # entries of a list at once
+LISTED = gl.constexpr(64)  # entries of a list that are taken at once
 
 
 @gluon.jit
@@ -48,10 +48,10 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
                             BLOCK_O: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_C: gl.constexpr,
                             STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
                             ROWS: gl.constexpr):  # fmt: skip
-    """Columns of `count` rows of points, from the batch item `before` on.
+    """Write the columns of `count` rows of points, from the batch item `before` on.
 
-    A program's rows stay in shared memory, and weights come and are multiplied as in
-    backward_atomic.py, whose order of channels gives a lane eight neighbours.
+    A program's rows stay in shared memory. Weights are brought and multiplied as in
+    backward_atomic.py, where their order of channels gives a lane eight neighbours.
     Grid: (tiles of rows, splits of the taps).
     """
     first = gl.program_id(1) * g.taps // splits
@@ -94,9 +94,9 @@ def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK
         place += BLOCK_C
 
 
-# What the warp groups of a program are told: the kernel's arguments, and what to do. Its entries
-# are those from `first` on, before `last`. rings: (columns, blends). bars: of each the barriers of
-# full stages and those of empty ones.
+# What the warp groups of a program are told: the kernel's arguments, and what to do. The program's
+# entries are those from `first` on and before `last`. `rings` are those of columns and of blends.
+# `bars` has for each ring the barriers of its full stages and those of its empty ones.
 Work = namedtuple(
     "Work",
     "columns offset mask bias entries out parts g before splits b tile tiles c0 split first last "
@@ -106,14 +106,14 @@ Work = namedtuple(
 
 @gluon.jit
 def entries_of(w, i, layout: gl.constexpr):
-    """The i-th LISTED entries, 0 after the last one."""
+    """The i-th run of LISTED entries, with 0 after the last entry."""
     e = w.first + i * LISTED + gl.arange(0, LISTED, layout=layout)
     return gl.load(w.entries + e, mask=e < w.last, other=0)
 
 
 @gluon.jit
 def samples_of(w, i, listed, layout: gl.constexpr):
-    """Offsets and masks of entries, as they are stored."""
+    """Read the offsets and masks of the i-th run of entries, as they are stored."""
     inside = w.first + i * LISTED + gl.arange(0, LISTED, layout=layout) < w.last
     p = listed // w.g.taps
     return sampling.read(w.offset, w.mask, w.b, 0, listed % w.g.taps, p, inside, w.g)
@@ -121,7 +121,8 @@ def samples_of(w, i, listed, layout: gl.constexpr):
 
 @gluon.jit
 def bring_all(w, TILE: gl.constexpr):
-    """Columns and blends, to shared memory. Entries are read two turns ahead, offsets one."""
+    """Bring columns and blends to shared memory. Entries are read two turns ahead, and offsets
+    one."""
     rows, blends = w.rings
     row_bars, blend_bars = w.bars
     g = w.g
@@ -187,9 +188,10 @@ def backward_columns_hopper(columns, offset, mask, bias, lists, entries, out, pa
                             before, splits, TILE: gl.constexpr, LAST: gl.constexpr,
                             BLOCK_C: gl.constexpr, RINGS: gl.constexpr, MMA: gl.constexpr,
                             REGISTERS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
-    """The image gradient as of backward_sorted, from columns of the batch items from `before` on.
+    """Write the image gradient as backward_sorted does, but from columns, which are those of the
+    batch items from `before` on.
 
-    A first warp group brings what the other one multiplies, as there.
+    A first warp group brings what the other one multiplies, as in backward_sorted.py.
     Grid: (batch items x tiles, blocks of C, splits).
     """
     dtype: gl.constexpr = columns.dtype.element_ty
@@ -200,7 +202,7 @@ def backward_columns_hopper(columns, offset, mask, bias, lists, entries, out, pa
     at = lists + (b.to(gl.int64) * tiles + tile)
     length = gl.load(at)
     start = gl.load(at + number + 1) - length
-    length = length.to(gl.int32)  # taps x positions at most (takes), also times splits
+    length = length.to(gl.int32)  # even times splits it fits into 32 bits (`takes`)
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LISTED, 64], dtype)
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LISTED, BLOCK_C], dtype)
     rings = (
@@ -228,7 +230,7 @@ def backward_columns_hopper(columns, offset, mask, bias, lists, entries, out, pa
 
 
 class Blocks(NamedTuple):
-    """Of a product that suits a call."""
+    """The blocks and stages of a product that suits a call."""
 
     block_p: int
     block_o: int
@@ -238,7 +240,8 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(call: Call) -> Blocks | None:
-    """The largest that fit into a multiprocessor's memory, of which it keeps 1024 bytes itself."""
+    """The largest blocks that fit into a multiprocessor's shared memory, or None if none do. It
+    keeps 1024 bytes for itself."""
     n = call.sizes
     row = call.tiles("multiply_columns_hopper", n.padded_outputs)
     block_o = min(row.block_o, n.padded_outputs & -n.padded_outputs)
@@ -270,7 +273,7 @@ def write(
 ) -> None:
     n = call.sizes
     length = n.taps * n.columns
-    # As many items every time, or nearly.
+    # Every launch takes as many items as the others, or nearly as many.
     most = max(1, tiles.COLUMNS // (n.positions * length))
     items = triton.cdiv(n.batch, triton.cdiv(n.batch, most))
     columns = call.plan.scratch(items, n.positions, length, dtype=call.dtype)
@@ -278,7 +281,7 @@ def write(
     block_c = min(row.block_c, whole_blocks(n.channels))
     tile, count = tiles_of(call)
     blocks = triton.cdiv(n.channels, block_c)
-    # A list has about so many entries, and a program's share is to be worth its start.
+    # A list has about this many entries, and a program's share has to be worth its start.
     entries = triton.cdiv(n.positions * n.taps, count)
     splits = row.resident * call.multiprocessors // (items * count * blocks)
     splits = max(1, min(entries // 128, splits))
@@ -299,7 +302,7 @@ def write(
 
 
 def multiply(call: Call, points: Operand, columns: Buffer, before: int) -> None:
-    """Launch the product of some batch items' columns."""
+    """Launch the product that writes the columns of some batch items."""
     n, blocks = call.sizes, blocks_of(call)
     assert blocks is not None
     block_p, block_o, number, block_c, stages = blocks

@@ -1,17 +1,19 @@
-"""The image gradient from lists of samples, on Hopper: ../backward_sorted.py for half numbers.
+"""The image gradient from lists of samples, on Hopper: ../backward_sorted.py for half precision.
 
-A program has one or two tiles of 64 pixels. A first warp group brings what the others multiply, one
-of which has each tile: the blend of the next entries of the tiles' lists and their rows of points,
-and the weight. It does not wait for them but where a ring of shared memory is full:
+A program has one or two tiles of 64 pixels. Each tile has a warp group that multiplies, and a first
+warp group brings what these multiply: the blends of the next entries of the tiles' lists, the rows
+of points of these entries, and the weights. It waits for the others only where a ring of shared
+memory is full:
 
-    blends   [LISTED samples, 64 pixels]      of each tile, for LISTED entries of its list,
-    rows     [LISTED samples, 64 outputs]     of each tile, for each 64 outputs of those,
-    weights  [64 outputs, channels]           of all tiles, likewise
+    blends   [LISTED samples, 64 pixels]      of each tile, for LISTED entries of its list
+    rows     [LISTED samples, 64 outputs]     of each tile, for 64 outputs of these entries
+    weights  [64 outputs, channels]           for all tiles, for these 64 outputs
 
-A step is a product of 64 outputs: acc += (blend^T @ rows) @ weights. Tiles of a program take their
-lists in step, so that they share the weights, LISTED entries at a time; a list that has ended takes
-part with nothing until the longest one has. Taps are those of all sample groups, one after another:
-the weight has an array of all channels for every sample group, 0 in those of others.
+A step is a product of 64 outputs: acc += (blend^T @ rows) @ weights. The tiles of a program take
+LISTED entries of their lists at a time and in step, so that they share the weights. A list that has
+ended adds nothing until the longest one has ended as well. The taps of all sample groups are taken
+one after another. The weight has one array of all channels for every sample group, with 0 in the
+channels of the others.
 """
 
 from __future__ import annotations
@@ -37,17 +39,18 @@ from ..runtime import Buffer
 from ..variants import Variant
 from . import common
 
-# Triton 3.6's name, and that of later versions.
+# Triton 3.6 and later versions have different names for this.
 load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-OUTPUTS = gl.constexpr(64)  # of a step
-SMALL = gl.constexpr(common.mma_layout(64, 4))  # layout of its first product
+OUTPUTS = gl.constexpr(64)  # the outputs of a step
+SMALL = gl.constexpr(common.mma_layout(64, 4))  # the layout of a step's first product
 
 
-# What the warp groups of a program are told: the kernel's arguments, and what to do. Its first tile
-# is `tile`, of `tiles` in an image; its taps, of those of all sample groups, begin with `first` and
-# end before `last`. rings: (rows of each tile, blends of each tile, weights). bars: of each the
-# barriers of full stages and those of empty ones.
+# What the warp groups of a program are told: the kernel's arguments, and what to do. The program's
+# first tile is `tile`, and an image has `tiles` of them. Its taps, counted through all sample
+# groups, begin with `first` and end before `last`. `rings` are the rows of each tile, the blends of
+# each tile, and the weights. `bars` has for each ring the barriers of its full stages and those of
+# its empty ones.
 Work = namedtuple(
     "Work",
     "points weight offset mask bias lists entries out parts g number splits "
@@ -57,7 +60,7 @@ Work = namedtuple(
 
 @gluon.jit
 def await_empty(bars, i):
-    """The stage of a ring for its i-th blocks, when those before are used up."""
+    """Wait until the stage for a ring's i-th blocks is no longer in use, and return that stage."""
     stage = i % bars.shape[0]
     mbarrier.wait(bars.index(stage), ((i // bars.shape[0]) & 1) ^ 1)
     return stage
@@ -65,7 +68,7 @@ def await_empty(bars, i):
 
 @gluon.jit
 def lists_of(w, t, stop, TILES: gl.constexpr):
-    """(Start, length) of the tiles' lists for taps t, of nothing from `stop` on."""
+    """(Start, length) of the tiles' lists for taps t. From the tap `stop` on they are empty."""
     groups = w.g.sample_groups // w.g.per_offset
     item = w.b.to(gl.int64) * groups + t // w.g.taps // w.g.per_offset
     at = w.lists + ((item * w.g.taps + t % w.g.taps) * w.tiles + w.tile)
@@ -80,7 +83,7 @@ def lists_of(w, t, stop, TILES: gl.constexpr):
 
 @gluon.jit
 def advance(at, w, LISTED: gl.constexpr, TILES: gl.constexpr):
-    """From (tap, its lists, the next tap's lists) to what follows LISTED entries of each list."""
+    """From (tap, its lists, the next tap's lists) go on past LISTED entries of each list."""
     t, current, following = at
     more = gl.maximum(current[0][1], current[TILES - 1][1]) > LISTED
     t += gl.where(more, 0, 1)
@@ -99,7 +102,7 @@ def advance(at, w, LISTED: gl.constexpr, TILES: gl.constexpr):
 
 @gluon.jit
 def count_turns(w, LISTED: gl.constexpr, TILES: gl.constexpr):
-    """How often `advance` reaches an end, one at least for every tap."""
+    """How many turns `advance` needs to reach the end. Every tap takes at least one."""
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
     total = gl.zeros_like(lane)
     for first in range(w.first, w.last, 32):
@@ -113,7 +116,7 @@ def count_turns(w, LISTED: gl.constexpr, TILES: gl.constexpr):
 
 @gluon.jit
 def entries_of(w, current, layout: gl.constexpr, LISTED: gl.constexpr):
-    """Of each list the first LISTED positions, 0 after its end."""
+    """The first LISTED positions of each list, with 0 after the list's end."""
     e = gl.arange(0, LISTED, layout=layout)
     found = ()
     for k in gl.static_range(len(current)):
@@ -123,7 +126,7 @@ def entries_of(w, current, layout: gl.constexpr, LISTED: gl.constexpr):
 
 @gluon.jit
 def samples_of(w, t, current, listed, layout: gl.constexpr, LISTED: gl.constexpr):
-    """The offsets and the mask of entries, as they are stored."""
+    """Read the offsets and the mask of entries, as they are stored."""
     e = gl.arange(0, LISTED, layout=layout)
     s, tap = t // w.g.taps, t % w.g.taps
     found = ()
@@ -146,8 +149,8 @@ def corner_of(tile, g, TILE: gl.constexpr):
 @gluon.jit
 def blend_of(given, p, length, tap, corner, g, dtype: gl.constexpr, TILE: gl.constexpr,
              layout: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
-    """Shares of pixels in samples times the mask [LISTED, 64]: a lane has an entry, and half the
-    tile or all of it. Entries are valid samples, so that nothing need be checked."""
+    """The shares of pixels in samples, times the mask [LISTED, 64]. A lane has one entry, and half
+    the tile's pixels or all of them. Listed samples are valid, so that no bounds are checked."""
     inside = gl.arange(0, LISTED, layout=gl.SliceLayout(1, layout)) < length
     pixel = sampling.unravel(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), TILE)
     starts = sampling.starts_of(sampling.unravel(p, g.point), sampling.unravel(tap, g.kernel), g)
@@ -167,7 +170,7 @@ def blend_of(given, p, length, tap, corner, g, dtype: gl.constexpr, TILE: gl.con
 
 @gluon.jit
 def bring_all(w, TILE: gl.constexpr):
-    """Blends, rows of points, weights: to shared memory."""
+    """Bring blends, rows of points, and weights to shared memory."""
     rows, blends, weights = w.rings
     row_bars, blend_bars, weight_bars = w.bars
     g = w.g
@@ -252,8 +255,8 @@ def put(k: gl.constexpr, w, out, x, TILE: gl.constexpr, LAST: gl.constexpr,
 @gluon.jit
 def deliver(k: gl.constexpr, w, acc, room, TILE: gl.constexpr, LAST: gl.constexpr,
             MMA: gl.constexpr):  # fmt: skip
-    """Store the sum of the program's k-th tile, or its share: through shared memory that all have
-    read what it held."""
+    """Store the sum of the program's k-th tile, or this split's part of it. A whole sum goes
+    through the shared memory `room`, whose content is no longer needed."""
     g = w.g
     BLOCK_C: gl.constexpr = acc.shape[1]
     dtype: gl.constexpr = room.dtype
@@ -263,7 +266,7 @@ def deliver(k: gl.constexpr, w, acc, room, TILE: gl.constexpr, LAST: gl.constexp
         if w.bias is not None:
             c = w.c0 + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, MMA))
             acc += gl.load(w.bias + c, mask=c < g.channels, other=0.0).to(gl.float32)[None, :]
-        common.barrier()  # all have read what its place held
+        common.barrier()  # all threads have read what `room` held
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_C], dtype)
         staged = common.reinterpret(room, dtype, [64, BLOCK_C], layout)
         staged.store(acc.to(dtype))
@@ -283,7 +286,7 @@ def deliver(k: gl.constexpr, w, acc, room, TILE: gl.constexpr, LAST: gl.constexp
 
 @gluon.jit
 def multiply_all(k: gl.constexpr, w, TILE: gl.constexpr, LAST: gl.constexpr, MMA: gl.constexpr):
-    """The products of the program's k-th tile, and its result."""
+    """Sum the products of the program's k-th tile, and store the result."""
     TILES: gl.constexpr = len(w.rings[0])
     rows = w.rings[0][k]
     blends = w.rings[1][k]
@@ -323,7 +326,9 @@ def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, o
                            BLOCK_C: gl.constexpr, LISTED: gl.constexpr, TILES: gl.constexpr,
                            RINGS: gl.constexpr, MMA: gl.constexpr, REGISTERS: gl.constexpr,
                            num_warps: gl.constexpr):  # fmt: skip
-    """Arguments as of backward_sorted. Grid: (B x runs of TILES tiles, blocks of C, splits)."""
+    """The image gradient. The arguments are those of backward_sorted.
+
+    Grid: (B x runs of TILES tiles, blocks of C, splits)."""
     dtype: gl.constexpr = points.dtype.element_ty
     tiles = sampling.product(sampling.tiles_across(g.image, TILE))
     runs = (tiles + TILES - 1) // TILES
@@ -354,7 +359,7 @@ def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, o
         rings=(rows, blends, weights),
         bars=bars,
     )
-    # Constants come beside what is told, since Triton cannot join tuples with constants in them.
+    # Constants are passed beside `w`, since Triton cannot join tuples with constants in them.
     if TILES == 1:
         gl.warp_specialize(
             [(bring_all, (w, TILE)), (multiply_all, (0, w, TILE, LAST, MMA))], [4], [REGISTERS]
@@ -387,10 +392,10 @@ def write(
     n = call.sizes
     block_c = math.gcd(256, whole_blocks(n.channels))
     tiles = call.tiles("backward_sorted_hopper", block_c)
-    # At stride 1 the samples of 81 pixels touch a tile of 64 in two dimensions.
+    # At stride 1, in two dimensions, the samples of about 81 positions touch a tile of 64 pixels.
     listed = min(128, max(32, triton.next_power_of_2(100 // math.prod(n.stride))))
     rows, *others = tiles.rings
-    rings = (max(rows, block_c // listed), *others)  # the result goes to the place of the rows
+    rings = (max(rows, block_c // listed), *others)  # the result has to fit where the rows lie
     tile, count = tiles_of(call)
     programs, blocks = n.batch * triton.cdiv(count, tiles.tiles), triton.cdiv(n.channels, block_c)
     at_once = tiles.resident * call.multiprocessors
@@ -403,7 +408,7 @@ def write(
         **arguments_of(call, points, lists),
         **dict(weight=call.weight(Order.BY_GROUP), warps=tiles.warps),
         descriptors={"weight": common.block(64, block_c, dtype=call.dtype)},
-        # Of the 65536 of a multiprocessor.
+        # A multiprocessor has 65536 registers.
         registers=65536 // threads // 8 * 8 if tiles.resident > 1 else 0,
     )
 

@@ -3,8 +3,8 @@
 A program samples a tile of 64 positions for BLOCK_C channels of one tap, stores the columns, and
 multiplies columns^T @ points while it loads the corners of its next tile. It adds up its share of
 all tiles of the batch to a partial sum. Samples are tabulated for LISTED tiles at once (tables.py),
-and the copy engine brings the points, STAGES tiles deep. In "bf16x3" tensor cores, which round
-toward zero, add up no more than a tile.
+and the copy engine brings the points, STAGES tiles deep. Tensor cores round toward zero, so in
+"bf16x3" they add up no more than a tile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import common, tables
 
 @gluon.jit
 def size_of(g, TILE: gl.constexpr):
-    """Of the positions, in a row if TILE has one axis."""
+    """The size of the grid of positions, which are taken as one row if TILE has one axis."""
     if len(TILE) == len(g.point):
         return g.point
     else:
@@ -46,7 +46,7 @@ def start(tile, across, TILE: gl.constexpr):
 
 @gluon.jit
 def bring_points(points, b, first, o0, held, bars, stage, pred, g, PRECISION: gl.constexpr):
-    """Start the copy of a tile of points (of heads, then of tails) into a stage."""
+    """Start the copy of a tile of points into a stage; in "bf16x3" of its heads, then its tails."""
     parts: gl.constexpr = common.parts_in(PRECISION)
     for part in gl.static_range(parts):
         common.async_load(
@@ -58,7 +58,7 @@ def bring_points(points, b, first, o0, held, bars, stage, pred, g, PRECISION: gl
 @gluon.jit
 def read_tile(offset, mask, tile, last, group, tap, lane, g, across, item,
               TILE: gl.constexpr):  # fmt: skip
-    """What is known of the positions `lane` of tiles, as `tabulate` takes it."""
+    """What is known of the samples at the positions `lane` of tiles, as `tabulate` takes it."""
     b, first = start(gl.minimum(tile, last - 1), across, TILE)
     local = sampling.unravel(lane, TILE)
     inside = tile < last
@@ -81,8 +81,10 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
                            TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
                            STAGES: gl.constexpr, LISTED: gl.constexpr, SEVERAL: gl.constexpr,
                            MMA: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
-    """Partial sums [splits, K, C, O] from points [B, *size, O] (in "bf16x3" of heads, then of
-    tails, [2 x B, *size, O]). Grid: (sample groups x blocks of C x K x blocks of O, splits)."""
+    """Partial sums [splits, K, C, O] of the gradient, from points [B, *size, O], which in "bf16x3"
+    are heads and then tails [2 x B, *size, O].
+
+    Grid: (sample groups x blocks of C x K x blocks of O, splits)."""
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = points.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
@@ -93,7 +95,8 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     blocks = g.padded_outputs // BLOCK_O
     o0 = gl.program_id(0) % blocks * BLOCK_O
     tap = gl.program_id(0) // blocks % g.taps
-    # The last block of channels ends where they do, and so may begin within the one before.
+    # The last block of channels ends where the channels do, so it may begin within the block
+    # before.
     new = gl.program_id(0) // blocks // g.taps
     group = 0
     if SEVERAL:
@@ -122,7 +125,7 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
     lane = gl.arange(0, LISTED * 64, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
     ahead = lane // 64
     lane = lane % 64
-    item = g.pixels  # so many rows of an image
+    item = g.pixels  # the rows of an image between batch items
     if SEVERAL:
         item = g.item // g.row
     known = read_tile(offset, mask, first + ahead, last, group, tap, lane, g, across, item, TILE)
@@ -149,14 +152,15 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
             known = read_tile(offset, mask, tile, last, group, tap, lane, g, across, item, TILE)
         mixed = tables.mix(values, samples, i % (2 * LISTED), COLUMNS)
         tables.store_columns(columns, i % 2, mixed)
-        # The tables reach one tile on at least; what they have past the last one is not used.
+        # The tables reach at least one tile further. What they hold past the last tile is not used.
         values = tables.fetch(image, samples, (i + 1) % (2 * LISTED), 0, pitch, g, COLUMNS)
         stage = (i + STAGES - 1) % STAGES
         more = first + i + STAGES - 1 < last
         mbarrier.expect(bars.index(stage), size, pred=more)
         result = warpgroup_mma_wait(0, deps=[result])
         if PRECISION == "bf16x3":
-            # In volatile assembly, or LLVM moves it past the start of the next product.
+            # This is volatile assembly, since LLVM would move a plain addition past the start of
+            # the next product.
             acc = gl.inline_asm_elementwise(
                 "add.f32 $0, $1, $2;", "=f,f,f", [acc, result], gl.float32, is_pure=False, pack=1
             )
@@ -183,7 +187,7 @@ def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECIS
 
 def takes(call: Call) -> bool:
     n = call.sizes
-    pixels = n.batch * n.item // n.row  # which a table counts through all batch items
+    pixels = n.batch * n.item // n.row  # a table counts pixels through all batch items
     return (
         common.takes_wide(call)
         and n.padded >= 64
@@ -206,12 +210,13 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     )
     constants = dict(BLOCK_O=block_o, BLOCK_C=tiles.block_c, STAGES=tiles.stages, MMA=mma)
     constants |= dict(SEVERAL=n.sample_groups > 1)
-    constants |= dict(LISTED=tiles.warps // 2)  # a sample to every lane
+    constants |= dict(LISTED=tiles.warps // 2)  # gives every lane one sample
 
     def count(size: tuple[int, ...], tile: tuple[int, ...]) -> int:
         return math.prod(triton.cdiv(s, t) for s, t in zip(size, tile, strict=True))
 
-    # Neighbours share pixels in the cache, unless too much of the tiles would stand out.
+    # Neighbouring positions share pixels in the cache, so tiles have several axes, unless too much
+    # of them would lie outside.
     near = (n.point, POSITION_TILES[rank])
     flat = ((n.positions,), (64,))
     taken = near if count(*near) <= 1.1 * count(*flat) else flat
@@ -223,7 +228,7 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
             *(backward_weight_hopper, (programs, splits), dict(TILE=tile, **constants)),
             descriptors={"points": common.block(1, *tile, block_o, dtype=call.dtype)},
             warps=tiles.warps,
-            # Of the 65536 of a multiprocessor.
+            # A multiprocessor has 65536 registers.
             registers=min(255, 65536 // (32 * tiles.warps * tiles.resident) // 8 * 8),
             **dict(image=call.image(image), points=rows._replace(shape=shape)),
             **dict(parts=parts, splits=splits),
@@ -233,8 +238,8 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
 
 
 def _splits(call: Call, programs: int, tiles: int, at_once: int) -> int:
-    """Into how many partial sums it pays to split one: a program starts and ends in three tiles'
-    time, and partial sums are written and read."""
+    """Into how many partial sums it pays to split a sum. A program's start and end cost as much as
+    three tiles, and partial sums have to be written and read."""
     size = 8 * call.sizes.weights
 
     def cost(splits: int) -> float:

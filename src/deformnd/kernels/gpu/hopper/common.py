@@ -1,5 +1,5 @@
-"""What the Gluon kernels for Hopper share: names of Triton's versions, copies by the copy engine,
-and layouts of registers and shared memory."""
+"""What the Gluon kernels for Hopper share: names that differ between versions of Triton, copies by
+the copy engine, and layouts of registers and shared memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..layout import Call
 from ..runtime import Descriptor
 
-# Triton 3.6's names, and those of later versions.
+# Triton 3.6 and later versions have different names for these.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -27,7 +27,7 @@ RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 @gluon.jit
 def reinterpret(x, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    """Shared memory as other numbers."""
+    """Shared memory, seen as an array of another dtype, shape and layout."""
     if RENAMED:
         return x.reinterpret(dtype, shape, layout)
     else:
@@ -36,7 +36,8 @@ def reinterpret(x, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexp
 
 @gluon.jit
 def publish():
-    """What was stored in shared memory is there for all, tensor cores and the copy engine too."""
+    """Make what was stored in shared memory visible to all threads, to tensor cores and to the copy
+    engine."""
     fence_async_shared()
     barrier()
 
@@ -49,8 +50,8 @@ def parts_in(PRECISION):
 
 @gluon.jit
 def bring(source, row, column, rows, held, bars, stage, pred, PRECISION: gl.constexpr):
-    """Start the copy of a block of 16-bit numbers of a matrix into a stage of a ring; with "bf16x3"
-    a block of heads, then one of tails, which lie `rows` rows further on."""
+    """Start the copy of a block of a matrix of 16-bit numbers into a stage of a ring. In "bf16x3"
+    it is a block of heads and then one of tails, which lie `rows` rows further on."""
     parts: gl.constexpr = parts_in(PRECISION)
     size: gl.constexpr = 2 * parts * held.shape[1] * held.shape[2]
     mbarrier.expect(bars.index(stage), size, pred=pred)
@@ -63,7 +64,7 @@ def bring(source, row, column, rows, held, bars, stage, pred, PRECISION: gl.cons
 
 @gluon.jit
 def await_full(bars, i, pred=True):
-    """The stage of a ring's i-th blocks, when these are there."""
+    """Wait until a ring's i-th blocks have arrived, and return their stage."""
     stage = i % bars.shape[0]
     mbarrier.wait(bars.index(stage), (i // bars.shape[0]) & 1, pred=pred)
     return stage
@@ -84,7 +85,7 @@ def factor(held, i, PRECISION: gl.constexpr, TURNED: gl.constexpr = False):
 
 @gluon.jit
 def allocate_bars(count: gl.constexpr, arrivals: gl.constexpr = 1):
-    """Barriers that so many arrivals open."""
+    """Allocate barriers that open after this many arrivals."""
     bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(count):
         mbarrier.init(bars.index(s), count=arrivals)
@@ -93,7 +94,7 @@ def allocate_bars(count: gl.constexpr, arrivals: gl.constexpr = 1):
 
 @gluon.jit
 def fill(held, num_warps: gl.constexpr):
-    """Zeros."""
+    """Fill shared memory with zeros."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     rows: gl.constexpr = held.shape[0]
     columns: gl.constexpr = held.shape[1]
@@ -102,8 +103,8 @@ def fill(held, num_warps: gl.constexpr):
 
 @gluon.jit
 def product_of_zeros(x, y, MMA: gl.constexpr):
-    """A first product: ptxas makes all products wait for one another if, for what it sees at a
-    loop's head, a sum may come from elsewhere than a product."""
+    """A product of zeros, as the first value of a sum in a loop. ptxas makes all products wait for
+    one another if, as far as it sees at a loop's head, the sum may not come from a product."""
     publish()
     rows: gl.constexpr = x.shape[0]
     columns: gl.constexpr = y.shape[1]
@@ -113,7 +114,8 @@ def product_of_zeros(x, y, MMA: gl.constexpr):
 
 @gluon.jit
 def multiply(x, y, acc, use_acc: gl.constexpr = True):
-    """Start acc + x @ y, or x @ y, of factors' parts (sampling.py, Note [precision])."""
+    """Start acc + x @ y, or x @ y without use_acc, on factors in parts (sampling.py,
+    Note [precision])."""
     if len(x) > 1:
         acc = warpgroup_mma(x[1], y[0], acc, use_acc=use_acc, is_async=True)
         acc = warpgroup_mma(x[0], y[1], acc, is_async=True)
@@ -130,20 +132,21 @@ def store_points(out, x, p, o, inside, g, LAST: gl.constexpr, VECTOR_P: gl.const
     if LAST:
         gl.store(out + ((p * g.outputs)[:, None] + o[None, :]), x, mask=inside)
     else:
-        # A hint holds for all uses of what it is given: nothing of this is shared with the rest.
+        # A hint holds for all uses of the value that it is given, so these values are made here and
+        # shared with nothing else.
         place = gl.multiple_of((o * g.positions)[None, :] + p[:, None], (VECTOR_P, 1))
         here = gl.max_constancy(inside, (VECTOR_P, 1))
         gl.store(out + gl.max_contiguous(place, (VECTOR_P, 1)), x, mask=here)
 
 
 def takes_any(call: Call) -> bool:
-    """What all of the kernels need."""
+    """Whether a call has what all of these kernels need."""
     return call.by_blocks and call.sizes.padded_outputs % 64 == 0
 
 
 def takes_wide(call: Call) -> bool:
-    """What those need that take blocks of a sample group's channels: sizes that fit into 32 bits,
-    too."""
+    """Whether a call has what the kernels need that take blocks of a sample group's channels, which
+    includes sizes that fit into 32 bits."""
     n = call.sizes
     return (
         takes_any(call)
@@ -158,8 +161,8 @@ def takes_wide(call: Call) -> bool:
 
 @gluon.jit
 def parted(unit, g, SEVERAL: gl.constexpr):
-    """Sample group and tap of a unit: units are numbered by sample groups, of which there may be
-    SEVERAL, then by taps."""
+    """The sample group and the tap of a unit. A unit is one tap of one sample group; those of a
+    sample group follow each other. SEVERAL says that there is more than one sample group."""
     if SEVERAL:
         return unit // g.taps, unit % g.taps
     else:
@@ -167,8 +170,9 @@ def parted(unit, g, SEVERAL: gl.constexpr):
 
 
 def splits_of(programs: int, units: int, at_once: int) -> int:
-    """Into how many parts to split sums over units, by the units that all waves of programs take,
-    and one more for a start."""
+    """Into how many parts to split sums over units. It is the number for which the waves of
+    programs take the fewest units one after another, where the start of a program counts as one
+    more."""
 
     def turns(splits: int) -> int:
         waves = triton.cdiv(programs * splits, at_once)
@@ -178,21 +182,22 @@ def splits_of(programs: int, units: int, at_once: int) -> int:
 
 
 def mma_layout(columns: int, warps: int) -> Any:
-    """Of a sum of products of 16 rows a warp."""
+    """The layout of a sum of products of which each warp has 16 rows."""
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16]
     )
 
 
 def block(*shape: int, dtype: torch.dtype) -> Descriptor:
-    """Of a factor, which is bfloat16 where float32 numbers are written as parts."""
+    """The descriptor of a factor, which is bfloat16 where float32 numbers are written as parts."""
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
     return Descriptor(shape, gl.NVMMASharedLayout.get_default_for(list(shape), kind))
 
 
 def rows_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:
-    """Eight consecutive channels of a row to a lane, as a product has them if its factor's channels
-    are permuted so (layout.py, accumulator_order); or twice four, 16 apart (`run` 4)."""
+    """The layout that gives a lane eight consecutive channels of a row, as a product does if its
+    factor's channels are permuted (layout.py, accumulator_order). With `run` 4 a lane has two runs
+    of four channels, 16 apart."""
     registers = [[0, 1], [0, 2], [0, 12 - run]]
     registers += [[0, 32 << i] for i in range((channels // 32).bit_length() - 1)] + [[8, 0]]
     lanes = [[0, run], [0, 16], [1, 0], [2, 0], [4, 0]]

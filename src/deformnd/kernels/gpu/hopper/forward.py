@@ -1,10 +1,10 @@
 """dF/dpoints on Hopper: columns of samples times weights, by wgmma.
 
-A program takes 64 positions that lie near each other, and up to ten taps at once (of each sample
-group, if there are several: common.py, parted), whose samples it tabulates (tables.py). Then it
-samples BLOCK_C channels of one tap after the other, channels outside, so that most corners are
-found in the cache; stores the columns; and multiplies columns @ weights while it loads the corners
-of the next ones. The copy engine brings the weights, STAGES blocks deep.
+A program takes 64 positions that lie near each other, and up to ten units at once, which are taps
+of each sample group (common.py, parted), and tabulates their samples (tables.py). Then it samples
+BLOCK_C channels of one tap after another. The loop over channels is the outer one, so that most
+corners are found in the cache. It stores the columns, and multiplies columns @ weights while it
+loads the corners of the next columns. The copy engine brings the weights, STAGES blocks deep.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..runtime import Buffer
 from ..variants import Variant
 from . import common, tables
 
-PAIRS = gl.constexpr(5)  # of taps that are tabulated at once
+PAIRS = gl.constexpr(5)  # pairs of taps that are tabulated at once
 
 
 @gluon.jit
 def next_block(tap, c0, taps, BLOCK: gl.constexpr):
-    """The next tap, or the first one and the next channels."""
+    """The next tap, or after the last one the first tap and the next channels."""
     end = tap + 1 == taps
     return gl.where(end, 0, tap + 1), gl.where(end, c0 + BLOCK, c0)
 
@@ -46,7 +46,7 @@ def bring_weight(weight, unit, c0, o0, held, bars, stage, pred, g, SEVERAL: gl.c
 
 @gluon.jit
 def deliver(out, acc, p, o, inside, g, LAST: gl.constexpr, STORED: gl.constexpr):
-    """Store a tile of a result or of a part of it."""
+    """Store a tile of the result, or of a part of it where the sum is split."""
     acc = gl.convert_layout(acc.to(out.dtype.element_ty), STORED)
     if LAST:
         common.store_points(out, acc, p, o, inside, g, LAST, 1)
@@ -62,10 +62,11 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
                    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, ONCE: gl.constexpr,
                    SEVERAL: gl.constexpr, MMA: gl.constexpr, STORED: gl.constexpr,
                    num_warps: gl.constexpr):  # fmt: skip
-    """Grid: (B x tiles of positions x blocks of O, splits of the taps, those of all sample groups).
+    """Write the forward of a tile of positions and a block of outputs, or a part of their sums.
 
-    ONCE: all taps are tabulated at once. Without a loop over chunks of them ptxas has the copy
-    engine's addresses at hand, which narrow layers feel.
+    ONCE says that all taps are tabulated at once. Without a loop over chunks of taps ptxas keeps
+    the copy engine's addresses in registers, which makes layers of few channels faster.
+    Grid: (B x tiles of positions x blocks of O, splits of the taps of all sample groups).
     """
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = weight.dtype
@@ -99,17 +100,17 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
     inside = q < g.positions
     pitch = g.row // BLOCK_C * words
     plane = g.plane // BLOCK_C * words
-    length = g.padded // BLOCK_C * words  # of a sample group's channels
+    length = g.padded // BLOCK_C * words  # the words of a sample group's channels
     image += b.to(gl.int64) * g.item
     image = image.to(gl.pointer_type(gl.int32), bitcast=True)
     image = image + gl.arange(0, words, layout=gl.SliceLayout(0, COLUMNS))[None, :]
     chunks = 1 if ONCE else (last - first + 2 * PAIRS - 1) // (2 * PAIRS)
-    done = 0  # blocks of weights so far
+    done = 0  # how many blocks of weights the chunks before have used
     for chunk in range(chunks):
         start = first + chunk * (last - first) // chunks
         taps = first + (chunk + 1) * (last - first) // chunks - start
         steps = taps * (g.padded // BLOCK_C)
-        new_tap = 0  # of the next block of weights to bring
+        new_tap = 0  # the tap of the next block of weights to bring
         new_c0 = 0
         for s in gl.static_range(STAGES - 1):
             bring_weight(weight, start + new_tap, new_c0, o0, held, bars, (done + s) % STAGES,
@@ -164,10 +165,11 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
 
 
 def _stored_layout(block_o: int, rank: int, last: bool) -> Any:
-    """Of the result's tile [64, block_o]: what is contiguous in memory, channels or positions on
-    the last axis, goes to a lane's registers (8 channels or 2 positions), then to its neighbours.
+    """The layout of the result's tile [64, block_o]. What is contiguous in memory, which is
+    channels or positions on the last axis, goes to a lane's registers (8 channels or 2 positions),
+    and then to its neighbours.
 
-    A layout lists by how much each bit of a register's, lane's and warp's number moves in the tile.
+    A layout lists how far each bit of a register's, lane's and warp's number moves in the tile.
     """
     channels = [[0, 1 << i] for i in range(block_o.bit_length() - 1)]
     if last:
@@ -191,7 +193,8 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     programs = n.batch * triton.cdiv(n.positions, 64) * (n.padded_outputs // block_o)
     splits, units = 1, n.sample_groups * n.taps
     if programs < call.multiprocessors:
-        # Two programs fit on a multiprocessor; adding the parts is not worth a short sum's split.
+        # Two programs fit on a multiprocessor. Short sums are not split, since adding the parts
+        # would cost more.
         at_once, steps = 2 * call.multiprocessors, units * n.padded // block_c
         splits = max(1, min(units, at_once // programs, steps // 8))
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)

@@ -1,8 +1,8 @@
 """Forward and backward on Hopper where many sample groups have few channels each.
 
-What is expensive then is to find cells and corner weights. So a lane does that once for RUN
-consecutive channels of a sample group, a chunk, which it loads at once from every corner; and
-chunks lie in registers as products have them (layout.py, Order):
+Here finding cells and corner weights is what costs. So a lane finds them once for a chunk, which is
+RUN consecutive channels of a sample group, and loads a chunk at once from every corner. Chunks lie
+in registers as products have them (layout.py, Order):
 
     [BLOCK_P, BLOCK_C]               a tile of positions by a block of channels, as a factor or sum
     [BLOCK_P, BLOCK_C // RUN, RUN]   the same by chunks: cells and weights are [BLOCK_P, chunks]
@@ -29,8 +29,9 @@ from . import common
 
 @gluon.jit
 def corners_of(given, starts, inside, s, g):
-    """From what `read` gives of samples [BLOCK_P, chunks] of sample groups s: their cells, every
-    corner's pixel, counted from the first of all sample groups' planes, amplitude, and validity."""
+    """From what `read` gives of samples [BLOCK_P, chunks] of sample groups s: their cells, the
+    pixel of every corner, counted through all sample groups' planes, the amplitude, and the
+    validity."""
     axes, valid = sampling.cell_of(given[0], starts, inside, g, True)
     pixel = axes[0][0]
     for a in gl.static_range(1, len(axes)):
@@ -51,7 +52,7 @@ def corners_of(given, starts, inside, s, g):
 
 @gluon.jit
 def weights_of(axes, amplitude):
-    """Of every corner, times the amplitude."""
+    """The weight of every corner, times the amplitude."""
     weights = (amplitude,)
     for a in gl.static_range(len(axes)):
         finer = ()
@@ -63,7 +64,8 @@ def weights_of(axes, amplitude):
 
 @gluon.jit
 def fetch(image, pixels, lane, PADDED: gl.constexpr):
-    """Every corner's channels [BLOCK_P, chunks, RUN]; lane is a channel in its sample group."""
+    """Load the channels of every corner [BLOCK_P, chunks, RUN]. `lane` numbers the channels within
+    their sample group."""
     values = ()
     for q in gl.static_range(len(pixels)):
         values = values + (gl.load(image + ((pixels[q] * PADDED)[:, :, None] + lane)),)
@@ -80,7 +82,7 @@ def blend(values, weights):
 
 @gluon.jit
 def positions_of(lane, tile, tiles, g, TILE: gl.constexpr, VECTOR_P: gl.constexpr):
-    """Of a tile of positions: their coordinates, their numbers, and whether there are such."""
+    """The positions of a tile: their coordinates, their numbers, and whether they exist."""
     at = sampling.unravel(tile, tiles)
     local = sampling.unravel(lane, TILE)
     point = ()
@@ -91,15 +93,15 @@ def positions_of(lane, tile, tiles, g, TILE: gl.constexpr, VECTOR_P: gl.constexp
         inside = inside & (x < g.point[a])
         point = point + (x,)
         p = p * g.point[a] + x
-    # VECTOR_P neighbours are loaded at once.
+    # The hints let VECTOR_P neighbours be loaded at once.
     p = gl.max_contiguous(gl.multiple_of(p, [VECTOR_P]), [VECTOR_P])
     return point, p, gl.max_constancy(inside, [VECTOR_P])
 
 
 @gluon.jit
 def advance(at, g, BLOCK_C: gl.constexpr):
-    """From (coordinates of a tap, first channel) to the next tap; after the last one to the first,
-    and the next block of channels; after that to the start.
+    """From (coordinates of a tap, first channel) to the next tap. After the last tap comes the
+    first one with the next block of channels, and after the last block the start.
 
     In this order a multiprocessor's cache holds the neighbourhood that a block is sampled from.
     """
@@ -110,7 +112,7 @@ def advance(at, g, BLOCK_C: gl.constexpr):
 
 @gluon.jit
 def read_at(offset, mask, b, at, chunk, p, inside, g, PADDED: gl.constexpr, VECTOR_P: gl.constexpr):
-    """What `read` gives of the samples of a tap and a block of channels (advance)."""
+    """What `read` gives of the samples of the tap and block of channels `at` (advance)."""
     s = (at[1] // PADDED + chunk // PADDED)[None, :]
     tap = sampling.ravel(at[0], g.kernel)
     return sampling.read(offset, mask, b, s, tap, p, inside, g, gl.int32, VECTOR_P)
@@ -118,7 +120,8 @@ def read_at(offset, mask, b, at, chunk, p, inside, g, PADDED: gl.constexpr, VECT
 
 @gluon.jit
 def fetch_at(image, at, chunk, given, point, inside, lane, g, PADDED: gl.constexpr):
-    """The values of these samples' corners, and their weights."""
+    """The values of the corners of the samples of the tap and block of channels `at`, and their
+    weights."""
     s = (at[1] // PADDED + chunk // PADDED)[None, :]
     starts = sampling.starts_of(point, at[0], g)
     axes, pixels, amplitude, _ = corners_of(given, starts, inside, s, g)
@@ -146,11 +149,11 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
                           VECTOR_P: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
                           MMA: gl.constexpr, COLUMNS: gl.constexpr,
                           STORED: gl.constexpr):  # fmt: skip
-    """The points, or where the sum is split float32 parts of it.
+    """Write the points, or, where the sum is split, its parts in float32.
 
-    The rows of a warp's products are its positions with the last bit first, so that a lane has
-    two neighbours. Grid: (batch x tiles x blocks of point channels, splits of the steps, which are
-    blocks of image channels x taps).
+    The rows of a warp's products are its positions in an order that moves the last bit of their
+    number to the front, so that a lane has two neighbours. The steps are blocks of image channels x
+    taps. Grid: (batch x tiles x blocks of point channels, splits of the steps).
     """
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else image.dtype.element_ty
     count: gl.constexpr = common.parts_in(PRECISION)
@@ -168,7 +171,7 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
     common.publish()
     rows = g.taps * g.padded_outputs
     at = (sampling.unravel(first % g.taps, g.kernel), first // g.taps * BLOCK_C)
-    new = at  # of the next weights to bring
+    new = at  # the tap and channels of the next weights to bring
     for s in gl.static_range(STAGES):
         if s > 0:
             new = advance(new, g, BLOCK_C)
@@ -223,8 +226,8 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
 
 @gluon.jit
 def store_sums(out, total, b, s0, row, p0, pitch, g, TOGETHER: gl.constexpr):
-    """Store what TOGETHER chunks [BLOCK_P, chunks], those of a sample group from s0 on, add up to,
-    as row `row` of the sample group's `pitch` rows of positions."""
+    """Add up the TOGETHER chunks of every sample group from s0 on, in a tensor [BLOCK_P, chunks],
+    and store each sum as row `row` of its sample group's `pitch` rows of positions."""
     size: gl.constexpr = total.shape
     total = gl.reshape(total, [size[0], size[1] // TOGETHER, TOGETHER])
     total = gl.sum(total, 2)
@@ -239,15 +242,16 @@ def store_sums(out, total, b, s0, row, p0, pitch, g, TOGETHER: gl.constexpr):
 @gluon.jit
 def add_corners(out, grad, pixels, weights, valid, apart, PADDED: gl.constexpr,
                 SECTORS: gl.constexpr):  # fmt: skip
-    """Add the chunks' gradients times the corners' weights to the image's, by atomic additions.
+    """Add the chunks' gradients, times the corners' weights, to the image's gradient by atomics.
 
     The memory's atomic units take a sector of 32 bytes at a time. So neighbouring lanes fill as
     many bytes in a row as they can of the low and the high corner along the last axis, which are
-    neighbours (SECTORS [BLOCK_P, chunks, low or high, RUN]). With 4 channels a pixel fills half a
-    sector. Then the image's gradient has two copies, `apart` pixels apart, half a sector shifted:
+    neighbours (SECTORS [BLOCK_P, chunks, low or high, RUN]). With 4 channels a pixel fills only
+    half a sector. The image's gradient then has two copies, `apart` pixels apart, of which the
+    second is shifted by half a sector and serves the cells whose low corner is odd:
 
-        first copy    | 0  1 | 2  3 | 4  5 |        pixels; between bars are sectors
-        second copy   0 | 1  2 | 3  4 | 5  6        where the low corner is odd
+        first copy    | 0  1 | 2  3 | 4  5 |        The numbers are pixels, and the bars are the
+        second copy   0 | 1  2 | 3  4 | 5  6        bounds of sectors.
     """
     at_pair: gl.constexpr = gl.SliceLayout(3, SECTORS)
     at_grad: gl.constexpr = gl.SliceLayout(2, SECTORS)
@@ -284,14 +288,14 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
                            BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, TWICE: gl.constexpr,
                            MMA: gl.constexpr, COLUMNS: gl.constexpr, SECTORS: gl.constexpr,
                            ROWS: gl.constexpr):  # fmt: skip
-    """The gradients by image (float32, by atomic additions), by offset and mask (of every sample
-    group), and partial sums [splits, taps, channels, outputs] of that by the weight, each unless
-    None; from points in rows [batch x positions, outputs], BLOCK_O of them.
+    """Write the gradients by the image (float32, by atomic additions) and by offset and mask (of
+    every sample group), and partial sums [splits, taps, channels, outputs] of the gradient by the
+    weight, each unless None. Points are rows [batch x positions, outputs] of BLOCK_O outputs.
 
     A program holds the weights of a block of channels and of one tap, and takes tiles of positions
-    in turn, so that a lane finds cells and corners once for everything. Tiles are taken down
-    columns of the image (`across` tiles a row), as far as that goes, for the sake of the cache.
-    TWICE: the image's gradient has two copies (add_corners).
+    in turn, so that a lane finds cells and corners once for all gradients. For the sake of the
+    cache tiles are taken down columns of the image, in which a row has about `across` tiles.
+    TWICE says that the image's gradient has two copies (add_corners).
     Grid: (taps x blocks of channels, splits of the tiles).
     """
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype
@@ -355,7 +359,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
         axes, pixels, amplitude, valid = corners_of(given, starts, inside, s, g)
         if by_position or grad_weight is not None:
             values = fetch(image + item.to(gl.int64) * g.item, pixels, lane, PADDED)
-        # The next tile; after the last one some other, to no end.
+        # This goes on to the next tile. After the last one it reads some other tile in vain.
         tile0 = p0
         at, over = sampling.following(at, (across, down))
         b = gl.minimum(b + over, g.batch - 1)
@@ -376,7 +380,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
             left = common.factor(held, stage, PRECISION, True)
             right = common.factor(columns, 0, PRECISION)
             common.publish()
-            # Tensor cores round toward zero: with "bf16x3" they add up no more than a tile.
+            # Tensor cores round toward zero, so in "bf16x3" they add up no more than a tile.
             product = common.multiply(left, right, product, PRECISION != "bf16x3")
         grad = gl.reshape(grad, [BLOCK_P, BLOCK_C // (4 * RUN), RUN // 2, 4, 2])
         grad = gl.reshape(gl.permute(grad, (0, 1, 3, 2, 4)), [BLOCK_P, BLOCK_C // RUN, RUN])
@@ -415,8 +419,8 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
 
 
 def chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: bool) -> Any:
-    """Of [position, chunk, channel of it]: chunks of `run` channels to a lane, as products have
-    them; `pairs`: of two neighbouring positions."""
+    """The layout of [position, chunk, channel of the chunk] that gives lanes chunks of `run`
+    channels, as products have them. With `pairs` a lane has those of two neighbouring positions."""
     near, rows = (1, (2, 4, 8)) if pairs else (8, (1, 2, 4))
     registers = [[0, 0, 1 << i] for i in range(run.bit_length() - 1)] + [[near, 0, 0]]
     registers += [[0, 4 << i, 0] for i in range((chunks // 4).bit_length() - 1)]
@@ -426,8 +430,8 @@ def chunks_layout(positions: int, run: int, chunks: int, warps: int, pairs: bool
 
 
 def sectors_layout(positions: int, run: int, chunks: int, padded: int, warps: int) -> Any:
-    """Of [position, chunk, low or high corner, channel], as chunks_layout has them but that
-    neighbouring lanes have four channels each of what is contiguous."""
+    """The layout of [position, chunk, low or high corner, channel] that is as chunks_layout, except
+    that neighbouring lanes have four channels each of what is contiguous in memory."""
     pair, second, third = [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0]
     if run == 4:
         near, registers = [pair, third], [second]
@@ -446,7 +450,8 @@ def sectors_layout(positions: int, run: int, chunks: int, padded: int, warps: in
 
 def blocks_of(call: Call, tiles: Tiles) -> dict[str, int]:
     n = call.sizes
-    # Eight corners, more than a sample group to a lane, and bfloat16 take too many registers.
+    # Large blocks take too many registers with eight corners, with more than one sample group to a
+    # lane, and in bfloat16.
     few = len(n.image) == 3 or n.padded < 16 or call.dtype == torch.bfloat16
     block_c = math.gcd(32 if few else tiles.block_c, n.columns)
     run = min(n.padded, block_c // 4)
@@ -454,7 +459,8 @@ def blocks_of(call: Call, tiles: Tiles) -> dict[str, int]:
 
 
 def takes(call: Call) -> bool:
-    """Sizes that fit into 32 bits, beside what all kernels need."""
+    """Whether a call has what these kernels need: narrow sample groups, sizes that fit into 32
+    bits, and what all kernels for Hopper need."""
     n = call.sizes
     return (
         common.takes_any(call)
@@ -469,7 +475,8 @@ def takes(call: Call) -> bool:
 
 
 def takes_forward(call: Call) -> bool:
-    """Few enough blocks of outputs: more sample for too long (im2col.py)."""
+    """Whether the forward takes a call, which it does up to a number of outputs. With more outputs
+    too many blocks would sample anew, and im2col.py is faster."""
     return takes(call) and call.sizes.outputs <= SAMPLED_ONCE_NARROW[call.precision]
 
 
@@ -479,13 +486,14 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     fixed = blocks_of(call, row)
     block_p, block_c, run = fixed["BLOCK_P"], fixed["BLOCK_C"], fixed["RUN"]
     block_o = math.gcd(row.block_o, n.padded_outputs)
-    # Tiles of two dimensions sample a smaller neighbourhood, of which more stays in the cache.
+    # Tiles with two axes sample a smaller neighbourhood, of which more stays in the cache.
     tile = (block_p,) if rank == 1 else (1, block_p // 16, 16)[-rank:]
     tiles = tuple(triton.cdiv(s, t) for s, t in zip(n.point, tile, strict=True))
     blocks = n.padded_outputs // block_o
     programs, steps = n.batch * math.prod(tiles) * blocks, n.taps * n.columns // block_c
-    registers = row.registers if run == 4 and rank < 3 else 0  # others spill
-    # As many programs as fit; adding the parts is not worth a short sum's split.
+    registers = row.registers if run == 4 and rank < 3 else 0  # other calls would spill
+    # Splits make as many programs as fit. Short sums are not split, since adding the parts would
+    # cost more.
     at_once = call.multiprocessors * (4 if registers else 2)
     splits = max(1, min(at_once // programs, steps // 8))
     constants: dict[str, Any] = dict(
@@ -497,7 +505,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
         else gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p], [0, 1]),
     )
     parts = call.room_for_parts(splits, out)
-    for vector in (1, 2):  # widths may be odd or even; the one that is not is loaded only
+    for vector in (1, 2):  # for odd and even widths; the launch for the other kind is only loaded
         launch = call.make(
             *(forward_narrow_hopper, (programs, splits), dict(VECTOR_P=vector, **constants)),
             **dict(image=call.image(image), weight=call.weight(Order.OPERAND, run), bias=bias),
@@ -511,7 +519,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
 
 
 def takes_backward(call: Call) -> bool:
-    """All point channels are in one block."""
+    """Whether the backward takes a call, for which all point channels must be in one block."""
     n = call.sizes
     operation, outputs = "backward_narrow_hopper", n.padded_outputs
     return takes(call) and outputs <= call.tiles(operation, outputs).block_o
@@ -547,7 +555,7 @@ def write_backward(
     )
     rows = call.parts(points) if call.precision == "bf16x3" else call.rows(points)
     rows = rows._replace(shape=(math.prod(rows.shape) // n.padded_outputs, n.padded_outputs))
-    added, parts, second = by_image, None, (length // 4 | 1) * 4  # as add_corners has it
+    added, parts, second = by_image, None, (length // 4 | 1) * 4  # the second copy's start
     if by_image is not None:
         if twice:
             added = call.plan.scratch(length + second, dtype=torch.float32)

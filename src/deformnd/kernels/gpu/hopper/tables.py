@@ -1,18 +1,18 @@
-"""Samples in tables in shared memory, and the columns of products that are made of them.
+"""Tables of samples in shared memory, and the columns of products that are made from them.
 
-A lane finds a sample, and many lanes read what it has found. A table has a row of 64 samples for
-every turn of a kernel's loop; in a sample's cell (sampling.py, Note [samples]) one corner is
-first on every axis, and the other one is a step of -1, 0 or 1 away:
+One lane finds a sample, and many lanes read what it has found. A table has a row of 64 samples for
+every turn of a kernel's loop. In a sample's cell (sampling.py, Note [samples]) one corner is the
+first on every axis, and the other one is a step of -1, 0 or 1 away from it:
 
     cells     pixel of the first corner | step | step      two bits for a step on each axis
-    weights   those of all corners, which contain the mask; two to a word unless float32
+    weights   those of all corners, times the mask; two to a word unless float32
     lost      only for float16: what the last weight has lost by rounding, twice in a word
 
-On each axis the corner that weighs less is first (sampling.py, lighter_first), and what the last
-one's weight has lost in float16 is added, too.
+On each axis the corner that weighs less is first (sampling.py, lighter_first). What the last
+corner's weight has lost in float16 is added to the sample, too.
 
-All numbers of an image are read as words of 32 bits: one float32 number or two half ones, which
-would take a register each if they were alone.
+All numbers of an image are read as words of 32 bits, which are one float32 number or two numbers of
+16 bits. Alone, each of the two would take a register.
 """
 
 from triton.experimental import gluon
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from .. import sampling
 from . import common
 
-SAMPLES = gl.constexpr(64)  # of a row
+SAMPLES = gl.constexpr(64)  # the samples of a row
 
 
 @gluon.constexpr_function
@@ -37,7 +37,7 @@ def twos(count, n):
 
 @gluon.jit
 def pack(low, high):
-    """Two weights as halves of a word."""
+    """Two weights in float16, as the halves of a word."""
     a = low.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
     b = high.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) << 16
     return a | b
@@ -45,7 +45,7 @@ def pack(low, high):
 
 @gluon.jit
 def together(words):
-    """Tensors [P], a power of two of them, as one [P, how many]."""
+    """Some tensors [P], as many as a power of two, as one tensor [P, number of tensors]."""
     count: gl.constexpr = len(words)
     for _ in gl.static_range(log2(count)):
         pairs = ()
@@ -57,7 +57,7 @@ def together(words):
 
 @gluon.jit
 def apart(x):
-    """The reverse of together."""
+    """Undo `together`: the tensors [P] that one [P, number of tensors] was made from."""
     words = (gl.reshape(x, twos(x.shape[0], x.shape[1])),)
     for _ in gl.static_range(log2(x.shape[1])):
         low = ()
@@ -91,7 +91,7 @@ def rows_together(shape, count):
 
 @gluon.jit
 def put(table, i, x):
-    """Store the i-th so many samples."""
+    """Store x as the i-th run of samples of a table, where all runs are as long as x."""
     shape: gl.constexpr = rows_together(table.shape, x.shape[0])
     layout: gl.constexpr = table.layout
     common.reinterpret(table, gl.int32, shape, layout).index(i).store(x.to(gl.int32, bitcast=True))
@@ -99,8 +99,9 @@ def put(table, i, x):
 
 @gluon.jit
 def tabulate(tables, i, known, g):
-    """Store samples as the i-th so many of the tables. Known of them is where they start and what
-    they read (sampling.py), whether there are such, and the pixels before those of their images."""
+    """Store samples as the i-th run of the tables. What is `known` of them is where they start,
+    what they read (sampling.py), whether they exist, and how many pixels lie before their
+    image's."""
     starts, given, inside, before = known
     rank: gl.constexpr = len(g.image)
     axes, valid = sampling.cell_of(given[0], starts, inside, g)
@@ -128,15 +129,15 @@ def tabulate(tables, i, known, g):
 
 @gluon.constexpr_function
 def columns_layout(words, warps):
-    """Of columns [64, words] in registers: eight lanes load 128 bytes of a corner, which is what
-    the cache gives at once."""
+    """The layout of columns [64, words] in registers. Eight lanes load 128 bytes of a corner, which
+    is what the cache gives at once."""
     across = min(words, 32) // 4
     return gl.BlockedLayout([1, 4], [32 // across, across], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def fetch(image, tables, row, c0, pitch, g, COLUMNS: gl.constexpr):
-    """The corners' values of a row of samples, from words that are `pitch` from pixel to pixel."""
+    """The values of the corners of a row of samples, in words. A pixel has `pitch` words."""
     rank: gl.constexpr = len(g.image)
     cell = tables[0].index(row).load(gl.SliceLayout(1, COLUMNS))
     values = ()
@@ -153,7 +154,7 @@ def fetch(image, tables, row, c0, pitch, g, COLUMNS: gl.constexpr):
 
 @gluon.constexpr_function
 def together_layout(layout, n):
-    """Of n words for every row of a tensor with a BlockedLayout."""
+    """The layout of n words for every row of a tensor that has the given BlockedLayout."""
     each, threads, warps = layout.size_per_thread, layout.threads_per_warp, layout.warps_per_cta
     return gl.SliceLayout(
         2,
@@ -165,8 +166,8 @@ def together_layout(layout, n):
 
 @gluon.jit
 def mix(values, tables, row, COLUMNS: gl.constexpr):
-    """The sum of the corners' values times their weights, in words. Those of float16 are multiplied
-    as they are, those of bfloat16 in float32."""
+    """The sum of the corners' values times their weights, in words. Values of float16 are
+    multiplied as they are, and those of bfloat16 in float32."""
     count: gl.constexpr = len(values)
     at_row: gl.constexpr = gl.SliceLayout(1, COLUMNS)
     layout: gl.constexpr = together_layout(COLUMNS, tables[1].shape[2])
@@ -191,14 +192,14 @@ def mix(values, tables, row, COLUMNS: gl.constexpr):
 
 @gluon.constexpr_function
 def registers(count):
-    """Constraints of assembly from so many registers to one."""
+    """The constraints of assembly that reads this many registers and writes one."""
     return ",".join(["=r"] + ["r"] * count)
 
 
 @gluon.constexpr_function
 def sum_of_products(count, half):
-    """Assembly for `count` pairs of numbers times weights, which are float16, two to a word; that
-    for float16 numbers (half) begins with the last pair times what its weight has lost."""
+    """Assembly for the sum of `count` pairs of numbers times weights, which are float16, two to a
+    word. For float16 numbers (half) it begins with the last pair times what its weight has lost."""
     lines = [".reg .b16 l, h; .reg .b32 v, s; .reg .f32 x, y, w, a, b;"]
     if half:
         lines.append(f"mul.rn.f16x2 s, ${count}, ${1 + count + count // 2};")
@@ -220,11 +221,12 @@ def sum_of_products(count, half):
 
 @gluon.jit
 def allocate_columns(channels: gl.constexpr, factor: gl.constexpr, PRECISION: gl.constexpr):
-    """Room for two columns' parts (sampling.py, Note [precision]), since one is multiplied while
-    the next one is stored."""
+    """Room for the parts (sampling.py, Note [precision]) of two blocks of columns, since one is
+    multiplied while the next one is stored."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SAMPLES.value, channels], factor)
     columns = ()
-    # Apart, or Triton takes the store of one part for one of the other, too, and waits between.
+    # The parts are allocated apart. Otherwise Triton would take a store of one part for a store of
+    # the other as well, and wait between them.
     for _ in gl.static_range(common.parts_in(PRECISION)):
         columns = columns + (gl.allocate_shared_memory(factor, [2, SAMPLES, channels], layout),)
     return columns
@@ -232,7 +234,8 @@ def allocate_columns(channels: gl.constexpr, factor: gl.constexpr, PRECISION: gl
 
 @gluon.jit
 def columns_at(columns, i, TURNED: gl.constexpr = False):
-    """The parts of one of the two as a factor, or (TURNED) of its transpose."""
+    """The parts of the i-th of the two blocks of columns as a factor, or (TURNED) its
+    transpose's."""
     parts = ()
     for part in gl.static_range(len(columns)):
         x = columns[part].index(i)
@@ -244,7 +247,7 @@ def columns_at(columns, i, TURNED: gl.constexpr = False):
 
 @gluon.jit
 def store_columns(columns, i, x):
-    """Store columns, as mix made them, as a factor's parts."""
+    """Store columns that `mix` has made, as the parts of the i-th factor."""
     if len(columns) > 1:
         parts = sampling.parts_of(x, gl.bfloat16, "bf16x3")
         columns[0].index(i).store(parts[0])
