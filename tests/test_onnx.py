@@ -175,6 +175,20 @@ def test_an_empty_batch(target, tmp_path):
     assert [r.shape for r in results] == [r.shape for r in model(*model.args)]
 
 
+def test_openvino_is_not_given_an_empty_batch(tmp_path):
+    """It would take the process along; a batch that is open may be empty."""
+    model = deformnd.PackedDeformConv1d(4, 2, 3, padding=1).eval()
+    path = tmp_path / "model.onnx"
+    with pytest.raises(
+        ValueError, match=r"openvino \S+ does not run .*shape \[0,4,6\].* fixed at 0"
+    ):
+        export(model, torch.rand(0, 4, 6), path, target="openvino", verbose=False)
+    assert not path.exists()
+    open_batch = {"dynamic_shapes": ({0: "batch"},), "verbose": False}
+    export(model, torch.rand(2, 4, 6), path, target="openvino", **open_batch)
+    assert check(path, model, torch.rand(0, 4, 6), engine="openvino") == 0
+
+
 class Network(nn.Module):
     """Both operators of a rank with all that a model puts around them."""
 

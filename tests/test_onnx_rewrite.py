@@ -281,7 +281,7 @@ def test_deform_conv(target, shape, tmp_path, new):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("n", [1, 3])
-def test_deform_conv_of_other_ranks(target, n, tmp_path, new):
+def test_deform_conv_of_other_ranks(target, n, tmp_path, new, capfd):
     """Which ONNX defines, and ONNX Runtime does not run."""
     t = tensors(n)
     names = ["x", "weight", "offset", "bias", "mask"]
@@ -291,7 +291,27 @@ def test_deform_conv_of_other_ranks(target, n, tmp_path, new):
     inputs, weights, arrays = split(t)
     old = file_of(model_of([node], inputs, weights, opset=19), tmp_path)
     assert len(deformnd.onnx.rewrite(old, new, target=target, verbose=False)) == 1
+    assert capfd.readouterr().err == ""  # ONNX Runtime logs what is no error here
     assert far(run(new, *arrays), call(t, padding=1, groups=2)) < 1e-5
+
+
+def test_engine_without_a_dtype(tmp_path, new, capsys):
+    """ONNX Runtime has no GridSample of float64 before opset 20: no error of a file for others."""
+    t = tensors(mask=False)
+    inputs, weights, arrays = split(t)
+    node = helper.make_node(
+        "DeformConv", ["x", "weight", "offset"], ["y"], group=2, offset_group=2, pads=[1] * 4
+    )
+    double = [(name, TensorProto.DOUBLE, shape) for name, _, shape in inputs]
+    model = model_of([node], double, [(n, a.astype("d")) for n, a in weights], opset=19)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    old = file_of(model, tmp_path)
+    assert deformnd.onnx.rewrite(old, new, target="standard") == [("y", "DeformConv")]
+    assert "not compared in onnxruntime ([ONNXRuntimeError]" in capsys.readouterr().out
+    assert new.exists()
+    deformnd.onnx.rewrite(old, new, target="precise")
+    assert "differs from" in capsys.readouterr().out
+    assert far(run(new, *[a.astype("d") for a in arrays]), call(t, padding=1, groups=2)) < 1e-5
 
 
 # What else is in a file
@@ -468,6 +488,32 @@ def cycle(model, graph, node):
     node.input[0] = "x2"
 
 
+def resized(name, *shape):
+    def change(model, graph, node):
+        (found,) = (i for i in graph.input if i.name == name)
+        for dim, size in zip(found.type.tensor_type.shape.dim, shape, strict=True):
+            dim.dim_value = size
+
+    return change
+
+
+def external(model, graph, node):
+    graph.initializer[0].data_type = TensorProto.UNDEFINED
+    graph.initializer[0].data_location = TensorProto.EXTERNAL
+    graph.initializer[0].external_data.add(key="location", value="old.onnx")
+
+
+def as_deform_conv(name, value):
+    """The standard node, with one more attribute."""
+
+    def change(model, graph, node):
+        order = ["x", "weight", "offset", "bias", "mask"]
+        options = {"group": 2, "offset_group": 2, "pads": [1] * 4, name: value}
+        node.CopyFrom(helper.make_node("DeformConv", order, ["y"], name="layer", **options))
+
+    return change
+
+
 def untyped(model, graph, node):
     graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, None))
     node.input[3] = "w"
@@ -485,8 +531,31 @@ BAD = {
         "'layer': input is of dtype INT64, expected a floa",
     ),
     "two dtypes": (element("mask", TensorProto.DOUBLE), "'layer': mask is of dtype DOUBLE, expect"),
+    "stride": (
+        attribute("stride", [2, 2]),
+        r"'layer': offset is of shape \[2,36,6,5\], expected \[",
+    ),
+    "mask": (resized("mask", 2, 18, 5, 5), r"'layer': mask is of shape \[2,18,5,5\], expected \[2"),
+    "batch": (
+        resized("offset", 3, 36, 6, 5),
+        r"'layer': offset is of shape \[3,36,6,5\], expected",
+    ),
+    "small": (
+        resized("x", 2, 4, 6, 0),
+        r"'layer': input is of shape .*, expected at least 1 along",
+    ),
+    "kernel_shape": (
+        as_deform_conv("kernel_shape", [5, 3]),
+        r"'layer': kernel_shape is \[5, 3\], expected the weight's \[3, 3\]",
+    ),
+    "pads": (as_deform_conv("pads", [1, 1, 0, 1]), r"DeformConv 'layer': offset is of shape \[2,3"),
     "missing": (lambda m, g, n: n.input.__delitem__(slice(2, 5)), "weight is missing, expected a"),
     "unknown": (untyped, "'layer': weight is of no known shape, expected kno"),
+    "nothing makes it": (
+        lambda m, g, n: n.input.__setitem__(1, "none"),
+        "is no valid ONNX file: node 'layer' reads 'none', which nothing makes",
+    ),
+    "external": (external, "old.onnx (is no valid ONNX file|cannot be rewritten): "),
     "sparse": (
         lambda m, g, n: g.sparse_initializer.add(dims=[1]),
         "is no valid ONNX file: it has graph.sparse_initializer",
@@ -503,7 +572,7 @@ def test_bad_models(name, tmp_path, new):
     change, message = BAD[name]
     old = file_of(bad(change), tmp_path)
     with pytest.raises(ValueError, match=message):
-        deformnd.onnx.rewrite(old, new)
+        deformnd.onnx.rewrite(old, new, target="precise")
     assert [p.name for p in tmp_path.iterdir()] == ["old.onnx"]
 
 
@@ -554,7 +623,11 @@ def test_a_wrong_lowering_is_found(tmp_path, new, monkeypatch):
 
     def wrong(node, find=old_graphs.find):
         found = find(node)
-        return found and found._replace(groups=1, padding=[p + 1 for p in found.padding])
+        if found is None:
+            return None
+        # Of other places and the same sizes.
+        more = {key: [i + 1 for i in getattr(found, key)] for key in ("padding", "dilation")}
+        return found._replace(**more)
 
     monkeypatch.setattr(old_graphs, "find", wrong)
     with pytest.raises(ValueError, match=r"new.onnx in onnxruntime (differs from|does not run)"):
@@ -567,13 +640,14 @@ def test_arguments(tmp_path, new):
     old = file_of(DATA["gathernd"].tobytes(), tmp_path)
     for arguments, message in (
         ((old, new, "tpu"), "target is 'tpu', expected one of"),
-        ((tmp_path / "no.onnx", new, "precise"), "expected a file that exists"),
-        ((old, tmp_path / "no" / "new.onnx", "precise"), "there is no folder"),
-        ((old, tmp_path, "precise"), "is a folder, expected a file to write"),
+        ((tmp_path / "no.onnx", new, "precise"), "file is .*, expected a file that exists"),
+        ((onnx.load(old), new, "precise"), "file is a ModelProto, expected a file that exists"),
+        ((old, tmp_path / "no" / "new.onnx", "precise"), "out is .*, but there is no folder"),
+        ((old, tmp_path, "precise"), "out .* is a folder, expected a file to write"),
     ):
         with pytest.raises(ValueError, match=message):
             deformnd.onnx.rewrite(*arguments[:2], target=arguments[2])
-    with pytest.raises(TypeError, match="expected the name of a file to write"):
+    with pytest.raises(TypeError, match="out is 3, expected the name of a file to write"):
         deformnd.onnx.rewrite(old, 3)
 
 

@@ -51,8 +51,9 @@ def test_unknown_targets(tmp_path, capsys):
     for name, function in (("coreml", "to_torchvision"), ("litert", "to_core_aten")):
         with pytest.raises(ValueError, match=rf"target '{name}': .*deformnd\.export\.{function}$"):
             export(layer, X, tmp_path / "m.onnx", target=name)
-        assert cli.main(["export", "nowhere:x", "--target", name]) == 2
-        assert f"deformnd.export.{function}" in capsys.readouterr().err
+        for command in (["export", "nowhere:x"], ["rewrite", "no.onnx", "--out", "new.onnx"]):
+            assert cli.main([*command, "--target", name]) == 2
+            assert f"deformnd.export.{function}" in capsys.readouterr().err
 
 
 CASES = [

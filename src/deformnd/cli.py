@@ -485,6 +485,15 @@ def _output(model: Any, inputs: Sequence[Any]) -> list[Any]:
     return [t for t in leaves if isinstance(t, torch.Tensor)]
 
 
+def _check_target(target: str) -> None:
+    from . import onnx
+
+    if target in onnx.table.ELSEWHERE:
+        raise UsageError(f"target {target}: {onnx.table.ELSEWHERE[target]}")
+    if target not in onnx.TARGETS:
+        raise UsageError(f"no target {target!r}, expected one of {', '.join(onnx.TARGETS)}")
+
+
 def _export(options: Any) -> int:
     import logging
 
@@ -492,10 +501,7 @@ def _export(options: Any) -> int:
 
     from . import onnx
 
-    if options.target in onnx.table.ELSEWHERE:
-        raise UsageError(f"target {options.target}: {onnx.table.ELSEWHERE[options.target]}")
-    if options.target not in onnx.TARGETS:
-        raise UsageError(f"no target {options.target!r}, expected one of {', '.join(onnx.TARGETS)}")
+    _check_target(options.target)
     path = options.out or Path(options.model.rpartition(":")[2] + ".onnx")
     model, inputs = _load(options.model)
     if options.input:
@@ -644,8 +650,7 @@ def _add_rewrite(commands: Any) -> None:
 def _rewrite(options: Any) -> int:
     from . import onnx
 
-    if options.target not in onnx.TARGETS:
-        raise UsageError(f"no target {options.target!r}, expected one of {', '.join(onnx.TARGETS)}")
+    _check_target(options.target)
     if not options.file.is_file():
         raise UsageError(f"there is no file {options.file}")
     try:

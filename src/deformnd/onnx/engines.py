@@ -23,6 +23,7 @@ def onnxruntime(path: str, library: str | None = None) -> tuple[list[set[int]], 
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it logs below that is in its errors, too
     if library is not None:
         options.register_custom_ops_library(library)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -41,6 +42,14 @@ def openvino(path: str) -> tuple[list[set[int]], Run]:
 
     core = openvino.Core()
     model = core.read_model(path)
+    for i in model.inputs:
+        shape = i.get_partial_shape()
+        if any(s.is_static and s.get_length() == 0 for s in shape):
+            # It divides by them, or writes out of bounds, and takes the process along.
+            raise ValueError(
+                f"input {i.get_any_name()} has shape {shape}, and OpenVINO crashes at sizes that "
+                "are fixed at 0"
+            )
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
 
@@ -98,8 +107,9 @@ class NotLoadedError(ValueError):
 
 
 def not_loaded(engine: str, path: str, error: Exception) -> NotLoadedError:
+    whose = "onnxruntime" if engine == "deformnd" else engine
     return NotLoadedError(
-        f"deformnd.onnx: {engine} {version(engine)} does not run {path}: {reason(engine, error)}"
+        f"deformnd.onnx: {whose} {version(engine)} does not run {path}: {reason(engine, error)}"
     )
 
 

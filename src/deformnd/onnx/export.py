@@ -242,23 +242,35 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"deformnd.onnx: model is a {kind}, expected a Module or ExportedProgram")
 
 
-def path_to_write(path: Any) -> Path:
+def path_to_write(path: Any, argument: str = "path") -> Path:
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"deformnd.onnx: path is {path!r}, expected the name of a file to write")
+        raise TypeError(
+            f"deformnd.onnx: {argument} is {_told(path)}, expected the name of a file to write"
+        )
     file = Path(path)
     if file.is_dir():
-        raise ValueError(f"deformnd.onnx: path {str(file)!r} is a folder, expected a file to write")
+        raise ValueError(
+            f"deformnd.onnx: {argument} {str(file)!r} is a folder, expected a file to write"
+        )
     if not file.parent.is_dir():
         raise ValueError(
-            f"deformnd.onnx: path is {str(file)!r}, but there is no folder {str(file.parent)!r}"
+            f"deformnd.onnx: {argument} is {str(file)!r}, but there is no folder "
+            f"{str(file.parent)!r}"
         )
     return file
 
 
-def path_to_read(path: Any) -> str:
+def path_to_read(path: Any, argument: str = "path") -> str:
     if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
-        raise ValueError(f"deformnd.onnx: path is {path!r}, expected a file that exists")
+        raise ValueError(f"deformnd.onnx: {argument} is {_told(path)}, expected a file that exists")
     return os.fspath(path)
+
+
+def _told(value: Any) -> str:
+    """What is no path, in short: it may be a whole model."""
+    said = repr(value)
+    short = len(said) < 200 or isinstance(value, (str, os.PathLike))
+    return said if short else f"a {type(value).__name__}"
 
 
 def _explained(
@@ -386,7 +398,7 @@ def check(
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if len(tensors) != len(inputs):
         raise ValueError(
-            f"deformnd.onnx: {path} has {len(inputs)} inputs, expected {len(tensors)} "
+            f"deformnd.onnx: {path} has {len(inputs)} inputs, expected {len(tensors)}, "
             "as many as tensors are given"
         )
     larger = list(leaves)
