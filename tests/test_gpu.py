@@ -203,13 +203,17 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rows = tuple(
         dataclasses.replace(row, block_p=32, block_o=16, block_c=16) for row in tiles.PORTABLE
     )
-    monkeypatch.setattr(tiles, "PORTABLE", rows)
-    # It truncates to bfloat16 where the hardware rounds, which the errors of small sums show.
-    monkeypatch.setattr(tiles, "FEW", 1024)
-
     random_calls.prepare_interpreter()
-    forget()
+    # It truncates to bfloat16 where the hardware rounds, which the errors of small sums show.
+    limits(monkeypatch, PORTABLE=rows, FEW=1024)
     yield
+    forget()
+
+
+def limits(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
+    """Other limits than those of tiles.py, for calls that are planned from now on."""
+    for name, value in values.items():
+        monkeypatch.setattr(tiles, name, value)
     forget()
 
 
@@ -496,7 +500,7 @@ def test_interpreted(case: Case, interpreted: None) -> None:
 @pytest.mark.parametrize("case", [INTERPRETED[i] for i in (3, 4, 6, 9, 12)], ids=str)
 def test_interpreted_wide(case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample groups of few channels also take the wide kernels, one group at a time."""
-    monkeypatch.setattr(tiles, "NARROW", 0)
+    limits(monkeypatch, NARROW=0)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
@@ -512,8 +516,7 @@ IM2COL = [
 
 def by_im2col(monkeypatch: pytest.MonkeyPatch, at_once: int = 1) -> None:
     """Have calls take it, whatever they have, for so many numbers at a time, or a tile of them."""
-    monkeypatch.setattr(tiles, "SAMPLED_ONCE", 0)
-    monkeypatch.setattr(tiles, "COLUMNS_AT_ONCE", at_once)
+    limits(monkeypatch, SAMPLED_ONCE=0, COLUMNS_AT_ONCE=at_once)
     for name in ("FORWARD", "WEIGHT"):
         kind = getattr(strategy, name)
         first = [variant for variant in kind if "im2col" in variant.name]
@@ -531,8 +534,7 @@ def test_interpreted_im2col(case: Case, interpreted: None, monkeypatch: pytest.M
     assert {"sample_columns", "multiply_columns", "multiply_points"} <= kernels_used()
     if case.image == 24:
         check(case.make(torch.float16, "cpu", float_offset=True), 1e-2, 2e-2)
-        monkeypatch.setattr(tiles, "FEW", 1)  # in parts
-        forget()
+        limits(monkeypatch, FEW=1)  # in parts
         check(case.make(torch.float32, "cpu"), 1e-4, 1e-3)
 
 
@@ -545,7 +547,7 @@ def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
 
 def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "allows_tf32", lambda: False)
-    monkeypatch.setattr(tiles, "FEW", 0)
+    limits(monkeypatch, FEW=0)
     for case in (INTERPRETED[3], INTERPRETED[6]):
         # The interpreter truncates to bfloat16 where the hardware rounds.
         check(case.make(torch.float32, "cpu"), 3e-5, 3e-5)
@@ -554,9 +556,7 @@ def test_interpreted_split(interpreted: None, monkeypatch: pytest.MonkeyPatch) -
 def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many sample groups take sorted lists too, and lists longer than a block are right."""
     repeatable(monkeypatch, True)
-    monkeypatch.setattr(tiles, "LISTED", 16)
-    monkeypatch.setattr(tiles, "LONG", 32)
-    monkeypatch.setattr(tiles, "SHORT", 16)
+    limits(monkeypatch, LISTED=16, LONG=32, SHORT=16)
     for case in (
         Case((5, 4), (1, 2), offset_groups=2, mask_groups=2, batch=1),
         Case((40,), (2,), offset_groups=1, batch=1),
@@ -579,9 +579,7 @@ CHUNKS = [
 def split(monkeypatch: pytest.MonkeyPatch, case: Case, items: int = 2) -> None:
     """Have small batches be taken in chunks of about so many items."""
     g = case.make(torch.float32, "cpu").g
-    monkeypatch.setattr(tiles, "CHUNK", items * math.prod(g.point_size))
-    monkeypatch.setattr(tiles, "SCRATCH", 1)
-    backend._PLANS.clear()
+    limits(monkeypatch, CHUNK=items * math.prod(g.point_size), SCRATCH=1)
 
 
 def sources(plan: Plan) -> set[int]:
@@ -604,7 +602,7 @@ def test_interpreted_chunks(case: Case, interpreted: None, monkeypatch: pytest.M
 
 def test_interpreted_many_chunks(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be more chunks than gradients of the weight that are kept."""
-    monkeypatch.setattr(tiles, "KEPT", 2)
+    limits(monkeypatch, KEPT=2)
     case = Case((4, 4), (1, 1), padding=(0, 0), batch=5)
     split(monkeypatch, case, 1)
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
@@ -613,9 +611,7 @@ def test_interpreted_many_chunks(interpreted: None, monkeypatch: pytest.MonkeyPa
 
 def test_interpreted_chunks_sorted(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks with lists of samples, for half numbers and where results are to be repeatable."""
-    monkeypatch.setattr(tiles, "NARROW", 4)
-    for name in ("LISTED", "LONG", "SHORT"):
-        monkeypatch.setattr(tiles, name, 16)
+    limits(monkeypatch, NARROW=4, LISTED=16, LONG=16, SHORT=16)
     case = Case((3, 4), (2, 2), image=8, batch=5)
     for half in (case, CHUNKS[4]):
         split(monkeypatch, half)
@@ -2113,7 +2109,7 @@ def test_gpu_by_columns(case: Case, dtype: torch.dtype, monkeypatch: pytest.Monk
     check(made, *TOLERANCE[dtype])
     g = made.g
     item = math.prod(g.point_size) * math.prod(g.kernel) * layout.sizes_of(g, True).columns
-    monkeypatch.setattr(tiles, "COLUMNS", 2 * item)
+    limits(monkeypatch, COLUMNS=2 * item)
     architecture = tiles.device_of(torch.device("cuda")).architecture
     on_device(monkeypatch, architecture, 1)
     backend._PLANS.clear()
