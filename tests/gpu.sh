@@ -16,4 +16,4 @@ python3 -m venv build/triton-$version
 build/triton-$version/bin/pip install --quiet torch==2.13.0 "triton==$version.*" "numpy<2.4" pytest pytest-xdist
 if [ "$1" = --install ]; then exit; fi
 PYTHONPATH=src exec build/triton-$version/bin/python -m pytest -o addopts= -q -rs \
-    -n auto --maxprocesses 4 tests/test_random.py tests/test_gpu.py -k "not test_cpu and not test_compiled"
+    -n auto --maxprocesses 4 --dist worksteal tests/test_random.py tests/test_gpu.py -k "not test_cpu and not test_compiled"

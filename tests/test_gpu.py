@@ -1385,7 +1385,7 @@ COMPILED_IM2COL = Case((16, 16), (3, 3), image=256, points=300, offset_groups=8,
     [
         *(("sm_90", *some) for some in (*COMPILED, *COMPILED_DEPTHWISE)),
         *((a, COMPILED_IM2COL, torch.float16) for a in ("sm_86", "sm_90", "gfx942")),
-        *((a, COMPILED_IM2COL, torch.float32) for a in ("sm_80", "sm_90", "sm_120")),
+        *((a, COMPILED_IM2COL, torch.float32) for a in ("sm_90", "sm_120")),
         ("gfx942", *COMPILED_DEPTHWISE[0]),
         ("sm_80", *COMPILED_DEPTHWISE[1]),
         *(("sm_80", *some) for some in COMPILED[1:4]),
