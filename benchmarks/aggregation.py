@@ -14,12 +14,11 @@ import argparse
 import functools
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from attention import DTYPES, load
+from attention import DTYPES, Call, calls, load, medians
 from torch import Tensor
 
 from deformnd import bench, deform_aggregate2d, deform_conv2d
@@ -35,29 +34,17 @@ SHAPES = [
     (1, 200, 320, 128, 16),
     (2, 100, 100, 192, 32),
 ]
-Call = Callable[[], Any]
-
-
-def both(function: Callable[..., Tensor], given: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
-    """A forward, and the backward of another one."""
-    leaves = [t.detach().requires_grad_() for t in given]
-    y = function(*leaves)
-
-    def backward() -> Any:
-        return torch.autograd.grad(y, leaves, grad, retain_graph=True)
-
-    return lambda: function(*given), backward
 
 
 def of_study(study: Any, x: Tensor, groups: int, grad: Tensor) -> tuple[Call, Call]:
     """Its calls with the best of its tiles."""
     x, grad = (t.permute(0, 2, 3, 1) for t in (x, grad))
     others = torch.randn(*x.shape[:3], -(-groups * 27 // 8) * 8, device="cuda", dtype=x.dtype)
-    calls = []
+    best = []
     for function, given in ((study.run_fwd, (x, others)), (study.run_bwd, (x, others, grad))):
         choices = [functools.partial(function, *given, groups, rows, 4) for rows in (32, 64)]
-        calls.append(min(choices, key=lambda call: bench.gpu_ms(call, 20)))
-    return calls[0], calls[1]
+        best.append(min(choices, key=lambda call: bench.gpu_ms(call, 20)))
+    return best[0], best[1]
 
 
 def errors(given: list[Tensor], grad: Tensor) -> list[float]:
@@ -84,19 +71,15 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, study: Any) -> dict[str,
     given = [x, random(groups * 18), random(groups * 9).sigmoid()]
     weight = torch.ones(channels, 1, 3, 3, device="cuda", dtype=dtype)
     pairs = {
-        "deformnd": both(lambda *t: deform_aggregate2d(*t, 3, padding=1), given, grad),
-        "deformnd, depthwise deform_conv2d": both(
+        "deformnd": calls(lambda *t: deform_aggregate2d(*t, 3, padding=1), [*given, grad]),
+        "deformnd, depthwise deform_conv2d": calls(
             lambda x, w, o, m: deform_conv2d(x, w, o, m, padding=1, groups=channels),
-            [x, weight, *given[1:]],
-            grad,
+            [x, weight, *given[1:], grad],
         ),
     }
     if study is not None:
         pairs["study"] = of_study(study, x, groups, grad)
-    result: dict[str, Any] = {"errors": errors(given, grad)}
-    for i, way in enumerate(("forward", "backward")):
-        rounds = bench.gpu_rounds({name: pair[i] for name, pair in pairs.items()})
-        result[way] = {name: sorted(times)[len(times) // 2] for name, times in rounds.items()}
+    result: dict[str, Any] = {"errors": errors(given, grad), **medians(pairs)}
     result["peak MiB"] = [bench.gpu_peak(call) for call in pairs["deformnd"]]
     return result
 

@@ -126,6 +126,15 @@ def errors(shape: Shape, tensors: list[Tensor]) -> list[float]:
     return [bench.relative(g.detach(), w) for g, w in zip(got, wanted, strict=True)]
 
 
+def medians(pairs: dict[str, tuple[Call, Call]]) -> dict[str, dict[str, float]]:
+    """Milliseconds of all forwards, and of all backwards, by rounds in turns."""
+    result = {}
+    for i, way in enumerate(("forward", "backward")):
+        rounds = bench.gpu_rounds({name: pair[i] for name, pair in pairs.items()})
+        result[way] = {name: sorted(times)[len(times) // 2] for name, times in rounds.items()}
+    return result
+
+
 def measure(shape: Shape, dtype: torch.dtype, other: torch.dtype, study: Any) -> dict[str, Any]:
     tensors = make(shape, dtype, other)
     pairs = {
@@ -134,10 +143,7 @@ def measure(shape: Shape, dtype: torch.dtype, other: torch.dtype, study: Any) ->
     }
     if study is not None:
         pairs["study"] = of_study(study, shape, tensors)
-    result: dict[str, Any] = {"errors": errors(shape, tensors)}
-    for i, way in enumerate(("forward", "backward")):
-        rounds = bench.gpu_rounds({name: pair[i] for name, pair in pairs.items()})
-        result[way] = {name: sorted(times)[len(times) // 2] for name, times in rounds.items()}
+    result: dict[str, Any] = {"errors": errors(shape, tensors), **medians(pairs)}
     torch.use_deterministic_algorithms(True)
     ours = pairs["deformnd"][1]
     result["backward"]["deformnd, deterministic"] = bench.gpu_ms(ours, 20)
