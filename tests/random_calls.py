@@ -76,6 +76,7 @@ class RandomCall:
     far: bool = False  # offsets that leave the image
     deterministic: bool = False
     pieces: bool = False  # the batch in pieces, on GPUs
+    sorts: bool = False  # the image gradient of half numbers from sorted lists, on GPUs
     tf32: bool = False
     seed: int = 0
     threads: tuple[int, ...] = (0, 1, 2, 3, 16)  # of which run_cpu picks one
@@ -248,6 +249,7 @@ def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> 
         return dataclasses.replace(
             like, case=case, far=rng.random() < 0.2, seed=rng.randrange(1 << 30),
             deterministic=rng.random() < 0.3, pieces=rng.random() < 0.15,
+            sorts=rng.random() < 0.3,
         )  # fmt: skip
     dtype = rng.choice(limits.dtypes)
     others = [dtype if rng.random() < 0.5 else rng.choice(limits.other_dtypes) for _ in range(2)]
@@ -256,7 +258,8 @@ def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> 
     needs = (True,) * 5 if rng.random() < 0.6 else tuple(rng.random() < 0.5 for _ in range(5))
     return RandomCall(
         case, dtype, others[0], others[1], layouts, needs, rng.random() < 0.2,
-        rng.random() < 0.3, rng.random() < 0.15, dtype == torch.float32 and rng.random() < 0.1,
+        rng.random() < 0.3, rng.random() < 0.15, rng.random() < 0.3,
+        dtype == torch.float32 and rng.random() < 0.1,
         rng.randrange(1 << 30),
     )  # fmt: skip
 
@@ -280,7 +283,7 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
         return rng.choice([d for d in range(1, number + 1) if number % d == 0])
 
     more = ["hopper"] * limits.hopper
-    style = rng.choice(("one", "one", "units", "groups", "depthwise", *more, "aggregate"))
+    style = rng.choice(("one", "one", "few", "units", "groups", "depthwise", *more, "aggregate"))
     image, points, groups = channels(), channels(), 1
     offset_groups = mask_groups = 1
     if style == "hopper":
@@ -294,6 +297,9 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
             offset_groups = rng.choice((2, 2, 3, 4))
             image = offset_groups * rng.choice((40, 48, 64, 64, 80, 96, 128))
             mask_groups = rng.choice((offset_groups, offset_groups, 1))
+    elif style == "few":
+        points, offset_groups = rng.randint(1, 4), rng.choice((1, 1, divisor(image)))
+        mask_groups = rng.choice((1, offset_groups))
     elif style == "units":
         offset_groups, mask_groups = divisor(image), divisor(image)
     elif style == "groups":
@@ -449,11 +455,14 @@ def on_gpu(call: RandomCall) -> Iterator[ModuleType]:
     torch.backends.cudnn.allow_tf32 = call.tf32
     torch.use_deterministic_algorithms(call.deterministic)
     try:
+        other: dict[str, Any] = {}
         if call.pieces:
-            size = call.case.point_size
-            small = dict(CHUNK=2 * math.prod(size), SCRATCH=1)
+            other |= dict(CHUNK=2 * math.prod(call.case.point_size), SCRATCH=1)
+        if call.sorts:
+            other |= dict(ADDED=0, ADDED_DEPTHWISE=0, SORTED_CHANNELS=0)
+        if other:
             gpu._PLANS.clear()
-            with patched(tiles, **small):
+            with patched(tiles, **other):
                 yield gpu
             gpu._PLANS.clear()
         else:

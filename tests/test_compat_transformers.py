@@ -28,6 +28,7 @@ else:
     why = "" if int(transformers.__version__.split(".")[0]) >= 5 else why
 
 needs_transformers = pytest.mark.skipif(bool(why), reason=why)
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 needs_core = pytest.mark.skipif(not deformnd.has_ops(), reason="built without the C++ core")
 
 
@@ -269,7 +270,10 @@ def results(model, inputs):
     """Outputs and gradients, each as one vector."""
     outputs = [t for t in tensors(model(**inputs)) if t.isfinite().all()]
     model.zero_grad()
-    sums = [t.mul(torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in outputs]
+    sums = [
+        t.mul(torch.linspace(-1, 1, t.numel(), device=t.device).view(t.shape)).sum()
+        for t in outputs
+    ]
     sum(t for t in sums if t.requires_grad).backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     assert len(outputs) > 1 and len(grads) > 20
@@ -294,12 +298,15 @@ def counting(at_least):
 
 @needs_transformers
 @needs_core
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name):
+def test_models(name, device):
     model, inputs = build(name)
+    model.to(device)
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     wanted = results(model, inputs)
     with accelerate() as handle, counting(1):
-        assert name.split(",")[0] in handle.models and "cpu" in handle.devices
+        assert name.split(",")[0] in handle.models and device in handle.devices
         got = results(model, inputs)
     assert_equal(got, wanted)
     with counting(0):

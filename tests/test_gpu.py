@@ -217,6 +217,13 @@ def limits(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
     forget()
 
 
+def sorting(monkeypatch: pytest.MonkeyPatch, on: bool = True) -> None:
+    """Have the image gradient of half numbers come from sorted lists, however small the call is, or
+    never."""
+    most = 0 if on else 1 << 62
+    limits(monkeypatch, ADDED=most, ADDED_DEPTHWISE=most, SORTED_CHANNELS=0)
+
+
 def on_device(monkeypatch: pytest.MonkeyPatch, architecture: str, count: int = 132) -> None:
     """Plan as for a GPU with so many multiprocessors."""
     device = tiles.Device(architecture, count, 228 << 10)
@@ -275,6 +282,30 @@ DEPTHWISE = [
     Case((4, 3), (2, 2), image=100, points=100, groups=100, batch=1),
     Case((4, 3), (2, 2), image=160, points=160, groups=160, batch=1, transposed=True),
 ]  # fmt: skip
+
+
+# Calls with few outputs, which all channels share: sample groups of few channels and of several
+# blocks of them, an output alone, and weights of two groups that are spread.
+FEW_OUTPUTS = [
+    Case((6, 7), (3, 3), image=3, points=3),
+    Case((5, 6), (3, 2), image=40, points=1, offset_groups=5, mask_groups=5, batch=1, bias=False),
+    Case((9,), (3,), image=20, points=4, offset_groups=2, mask_groups=1, stride=(2,), last=True),
+    Case((3, 2, 3), (2, 1, 2), image=9, points=2, offset_groups=3, mask_groups=0, batch=1),
+    Case((4, 3), (1, 1), image=150, points=3, offset_groups=1, batch=1, padding=(0, 0)),
+    Case((4, 3), (2, 2), image=16, points=4, groups=2, offset_groups=1, mask_groups=1),
+    Case((5, 4), (3, 2), image=7, points=3, stride=(2, 1), transposed=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FEW_OUTPUTS, ids=str)
+def test_interpreted_few_outputs(
+    case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+    if case.groups == 1:
+        assert {"backward_atomic_depthwise", "backward_weight_depthwise"} <= kernels_used()
+    if case.points < 4 and not case.transposed:
+        assert "forward_few" in kernels_used()
 
 
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
@@ -612,6 +643,7 @@ def test_interpreted_many_chunks(interpreted: None, monkeypatch: pytest.MonkeyPa
 def test_interpreted_chunks_sorted(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks with lists of samples, for half numbers and where results are to be repeatable."""
     limits(monkeypatch, NARROW=4, LISTED=16, LONG=16, SHORT=16)
+    sorting(monkeypatch)
     case = Case((3, 4), (2, 2), image=8, batch=5)
     for half in (case, CHUNKS[4]):
         split(monkeypatch, half)
@@ -1199,7 +1231,7 @@ del {module}.{name}
 from deformnd.kernels import gpu
 from deformnd.kernels.gpu import hopper, runtime, strategy
 assert runtime.AHEAD == {launches != "plainly"}
-assert not hopper.FORWARD and len(strategy.FORWARD) == 4
+assert not hopper.FORWARD and len(strategy.FORWARD) == 5
 """
         for module, name, launches in hidden
     ]
@@ -1376,6 +1408,12 @@ COMPILED_DEPTHWISE = [
 ]  # fmt: skip
 
 
+COMPILED_FEW = [
+    (Case((16, 16), (3, 3), image=3, points=3), torch.float16),
+    (Case((16, 16), (3, 3), image=72, points=3, offset_groups=9, mask_groups=9), torch.bfloat16),
+    (Case((8, 8, 8), (3, 3, 3), image=200, points=4), torch.float32),
+]
+
 COMPILED_IM2COL = Case((16, 16), (3, 3), image=256, points=300, offset_groups=8, mask_groups=8)
 
 
@@ -1383,7 +1421,7 @@ COMPILED_IM2COL = Case((16, 16), (3, 3), image=256, points=300, offset_groups=8,
 @pytest.mark.parametrize(
     ("architecture", "case", "dtype"),
     [
-        *(("sm_90", *some) for some in (*COMPILED, *COMPILED_DEPTHWISE)),
+        *(("sm_90", *some) for some in (*COMPILED, *COMPILED_DEPTHWISE, *COMPILED_FEW)),
         *((a, COMPILED_IM2COL, torch.float16) for a in ("sm_86", "sm_90", "gfx942")),
         *((a, COMPILED_IM2COL, torch.float32) for a in ("sm_90", "sm_120")),
         ("gfx942", *COMPILED_DEPTHWISE[0]),
@@ -1419,10 +1457,12 @@ def test_compiles(
 
 
 def write_all(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans of all that is done for a case: both families, repeatable or not."""
+    """Plans of all that is done for a case: both families, by sorted lists or by atomic additions,
+    and repeatable."""
     made = case.make(dtype, "cpu")
-    for deterministic in (False, True):
+    for deterministic, sorts in ((False, True), (False, False), (True, True)):
         repeatable(monkeypatch, deterministic)
+        sorting(monkeypatch, sorts)
         made.forward(backend), made.backward(backend)
         backend.scatter(made.g, made.grad, made.weight, made.offset, made.mask, None)
 
@@ -1527,7 +1567,7 @@ def test_compiles_for_hopper_by_columns(
     """Their image gradient is by columns, unless it must be repeatable."""
     write_all(case, torch.float16, monkeypatch)
     by_columns = {"multiply_columns_hopper", "backward_columns_hopper"}
-    assert [by_columns <= set(names(plan)) for plan in plans] == [True, False, True] + 3 * [False]
+    assert [by_columns <= set(names(plan)) for plan in plans] == [True, False, True] + 6 * [False]
     steps = [step for step in different(plans) if step.name in by_columns]
     for step in steps:
         compiled = step.compile(target("sm_90"))
@@ -1718,6 +1758,7 @@ def test_a_plan_without_what_cannot_be_built(
 
     monkeypatch.setattr(Plan, "load", load)
     split(monkeypatch, case)
+    sorting(monkeypatch)
 
     def kernels() -> set[str]:
         backend._PLANS.clear()
@@ -1821,7 +1862,11 @@ GPU_CASES = [
 @gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
-def test_gpu_cases(case: Case, dtype: torch.dtype, exact_float32: None) -> None:
+def test_gpu_cases(
+    case: Case, dtype: torch.dtype, exact_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Half of the cases sort in float16 and the others in bfloat16.
+    sorting(monkeypatch, (GPU_CASES.index(case) + list(TOLERANCE).index(dtype)) % 2 == 0)
     # Offsets in float32: coordinates in half of these sizes are exact only nearly.
     check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
     assert not variants.BROKEN
@@ -2105,6 +2150,7 @@ def test_gpu_im2col(
 )
 def test_gpu_by_columns(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """All items' columns at once, then those of two: and with few multiprocessors, in one split."""
+    sorting(monkeypatch)
     made = case.make(dtype, "cuda", float_offset=True)
     check(made, *TOLERANCE[dtype])
     g = made.g
@@ -2156,6 +2202,7 @@ def test_gpu_chunks(
     if case.offset_groups == 16:  # so that few programs do not keep a gather from Hopper's kernel
         on_device(monkeypatch, tiles.device_of(torch.device("cuda")).architecture, 4)
     split(monkeypatch, case)
+    sorting(monkeypatch, case.batch % 2 == 0)
     torch.use_deterministic_algorithms(deterministic)
     try:
         check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
@@ -2213,8 +2260,11 @@ def draw(rng: random.Random, n: int) -> Case:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("part", range(10))
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_gpu_random(n: int, part: int, dtype: torch.dtype, exact_float32: None) -> None:
+def test_gpu_random(
+    n: int, part: int, dtype: torch.dtype, exact_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(100 * n + part)
+    sorting(monkeypatch, part % 2 == 0)
     for i in range(50):
         case = draw(rng, n)
         try:

@@ -133,12 +133,16 @@ def _divert(
     return undo
 
 
+# The devices that have autocast. They are looked up once, because torch.compile cannot trace that.
+_AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
+
+
 def _attend(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
     """deform_attention, with the result's dtype that torch's own operations would give."""
     device = value.device.type
     # Autocast is only turned off where it is on, since exported graphs would have the context in
-    # them. Some devices, such as meta, have no autocast.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # them.
+    if device in _AUTOCASTING and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _attend(value, shapes, locations, weights)
     output = deform_attention(value, shapes, locations, weights)

@@ -158,4 +158,4 @@ def write(
     )
 
 
-VARIANTS = portable("backward_atomic", write)
+VARIANTS = portable("backward_atomic", write, wants_parts=True)

@@ -125,4 +125,4 @@ def write(
     call.reduce_weight(parts, out)
 
 
-VARIANTS = portable("backward_weight", write)
+VARIANTS = portable("backward_weight", write, wants_parts=True)

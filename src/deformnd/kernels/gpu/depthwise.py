@@ -1,15 +1,17 @@
-"""Depthwise convolutions: every channel of the points has one channel of the image.
+"""Calls in which a channel of the image meets few of the points': depthwise convolutions, in which
+it has points' channels of its own, and convolutions with few outputs, which all channels share.
 
-There are no products between channels, so tensor cores have nothing to do, and reading corners is
-what costs. A program takes BLOCK_P positions and channels of one sample group. It finds a cell
-once, and every lane reads 16 bytes of each corner's channels, one chunk of BLOCK_C after another:
+Products of matrices would be mostly padding, so tensor cores have nothing to do, and reading
+corners is what costs. A program takes BLOCK_P positions and channels of one sample group. It finds
+a cell once, and every lane reads 16 bytes of each corner's channels, one chunk of BLOCK_C after
+another:
 
     [BLOCK_P, BLOCK_C]      a chunk of samples; CHUNKS of them lie in the same lanes,
     [BLOCK_P]               and share the cells, which every lane of a position finds for itself
 
-Channel c of the image has the points' channels from c * MULTIPLIER to (c + 1) * MULTIPLIER. The
-repeatable gradient of the image is in backward_sorted.py, whose product with interpolation weights
-serves depthwise calls as well.
+A channel of the image has MULTIPLIER of the points' channels. Channel c has those from
+c * MULTIPLIER on, or, with SHARED, it has all of them, as every channel has. The repeatable
+gradient of the image is in backward_sorted.py, which serves these calls as well.
 """
 
 from __future__ import annotations
@@ -131,13 +133,52 @@ def read_row(row, c, j: tl.constexpr, i: tl.constexpr, stop, MULTIPLIER: tl.cons
 
 
 @triton.jit
-def read_rows(rows, p, inside, c, j: tl.constexpr, i: tl.constexpr, stop, g, INDEX: tl.constexpr,
-              MULTIPLIER: tl.constexpr):  # fmt: skip
-    """The numbers that read_row gives, from the rows of points at positions p."""
-    c += j * c.shape[0]
-    place = (p.to(INDEX) * g.padded_outputs)[:, None] + (c * MULTIPLIER + i)[None, :]
-    keep = inside[:, None] & (c < stop)[None, :]
-    return tl.load(rows + place, mask=keep, other=0.0).to(tl.float32)
+def weights_from(weight, s, c0, g, MULTIPLIER: tl.constexpr, SHARED: tl.constexpr):
+    """Where the first tap's weights of a sample group's channels begin, from channel c0 on."""
+    if SHARED:
+        return weight + (s * g.padded + c0)
+    else:
+        return weight + (s * g.group_channels + c0) * MULTIPLIER
+
+
+@triton.jit
+def read_weight(weight, c, j: tl.constexpr, i: tl.constexpr, stop, g,
+                EVEN: tl.constexpr, MULTIPLIER: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
+    """In float32, the weights of each image channel in chunk j of channels c for the i-th of its
+    points' channels [1, BLOCK_C]."""
+    if SHARED:
+        weight += i * g.columns
+        if EVEN:  # the row of a sample group ends with zeros, and so needs no check either
+            return tl.load(weight + (c + j * c.shape[0])).to(tl.float32)[None, :]
+        else:
+            return read_row(weight, c, j, 0, stop, 1)[None, :]
+    else:
+        return read_row(weight, c, j, i, stop, MULTIPLIER)[None, :]
+
+
+@triton.jit
+def points_from(points, b, s, c0, g, MULTIPLIER: tl.constexpr, SHARED: tl.constexpr):
+    """Where the rows of points of a batch item begin, from those of a sample group's channel c0."""
+    points += b * g.positions * g.padded_outputs
+    if SHARED:
+        return points
+    else:
+        return points + (s * g.group_channels + c0) * MULTIPLIER
+
+
+@triton.jit
+def read_points(points, p, inside, c, j: tl.constexpr, i: tl.constexpr, stop, g,
+                INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
+    """In float32, for each image channel in chunk j of channels c, the i-th of its points' channels
+    at positions p: [BLOCK_P, BLOCK_C], or [BLOCK_P, 1] where all have the same."""
+    place = (p.to(INDEX) * g.padded_outputs)[:, None]
+    if SHARED:
+        return tl.load(points + (place + i), mask=inside[:, None], other=0.0).to(tl.float32)
+    else:
+        c += j * c.shape[0]
+        keep = inside[:, None] & (c < stop)[None, :]
+        place = place + (c * MULTIPLIER + i)[None, :]
+        return tl.load(points + place, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -159,7 +200,7 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
     first = s * g.group_channels + c0  # the first channel, counted through all sample groups
     image += b * g.item + s.to(tl.int64) * g.plane + c0
     if weight is not None:
-        weight += first * MULTIPLIER
+        weight = weights_from(weight, s, c0, g, MULTIPLIER, False)
     stop = g.group_channels - c0
     acc = ()
     for j in tl.static_range(CHUNKS * MULTIPLIER):
@@ -180,7 +221,7 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
             for i in tl.static_range(MULTIPLIER):
                 term = x[j]
                 if weight is not None:
-                    term *= read_row(weight, c, j, i, stop, MULTIPLIER)[None, :]
+                    term *= read_weight(weight, c, j, i, stop, g, EVEN, MULTIPLIER, False)
                 sums = sums + (acc[j * MULTIPLIER + i] + term,)
         acc = sums
         shift, _ = following(shift, g.kernel)
@@ -198,11 +239,80 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
 
 
 @triton.jit
+def forward_few(image, weight, offset, mask, bias, out, parts, g, tiles, splits,
+                LAST: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
+                MULTIPLIER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                CHUNKS: tl.constexpr, NEAR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
+    """out[b, i, p] = bias[i] + sum over taps and channels of weight[i, c, tap] * sample, for
+    MULTIPLIER outputs.
+
+    Grid: (B x tiles of positions, splits). Splits share the taps of all sample groups.
+    """
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = p < g.positions
+    c = tl.arange(0, BLOCK_C)
+    image += b * g.item
+    point = unravel(p, g.point)
+    end = g.padded
+    if ONCE:
+        end = BLOCK_C
+    acc = ()
+    for i in tl.static_range(MULTIPLIER):
+        acc = acc + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
+    split = tl.program_id(1)
+    units = g.sample_groups * g.taps
+    first = split * units // splits
+    stop = (split + 1) * units // splits
+    s = first // g.taps
+    tap = first % g.taps
+    shift = unravel(tap, g.kernel)
+    offsets, masks = read_at(offset, mask, rows_of(s, tap, g), b, p, inside, g, INDEX)
+    for _ in range(first, stop):
+        axes, amplitude, valid = cells(offsets, masks, point, shift, inside, g, NEAR)
+        source = image + s.to(tl.int64) * g.plane
+        at = weights_from(weight, s, 0, g, MULTIPLIER, True)
+        at += tap * (g.padded_outputs * g.columns)
+        # The next offsets and masks are read now, so that the next turn need not wait for them. The
+        # last turn reads those of its own sample group in vain.
+        shift, over = following(shift, g.kernel)
+        tap = tl.where(over > 0, 0, tap + 1)
+        s = tl.minimum(s + over, g.sample_groups - 1)
+        offsets, masks = read_at(offset, mask, rows_of(s, tap, g), b, p, inside, g, INDEX)
+        for c0 in range(0, end, CHUNKS * BLOCK_C):
+            x = sample(source + c0, axes, amplitude, c, g.padded - c0, g, INDEX, EVEN, CHUNKS)
+            sums = ()
+            for i in tl.static_range(MULTIPLIER):
+                total = acc[i]
+                for j in tl.static_range(CHUNKS):
+                    total += x[j] * read_weight(
+                        at + c0, c, j, i, g.group_channels - c0, g, EVEN, MULTIPLIER, True
+                    )
+                sums = sums + (total,)
+            acc = sums
+    item = b * g.positions * g.outputs
+    if splits > 1:
+        item += split.to(tl.int64) * g.batch * g.positions * g.outputs
+    for i in tl.static_range(MULTIPLIER):
+        value = tl.sum(acc[i], 1)
+        place = item + i * g.positions.to(tl.int64) + p
+        if LAST:
+            place = item + p.to(tl.int64) * g.outputs + i
+        if splits > 1:
+            tl.store(parts + place, value, mask=inside)
+        else:
+            if bias is not None:
+                value += tl.load(bias + i).to(tl.float32)
+            tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, grad_offset,
                               grad_mask, g, tiles, splits,
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
-                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
-                              NEAR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
+                              SHARED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                              CHUNKS: tl.constexpr, NEAR: tl.constexpr,
+                              ONCE: tl.constexpr):  # fmt: skip
     """The gradients that backward_atomic writes. ONCE says that the chunks hold all channels of a
     sample group.
 
@@ -220,15 +330,13 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
         image += start
     if grad_image is not None:
         grad_image += start
-    channel = s * g.group_channels * MULTIPLIER
-    points += b * g.positions * g.padded_outputs + channel
-    if weight is not None:
-        weight += channel
+    points = points_from(points, b, s, 0, g, MULTIPLIER, SHARED)
     split = tl.program_id(1)
     first = split * g.taps // splits
     stop = (split + 1) * g.taps // splits
     if weight is not None:
-        weight += first * g.padded_outputs
+        weight = weights_from(weight, s, 0, g, MULTIPLIER, SHARED)
+        weight += first * (g.padded_outputs * g.columns)
     point = unravel(p, g.point)
     shift = unravel(first, g.kernel)
     end = g.padded
@@ -251,11 +359,13 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
             for j in tl.static_range(CHUNKS):
                 grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
                 for i in tl.static_range(MULTIPLIER):
-                    x = read_rows(
-                        points, p, inside, c, j, i, g.group_channels, g, INDEX, MULTIPLIER
+                    x = read_points(
+                        points, p, inside, c, j, i, g.group_channels, g, INDEX, MULTIPLIER, SHARED
                     )
                     if weight is not None:
-                        x *= read_row(weight, c, j, i, g.group_channels, MULTIPLIER)[None, :]
+                        x = x * read_weight(
+                            weight, c, j, i, g.group_channels, g, EVEN, MULTIPLIER, SHARED
+                        )
                     grad += x
                 grads = grads + (grad,)
             sums = ()
@@ -293,16 +403,17 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
                 tl.store(grad_mask + (base * g.positions + p), value, mask=inside)
         shift, _ = following(shift, g.kernel)
         if weight is not None:
-            weight += g.padded_outputs
+            weight += g.padded_outputs * g.columns
 
 
 @triton.jit
 def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, blocks, splits,
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
-                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
-                              NEAR: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
-    """Sums [splits, K, 1, O] of points times samples over shares of the positions. The points are
-    read once for TAPS taps at a time, which divide all taps.
+                              SHARED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                              CHUNKS: tl.constexpr, NEAR: tl.constexpr,
+                              TAPS: tl.constexpr):  # fmt: skip
+    """Sums [splits, K, C / groups, O] of points times samples over shares of the positions. The
+    points are read once for TAPS taps at a time, which divide all taps.
 
     Grid: (sample groups x blocks of their channels x K / TAPS, splits).
     """
@@ -311,10 +422,8 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
     c0 = tl.program_id(0) // runs % blocks * (CHUNKS * BLOCK_C)
     s = tl.program_id(0) // runs // blocks
     c = tl.arange(0, BLOCK_C)
-    first = (s * g.group_channels + c0) * MULTIPLIER
     stop = g.group_channels - c0
     image += s.to(tl.int64) * g.plane + c0
-    points += first
     acc = ()
     for j in tl.static_range(TAPS * CHUNKS * MULTIPLIER):
         acc = acc + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
@@ -326,12 +435,14 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
         p = t % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < g.positions
         source = image + b * g.item
-        at = points + b * g.positions * g.padded_outputs
+        at = points_from(points, b, s, c0, g, MULTIPLIER, SHARED)
         point = unravel(p, g.point)
         grads = ()
         for j in tl.static_range(CHUNKS):
             for i in tl.static_range(MULTIPLIER):
-                grads = grads + (read_rows(at, p, inside, c, j, i, stop, g, INDEX, MULTIPLIER),)
+                grads = grads + (
+                    read_points(at, p, inside, c, j, i, stop, g, INDEX, MULTIPLIER, SHARED),
+                )
         sums = ()
         for k in tl.static_range(TAPS):
             rows = rows_of(s, first_tap + k, g)
@@ -344,30 +455,43 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
                 sums = sums + (acc[k * (CHUNKS * MULTIPLIER) + j] + term,)
         acc = sums
     for k in tl.static_range(TAPS):
-        to = parts + (split * g.taps + first_tap + k) * g.padded_outputs + first
+        to = parts + (split * g.taps + first_tap + k) * (g.group_in * g.padded_outputs)
         for j in tl.static_range(CHUNKS * MULTIPLIER):
             channel = c + j // MULTIPLIER * BLOCK_C
             value = tl.sum(acc[k * (CHUNKS * MULTIPLIER) + j], 0)
-            place = channel * MULTIPLIER + j % MULTIPLIER
+            place = s * g.group_channels + c0 + channel
+            if SHARED:
+                place = place * g.padded_outputs + j % MULTIPLIER
+            else:
+                place = place * MULTIPLIER + j % MULTIPLIER
             tl.store(to + place, value, mask=channel < stop)
 
 
 def multiplier_of(call: Call) -> int:
-    """How many of the points' channels a channel of the image has, or 0 if no kernel of this file
-    takes the call."""
+    """How many channels of the points a channel of the image has for its own, or 0 if the call is
+    not depthwise or has too many of them."""
     n = call.sizes
     fits = n.group_in == 1 and n.group_out <= MOST and call.precision != "bf16x3"
     return n.group_out if fits else 0
 
 
-def takes(call: Call) -> bool:
+def takes_depthwise(call: Call) -> bool:
     return multiplier_of(call) > 0
+
+
+def takes_few(call: Call) -> bool:
+    return call.few_outputs and call.sizes.group_in > 1
+
+
+def takes(call: Call) -> bool:
+    return takes_depthwise(call) or takes_few(call)
 
 
 WARPS = 4
 
-# The weight's gradient takes this many taps at once, if they divide all taps.
-TAPS = 3
+# The weight's gradient takes this many taps at once, if they divide all taps and a lane has at most
+# SUMS sums of them.
+TAPS, SUMS = 3, 96
 
 
 def blocks_of(call: Call) -> tuple[dict[str, Any], int, int]:
@@ -408,6 +532,25 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     )
 
 
+def write_few(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
+    n = call.sizes
+    constants, tiles, blocks = blocks_of(call)
+    programs = n.batch * tiles
+    # Sums of few outputs cost little to add, so there may be many splits.
+    splits = max(1, min(n.sample_groups * n.taps, 8 * call.multiprocessors // programs))
+    call.launch_split(
+        forward_few,
+        (programs, splits),
+        constants | dict(ONCE=blocks == 1),
+        out,
+        bias,
+        warps=WARPS,
+        image=call.image(image),
+        weight=call.weight(),
+        tiles=tiles,
+    )
+
+
 def write_backward_atomic(
     call: Call,
     image: Operand | None,
@@ -426,7 +569,7 @@ def write_backward_atomic(
     call.launch(
         backward_atomic_depthwise,
         (programs, splits, 1),
-        constants | dict(ONCE=blocks == 1, BLOCK_P=block_p),
+        constants | dict(SHARED=takes_few(call), ONCE=blocks == 1, BLOCK_P=block_p),
         warps=WARPS,
         **arguments_of(call, image, call.rows(points), by_image, by_offset, by_mask),
         weight=call.weight(),
@@ -442,14 +585,15 @@ def write_backward_weight(call: Call, image: Operand, points: Operand, out: Buff
     constants["BLOCK_P"] //= 2
     tiles = triton.cdiv(n.positions, constants["BLOCK_P"])
     warps = WARPS if call.dtype == torch.float32 else WARPS // 2
-    taps = TAPS if n.taps % TAPS == 0 else 1
+    sums = constants["BLOCK_P"] * constants["BLOCK_C"] * constants["CHUNKS"] * n.group_out
+    taps = TAPS if n.taps % TAPS == 0 and TAPS * sums <= SUMS * 32 * warps else 1
     programs = n.sample_groups * blocks * n.taps // taps
     splits = min(n.batch * tiles, triton.cdiv(8 * call.multiprocessors, programs))
-    parts = call.plan.scratch(splits, n.taps, 1, n.padded_outputs, dtype=torch.float32)
+    parts = call.plan.scratch(splits, n.taps, n.group_in, n.padded_outputs, dtype=torch.float32)
     call.launch(
         backward_weight_depthwise,
         (programs, splits, 1),
-        dict(TAPS=taps, **constants),
+        dict(TAPS=taps, SHARED=takes_few(call), **constants),
         warps=warps,
         image=call.image(image),
         points=call.rows(points),
@@ -461,6 +605,7 @@ def write_backward_weight(call: Call, image: Operand, points: Operand, out: Buff
     call.reduce_weight(parts, out)
 
 
-FORWARD = Variant("forward_depthwise", takes, write_forward)
+FORWARD = Variant("forward_depthwise", takes_depthwise, write_forward)
+FORWARD_FEW = Variant("forward_few", takes_few, write_few)
 BACKWARD_ATOMIC = Variant("backward_atomic_depthwise", takes, write_backward_atomic)
 BACKWARD_WEIGHT = Variant("backward_weight_depthwise", takes, write_backward_weight)

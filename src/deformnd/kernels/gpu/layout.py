@@ -406,6 +406,13 @@ def allows_tf32() -> bool:
     return bool(torch.backends.cudnn.allow_tf32)
 
 
+def has_few_outputs(g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether the call goes by the kernels for few outputs (depthwise.py). In half precision tensor
+    cores are faster unless a sample group has few channels, too."""
+    few = g.groups == 1 and g.point_channels <= tiles.MOST
+    return few and (dtype == torch.float32 or sizes_of(g, False).padded <= 8)
+
+
 def precision_of(g: Geometry, dtype: torch.dtype) -> str:
     """The precision of the call's products (sampling.py, Note [precision])."""
     if dtype != torch.float32:
@@ -415,7 +422,7 @@ def precision_of(g: Geometry, dtype: torch.dtype) -> str:
     # compile its weight gradients.
     if allows_tf32() and not is_narrow(sizes.group_channels, sizes.sample_groups):
         return "tf32"
-    if sizes.group_in * sizes.group_out >= tiles.FEW:
+    if sizes.group_in * sizes.group_out >= tiles.FEW and not has_few_outputs(g, dtype):
         return "bf16x3"
     return "ieee" if torch.version.hip else "tf32x3"
 
@@ -434,14 +441,20 @@ class Steps:
     """The launches of a plan, in their order, with jobs for one `prepare` gathered before them.
 
     Where memory is short `together` is false: jobs are launched one by one, and what may wait is
-    prepared later.
+    prepared later. With `other` the steps are those of a call of another size.
     """
 
-    def __init__(self, plan: Plan, together: bool = True) -> None:
-        self.plan, self.together = plan, together
+    def __init__(self, plan: Plan, together: bool = True, other: bool = False) -> None:
+        self.plan, self.together, self.other = plan, together, other
+        self.depends = False  # whether calls of other sizes have other steps
         self._jobs: list[tuple[Any, Any]] = []  # the jobs for `prepare`, each with its kind
         self._then: list[Launch] = []
         self._last: list[Launch] = []
+
+    def depending(self, choice: bool) -> bool:
+        """Note that a choice depends on the call's size; returns it, or what `other` steps take."""
+        self.depends = True
+        return choice != self.other
 
     def first(self, kind: tuple[Any, ...], *job: Any) -> None:
         """Add a job to do before the next launch. Sums take longest, so they come first."""
@@ -528,11 +541,13 @@ class Call:
         self.weight_groups = g.groups
         self.spread = self._spreads(g)
         self.g = g = g._replace(groups=1) if self.spread else g
+        self.few_outputs = has_few_outputs(g, dtype) and precision != "bf16x3"
         # Whether there are kernels for this call that take whole blocks of channels, whatever the
         # number of its channels is.
         self.by_blocks = (
             self.architecture in tiles.BLOCKS
             and precision in ("native", "bf16x3")
+            and not self.few_outputs
             and g.groups == 1
             and g.offset_groups > 0
         )
@@ -772,7 +787,21 @@ class Call:
         self.steps.first(kind, source.buffer, out.buffer, *([] if bias is None else [bias]), sizes)
 
     def zero(self, buffer: Buffer) -> None:
-        self.steps.zero(buffer)
+        """Fill a buffer with zeros before the next launch, unless this call has done so."""
+        if ("zeros", buffer) not in self._made:
+            self._made["zeros", buffer] = buffer
+            self.steps.zero(buffer)
+
+    def added(self, result: Operand, bias: Buffer | None) -> Buffer:
+        """The float32 image that atomic additions go to. It is the result itself, unless that is
+        laid out in another way or has a bias to be added."""
+        n, buffer = self.sizes, result.buffer
+        if result.last and n.row == n.channels and bias is None and buffer.dtype == torch.float32:
+            return buffer
+        key = ("added", result)
+        if key not in self._made:
+            self._made[key] = self.plan.scratch(n.batch, n.item, dtype=torch.float32)
+        return self._made[key]
 
     def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer | None:
         """The weight packed as [taps, padded_outputs, columns], or its bfloat16 heads and tails, as

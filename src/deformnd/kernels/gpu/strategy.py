@@ -22,12 +22,13 @@ from . import (
     tiles,
     variants,
 )
-from .layout import Call, Operand, Order, Steps, precision_of
+from .layout import Call, Operand, Steps, precision_of
 from .runtime import Buffer, Launch, Plan
 
 # The variants of each operation, the fastest first. The last one takes every call on every GPU.
 FORWARD = (
     depthwise.FORWARD,
+    depthwise.FORWARD_FEW,
     *hopper.FORWARD,
     im2col.FORWARD,
     *forward.VARIANTS,
@@ -86,9 +87,11 @@ def draft(
     wanted: Any,
     chunks: int = 1,
     room: bool = True,
+    other: bool = False,
 ) -> list[Launch]:
     """Write the plan in this many chunks, and with jobs gathered if there is `room` for their
-    results. Returns all launches that it may need."""
+    results. Returns all launches that it may need, which include those of calls that are larger or
+    smaller. With `other` the plan does what such calls do."""
     operands: list[Any] = []
     forms = []
     for buffer, layout in zip(plan.given, layouts, strict=False):
@@ -98,11 +101,14 @@ def draft(
     image, points, weight = operands
     offset, mask, bias = plan.given[3:]
     dtype, last = dtype_of(plan), (image or points).last
-    call = Call(
-        g, Steps(plan, room), dtype, precision_of(g, dtype), weight, offset, mask, last, chunks
-    )
+    steps = Steps(plan, room, other)
+    call = Call(g, steps, dtype, precision_of(g, dtype), weight, offset, mask, last, chunks)
     make(call, image, points, bias, forms, wanted)
-    call.steps.finish()
+    steps.finish()
+    if steps.depends and not other:
+        more = Plan(plan.device, [])
+        more.given = plan.given
+        plan.spares += draft(more, make, g, layouts, wanted, chunks, room, other=True)
     return [*plan.steps, *plan.spares]
 
 
@@ -190,10 +196,14 @@ def _gradients(
     by_position = grad_offset is not None or grad_mask is not None
     by_atomics = None if by_sorting else grad_image
     narrow = variants.choose(hopper.BACKWARD_NARROW, call) if by_position else None
-    weight_variant = variants.choose(WEIGHT, call)
-    wants_parts = call.precision == "bf16x3" and (
-        narrow is not None or (weight_variant is not None and weight_variant.wants_parts)
-    )
+    atomic, users = None, [narrow] if narrow else []
+    if narrow is None and (by_position or by_atomics is not None):
+        atomic = variants.choose(ATOMIC, call) or ATOMIC[-1]
+        users.append(atomic)
+    if narrow is None and grad_weight is not None:
+        users.append(variants.choose(WEIGHT, call) or WEIGHT[-1])
+    # How these kernels read the points: as parts, as rows, or some so and some so.
+    in_parts = {call.precision == "bf16x3" and user.wants_parts for user in users}
     # The gradient of the image, or of the points, is written last, because until then a copy of the
     # image, or of the points, lies in its memory. So atomic additions come after the weight's
     # gradient.
@@ -207,19 +217,22 @@ def _gradients(
         # prepared in one launch.
         sorting = _sorting(call)
         call.weight(sorting.order)
-        if not wants_parts:
+        if call.steps.together or True not in in_parts:
             call.rows(points)
         if call.steps.together:
             lists = backward_sorted.make_lists(call, sorting)
     with call.frame():
+        # All that these kernels need is asked for here, so that it is prepared in one launch, but
+        # where memory is short only what all of them use.
         if by_position or grad_weight is not None or grad_points is not None:
             call.image(image)
-        if not wants_parts and (by_position or grad_weight is not None or by_atomics is not None):
-            call.rows(points)
-        if narrow is None and (by_position or by_atomics is not None):
-            # The weight is asked for here, so that all orders of it are packed in one launch.
-            atomic = variants.choose(ATOMIC, call)
-            call.weight(atomic.order if atomic else Order.PLAIN)
+        if call.steps.together or len(in_parts) == 1:
+            for parts in sorted(in_parts):
+                call.parts(points) if parts else call.rows(points)
+        if atomic is not None:
+            call.weight(atomic.order)
+            if by_atomics is not None and call.steps.together:
+                call.zero(call.added(by_atomics, None))
         if narrow is not None:
             args = (image, points, by_atomics, grad_offset, grad_mask, grad_weight)
             _atomic_like(call, hopper.BACKWARD_NARROW, *args)
@@ -240,17 +253,26 @@ def _by_sorting(call: Call, beside: bool = False) -> bool:
     gradients are computed as well.
 
     The gradient is bitwise repeatable if the lists are in order. In half precision it is also
-    faster than atomic additions, unless few channels share the cost of a list. In float32 it has
-    more products to split (sampling.py, Note [precision]), so it is slower and less accurate.
+    faster than atomic additions where these would be many and a sample group has the channels that
+    a list is worth. In float32 it has more products to split (sampling.py, Note [precision]), so it
+    is slower and less accurate.
     """
     if torch.are_deterministic_algorithms_enabled():
         return True
     n = call.sizes
-    # With strides a tile of pixels has few samples of a tap, but is multiplied for every tap. The
-    # gradients of offset and mask compute the gradients of all samples anyway, and to add these by
-    # atomics is then cheaper. A single sample group has hopper/backward_columns.py for this.
-    few = beside and n.sample_groups > 1 and math.prod(n.stride) > 2
-    return call.precision == "native" and n.group_channels > tiles.NARROW and not few
+    least = tiles.NARROW + 1
+    if n.sample_groups > 1:
+        least = tiles.SORTED_CHANNELS
+        # With strides a tile of pixels has few samples of a tap, but is multiplied for every tap.
+        # The gradients of offset and mask compute the gradients of all samples anyway, and to add
+        # these by atomics is then cheaper.
+        if beside and math.prod(n.stride) > 2:
+            return False
+    if call.precision != "native" or n.group_channels < least:
+        return False
+    sectors = n.batch * n.positions * n.taps * 2 ** len(n.image) * n.channels // 8
+    most = tiles.ADDED_DEPTHWISE if depthwise.takes_depthwise(call) else tiles.ADDED
+    return call.steps.depending(sectors > most)
 
 
 def _forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
@@ -288,17 +310,11 @@ def _atomic_like(
     *by_weight: Buffer | None,
     bias: Buffer | None = None,
 ) -> None:
-    n, plan = call.sizes, call.plan
+    n = call.sizes
     with call.frame():
         grad_offset = _by_sample_group(call, by_offset, n.per_offset)
         grad_mask = _by_sample_group(call, by_mask, n.per_mask)
-        grad_image = None
-        if by_image is not None:
-            direct = by_image.last and n.row == n.channels and bias is None
-            if direct and by_image.buffer.dtype == torch.float32:
-                grad_image = by_image.buffer
-            else:
-                grad_image = plan.scratch(n.batch, n.item, dtype=torch.float32)
+        grad_image = None if by_image is None else call.added(by_image, bias)
         args = (image, points, grad_image, grad_offset, grad_mask, *by_weight)
         variants.write(kind, call, *args)
         if grad_image is not None and by_image is not None and grad_image != by_image.buffer:

@@ -202,7 +202,7 @@ DEEP = 512
 
 # Sample groups of at most this many channels are narrow: a program takes several of them at a time.
 # A single sample group is narrow with at most half as many, and then a program takes several taps
-# at a time. The image gradient of narrow groups goes by atomic additions.
+# at a time.
 NARROW = 32
 
 # Depthwise kernels take at most this many channels of the points for one channel of the image,
@@ -231,6 +231,12 @@ COLUMNS = 32 << 20
 
 # The gradients of the weight of this many chunks are kept before they are added up.
 KEPT = 8
+
+# In half precision the image gradient comes from sorted lists instead of atomic additions
+# (strategy.py, _by_sorting) where these would go to more than ADDED sectors of 32 bytes, in
+# depthwise calls to more than ADDED_DEPTHWISE. An H200 adds to 100 of them in a nanosecond. Where
+# there are several sample groups, each needs SORTED_CHANNELS.
+ADDED, ADDED_DEPTHWISE, SORTED_CHANNELS = 5_500_000, 30_000_000, 96
 
 # This many positions are listed at a time for the sorted image gradient.
 LISTED = 512

@@ -24,11 +24,16 @@ class Variant(NamedTuple):
     together: bool = False  # whether it takes lists of all taps together (backward_sorted.py)
 
 
-def portable(name: str, write: Callable[..., None]) -> tuple[Variant, Variant]:
+def portable(
+    name: str, write: Callable[..., None], wants_parts: bool = False
+) -> tuple[Variant, Variant]:
     """The variants of a portable kernel, which take every call on every GPU: with the device's
     tiles, and with the smallest."""
     smallest = functools.partial(write, tiles=SMALLEST)
-    return Variant(name, _any, write), Variant(name + ", small", _any, smallest)
+    return (
+        Variant(name, _any, write, wants_parts),
+        Variant(name + ", small", _any, smallest, wants_parts),
+    )
 
 
 def _any(call: Call) -> bool:
