@@ -192,7 +192,7 @@ def _gradients(
     grad_offset: Buffer | None,
     grad_mask: Buffer | None,
 ) -> None:
-    by_sorting = grad_image is not None and _by_sorting(call, beside=True)
+    by_sorting = grad_image is not None and _by_sorting(call)
     by_position = grad_offset is not None or grad_mask is not None
     by_atomics = None if by_sorting else grad_image
     narrow = variants.choose(hopper.BACKWARD_NARROW, call) if by_position else None
@@ -248,27 +248,23 @@ def _gradients(
         _sorted(call, points, None, grad_image, lists)
 
 
-def _by_sorting(call: Call, beside: bool = False) -> bool:
-    """Whether the image gradient is gathered from sorted lists of samples. `beside` says that other
-    gradients are computed as well.
+def _by_sorting(call: Call) -> bool:
+    """Whether the image gradient is gathered from sorted lists of samples.
 
-    The gradient is bitwise repeatable if the lists are in order. In half precision it is also
-    faster than atomic additions where these would be many and a sample group has the channels that
-    a list is worth. In float32 it has more products to split (sampling.py, Note [precision]), so it
-    is slower and less accurate.
+    It is bitwise repeatable if the lists are in order. In half precision it is also faster than
+    atomic additions where these would be many and a sample group has the channels that a list is
+    worth. In float32 it has more products to split (sampling.py, Note [precision]), so it is slower
+    and less accurate.
     """
     if torch.are_deterministic_algorithms_enabled():
         return True
     n = call.sizes
-    least = tiles.NARROW + 1
-    if n.sample_groups > 1:
-        least = tiles.SORTED_CHANNELS
-        # With strides a tile of pixels has few samples of a tap, but is multiplied for every tap.
-        # The gradients of offset and mask compute the gradients of all samples anyway, and to add
-        # these by atomics is then cheaper.
-        if beside and math.prod(n.stride) > 2:
-            return False
+    least = tiles.SORTED_CHANNELS if n.sample_groups > 1 else tiles.NARROW + 1
     if call.precision != "native" or n.group_channels < least:
+        return False
+    # With strides a tile of pixels has few samples of a tap. It pays to gather them only from lists
+    # of all taps together, as hopper/backward_columns.py does.
+    if math.prod(n.stride) > 2 and not _sorting(call).together:
         return False
     sectors = n.batch * n.positions * n.taps * 2 ** len(n.image) * n.channels // 8
     most = tiles.ADDED_DEPTHWISE if depthwise.takes_depthwise(call) else tiles.ADDED

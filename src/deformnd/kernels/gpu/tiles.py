@@ -126,7 +126,7 @@ HOPPER = (
     Tiles("backward_narrow_hopper", 4, ANY, 64, 128, 32, 4, 2, resident=2),
     Tiles("backward_atomic_hopper", 2, 128, 64, 128, 32, 4, 3),
     Tiles("backward_atomic_hopper", 2, 256, 64, 256, 64, 4, 2),
-    Tiles("backward_atomic_hopper", 2, 512, 64, 256, 64, 4, 4),
+    Tiles("backward_atomic_hopper", 2, 512, 64, 256, 64, 4, 3),
     Tiles("backward_atomic_hopper", 2, ANY, 64, 256, 32, 4, 3),
     Tiles("backward_atomic_hopper", 4, 128, 64, 128, 32, 4, 2),
     Tiles("backward_atomic_hopper", 4, 256, 128, 256, 32, 8, 2),
@@ -236,7 +236,7 @@ KEPT = 8
 # (strategy.py, _by_sorting) where these would go to more than ADDED sectors of 32 bytes, in
 # depthwise calls to more than ADDED_DEPTHWISE. An H200 adds to 100 of them in a nanosecond. Where
 # there are several sample groups, each needs SORTED_CHANNELS.
-ADDED, ADDED_DEPTHWISE, SORTED_CHANNELS = 5_500_000, 30_000_000, 96
+ADDED, ADDED_DEPTHWISE, SORTED_CHANNELS = 5_000_000, 30_000_000, 96
 
 # This many positions are listed at a time for the sorted image gradient.
 LISTED = 512

@@ -199,7 +199,8 @@ def plan_of(call: Call) -> Plan:
     row = call.tiles("backward_atomic_hopper", n.padded_outputs)
     block_o = min(row.block_o, n.padded_outputs & -n.padded_outputs)
     blocks = n.padded_outputs // block_o
-    block_c = row.block_c if len(n.image) < 3 and n.padded % row.block_c == 0 else 32
+    several = n.padded > row.block_c and n.padded % row.block_c == 0
+    block_c = row.block_c if len(n.image) < 3 and several else 32
     stages = max(row.stages, blocks + 1)
     size = row.block_p * n.padded_outputs + stages * block_o * block_c
     # A multiprocessor keeps 1024 bytes for itself beside those of a program.
