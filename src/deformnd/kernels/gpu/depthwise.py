@@ -308,20 +308,21 @@ def forward_few(image, weight, offset, mask, bias, out, parts, g, tiles, splits,
 
 @triton.jit
 def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, grad_offset,
-                              grad_mask, g, tiles, splits,
+                              grad_mask, g, first_tile, first_row, tiles, splits,
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
-                              SHARED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                              CHUNKS: tl.constexpr, NEAR: tl.constexpr,
+                              SHARED: tl.constexpr, LAID: tl.constexpr, BLOCK_P: tl.constexpr,
+                              BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, NEAR: tl.constexpr,
                               ONCE: tl.constexpr):  # fmt: skip
     """The gradients that backward_atomic writes. ONCE says that the chunks hold all channels of a
-    sample group.
+    sample group. With LAID the samples' gradients have been computed, and are given as columns
+    instead of the points, from `first_tile` and `first_row` on (im2col.py).
 
     Grid: (B x tiles of positions x sample groups, splits).
     """
     rank: tl.constexpr = len(g.image)
     by_position: tl.constexpr = grad_offset is not None or grad_mask is not None
     s = tl.program_id(0) % g.sample_groups
-    tile = tl.program_id(0) // g.sample_groups
+    tile = first_tile + tl.program_id(0) // g.sample_groups
     b = (tile // tiles).to(tl.int64)
     p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < g.positions
@@ -330,10 +331,15 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
         image += start
     if grad_image is not None:
         grad_image += start
-    points = points_from(points, b, s, 0, g, MULTIPLIER, SHARED)
     split = tl.program_id(1)
     first = split * g.taps // splits
     stop = (split + 1) * g.taps // splits
+    row = p
+    if LAID:
+        row = (b * g.positions - first_row).to(tl.int32) + p
+        points += first * g.columns + s * g.padded
+    else:
+        points = points_from(points, b, s, 0, g, MULTIPLIER, SHARED)
     if weight is not None:
         weight = weights_from(weight, s, 0, g, MULTIPLIER, SHARED)
         weight += first * (g.padded_outputs * g.columns)
@@ -358,6 +364,12 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
             grads = ()
             for j in tl.static_range(CHUNKS):
                 grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+                if LAID:
+                    place = (row * (g.taps * g.columns))[:, None] + (c + j * BLOCK_C)[None, :]
+                    keep = inside[:, None]
+                    if not EVEN:
+                        keep = keep & (c + j * BLOCK_C < g.padded)[None, :]
+                    grad = tl.load(points + place, mask=keep, other=0.0)
                 for i in tl.static_range(MULTIPLIER):
                     x = read_points(
                         points, p, inside, c, j, i, g.group_channels, g, INDEX, MULTIPLIER, SHARED
@@ -402,6 +414,8 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
                 value = tl.where(valid, sums[rank], 0.0).to(grad_mask.dtype.element_ty)
                 tl.store(grad_mask + (base * g.positions + p), value, mask=inside)
         shift, _ = following(shift, g.kernel)
+        if LAID:
+            points += g.columns
         if weight is not None:
             weight += g.padded_outputs * g.columns
 
@@ -551,6 +565,15 @@ def write_few(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> 
     )
 
 
+def blocks_of_atomic(call: Call) -> tuple[dict[str, Any], int]:
+    """The constants of backward_atomic_depthwise, and the tiles of positions."""
+    constants, _, blocks = blocks_of(call)
+    # So many positions give every lane 16 bytes of the float32 numbers that are added.
+    block_p = max(32 * WARPS // max(constants["BLOCK_C"] // 4, 1), 16)
+    constants |= dict(SHARED=takes_few(call), LAID=False, ONCE=blocks == 1, BLOCK_P=block_p)
+    return constants, triton.cdiv(call.sizes.positions, block_p)
+
+
 def write_backward_atomic(
     call: Call,
     image: Operand | None,
@@ -559,22 +582,31 @@ def write_backward_atomic(
     by_offset: Buffer | None,
     by_mask: Buffer | None,
 ) -> None:
-    n = call.sizes
-    constants, _, blocks = blocks_of(call)
-    # So many positions give every lane 16 bytes of the float32 numbers that are added.
-    block_p = max(32 * WARPS // max(constants["BLOCK_C"] // 4, 1), 16)
-    tiles = triton.cdiv(n.positions, block_p)
-    programs = n.batch * tiles * n.sample_groups
-    splits = max(1, min(n.taps, 4 * call.multiprocessors // programs))
-    call.launch(
-        backward_atomic_depthwise,
-        (programs, splits, 1),
-        constants | dict(SHARED=takes_few(call), ONCE=blocks == 1, BLOCK_P=block_p),
-        warps=WARPS,
+    constants, tiles = blocks_of_atomic(call)
+    launch_atomic(
+        *(call, constants, call.sizes.batch * tiles, tiles),
         **arguments_of(call, image, call.rows(points), by_image, by_offset, by_mask),
         weight=call.weight(),
-        tiles=tiles,
-        splits=splits,
+    )
+
+
+def launch_atomic(
+    call: Call,
+    constants: dict[str, Any],
+    count: int,
+    tiles: int,
+    first_tile: int = 0,
+    first_row: int = 0,
+    **arguments: Any,
+) -> None:
+    """Launch backward_atomic_depthwise for `count` tiles. A batch item has `tiles` of them."""
+    n = call.sizes
+    programs = count * n.sample_groups
+    splits = max(1, min(n.taps, 4 * call.multiprocessors // programs))
+    call.launch(
+        *(backward_atomic_depthwise, (programs, splits, 1), constants),
+        **dict(tiles=tiles, splits=splits, warps=WARPS),
+        **dict(first_tile=first_tile, first_row=first_row, **arguments),
     )
 
 

@@ -1,14 +1,17 @@
-"""The forward and the weight's gradient by im2col: samples are written to memory as columns, and
-one product of matrices takes them all.
+"""The operations by im2col: samples are written to memory as columns, and one product of matrices
+takes them all. Or one product writes the gradients of all samples, as columns.
 
     columns [rows, taps, channels]      a row for each position of each batch item
     out [rows, outputs] = columns @ weight
     weight's gradient = columns.T @ points [rows, outputs]
+    gradients of the columns = points @ weight.T
 
 In forward.py and backward_weight.py each program finds the samples for its own block of outputs.
 Im2col is faster where there are several such blocks, which would find the same samples again, and
-where sample groups are narrow, so that a product waits long for its samples. The columns go through
-memory, but only for so many rows at a time that they stay in the second-level cache of most GPUs.
+where sample groups are narrow, so that a product waits long for its samples. In backward_atomic.py
+a program keeps a product beside the samples' cells and corners, and has registers for few warps.
+Here depthwise.py adds up what the product has written. The columns go through memory, but only for
+so many rows at a time that they stay in the second-level cache of most GPUs.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import triton
 import triton.language as tl
 
 from . import columns, depthwise, tiles
+from .backward_atomic import arguments_of
 from .layout import Call, Operand, fit
 from .runtime import Buffer
 from .sampling import following, parts_of, unravel
@@ -175,45 +179,100 @@ def multiply_points(laid, points, parts, g, first_row, room, number, blocks, spl
     tl.store(parts + place, acc, mask=keep)
 
 
-class Columns:
-    """Room for the columns of some rows at a time, which are those of whole tiles of positions."""
+@triton.jit
+def multiply_weight(points, weight, out, g, first_row, number, blocks,
+                    PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr,
+                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Write the gradients of the columns of `number` rows, in float32.
 
-    def __init__(self, call: Call, image: Operand, rows_at_once: int = 1) -> None:
-        """`rows_at_once` is the number of rows for which a product has about as many programs as
-        the device has multiprocessors."""
-        n, parts = call.sizes, 2 if call.precision == "bf16x3" else 1
-        self.call, self.image, length = call, call.image(image), n.taps * n.columns
-        self.constants, self.tiles, self.blocks = depthwise.blocks_of(call)
-        self.block_p: int = self.constants["BLOCK_P"]
-        rows = tiles.COLUMNS_AT_ONCE // length
+    Grid: (tiles of rows x taps x blocks of a tap's columns).
+    """
+    row = tl.program_id(0) // blocks // g.taps * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = (row < number)[:, None]
+    tap = tl.program_id(0) // blocks % g.taps
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_in = (c < g.columns)[None, :]
+    if EVEN:
+        c_in = c[None, :] >= 0
+    points += first_row.to(tl.int64) * g.padded_outputs
+    point_tails = points + g.batch.to(tl.int64) * g.positions * g.padded_outputs
+    weight_tails = weight + g.taps * g.padded_outputs * g.columns
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for o0 in range(0, g.padded_outputs, BLOCK_O):
+        o = o0 + tl.arange(0, BLOCK_O)
+        o_in = o < g.padded_outputs
+        of_row = (row * g.padded_outputs)[:, None] + o[None, :]
+        of_output = ((tap * g.padded_outputs + o) * g.columns)[:, None] + c[None, :]
+        known, there = inside & o_in[None, :], o_in[:, None] & c_in
+        x = (tl.load(points + of_row, mask=known, other=0.0),)
+        w = (tl.load(weight + of_output, mask=there, other=0.0),)
+        if PRECISION == "bf16x3":
+            x = x + (tl.load(point_tails + of_row, mask=known, other=0.0),)
+            w = w + (tl.load(weight_tails + of_output, mask=there, other=0.0),)
+        acc = columns.dot(x, w, acc, PRECISION)
+    place = (row * g.taps + tap) * g.columns
+    tl.store(out + place[:, None] + c[None, :], acc, mask=inside & c_in)
+
+
+class Rows:
+    """Which rows of columns a plan has at a time. They are those of whole tiles of positions."""
+
+    def __init__(self, call: Call, block_p: int, numbers: int, rows_at_once: int = 1) -> None:
+        """A tile has block_p positions, and there are about so many numbers at a time.
+        `rows_at_once` is the number of rows for which a product has about as many programs as the
+        device has multiprocessors."""
+        n, self.block_p = call.sizes, block_p
+        self.positions = n.positions
+        self.tiles: int = triton.cdiv(n.positions, block_p)
+        self.all_tiles, self.length = n.batch * self.tiles, n.taps * n.columns
+        rows = numbers // self.length
         rows = max(rows // rows_at_once * rows_at_once or rows, 1)
         # A batch item's last tile may be part empty, so these tiles have at most block_p rows each.
-        self.tiles_at_once = min(n.batch * self.tiles, triton.cdiv(rows, self.block_p))
-        self.rows = min(self.tiles_at_once * self.block_p, n.batch * n.positions)
+        self.tiles_at_once = min(self.all_tiles, triton.cdiv(rows, block_p))
+        if rows_at_once == 1:  # lots of equal size
+            lots = triton.cdiv(self.all_tiles, self.tiles_at_once)
+            self.tiles_at_once = triton.cdiv(self.all_tiles, lots)
+        self.most = min(self.tiles_at_once * block_p, n.batch * n.positions)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """The first tile, the number of tiles, the first row, and the number of rows, of one lot of
+        rows after another."""
+        for first in range(0, self.all_tiles, self.tiles_at_once):
+            count = min(self.tiles_at_once, self.all_tiles - first)
+            row = self._row(first)
+            yield first, count, row, self._row(first + count) - row
+
+    def _row(self, tile: int) -> int:
+        """The first row of a tile, counted through all batch items."""
+        return tile // self.tiles * self.positions + tile % self.tiles * self.block_p
+
+
+class Columns:
+    """Room for the columns of some rows at a time."""
+
+    def __init__(self, call: Call, image: Operand, rows_at_once: int = 1) -> None:
+        parts = 2 if call.precision == "bf16x3" else 1
+        self.call, self.image = call, call.image(image)
+        self.constants, _, self.blocks = depthwise.blocks_of(call)
+        at_once = tiles.COLUMNS_AT_ONCE
+        self.rows = Rows(call, self.constants["BLOCK_P"], at_once, rows_at_once)
         dtype = torch.bfloat16 if parts == 2 else call.dtype
-        self.buffer = call.plan.scratch(parts, self.rows, length, dtype=dtype)
+        self.buffer = call.plan.scratch(parts, self.rows.most, self.rows.length, dtype=dtype)
 
     def write(self) -> Iterator[dict[str, Any]]:
         """Launch the kernel that writes the columns of some rows, yield the arguments that tell a
         product which rows these are, and go on with the next rows until all have been written."""
         call, n = self.call, self.call.sizes
-        for first in range(0, n.batch * self.tiles, self.tiles_at_once):
-            count = min(self.tiles_at_once, n.batch * self.tiles - first)
+        for first, count, first_row, number in self.rows:
             programs = count * n.sample_groups * self.blocks
             splits = max(1, min(n.taps, 8 * call.multiprocessors // programs))
-            which = dict(first_row=self._row(first), room=self.rows)
+            which = dict(first_row=first_row, room=self.rows.most)
             call.launch(
                 *(sample_columns, (programs, splits), self.constants),
-                **dict(image=self.image, out=self.buffer, first_tile=first, tiles=self.tiles),
+                **dict(image=self.image, out=self.buffer, first_tile=first, tiles=self.rows.tiles),
                 **dict(which, blocks=self.blocks, splits=splits, warps=depthwise.WARPS),
             )
-            number = self._row(first + count) - which["first_row"]
             yield dict(which, number=number, laid=self.buffer)
-
-    def _row(self, tile: int) -> int:
-        """The first row of a tile, counted through all batch items."""
-        positions = self.call.sizes.positions
-        return tile // self.tiles * positions + tile % self.tiles * self.block_p
 
 
 def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
@@ -241,7 +300,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     block_o, block_c = fit(n.outputs, row.block_o), fit(n.columns, row.block_c)
     blocks = triton.cdiv(n.outputs, block_o)
     made = Columns(call, image, max(call.multiprocessors // blocks, 1) * row.block_p)
-    programs = triton.cdiv(made.rows, row.block_p) * blocks
+    programs = triton.cdiv(made.rows.most, row.block_p) * blocks
     steps = n.taps * triton.cdiv(n.columns, block_c)
     splits = splits_of(call, programs, n.taps * n.columns, steps)
     parts = call.room_for_parts(splits, out)
@@ -267,8 +326,10 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     block_o = fit(n.padded_outputs, row.block_o)
     blocks = triton.cdiv(n.padded_outputs, block_o)
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
-    steps = triton.cdiv(made.rows, row.block_p)
-    splits = splits_of(call, programs, made.rows, steps)  # parts are read and added for every run
+    steps = triton.cdiv(made.rows.most, row.block_p)
+    splits = splits_of(
+        call, programs, made.rows.most, steps
+    )  # parts are read and added for every run
     shape = (splits, n.taps, n.channels, n.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     constants = dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=row.block_c)
@@ -281,6 +342,49 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     call.reduce_weight(parts, out)
 
 
+def takes_atomic(call: Call) -> bool:
+    """Whether the product comes first. Its columns are not worth writing where they only serve the
+    gradients of offset and mask, since the image's comes from sorted lists."""
+    n = call.sizes
+    whole = call.g.groups == 1 and n.columns % 8 == 0
+    return whole and n.outputs >= tiles.PRODUCT_FIRST and not call.sorts
+
+
+def write_atomic(
+    call: Call,
+    image: Operand | None,
+    points: Operand,
+    by_image: Buffer | None,
+    by_offset: Buffer | None,
+    by_mask: Buffer | None,
+) -> None:
+    n, factors, weight = call.sizes, call.factors(points), call.weight()
+    constants, across = depthwise.blocks_of_atomic(call)
+    constants |= dict(MULTIPLIER=0, LAID=True)
+    # Blocks of 64 columns are taken where blocks of 128 would take 64 or more in vain.
+    row = call.tiles("backward_atomic_im2col", 64 if -n.columns % 128 >= 64 else n.columns)
+    block_c = fit(n.columns, row.block_c)
+    blocks = triton.cdiv(n.columns, block_c)
+    numbers = tiles.COLUMNS_AT_ONCE // (2 if call.steps.together else 12)
+    rows = Rows(call, constants["BLOCK_P"], numbers)
+    laid = call.plan.scratch(rows.most, rows.length, dtype=torch.float32)
+    arguments = arguments_of(call, image, laid, by_image, by_offset, by_mask)
+    for first, count, first_row, number in rows:
+        call.launch(
+            multiply_weight,
+            (triton.cdiv(number, row.block_p) * n.taps * blocks,),
+            dict(
+                EVEN=n.columns % block_c == 0,
+                **dict(BLOCK_P=row.block_p, BLOCK_O=row.block_o, BLOCK_C=block_c),
+            ),
+            **dict(points=factors, weight=weight, out=laid, first_row=first_row, number=number),
+            **dict(blocks=blocks, warps=row.warps, stages=row.stages),
+        )
+        depthwise.launch_atomic(
+            *(call, constants, count, across, first, first_row), weight=None, **arguments
+        )
+
+
 FORWARD = Variant(
     "forward_im2col", takes, write_forward, others=("sample_columns", "multiply_columns")
 )
@@ -290,4 +394,11 @@ BACKWARD_WEIGHT = Variant(
     write_weight,
     wants_parts=True,
     others=("sample_columns", "multiply_points"),
+)
+BACKWARD_ATOMIC = Variant(
+    "backward_atomic_im2col",
+    takes_atomic,
+    write_atomic,
+    wants_parts=True,
+    others=("multiply_weight", "backward_atomic_depthwise"),
 )

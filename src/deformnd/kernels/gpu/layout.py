@@ -559,6 +559,7 @@ class Call:
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
         self.given_weight = weight  # None stands for a weight of ones
         self.number_of_chunks = chunks
+        self.sorts = False  # whether the image gradient comes from sorted lists (strategy.py)
         self._made: dict[Any, Buffer] = {}
         self._lent: dict[Operand, Buffer] = {}
         coordinates = g.offset_groups * self.sizes.taps * len(g.image_size)

@@ -33,7 +33,12 @@ FORWARD = (
     im2col.FORWARD,
     *forward.VARIANTS,
 )
-ATOMIC = (depthwise.BACKWARD_ATOMIC, *hopper.BACKWARD_ATOMIC, *backward_atomic.VARIANTS)
+ATOMIC = (
+    depthwise.BACKWARD_ATOMIC,
+    *hopper.BACKWARD_ATOMIC,
+    im2col.BACKWARD_ATOMIC,
+    *backward_atomic.VARIANTS,
+)
 SORTED = (*hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
 WEIGHT = (
     depthwise.BACKWARD_WEIGHT,
@@ -192,7 +197,7 @@ def _gradients(
     grad_offset: Buffer | None,
     grad_mask: Buffer | None,
 ) -> None:
-    by_sorting = grad_image is not None and _by_sorting(call)
+    call.sorts = by_sorting = grad_image is not None and _by_sorting(call)
     by_position = grad_offset is not None or grad_mask is not None
     by_atomics = None if by_sorting else grad_image
     narrow = variants.choose(hopper.BACKWARD_NARROW, call) if by_position else None

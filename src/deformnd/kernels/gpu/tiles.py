@@ -61,6 +61,10 @@ PORTABLE = (
     Tiles("forward_im2col", 4, ANY, 128, 128, 32, 8, 3),
     Tiles("backward_weight_im2col", 2, ANY, 64, 128, 128, 8, 3),
     Tiles("backward_weight_im2col", 4, ANY, 32, 128, 128, 8, 3),
+    Tiles("backward_atomic_im2col", 2, 64, 128, 64, 64, 4, 3),
+    Tiles("backward_atomic_im2col", 2, ANY, 128, 64, 128, 8, 3),
+    Tiles("backward_atomic_im2col", 4, 64, 128, 32, 64, 4, 3),
+    Tiles("backward_atomic_im2col", 4, ANY, 128, 32, 128, 8, 3),
     Tiles("backward_atomic", 2, 128, 64, 128, 32, 4, 1),
     Tiles("backward_atomic", 2, 256, 64, 256, 32, 4, 1),
     Tiles("backward_atomic", 2, ANY, 64, 64, 64, 4, 2),
@@ -191,6 +195,9 @@ BLOCKS = frozenset(("sm_90",))
 SAMPLED_ONCE = 128
 SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
 COLUMNS_AT_ONCE = 16 << 20
+
+# With at least this many outputs one product writes the gradients of all samples (im2col.py).
+PRODUCT_FIRST = 16
 
 # Writing and adding a number of a partial sum costs as much as this many products of half-precision
 # numbers (im2col.py, splits_of).
