@@ -100,7 +100,8 @@ def main() -> None:
             print(f"{shape}, {dtype}, {way} (ms): {times}", flush=True)
         print("    errors", *(f"{e:.1e}" for e in found["errors"]), flush=True)
         if options.out:
-            report = {"versions": bench.versions(), "results": results}
+            about = {"device": torch.cuda.get_device_name(), "versions": bench.versions()}
+            report = {**about, "results": results}
             options.out.write_text(json.dumps(report, indent=1))
 
 

@@ -212,7 +212,8 @@ def main() -> None:
         listed = " ".join(f"{e:.1e}" for e in found["errors"])
         print(f"    errors {listed}; MiB {found['peak']}", flush=True)
         if options.out:
-            report = {"versions": bench.versions(), "results": results}
+            about = {"device": torch.cuda.get_device_name(), "versions": bench.versions()}
+            report = {**about, "results": results}
             options.out.write_text(json.dumps(report, indent=1))
 
 

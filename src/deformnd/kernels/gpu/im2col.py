@@ -365,7 +365,7 @@ def write_atomic(
     row = call.tiles("backward_atomic_im2col", 64 if -n.columns % 128 >= 64 else n.columns)
     block_c = fit(n.columns, row.block_c)
     blocks = triton.cdiv(n.columns, block_c)
-    numbers = tiles.COLUMNS_AT_ONCE // (2 if call.steps.together else 12)
+    numbers = tiles.COLUMNS_AT_ONCE // (2 if call.steps.together else 4)
     rows = Rows(call, constants["BLOCK_P"], numbers)
     laid = call.plan.scratch(rows.most, rows.length, dtype=torch.float32)
     arguments = arguments_of(call, image, laid, by_image, by_offset, by_mask)
