@@ -280,10 +280,10 @@ def results(model, inputs):
     return torch.cat([t.detach().flatten() for t in outputs]), torch.cat(grads)
 
 
-def assert_equal(got, wanted):
+def assert_equal(got, wanted, limit=1e-5):
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert relative_error(a, b) <= 1e-5
+        assert relative_error(a, b) <= limit
 
 
 @contextlib.contextmanager
@@ -308,7 +308,8 @@ def test_models(name, device):
     with accelerate() as handle, counting(1):
         assert name.split(",")[0] in handle.models and device in handle.devices
         got = results(model, inputs)
-    assert_equal(got, wanted)
+    # On GPUs a backbone's convolutions round to TF32, which makes small differences larger.
+    assert_equal(got, wanted, 1e-5 if device == "cpu" else 1e-4)
     with counting(0):
         results(model, inputs)
 
