@@ -1064,7 +1064,7 @@ def test_chunks_bound_memory(
     plans: list[Plan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On an H200 a plan's scratch memory is at most a ninth of what torchvision takes there."""
+    """On an H200 a plan's scratch memory is at most an eighth of what torchvision takes there."""
     torchvision = 352 * dtype.itemsize << 20
     repeatable(monkeypatch, deterministic)
     size, ones = (128, 128), (1, 1)
@@ -1078,7 +1078,7 @@ def test_chunks_bound_memory(
     backend.gradients(g, *given, (True, False, True, True, True), points)
     backend.gradients(g, *given, (False, True, True, True, True), image)
     assert [len(sources(plan)) for plan in plans] == [1, 2, 2, 2]
-    assert max(plan.size for plan in plans) <= torchvision / 9
+    assert max(plan.size for plan in plans) <= torchvision / 8
 
     # It does not grow with the batch. Neither few positions nor a single item are split.
     for batch, size, split in ((128, (128, 128), True), (5, (128, 128), False),
@@ -1089,7 +1089,7 @@ def test_chunks_bound_memory(
         g = g._replace(batch=batch, image_size=size, point_size=size)
         backend.gradients(g, image, points, weight, *others, (True, False, True, True, True))
         assert (len(sources(plans[-1])) > 1) == split
-        assert not split or plans[-1].size <= torchvision / 10 + 8 * 4 * weight.numel()
+        assert not split or plans[-1].size <= torchvision / 8 + 8 * 4 * weight.numel()
 
 
 def test_few_multiprocessors(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,19 @@
-"""Calls in which a channel of the image meets few of the points': depthwise convolutions, in which
-it has points' channels of its own, and convolutions with few outputs, which all channels share.
+"""Calls without products of matrices: depthwise convolutions and aggregations, in which a channel
+of the image has channels of the points for its own, and convolutions with few outputs.
 
-Products of matrices would be mostly padding, so tensor cores have nothing to do, and reading
-corners is what costs. A program takes BLOCK_P positions and channels of one sample group. It finds
-a cell once, and every lane reads 16 bytes of each corner's channels, one chunk of BLOCK_C after
-another:
+Products would be mostly padding, so tensor cores have nothing to do, and reading corners is what
+costs. A program takes BLOCK_P positions and channels of one sample group. It finds a cell once, and
+every lane reads 16 bytes of each corner's channels, one chunk of BLOCK_C after another:
 
     [BLOCK_P, BLOCK_C]      a chunk of samples; CHUNKS of them lie in the same lanes,
     [BLOCK_P]               and share the cells, which every lane of a position finds for itself
 
-A channel of the image has MULTIPLIER of the points' channels. Channel c has those from
-c * MULTIPLIER on, or, with SHARED, it has all of them, as every channel has. The repeatable
-gradient of the image is in backward_sorted.py, which serves these calls as well.
+Channel c of the image has the MULTIPLIER points' channels from c * MULTIPLIER on. With few outputs,
+SHARED, every channel of the image has all of the points' channels, which are MULTIPLIER. The
+repeatable gradient of the image is in backward_sorted.py, which serves these calls as well.
+
+im2col.py lets backward_atomic_depthwise add up the gradients of samples that a product has written,
+LAID, for calls with any number of outputs.
 """
 
 from __future__ import annotations
@@ -567,7 +569,12 @@ def write_few(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> 
 
 def blocks_of_atomic(call: Call) -> tuple[dict[str, Any], int]:
     """The constants of backward_atomic_depthwise, and the tiles of positions."""
+    n = call.sizes
     constants, _, blocks = blocks_of(call)
+    # With several chunks of half numbers, eight corners or several points' channels would spill.
+    if call.dtype.itemsize == 2 and (len(n.image) == 3 or multiplier_of(call) > 1):
+        constants |= dict(CHUNKS=1, EVEN=n.padded % constants["BLOCK_C"] == 0)
+        blocks = triton.cdiv(n.padded, constants["BLOCK_C"])
     # So many positions give every lane 16 bytes of the float32 numbers that are added.
     block_p = max(32 * WARPS // max(constants["BLOCK_C"] // 4, 1), 16)
     constants |= dict(SHARED=takes_few(call), LAID=False, ONCE=blocks == 1, BLOCK_P=block_p)

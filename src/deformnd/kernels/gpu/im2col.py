@@ -10,8 +10,8 @@ In forward.py and backward_weight.py each program finds the samples for its own 
 Im2col is faster where there are several such blocks, which would find the same samples again, and
 where sample groups are narrow, so that a product waits long for its samples. In backward_atomic.py
 a program keeps a product beside the samples' cells and corners, and has registers for few warps.
-Here depthwise.py adds up what the product has written. The columns go through memory, but only for
-so many rows at a time that they stay in the second-level cache of most GPUs.
+Here depthwise.py adds up what the product has written. The columns go through memory, but in
+lots of so many rows that they stay in the second-level cache of most GPUs.
 """
 
 from __future__ import annotations
@@ -214,29 +214,32 @@ def multiply_weight(points, weight, out, g, first_row, number, blocks,
     tl.store(out + place[:, None] + c[None, :], acc, mask=inside & c_in)
 
 
-class Rows:
-    """Which rows of columns a plan has at a time. They are those of whole tiles of positions."""
+class Lots:
+    """The rows of columns, in lots of so many as are kept at a time: those of whole tiles of
+    positions."""
 
-    def __init__(self, call: Call, block_p: int, numbers: int, rows_at_once: int = 1) -> None:
-        """A tile has block_p positions, and there are about so many numbers at a time.
-        `rows_at_once` is the number of rows for which a product has about as many programs as the
-        device has multiprocessors."""
+    def __init__(self, call: Call, block_p: int, numbers: int, wave: int = 0) -> None:
+        """A tile has block_p positions, and a lot about `numbers` numbers. `wave` is the number of
+        rows for which a product has about as many programs as the device has multiprocessors. Lots
+        have whole waves then; without it they are of equal size."""
         n, self.block_p = call.sizes, block_p
         self.positions = n.positions
-        self.tiles: int = triton.cdiv(n.positions, block_p)
+        self.tiles: int = triton.cdiv(n.positions, block_p)  # of a batch item
         self.all_tiles, self.length = n.batch * self.tiles, n.taps * n.columns
-        rows = numbers // self.length
-        rows = max(rows // rows_at_once * rows_at_once or rows, 1)
-        # A batch item's last tile may be part empty, so these tiles have at most block_p rows each.
+        rows = max(numbers // self.length, 1)
+        if wave:
+            rows = rows // wave * wave or rows
         self.tiles_at_once = min(self.all_tiles, triton.cdiv(rows, block_p))
-        if rows_at_once == 1:  # lots of equal size
+        if not wave:
             lots = triton.cdiv(self.all_tiles, self.tiles_at_once)
             self.tiles_at_once = triton.cdiv(self.all_tiles, lots)
-        self.most = min(self.tiles_at_once * block_p, n.batch * n.positions)
+        # The most rows of a lot. A batch item's last tile may be part empty, so tiles have at most
+        # block_p rows each.
+        self.rows = min(self.tiles_at_once * block_p, n.batch * n.positions)
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        """The first tile, the number of tiles, the first row, and the number of rows, of one lot of
-        rows after another."""
+        """The first tile, the number of tiles, the first row, and the number of rows, of one lot
+        after another."""
         for first in range(0, self.all_tiles, self.tiles_at_once):
             count = min(self.tiles_at_once, self.all_tiles - first)
             row = self._row(first)
@@ -248,28 +251,27 @@ class Rows:
 
 
 class Columns:
-    """Room for the columns of some rows at a time."""
+    """Room for the columns of a lot of rows."""
 
-    def __init__(self, call: Call, image: Operand, rows_at_once: int = 1) -> None:
+    def __init__(self, call: Call, image: Operand, wave: int = 0) -> None:
         parts = 2 if call.precision == "bf16x3" else 1
         self.call, self.image = call, call.image(image)
         self.constants, _, self.blocks = depthwise.blocks_of(call)
-        at_once = tiles.COLUMNS_AT_ONCE
-        self.rows = Rows(call, self.constants["BLOCK_P"], at_once, rows_at_once)
+        self.lots = Lots(call, self.constants["BLOCK_P"], tiles.COLUMNS_AT_ONCE, wave)
         dtype = torch.bfloat16 if parts == 2 else call.dtype
-        self.buffer = call.plan.scratch(parts, self.rows.most, self.rows.length, dtype=dtype)
+        self.buffer = call.plan.scratch(parts, self.lots.rows, self.lots.length, dtype=dtype)
 
     def write(self) -> Iterator[dict[str, Any]]:
-        """Launch the kernel that writes the columns of some rows, yield the arguments that tell a
-        product which rows these are, and go on with the next rows until all have been written."""
+        """Launch the kernel that writes the columns of a lot, yield the arguments that tell a
+        product which rows these are, and go on with the next lot until all have been written."""
         call, n = self.call, self.call.sizes
-        for first, count, first_row, number in self.rows:
+        for first, count, first_row, number in self.lots:
             programs = count * n.sample_groups * self.blocks
             splits = max(1, min(n.taps, 8 * call.multiprocessors // programs))
-            which = dict(first_row=first_row, room=self.rows.most)
+            which = dict(first_row=first_row, room=self.lots.rows)
             call.launch(
                 *(sample_columns, (programs, splits), self.constants),
-                **dict(image=self.image, out=self.buffer, first_tile=first, tiles=self.rows.tiles),
+                **dict(image=self.image, out=self.buffer, first_tile=first, tiles=self.lots.tiles),
                 **dict(which, blocks=self.blocks, splits=splits, warps=depthwise.WARPS),
             )
             yield dict(which, number=number, laid=self.buffer)
@@ -300,7 +302,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     block_o, block_c = fit(n.outputs, row.block_o), fit(n.columns, row.block_c)
     blocks = triton.cdiv(n.outputs, block_o)
     made = Columns(call, image, max(call.multiprocessors // blocks, 1) * row.block_p)
-    programs = triton.cdiv(made.rows.most, row.block_p) * blocks
+    programs = triton.cdiv(made.lots.rows, row.block_p) * blocks
     steps = n.taps * triton.cdiv(n.columns, block_c)
     splits = splits_of(call, programs, n.taps * n.columns, steps)
     parts = call.room_for_parts(splits, out)
@@ -326,9 +328,9 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     block_o = fit(n.padded_outputs, row.block_o)
     blocks = triton.cdiv(n.padded_outputs, block_o)
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
-    steps = triton.cdiv(made.rows.most, row.block_p)
+    steps = triton.cdiv(made.lots.rows, row.block_p)
     splits = splits_of(
-        call, programs, made.rows.most, steps
+        call, programs, made.lots.rows, steps
     )  # parts are read and added for every run
     shape = (splits, n.taps, n.channels, n.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
@@ -343,11 +345,17 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
 
 
 def takes_atomic(call: Call) -> bool:
-    """Whether the product comes first. Its columns are not worth writing where they only serve the
-    gradients of offset and mask, since the image's comes from sorted lists."""
+    """Whether the product may come first. Where the image's gradient comes from sorted lists, that
+    of offset and mask alone is not worth writing columns for."""
     n = call.sizes
     whole = call.g.groups == 1 and n.columns % 8 == 0
     return whole and n.outputs >= tiles.PRODUCT_FIRST and not call.sorts
+
+
+def beats_hopper(call: Call) -> bool:
+    """Whether it takes a call that Hopper's own kernel would take as well. With three products, or
+    several sample groups, it is faster (a third, on an H200)."""
+    return takes_atomic(call) and (call.precision == "bf16x3" or call.sizes.sample_groups > 1)
 
 
 def write_atomic(
@@ -360,16 +368,17 @@ def write_atomic(
 ) -> None:
     n, factors, weight = call.sizes, call.factors(points), call.weight()
     constants, across = depthwise.blocks_of_atomic(call)
-    constants |= dict(MULTIPLIER=0, LAID=True)
-    # Blocks of 64 columns are taken where blocks of 128 would take 64 or more in vain.
+    constants |= dict(MULTIPLIER=0, SHARED=False, LAID=True)
+    # Where blocks of 128 columns would take 64 or more in vain, those of 64 are taken.
     row = call.tiles("backward_atomic_im2col", 64 if -n.columns % 128 >= 64 else n.columns)
     block_c = fit(n.columns, row.block_c)
     blocks = triton.cdiv(n.columns, block_c)
-    numbers = tiles.COLUMNS_AT_ONCE // (2 if call.steps.together else 4)
-    rows = Rows(call, constants["BLOCK_P"], numbers)
-    laid = call.plan.scratch(rows.most, rows.length, dtype=torch.float32)
+    # These columns are in float32, so half as many stay in the cache.
+    every = n.batch * n.positions * n.taps * n.columns
+    lots = Lots(call, constants["BLOCK_P"], max(tiles.COLUMNS_AT_ONCE // 2, every // tiles.LOTS))
+    laid = call.plan.scratch(lots.rows, lots.length, dtype=torch.float32)
     arguments = arguments_of(call, image, laid, by_image, by_offset, by_mask)
-    for first, count, first_row, number in rows:
+    for first, count, first_row, number in lots:
         call.launch(
             multiply_weight,
             (triton.cdiv(number, row.block_p) * n.taps * blocks,),
@@ -402,3 +411,4 @@ BACKWARD_ATOMIC = Variant(
     wants_parts=True,
     others=("multiply_weight", "backward_atomic_depthwise"),
 )
+BACKWARD_ATOMIC_BEFORE_HOPPER = BACKWARD_ATOMIC._replace(takes=beats_hopper)

@@ -23,8 +23,8 @@ PRECISION "native" multiplies half and bfloat16 numbers as they are, "tf32" roun
 TF32, "ieee" does not (no tensor cores). "bf16x3" writes each float32 factor as head + tail in
 bfloat16 and adds three products: relative error 4e-6 in a sum of many terms, at three times the
 cost of one half product. "tf32x3" does so in TF32, at twice that: relative error 2e-7 for every
-product, for calls with so few weights that errors do not average out (tiles.py, FEW). All sums are
-in float32.
+product, for calls with so few weights that errors do not average out (tiles.py, FEW), and where a
+call with few outputs has a product at all (depthwise.py). All sums are in float32.
 """
 
 import triton

@@ -35,6 +35,7 @@ FORWARD = (
 )
 ATOMIC = (
     depthwise.BACKWARD_ATOMIC,
+    im2col.BACKWARD_ATOMIC_BEFORE_HOPPER,
     *hopper.BACKWARD_ATOMIC,
     im2col.BACKWARD_ATOMIC,
     *backward_atomic.VARIANTS,
@@ -95,8 +96,8 @@ def draft(
     other: bool = False,
 ) -> list[Launch]:
     """Write the plan in this many chunks, and with jobs gathered if there is `room` for their
-    results. Returns all launches that it may need, which include those of calls that are larger or
-    smaller. With `other` the plan does what such calls do."""
+    results. Returns all launches that it may need. Where the call's size decides between two ways
+    (Steps.depending), they include those of the other way, which `other` asks for."""
     operands: list[Any] = []
     forms = []
     for buffer, layout in zip(plan.given, layouts, strict=False):
@@ -227,8 +228,8 @@ def _gradients(
         if call.steps.together:
             lists = backward_sorted.make_lists(call, sorting)
     with call.frame():
-        # All that these kernels need is asked for here, so that it is prepared in one launch, but
-        # where memory is short only what all of them use.
+        # All that these kernels need is asked for here, so that it is prepared in one launch. Where
+        # memory is short, points and zeros wait, unless all kernels read the points alike.
         if by_position or grad_weight is not None or grad_points is not None:
             call.image(image)
         if call.steps.together or len(in_parts) == 1:

@@ -191,12 +191,15 @@ BLOCKS = frozenset(("sm_90",))
 # With more than SAMPLED_ONCE outputs, samples are written to memory as columns (im2col.py) instead
 # of being found anew for each block of outputs. Hopper's narrow kernel gives way to columns above
 # SAMPLED_ONCE_NARROW outputs, by precision. COLUMNS_AT_ONCE is how many numbers of columns are kept
-# at once, which is 32 MiB of half precision.
+# at once, which is 32 MiB of half precision. Of the float32 gradients of samples half as many are
+# kept, or more where there would be more than LOTS lots, each of which costs two launches.
 SAMPLED_ONCE = 128
 SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
 COLUMNS_AT_ONCE = 16 << 20
+LOTS = 64
 
-# With at least this many outputs one product writes the gradients of all samples (im2col.py).
+# From this many outputs on, one product may write the gradients of all samples (im2col.py,
+# takes_atomic). With fewer a product is short, and writing its result costs more than it saves.
 PRODUCT_FIRST = 16
 
 # Writing and adding a number of a partial sum costs as much as this many products of half-precision
@@ -212,8 +215,9 @@ DEEP = 512
 # at a time.
 NARROW = 32
 
-# Depthwise kernels take at most this many channels of the points for one channel of the image,
-# because more sums do not fit into registers.
+# The kernels of depthwise.py take at most this many channels of the points for one channel of the
+# image, because more sums do not fit into registers. So a convolution has few outputs if it has at
+# most as many.
 MOST = 4
 
 # With fewer weights than this in a group and tap, the errors of "bf16x3" (sampling.py,
