@@ -10,15 +10,12 @@ relative L2 against the float64 reference on one image: of the output, and of th
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from attention import DTYPES, Call, calls, load, medians
+from attention import DTYPES, Call, calls, load, medians, parser_of, show_times, write
 from torch import Tensor
 
 from deformnd import bench, deform_aggregate2d, deform_conv2d
@@ -85,24 +82,15 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, study: Any) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--study", type=Path, help="a file with `run_fwd` and `run_bwd`")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--dtypes", nargs="+", default=["float16", "float32"], choices=DTYPES)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "`run_fwd` and `run_bwd`").parse_args()
     study = options.study and load(options.study)
     results = []
     for shape, dtype in itertools.product(SHAPES, options.dtypes):
         found = measure(shape, DTYPES[dtype], study)
         results.append({"shape": shape, "dtype": dtype, **found})
-        for way in ("forward", "backward"):
-            times = ", ".join(f"{who} {ms:.4f}" for who, ms in found[way].items())
-            print(f"{shape}, {dtype}, {way} (ms): {times}", flush=True)
+        show_times(f"{shape}, {dtype}", found)
         print("    errors", *(f"{e:.1e}" for e in found["errors"]), flush=True)
-        if options.out:
-            about = {"device": torch.cuda.get_device_name(), "versions": bench.versions()}
-            report = {**about, "results": results}
-            options.out.write_text(json.dumps(report, indent=1))
+        write(results, options.out)
 
 
 if __name__ == "__main__":

@@ -188,11 +188,28 @@ def load(path: Path) -> Any:
     return module
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--study", type=Path, help="a file with `rf` and `rb`")
+def parser_of(about: str, study: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--study", type=Path, help=f"a file with {study}")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--dtypes", nargs="+", default=["float16", "float32"], choices=DTYPES)
+    return parser
+
+
+def show_times(label: str, found: dict[str, Any]) -> None:
+    for way in ("forward", "backward"):
+        times = ", ".join(f"{who} {ms:.4f}" for who, ms in found[way].items())
+        print(f"{label}, {way} (ms): {times}", flush=True)
+
+
+def write(results: list[dict[str, Any]], path: Path | None) -> None:
+    if path:
+        about = {"device": torch.cuda.get_device_name(), "versions": bench.versions()}
+        path.write_text(json.dumps({**about, "results": results}, indent=1))
+
+
+def main() -> None:
+    parser = parser_of(__doc__, "`rf` and `rb`")
     parser.add_argument("--float-locations", action="store_true", help="and weights, in float32")
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
@@ -206,15 +223,10 @@ def main() -> None:
             continue
         found = measure(shape, DTYPES[dtype], other, study)
         results.append({"shape": name, "dtype": dtype, **found})
-        for way in ("forward", "backward"):
-            times = ", ".join(f"{who} {ms:.4f}" for who, ms in found[way].items())
-            print(f"{name}, {dtype}, {way} (ms): {times}", flush=True)
+        show_times(f"{name}, {dtype}", found)
         listed = " ".join(f"{e:.1e}" for e in found["errors"])
         print(f"    errors {listed}; MiB {found['peak']}", flush=True)
-        if options.out:
-            about = {"device": torch.cuda.get_device_name(), "versions": bench.versions()}
-            report = {**about, "results": results}
-            options.out.write_text(json.dumps(report, indent=1))
+        write(results, options.out)
 
 
 if __name__ == "__main__":

@@ -1064,8 +1064,10 @@ def test_chunks_bound_memory(
     plans: list[Plan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On an H200 a plan's scratch memory is at most an eighth of what torchvision takes there."""
+    """On an H200 a plan's scratch memory is at most a tenth of what torchvision takes there, or an
+    eighth where a float32 backward keeps the gradients of samples (im2col.py)."""
     torchvision = 352 * dtype.itemsize << 20
+    most = torchvision / (8 if dtype == torch.float32 and not deterministic else 10)
     repeatable(monkeypatch, deterministic)
     size, ones = (128, 128), (1, 1)
     g = Geometry(8, 256, 256, 1, 1, 1, size, size, (3, 3), ones, ones, ones)
@@ -1078,7 +1080,7 @@ def test_chunks_bound_memory(
     backend.gradients(g, *given, (True, False, True, True, True), points)
     backend.gradients(g, *given, (False, True, True, True, True), image)
     assert [len(sources(plan)) for plan in plans] == [1, 2, 2, 2]
-    assert max(plan.size for plan in plans) <= torchvision / 8
+    assert all(16 * 2**20 < plan.size <= most for plan in plans)
 
     # It does not grow with the batch. Neither few positions nor a single item are split.
     for batch, size, split in ((128, (128, 128), True), (5, (128, 128), False),
@@ -1089,7 +1091,7 @@ def test_chunks_bound_memory(
         g = g._replace(batch=batch, image_size=size, point_size=size)
         backend.gradients(g, image, points, weight, *others, (True, False, True, True, True))
         assert (len(sources(plans[-1])) > 1) == split
-        assert not split or plans[-1].size <= torchvision / 8 + 8 * 4 * weight.numel()
+        assert not split or plans[-1].size <= most + 8 * 4 * weight.numel()
 
 
 def test_few_multiprocessors(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:

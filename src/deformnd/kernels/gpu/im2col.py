@@ -83,12 +83,19 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
 
 
 @triton.jit
-def read_columns(of, place, inside, c, g, EVEN: tl.constexpr):
-    """The numbers of columns c in the rows that begin at each place, of columns or of weights."""
+def read_factor(of, tails, place, inside, c, stop,
+                EVEN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The numbers c of the rows that begin at each place, as a factor of a product: of columns, of
+    points or of weights. A row has `stop` numbers, which EVEN blocks do not pass. In "bf16x3" these
+    are heads, and their tails lie `tails` after them."""
     keep = inside[:, None]
     if not EVEN:
-        keep = keep & (c < g.columns)[None, :]
-    return tl.load(of + place[:, None] + c[None, :], mask=keep, other=0.0)
+        keep = keep & (c < stop)[None, :]
+    factor = (tl.load(of + place[:, None] + c[None, :], mask=keep, other=0.0),)
+    if PRECISION == "bf16x3":
+        of += tails
+        factor = factor + (tl.load(of + place[:, None] + c[None, :], mask=keep, other=0.0),)
+    return factor
 
 
 @triton.jit
@@ -109,18 +116,16 @@ def multiply_columns(laid, weight, bias, out, parts, g, first_row, room, number,
     split = tl.program_id(1)
     first = (split * (g.taps * per_tap) // splits).to(tl.int32)
     last = ((split + 1) * (g.taps * per_tap) // splits).to(tl.int32)
-    tails = g.taps * g.padded_outputs * g.columns
+    laid_tails = room * (g.taps * g.columns)
+    weight_tails = g.taps * g.padded_outputs * g.columns
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for step in range(first, last):
         tap = step // per_tap
         c = step % per_tap * BLOCK_C + tl.arange(0, BLOCK_C)
         of_row = (row * g.taps + tap) * g.columns
         of_output = (tap * g.padded_outputs + o) * g.columns
-        x = (read_columns(laid, of_row, inside, c, g, EVEN),)
-        w = (read_columns(weight, of_output, o_in, c, g, EVEN),)
-        if PRECISION == "bf16x3":
-            x = x + (read_columns(laid + room * (g.taps * g.columns), of_row, inside, c, g, EVEN),)
-            w = w + (read_columns(weight + tails, of_output, o_in, c, g, EVEN),)
+        x = read_factor(laid, laid_tails, of_row, inside, c, g.columns, EVEN, PRECISION)
+        w = read_factor(weight, weight_tails, of_output, o_in, c, g.columns, EVEN, PRECISION)
         acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
     row = first_row.to(tl.int64) + row
     b = row // g.positions
@@ -162,19 +167,14 @@ def multiply_points(laid, points, parts, g, first_row, room, number, blocks, spl
     acc = tl.load(parts + place, mask=keep & (before > 0), other=0.0)
     steps = tl.cdiv(number, BLOCK_P)
     points += first_row.to(tl.int64) * g.padded_outputs
-    tails = points + g.batch.to(tl.int64) * g.positions * g.padded_outputs
+    laid_tails = room * length
+    point_tails = g.batch.to(tl.int64) * g.positions * g.padded_outputs
     for step in range(split * steps // splits, (split + 1) * steps // splits):
         row = step * BLOCK_P + tl.arange(0, BLOCK_P)
-        inside = (row < number)[:, None]
-        at = (row * length)[:, None] + column[None, :]
-        of_row = (row * g.padded_outputs)[:, None] + o[None, :]
-        there = inside & (column < length)[None, :]
-        known = inside & (o < g.padded_outputs)[None, :]
-        x = (tl.load(laid + at, mask=there, other=0.0),)
-        y = (tl.load(points + of_row, mask=known, other=0.0),)
-        if PRECISION == "bf16x3":
-            x = x + (tl.load(laid + room * length + at, mask=there, other=0.0),)
-            y = y + (tl.load(tails + of_row, mask=known, other=0.0),)
+        inside = row < number
+        x = read_factor(laid, laid_tails, row * length, inside, column, length, False, PRECISION)
+        of_row = row * g.padded_outputs
+        y = read_factor(points, point_tails, of_row, inside, o, g.padded_outputs, False, PRECISION)
         acc = columns.dot_once(columns.transpose(x, PRECISION), y, acc, PRECISION)
     tl.store(parts + place, acc, mask=keep)
 
@@ -188,30 +188,26 @@ def multiply_weight(points, weight, out, g, first_row, number, blocks,
     Grid: (tiles of rows x taps x blocks of a tap's columns).
     """
     row = tl.program_id(0) // blocks // g.taps * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = (row < number)[:, None]
+    inside = row < number
     tap = tl.program_id(0) // blocks % g.taps
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_in = (c < g.columns)[None, :]
-    if EVEN:
-        c_in = c[None, :] >= 0
     points += first_row.to(tl.int64) * g.padded_outputs
-    point_tails = points + g.batch.to(tl.int64) * g.positions * g.padded_outputs
-    weight_tails = weight + g.taps * g.padded_outputs * g.columns
+    point_tails = g.batch.to(tl.int64) * g.positions * g.padded_outputs
+    weight_tails = g.taps * g.padded_outputs * g.columns
+    of_row = row * g.padded_outputs
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for o0 in range(0, g.padded_outputs, BLOCK_O):
         o = o0 + tl.arange(0, BLOCK_O)
         o_in = o < g.padded_outputs
-        of_row = (row * g.padded_outputs)[:, None] + o[None, :]
-        of_output = ((tap * g.padded_outputs + o) * g.columns)[:, None] + c[None, :]
-        known, there = inside & o_in[None, :], o_in[:, None] & c_in
-        x = (tl.load(points + of_row, mask=known, other=0.0),)
-        w = (tl.load(weight + of_output, mask=there, other=0.0),)
-        if PRECISION == "bf16x3":
-            x = x + (tl.load(point_tails + of_row, mask=known, other=0.0),)
-            w = w + (tl.load(weight_tails + of_output, mask=there, other=0.0),)
+        of_output = (tap * g.padded_outputs + o) * g.columns
+        x = read_factor(points, point_tails, of_row, inside, o, g.padded_outputs, False, PRECISION)
+        w = read_factor(weight, weight_tails, of_output, o_in, c, g.columns, EVEN, PRECISION)
         acc = columns.dot(x, w, acc, PRECISION)
+    keep = inside[:, None]
+    if not EVEN:
+        keep = keep & (c < g.columns)[None, :]
     place = (row * g.taps + tap) * g.columns
-    tl.store(out + place[:, None] + c[None, :], acc, mask=inside & c_in)
+    tl.store(out + place[:, None] + c[None, :], acc, mask=keep)
 
 
 class Lots:
@@ -290,10 +286,15 @@ def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
     return min(range(1, max(1, min(steps // 8, 16)) + 1), key=cost)
 
 
+def is_one_matrix(call: Call) -> bool:
+    """Whether the columns are one matrix, of one weight group, whose rows loads of 16 bytes fit."""
+    return call.g.groups == 1 and call.sizes.columns % 8 == 0
+
+
 def takes(call: Call) -> bool:
     n = call.sizes
-    whole = call.g.groups == 1 and n.columns % 8 == 0  # eights, so that loads have 16 bytes
-    return whole and (n.outputs > tiles.SAMPLED_ONCE or (call.narrow and n.padded >= 16))
+    once = n.outputs > tiles.SAMPLED_ONCE or (call.narrow and n.padded >= 16)
+    return is_one_matrix(call) and once
 
 
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
@@ -347,9 +348,8 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
 def takes_atomic(call: Call) -> bool:
     """Whether the product may come first. Where the image's gradient comes from sorted lists, that
     of offset and mask alone is not worth writing columns for."""
-    n = call.sizes
-    whole = call.g.groups == 1 and n.columns % 8 == 0
-    return whole and n.outputs >= tiles.PRODUCT_FIRST and not call.sorts
+    many = call.sizes.outputs >= tiles.PRODUCT_FIRST
+    return is_one_matrix(call) and many and not call.sorts
 
 
 def beats_hopper(call: Call) -> bool:
