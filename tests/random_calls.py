@@ -304,7 +304,8 @@ def _draw_kind(rng: random.Random, limits: Limits, n: int) -> tuple[Any, ...]:
         offset_groups, mask_groups = divisor(image), divisor(image)
     elif style == "groups":
         groups = rng.choice((2, 2, 3, 4, 5, 6, 8))
-        image, points = groups * rng.randint(1, 34), groups * rng.randint(1, 34)
+        least, most = rng.choice(((1, 34), (1, 34), (32, 80)))
+        image, points = (groups * rng.randint(least, most) for _ in range(2))
         offset_groups, mask_groups = divisor(image), divisor(image)
         if rng.random() < 0.5:
             offset_groups = mask_groups = rng.choice((1, groups))

@@ -543,11 +543,21 @@ IM2COL = [
     Case((3, 4, 3), (2, 1, 2), image=16, offset_groups=2),
     Case((9, 8), (3, 1), image=8, points=16, transposed=True),
 ]
+# The same with several weight groups, which only the forward takes.
+IM2COL_GROUPS = [
+    Case((5, 4), (2, 3), image=48, points=12, groups=2, offset_groups=1, mask_groups=0, last=True),
+    Case((6, 7), (3, 1), image=48, points=10, groups=2, offset_groups=6, mask_groups=1),
+    Case((7,), (3,), image=54, points=9, groups=3, offset_groups=6, batch=3),
+    Case((4, 3, 3), (1, 1, 1), image=38, points=38, groups=2, offset_groups=2, mask_groups=2),
+    Case((6, 5), (2, 2), image=32, points=6, groups=2, transposed=True),
+]
 
 
 def by_im2col(monkeypatch: pytest.MonkeyPatch, at_once: int = 1) -> None:
     """Have calls take it, whatever they have, for so many numbers at a time, or a tile of them."""
-    limits(monkeypatch, SAMPLED_ONCE=0, PRODUCT_FIRST=0, COLUMNS_AT_ONCE=at_once)
+    none = dict.fromkeys(tiles.SPREAD, 0)
+    limits(monkeypatch, SAMPLED_ONCE=none, SPREAD=none, PRODUCT_FIRST=0, WIDE=1)
+    limits(monkeypatch, COLUMNS_AT_ONCE=at_once, LARGER=1)
     for name in ("FORWARD", "WEIGHT", "ATOMIC"):
         kind = getattr(strategy, name)
         first = [variant for variant in kind if "im2col" in variant.name]
@@ -568,6 +578,17 @@ def test_interpreted_im2col(case: Case, interpreted: None, monkeypatch: pytest.M
         check(case.make(torch.float16, "cpu", float_offset=True), 1e-2, 2e-2)
         limits(monkeypatch, FEW=1)  # in parts
         check(case.make(torch.float32, "cpu"), 1e-4, 1e-3)
+
+
+@pytest.mark.parametrize("case", IM2COL_GROUPS, ids=str)
+def test_interpreted_im2col_groups(
+    case: Case, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_im2col(monkeypatch)
+    check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
+    assert "multiply_columns" in kernels_used()
+    limits(monkeypatch, FEW=1)  # in parts
+    check(case.make(torch.float32, "cpu"), 1e-4, 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -1044,8 +1065,8 @@ def test_weights_are_spread(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) 
         plans.clear()
         dataclasses.replace(few, **changes).make(dtype, "cpu").forward(backend)
         assert plans[-1].given[2] is not None
-        (step,) = [step for step in plans[-1].steps if step.name.startswith("forward")]
-        return step.arguments["g"].group_in < step.arguments["g"].channels
+        g = next(step.arguments["g"] for step in plans[-1].steps if "g" in step.arguments)
+        return bool(g.group_in < g.channels)
 
     for architecture, many in (("sm_90", 512), ("sm_86", 256)):
         on_device(monkeypatch, architecture)
@@ -1657,6 +1678,7 @@ def test_finds_unset_registers(
     if INTERPRETING or not triton.__version__.startswith("3.6"):
         pytest.skip("made for the listings of Triton 3.6")
     on_device(monkeypatch, "portable")
+    limits(monkeypatch, SAMPLED_ONCE=dict.fromkeys(tiles.SAMPLED_ONCE, tiles.ANY))
     case = Case((16, 16), (3, 3), image=192, points=128)
     case.make(torch.float16, "cpu").forward(backend)
     (step,) = (step for step in plans[0].steps if step.name == "forward")
@@ -2136,6 +2158,29 @@ def test_gpu_im2col(
         check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
         assert {"sample_columns", "multiply_columns"} <= kernels_used()
         assert {"multiply_points", "backward_narrow_hopper"} & kernels_used()
+    backend._PLANS.clear()
+    assert not variants.BROKEN
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *IM2COL_GROUPS,
+        Case((12, 17), (3, 3), image=426, points=300, groups=6, offset_groups=6, mask_groups=2),
+        Case((33, 9), (5, 3), image=128, points=264, groups=2, batch=3, last=True),
+    ],
+    ids=str,
+)
+def test_gpu_im2col_groups(
+    case: Case, dtype: torch.dtype, exact_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for at_once in (1 << 30, 1 << 17):
+        by_im2col(monkeypatch, at_once)
+        backend._PLANS.clear()
+        check(case.make(dtype, "cuda", float_offset=True), *TOLERANCE[dtype])
+        assert {"sample_columns", "multiply_columns"} <= kernels_used()
     backend._PLANS.clear()
     assert not variants.BROKEN
 

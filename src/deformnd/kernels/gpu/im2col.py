@@ -2,7 +2,7 @@
 takes them all. Or one product writes the gradients of all samples, as columns.
 
     columns [rows, taps, channels]      a row for each position of each batch item
-    out [rows, outputs] = columns @ weight
+    out [rows, outputs] = columns @ weight      or one product for each weight group
     weight's gradient = columns.T @ points [rows, outputs]
     gradients of the columns = points @ weight.T
 
@@ -10,8 +10,9 @@ In forward.py and backward_weight.py each program finds the samples for its own 
 Im2col is faster where there are several such blocks, which would find the same samples again, and
 where sample groups are narrow, so that a product waits long for its samples. In backward_atomic.py
 a program keeps a product beside the samples' cells and corners, and has registers for few warps.
-Here depthwise.py adds up what the product has written. The columns go through memory, but in
-lots of so many rows that they stay in the second-level cache of most GPUs.
+Here depthwise.py adds up what the product has written. The columns go through memory in lots of
+rows. Small lots stay in the second-level cache, but large ones end less often with programs for a
+part of the multiprocessors only, and are faster where memory is not short.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import triton.language as tl
 
 from . import columns, depthwise, tiles
 from .backward_atomic import arguments_of
-from .layout import Call, Operand, fit
+from .layout import Call, Operand, Order, fit
 from .runtime import Buffer
 from .sampling import following, parts_of, unravel
 from .variants import Variant
@@ -54,10 +55,12 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
     split = tl.program_id(1)
     first = split * g.taps // splits
     last = (split + 1) * g.taps // splits
-    tails = out + room * (g.taps * g.columns)
+    of_tap = g.sample_groups * g.padded  # columns
+    tails = out + room * (g.taps * of_tap)
     row = (b * g.positions - first_row).to(tl.int32) + p
-    of_tap = first * g.columns + s * g.padded + c0
-    place = of_tap + (row * (g.taps * g.columns))[:, None] + c[None, :]
+    out += first * of_tap
+    tails += first * of_tap
+    place = s * g.padded + c0 + (row * (g.taps * of_tap))[:, None] + c[None, :]
     point = unravel(p, g.point)
     shift = unravel(first, g.kernel)
     rows = depthwise.rows_of(s, first, g)
@@ -78,8 +81,8 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
             if PRECISION == "bf16x3":
                 tl.store(tails + place + j * BLOCK_C, factors[1], mask=keep)
         shift, _ = following(shift, g.kernel)
-        out += g.columns
-        tails += g.columns
+        out += of_tap
+        tails += of_tap
 
 
 @triton.jit
@@ -99,33 +102,37 @@ def read_factor(of, tails, place, inside, c, stop,
 
 
 @triton.jit
-def multiply_columns(laid, weight, bias, out, parts, g, first_row, room, number, blocks,
-                     splits,
+def multiply_columns(laid, weight, bias, out, parts, g, group_columns, first_row, room, number,
+                     groups, blocks, splits,
                      LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                      EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
                      BLOCK_C: tl.constexpr):  # fmt: skip
     """The outputs at the `number` rows whose columns sample_columns has written.
 
-    Grid: (tiles of rows x blocks of outputs, splits of the columns).
+    Grid: (tiles of rows x weight groups x blocks of a group's outputs, splits of the columns).
     """
-    row = tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = tl.program_id(0) // blocks // groups * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < number
+    group = tl.program_id(0) // blocks % groups
     o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_in = o < g.outputs
-    per_tap = tl.cdiv(g.columns, BLOCK_C)
+    o_in = o < g.group_out
+    o += group * g.group_out
+    of_tap = g.sample_groups * g.padded
+    per_tap = tl.cdiv(group_columns, BLOCK_C)
     split = tl.program_id(1)
     first = (split * (g.taps * per_tap) // splits).to(tl.int32)
     last = ((split + 1) * (g.taps * per_tap) // splits).to(tl.int32)
-    laid_tails = room * (g.taps * g.columns)
-    weight_tails = g.taps * g.padded_outputs * g.columns
+    laid += group * group_columns
+    laid_tails = room * (g.taps * of_tap)
+    weight_tails = g.taps * g.padded_outputs * group_columns
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for step in range(first, last):
         tap = step // per_tap
         c = step % per_tap * BLOCK_C + tl.arange(0, BLOCK_C)
-        of_row = (row * g.taps + tap) * g.columns
-        of_output = (tap * g.padded_outputs + o) * g.columns
-        x = read_factor(laid, laid_tails, of_row, inside, c, g.columns, EVEN, PRECISION)
-        w = read_factor(weight, weight_tails, of_output, o_in, c, g.columns, EVEN, PRECISION)
+        of_row = (row * g.taps + tap) * of_tap
+        of_output = (tap * g.padded_outputs + o) * group_columns
+        x = read_factor(laid, laid_tails, of_row, inside, c, group_columns, EVEN, PRECISION)
+        w = read_factor(weight, weight_tails, of_output, o_in, c, group_columns, EVEN, PRECISION)
         acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
     row = first_row.to(tl.int64) + row
     b = row // g.positions
@@ -210,6 +217,15 @@ def multiply_weight(points, weight, out, g, first_row, number, blocks,
     tl.store(out + place[:, None] + c[None, :], acc, mask=keep)
 
 
+def at_once(call: Call, width: int, least: int) -> int:
+    """How many numbers of `width` bytes to keep at once: more than `least`, if three quarters of
+    the memory that the plan may still take have room for more."""
+    if not call.steps.together:
+        return least
+    room = (tiles.SCRATCH * call.dtype.itemsize - call.plan.top) * 3 // 4
+    return min(max(room // width, least), tiles.LARGER * least)
+
+
 class Lots:
     """The rows of columns, in lots of so many as are kept at a time: those of whole tiles of
     positions."""
@@ -221,7 +237,7 @@ class Lots:
         n, self.block_p = call.sizes, block_p
         self.positions = n.positions
         self.tiles: int = triton.cdiv(n.positions, block_p)  # of a batch item
-        self.all_tiles, self.length = n.batch * self.tiles, n.taps * n.columns
+        self.all_tiles, self.length = n.batch * self.tiles, n.taps * n.sample_groups * n.padded
         rows = max(numbers // self.length, 1)
         if wave:
             rows = rows // wave * wave or rows
@@ -253,8 +269,9 @@ class Columns:
         parts = 2 if call.precision == "bf16x3" else 1
         self.call, self.image = call, call.image(image)
         self.constants, _, self.blocks = depthwise.blocks_of(call)
-        self.lots = Lots(call, self.constants["BLOCK_P"], tiles.COLUMNS_AT_ONCE, wave)
         dtype = torch.bfloat16 if parts == 2 else call.dtype
+        numbers = at_once(call, parts * dtype.itemsize, tiles.COLUMNS_AT_ONCE)
+        self.lots = Lots(call, self.constants["BLOCK_P"], numbers, wave)
         self.buffer = call.plan.scratch(parts, self.lots.rows, self.lots.length, dtype=dtype)
 
     def write(self) -> Iterator[dict[str, Any]]:
@@ -286,41 +303,80 @@ def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
     return min(range(1, max(1, min(steps // 8, 16)) + 1), key=cost)
 
 
-def is_one_matrix(call: Call) -> bool:
-    """Whether the columns are one matrix, of one weight group, whose rows loads of 16 bytes fit."""
-    return call.g.groups == 1 and call.sizes.columns % 8 == 0
-
-
-def takes(call: Call) -> bool:
+def columns_of_group(call: Call) -> int:
+    """How many columns of a tap a weight group has, if those of each group follow each other and
+    loads of 16 bytes fit them. It is 0 if they do not."""
     n = call.sizes
-    once = n.outputs > tiles.SAMPLED_ONCE or (call.narrow and n.padded >= 16)
-    return is_one_matrix(call) and once
+    if n.group_in % n.group_channels == 0:
+        count = n.group_in // n.group_channels * n.padded
+    elif n.group_channels % n.group_in == 0 and n.padded == n.group_channels:
+        count = n.group_in
+    else:
+        return 0
+    return count if count % 8 == 0 else 0
+
+
+def is_one_matrix(call: Call) -> bool:
+    """Whether one product takes all columns: there is a single weight group."""
+    return call.g.groups == 1 and columns_of_group(call) > 0
+
+
+def samples_once(call: Call) -> bool:
+    """Whether the samples are worth writing down, so that they are found once for all outputs of a
+    weight group, or so that no product waits for narrow sample groups."""
+    n = call.sizes
+    once = n.group_out > tiles.SAMPLED_ONCE[call.precision]
+    return once or (call.narrow and n.padded >= 16)
+
+
+def takes_groups(call: Call) -> bool:
+    """Whether it takes several weight groups. In float32 forward.py is faster where the outputs of
+    a group fill one of its blocks and loads of 16 bytes fit the weight as it is."""
+    n = call.sizes
+    full = call.dtype == torch.float32 and n.group_in % 8 == 0 and n.group_out >= 64
+    enough = min(columns_of_group(call), n.group_out) >= tiles.WIDE
+    return enough and (samples_once(call) or not full)
+
+
+def takes_forward(call: Call) -> bool:
+    if call.g.groups > 1:
+        return takes_groups(call)
+    return is_one_matrix(call) and samples_once(call)
 
 
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
-    n, weight = call.sizes, call.weight()
-    row = call.tiles("forward_im2col", n.outputs)
-    block_o, block_c = fit(n.outputs, row.block_o), fit(n.columns, row.block_c)
-    blocks = triton.cdiv(n.outputs, block_o)
-    made = Columns(call, image, max(call.multiprocessors // blocks, 1) * row.block_p)
-    programs = triton.cdiv(made.lots.rows, row.block_p) * blocks
-    steps = n.taps * triton.cdiv(n.columns, block_c)
-    splits = splits_of(call, programs, n.taps * n.columns, steps)
+    n, groups, count = call.sizes, call.g.groups, columns_of_group(call)
+    weight = call.weight(Order.PADDED if groups > 1 else Order.PLAIN)
+    row = call.tiles("forward_im2col", n.group_out)
+    block_o, block_c = fit(n.group_out, row.block_o), fit(count, row.block_c)
+    blocks = triton.cdiv(n.group_out, block_o)
+    of_rows = groups * blocks  # programs for a tile of rows
+    made = Columns(call, image, max(call.multiprocessors // of_rows, 1) * row.block_p)
+    programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
+    splits = splits_of(call, programs, n.taps * count, n.taps * triton.cdiv(count, block_c))
     parts = call.room_for_parts(splits, out)
-    constants: dict[str, Any] = dict(LAST=out.last, EVEN=n.columns % block_c == 0)
+    constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
     constants |= dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=block_c)
     for which in made.write():
-        grid = (triton.cdiv(which["number"], row.block_p) * blocks, splits)
+        grid = (triton.cdiv(which["number"], row.block_p) * of_rows, splits)
         call.launch(
             *(multiply_columns, grid, constants),
-            **dict(weight=weight, bias=bias, out=out.buffer, parts=parts, blocks=blocks),
-            **dict(which, splits=splits, warps=row.warps, stages=row.stages),
+            **dict(weight=weight, bias=bias, out=out.buffer, parts=parts, group_columns=count),
+            **dict(groups=groups, blocks=blocks, splits=splits),
+            **dict(which, warps=row.warps, stages=row.stages),
         )
     call.reduce(parts, out, bias)
 
 
 def takes_weight(call: Call) -> bool:
-    return takes(call) and (call.sizes.outputs > 2 * tiles.SAMPLED_ONCE or call.narrow)
+    return is_one_matrix(call) and samples_once(call)
+
+
+def weight_beats_hopper(call: Call) -> bool:
+    """Whether it takes a call that Hopper's own kernel would take as well. In three dimensions that
+    kernel has small blocks for three products."""
+    three = len(call.sizes.image) == 3 and call.precision == "bf16x3"
+    return three and is_one_matrix(call) and call.sizes.outputs > tiles.SAMPLED_ONCE["bf16x3"]
 
 
 def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
@@ -352,10 +408,11 @@ def takes_atomic(call: Call) -> bool:
     return is_one_matrix(call) and many and not call.sorts
 
 
-def beats_hopper(call: Call) -> bool:
-    """Whether it takes a call that Hopper's own kernel would take as well. With three products, or
-    several sample groups, it is faster (a third, on an H200)."""
-    return takes_atomic(call) and (call.precision == "bf16x3" or call.sizes.sample_groups > 1)
+def atomic_beats_hopper(call: Call) -> bool:
+    """Whether it takes a call that Hopper's own kernel would take as well. With three products for
+    many outputs it is faster, by a fifth on an H200."""
+    many = call.sizes.outputs > tiles.SAMPLED_ONCE["bf16x3"]
+    return takes_atomic(call) and call.precision == "bf16x3" and many
 
 
 def write_atomic(
@@ -373,9 +430,12 @@ def write_atomic(
     row = call.tiles("backward_atomic_im2col", 64 if -n.columns % 128 >= 64 else n.columns)
     block_c = fit(n.columns, row.block_c)
     blocks = triton.cdiv(n.columns, block_c)
-    # These columns are in float32, so half as many stay in the cache.
+    # These columns are in float32, so half as many stay in the cache. Beyond that they take no more
+    # memory than all columns of the call's dtype would.
     every = n.batch * n.positions * n.taps * n.columns
-    lots = Lots(call, constants["BLOCK_P"], max(tiles.COLUMNS_AT_ONCE // 2, every // tiles.LOTS))
+    least = max(tiles.COLUMNS_AT_ONCE // 2, every // tiles.LOTS)
+    numbers = min(at_once(call, 4, least), max(least, every * call.dtype.itemsize // 4))
+    lots = Lots(call, constants["BLOCK_P"], numbers)
     laid = call.plan.scratch(lots.rows, lots.length, dtype=torch.float32)
     arguments = arguments_of(call, image, laid, by_image, by_offset, by_mask)
     for first, count, first_row, number in lots:
@@ -395,7 +455,7 @@ def write_atomic(
 
 
 FORWARD = Variant(
-    "forward_im2col", takes, write_forward, others=("sample_columns", "multiply_columns")
+    "forward_im2col", takes_forward, write_forward, others=("sample_columns", "multiply_columns")
 )
 BACKWARD_WEIGHT = Variant(
     "backward_weight_im2col",
@@ -411,4 +471,6 @@ BACKWARD_ATOMIC = Variant(
     wants_parts=True,
     others=("multiply_weight", "backward_atomic_depthwise"),
 )
-BACKWARD_ATOMIC_BEFORE_HOPPER = BACKWARD_ATOMIC._replace(takes=beats_hopper)
+# These come before Hopper's own kernels.
+BACKWARD_WEIGHT_FIRST = BACKWARD_WEIGHT._replace(takes=weight_beats_hopper)
+BACKWARD_ATOMIC_FIRST = BACKWARD_ATOMIC._replace(takes=atomic_beats_hopper)

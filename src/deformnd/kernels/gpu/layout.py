@@ -38,12 +38,14 @@ from .sampling import unravel
 
 
 class Order(enum.IntEnum):
-    """The order of the channels of a packed weight. All but PLAIN are for the kernels in Gluon."""
+    """The order of the channels of a packed weight. OPERAND, ACCUMULATOR and BY_GROUP are for the
+    kernels in Gluon."""
 
     PLAIN = 0
     OPERAND = 1  # image channels as registers hold a factor, point channels as they hold a sum
     ACCUMULATOR = 2  # image channels as registers hold a sum of products
     BY_GROUP = 3  # one array of all channels per sample group, 0 in the channels of the others
+    PADDED = 4  # the channels of whole sample groups with their padding, for several weight groups
 
 
 @triton.jit
@@ -816,11 +818,13 @@ class Call:
         columns, arrays, lengths = n.columns, 1, (n.group_channels, n.padded)
         if order == Order.BY_GROUP:
             columns, arrays = whole_blocks(n.channels), n.sample_groups
-        if order == Order.BY_GROUP or self.g.groups > 1:
+        if order == Order.PADDED and n.group_in % n.group_channels == 0:
+            columns = n.group_in // n.group_channels * n.padded
+        elif order == Order.BY_GROUP or self.g.groups > 1:
             lengths = (n.group_in, columns)
         plain = columns == n.group_in and n.padded_outputs == n.outputs and not self.spread
         group_in, group_out = self._given_group()
-        if n.taps == 1 and not bf16x3 and order == Order.PLAIN and plain:
+        if n.taps == 1 and not bf16x3 and order in (Order.PLAIN, Order.PADDED) and plain:
             return weight.buffer._replace(shape=(n.outputs, columns))
         shape = ((arrays + bf16x3) * n.taps * n.padded_outputs, columns)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if bf16x3 else weight.buffer.dtype)
@@ -832,7 +836,7 @@ class Call:
             *(n.taps, n.outputs, n.padded_outputs, group_in, group_out, columns, *lengths),
             *(n.group_channels, n.taps * n.padded_outputs * columns, blocks),
         )
-        kind = (PACK.value, weight.last, bf16x3, int(order), run, block_c, block_k)
+        kind = (PACK.value, weight.last, bf16x3, order % Order.PADDED, run, block_c, block_k)
         self.steps.first(kind, weight.buffer, out, sizes)
         self._made[key] = out
         return out

@@ -91,7 +91,7 @@ class Descriptor(NamedTuple):
 CONSTANT = frozenset(("per_offset", "per_mask"))
 DIVISIBLE = frozenset(
     "channels outputs group_in group_out group_channels padded row plane item columns "
-    "padded_outputs weights".split()
+    "group_columns padded_outputs weights".split()
 )
 
 
@@ -452,7 +452,7 @@ class Plan:
         self.results: list[_Result] = []
         self.offsets: list[int] = []  # where each scratch buffer begins, in bytes
         self.size = 0  # the bytes of all scratch memory
-        self._top = 0
+        self.top = 0  # where the next scratch buffer will begin
         self.steps: list[Launch] = []
         self.spares: list[Launch] = []  # not run, but loaded, since calls of other sizes need them
         self._idle: list[_Instance] = []  # the instances that no thread runs now
@@ -468,17 +468,17 @@ class Plan:
         return Buffer(RETURNED, len(self.results) - 1, dtype, tuple(shape))
 
     def scratch(self, *shape: int, dtype: torch.dtype) -> Buffer:
-        self.offsets.append(self._top)
+        self.offsets.append(self.top)
         size = math.prod(shape) * dtype.itemsize
-        self._top += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self.size = max(self.size, self._top)
+        self.top += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.size = max(self.size, self.top)
         return Buffer(SCRATCH, len(self.offsets) - 1, dtype, shape)
 
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
-        top = self._top
+        top = self.top
         yield
-        self._top = top
+        self.top = top
 
     def load(self, more: Callable[[], Sequence[Launch]] = tuple) -> dict[Launch, Exception]:
         """Load all kernels at once, and return those that cannot be loaded, with the reason."""

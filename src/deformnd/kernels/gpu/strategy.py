@@ -35,7 +35,7 @@ FORWARD = (
 )
 ATOMIC = (
     depthwise.BACKWARD_ATOMIC,
-    im2col.BACKWARD_ATOMIC_BEFORE_HOPPER,
+    im2col.BACKWARD_ATOMIC_FIRST,
     *hopper.BACKWARD_ATOMIC,
     im2col.BACKWARD_ATOMIC,
     *backward_atomic.VARIANTS,
@@ -43,6 +43,7 @@ ATOMIC = (
 SORTED = (*hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
 WEIGHT = (
     depthwise.BACKWARD_WEIGHT,
+    im2col.BACKWARD_WEIGHT_FIRST,
     *hopper.BACKWARD_WEIGHT,
     im2col.BACKWARD_WEIGHT,
     *backward_weight.VARIANTS,

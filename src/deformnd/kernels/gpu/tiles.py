@@ -188,19 +188,26 @@ TILE_US, BANDWIDTH = 1.6, 4e6
 # channels to whole blocks (layout.py, sizes_of).
 BLOCKS = frozenset(("sm_90",))
 
-# With more than SAMPLED_ONCE outputs, samples are written to memory as columns (im2col.py) instead
-# of being found anew for each block of outputs. Hopper's narrow kernel gives way to columns above
-# SAMPLED_ONCE_NARROW outputs, by precision. COLUMNS_AT_ONCE is how many numbers of columns are kept
-# at once, which is 32 MiB of half precision. Of the float32 gradients of samples half as many are
-# kept, or more where there would be more than LOTS lots, each of which costs two launches.
-SAMPLED_ONCE = 128
+# With more outputs than SAMPLED_ONCE, by precision, samples are written to memory as columns
+# (im2col.py) instead of being found anew for each block of outputs. Hopper's narrow kernel gives
+# way to columns above SAMPLED_ONCE_NARROW outputs, by precision.
+SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
 SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
+
+# At least COLUMNS_AT_ONCE numbers of columns are kept at once, which are 32 MiB in half precision,
+# or half as many float32 gradients of samples, of which there are at most LOTS lots. Each lot costs
+# two launches. Where memory is not short, lots are up to LARGER times as large (im2col.py).
 COLUMNS_AT_ONCE = 16 << 20
 LOTS = 64
+LARGER = 4
+
+# Columns are also written for several weight groups where each has at least this many channels on
+# both sides (im2col.py, takes_groups).
+WIDE = 32
 
 # From this many outputs on, one product may write the gradients of all samples (im2col.py,
 # takes_atomic). With fewer a product is short, and writing its result costs more than it saves.
-PRODUCT_FIRST = 16
+PRODUCT_FIRST = 24
 
 # Writing and adding a number of a partial sum costs as much as this many products of half-precision
 # numbers (im2col.py, splits_of).
