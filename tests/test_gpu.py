@@ -557,7 +557,7 @@ def by_im2col(monkeypatch: pytest.MonkeyPatch, at_once: int = 1) -> None:
     """Have calls take it, whatever they have, for so many numbers at a time, or a tile of them."""
     none = dict.fromkeys(tiles.SPREAD, 0)
     limits(monkeypatch, SAMPLED_ONCE=none, SPREAD=none, PRODUCT_FIRST=0, WIDE=1)
-    limits(monkeypatch, COLUMNS_AT_ONCE=at_once, LARGER=1)
+    limits(monkeypatch, COLUMNS_AT_ONCE=at_once, SHARE=0)
     for name in ("FORWARD", "WEIGHT", "ATOMIC"):
         kind = getattr(strategy, name)
         first = [variant for variant in kind if "im2col" in variant.name]
@@ -1131,17 +1131,18 @@ def test_no_size_compiles_anything(
     on_device(monkeypatch, architecture)
     for deterministic in (False, True):
         repeatable(monkeypatch, deterministic)
-        for channels, groups, dtype, depthwise in (
-            *((c, g, d, False) for c, g in ((64, 1), (64, 16), (96, 3)) for d in TOLERANCE),
-            *((3, 1, torch.float32, False), (40, 1, torch.float16, False)),
-            *((128, 1, torch.float16, False), (128, 1, torch.float32, True)),
-            *((64, g, torch.float16, True) for g in (1, 8, 64)),
+        for channels, groups, dtype, of_weight in (
+            *((c, g, d, 1) for c, g in ((64, 1), (64, 16), (96, 3)) for d in TOLERANCE),
+            *((3, 1, torch.float32, 1), (40, 1, torch.float16, 1)),
+            *((128, 1, torch.float16, 1), (128, 1, torch.float32, 128)),
+            *((64, g, torch.float16, 64) for g in (1, 8, 64)),
+            *((142, 2, torch.float32, 2), (320, 5, torch.float16, 10)),
         ):
             known: set[Any] = set()
             for i, size in enumerate(((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))):
                 case = Case(
                     size, (3, 3), batch=1 + i % 3, image=channels,
-                    points=channels if depthwise else 64, groups=channels if depthwise else 1,
+                    points=channels if of_weight > 1 else 64, groups=of_weight,
                     offset_groups=groups, mask_groups=groups,
                 )  # fmt: skip
                 made = on_meta(case, dtype)

@@ -11,8 +11,8 @@ Im2col is faster where there are several such blocks, which would find the same 
 where sample groups are narrow, so that a product waits long for its samples. In backward_atomic.py
 a program keeps a product beside the samples' cells and corners, and has registers for few warps.
 Here depthwise.py adds up what the product has written. The columns go through memory in lots of
-rows. Small lots stay in the second-level cache, but large ones end less often with programs for a
-part of the multiprocessors only, and are faster where memory is not short.
+rows. Small lots stay in the second-level cache. But the last programs of a lot leave
+multiprocessors idle, so fewer and larger lots are faster where memory is not short.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from .variants import Variant
 
 
 @triton.jit
-def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, tiles, blocks, splits,
+def sample_columns(image, offset, mask, out, g, tap_columns, first_tile, first_row, room, tiles,
+                   blocks, splits,
                    PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
                    NEAR: tl.constexpr):  # fmt: skip
@@ -55,12 +56,11 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
     split = tl.program_id(1)
     first = split * g.taps // splits
     last = (split + 1) * g.taps // splits
-    of_tap = g.sample_groups * g.padded  # columns
-    tails = out + room * (g.taps * of_tap)
+    tails = out + room * (g.taps * tap_columns)
     row = (b * g.positions - first_row).to(tl.int32) + p
-    out += first * of_tap
-    tails += first * of_tap
-    place = s * g.padded + c0 + (row * (g.taps * of_tap))[:, None] + c[None, :]
+    out += first * tap_columns
+    tails += first * tap_columns
+    place = s * g.padded + c0 + (row * (g.taps * tap_columns))[:, None] + c[None, :]
     point = unravel(p, g.point)
     shift = unravel(first, g.kernel)
     rows = depthwise.rows_of(s, first, g)
@@ -81,8 +81,8 @@ def sample_columns(image, offset, mask, out, g, first_tile, first_row, room, til
             if PRECISION == "bf16x3":
                 tl.store(tails + place + j * BLOCK_C, factors[1], mask=keep)
         shift, _ = following(shift, g.kernel)
-        out += of_tap
-        tails += of_tap
+        out += tap_columns
+        tails += tap_columns
 
 
 @triton.jit
@@ -102,12 +102,13 @@ def read_factor(of, tails, place, inside, c, stop,
 
 
 @triton.jit
-def multiply_columns(laid, weight, bias, out, parts, g, group_columns, first_row, room, number,
-                     groups, blocks, splits,
+def multiply_columns(laid, weight, bias, out, parts, g, tap_columns, group_columns, first_row, room,
+                     number, groups, blocks, splits,
                      LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                      EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
                      BLOCK_C: tl.constexpr):  # fmt: skip
-    """The outputs at the `number` rows whose columns sample_columns has written.
+    """The outputs at the `number` rows whose columns sample_columns has written. Each tap has
+    tap_columns columns, and group_columns of them are those of a weight group.
 
     Grid: (tiles of rows x weight groups x blocks of a group's outputs, splits of the columns).
     """
@@ -117,19 +118,18 @@ def multiply_columns(laid, weight, bias, out, parts, g, group_columns, first_row
     o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     o_in = o < g.group_out
     o += group * g.group_out
-    of_tap = g.sample_groups * g.padded
     per_tap = tl.cdiv(group_columns, BLOCK_C)
     split = tl.program_id(1)
     first = (split * (g.taps * per_tap) // splits).to(tl.int32)
     last = ((split + 1) * (g.taps * per_tap) // splits).to(tl.int32)
     laid += group * group_columns
-    laid_tails = room * (g.taps * of_tap)
+    laid_tails = room * (g.taps * tap_columns)
     weight_tails = g.taps * g.padded_outputs * group_columns
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for step in range(first, last):
         tap = step // per_tap
         c = step % per_tap * BLOCK_C + tl.arange(0, BLOCK_C)
-        of_row = (row * g.taps + tap) * of_tap
+        of_row = (row * g.taps + tap) * tap_columns
         of_output = (tap * g.padded_outputs + o) * group_columns
         x = read_factor(laid, laid_tails, of_row, inside, c, group_columns, EVEN, PRECISION)
         w = read_factor(weight, weight_tails, of_output, o_in, c, group_columns, EVEN, PRECISION)
@@ -218,12 +218,12 @@ def multiply_weight(points, weight, out, g, first_row, number, blocks,
 
 
 def at_once(call: Call, width: int, least: int) -> int:
-    """How many numbers of `width` bytes to keep at once: more than `least`, if three quarters of
-    the memory that the plan may still take have room for more."""
-    if not call.steps.together:
+    """How many numbers of `width` bytes to keep at once: `least`, or as many as fit into a share of
+    the memory that the plan may still take."""
+    if call.steps.room < 2:
         return least
-    room = (tiles.SCRATCH * call.dtype.itemsize - call.plan.top) * 3 // 4
-    return min(max(room // width, least), tiles.LARGER * least)
+    left = tiles.SCRATCH * call.dtype.itemsize - call.plan.top
+    return max(least, int(left * tiles.SHARE) // width)
 
 
 class Lots:
@@ -237,7 +237,7 @@ class Lots:
         n, self.block_p = call.sizes, block_p
         self.positions = n.positions
         self.tiles: int = triton.cdiv(n.positions, block_p)  # of a batch item
-        self.all_tiles, self.length = n.batch * self.tiles, n.taps * n.sample_groups * n.padded
+        self.all_tiles, self.length = n.batch * self.tiles, n.taps * tap_columns(call)
         rows = max(numbers // self.length, 1)
         if wave:
             rows = rows // wave * wave or rows
@@ -285,6 +285,7 @@ class Columns:
             call.launch(
                 *(sample_columns, (programs, splits), self.constants),
                 **dict(image=self.image, out=self.buffer, first_tile=first, tiles=self.lots.tiles),
+                tap_columns=tap_columns(call),
                 **dict(which, blocks=self.blocks, splits=splits, warps=depthwise.WARPS),
             )
             yield dict(which, number=number, laid=self.buffer)
@@ -303,22 +304,27 @@ def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
     return min(range(1, max(1, min(steps // 8, 16)) + 1), key=cost)
 
 
-def columns_of_group(call: Call) -> int:
-    """How many columns of a tap a weight group has, if those of each group follow each other and
-    loads of 16 bytes fit them. It is 0 if they do not."""
+def tap_columns(call: Call) -> int:
+    """How many columns a tap has: the channels of all sample groups, as they are padded."""
+    return call.sizes.sample_groups * call.sizes.padded
+
+
+def group_columns(call: Call) -> int:
+    """How many columns of a tap a weight group has. It is 0 if they do not follow each other, or if
+    loads of 16 bytes do not fit them."""
     n = call.sizes
-    if n.group_in % n.group_channels == 0:
-        count = n.group_in // n.group_channels * n.padded
-    elif n.group_channels % n.group_in == 0 and n.padded == n.group_channels:
+    if n.padded == n.group_channels:
         count = n.group_in
+    elif n.group_in % n.group_channels == 0:
+        count = n.group_in // n.group_channels * n.padded
     else:
         return 0
     return count if count % 8 == 0 else 0
 
 
 def is_one_matrix(call: Call) -> bool:
-    """Whether one product takes all columns: there is a single weight group."""
-    return call.g.groups == 1 and columns_of_group(call) > 0
+    """Whether one product can take all columns of a tap."""
+    return call.g.groups == 1 and group_columns(call) > 0
 
 
 def samples_once(call: Call) -> bool:
@@ -330,11 +336,11 @@ def samples_once(call: Call) -> bool:
 
 
 def takes_groups(call: Call) -> bool:
-    """Whether it takes several weight groups. In float32 forward.py is faster where the outputs of
-    a group fill one of its blocks and loads of 16 bytes fit the weight as it is."""
+    """Whether it takes a call of several weight groups. In float32 forward.py is faster where the
+    outputs of a group fill one of its blocks and loads of 16 bytes fit the weight as it is."""
     n = call.sizes
     full = call.dtype == torch.float32 and n.group_in % 8 == 0 and n.group_out >= 64
-    enough = min(columns_of_group(call), n.group_out) >= tiles.WIDE
+    enough = min(group_columns(call), n.group_out) >= tiles.WIDE
     return enough and (samples_once(call) or not full)
 
 
@@ -345,15 +351,18 @@ def takes_forward(call: Call) -> bool:
 
 
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
-    n, groups, count = call.sizes, call.g.groups, columns_of_group(call)
-    weight = call.weight(Order.PADDED if groups > 1 else Order.PLAIN)
+    n, groups, count = call.sizes, call.g.groups, group_columns(call)
+    padded = groups > 1 and n.padded > n.group_channels
+    weight = call.weight(Order.PADDED if padded else Order.PLAIN)
     row = call.tiles("forward_im2col", n.group_out)
     block_o, block_c = fit(n.group_out, row.block_o), fit(count, row.block_c)
     blocks = triton.cdiv(n.group_out, block_o)
     of_rows = groups * blocks  # programs for a tile of rows
     made = Columns(call, image, max(call.multiprocessors // of_rows, 1) * row.block_p)
     programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
-    splits = splits_of(call, programs, n.taps * count, n.taps * triton.cdiv(count, block_c))
+    splits = 1  # where memory is short
+    if call.steps.together:
+        splits = splits_of(call, programs, n.taps * count, n.taps * triton.cdiv(count, block_c))
     parts = call.room_for_parts(splits, out)
     constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
     constants |= dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=block_c)
@@ -361,8 +370,10 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
         grid = (triton.cdiv(which["number"], row.block_p) * of_rows, splits)
         call.launch(
             *(multiply_columns, grid, constants),
-            **dict(weight=weight, bias=bias, out=out.buffer, parts=parts, group_columns=count),
-            **dict(groups=groups, blocks=blocks, splits=splits),
+            **dict(weight=weight, bias=bias, out=out.buffer, parts=parts, groups=groups),
+            **dict(
+                tap_columns=tap_columns(call), group_columns=count, blocks=blocks, splits=splits
+            ),
             **dict(which, warps=row.warps, stages=row.stages),
         )
     call.reduce(parts, out, bias)

@@ -45,7 +45,9 @@ class Order(enum.IntEnum):
     OPERAND = 1  # image channels as registers hold a factor, point channels as they hold a sum
     ACCUMULATOR = 2  # image channels as registers hold a sum of products
     BY_GROUP = 3  # one array of all channels per sample group, 0 in the channels of the others
-    PADDED = 4  # the channels of whole sample groups with their padding, for several weight groups
+    PADDED = (
+        4  # each weight group's whole sample groups with their padding, as im2col's columns are
+    )
 
 
 @triton.jit
@@ -442,12 +444,14 @@ class Operand(NamedTuple):
 class Steps:
     """The launches of a plan, in their order, with jobs for one `prepare` gathered before them.
 
-    Where memory is short `together` is false: jobs are launched one by one, and what may wait is
-    prepared later. With `other` the steps are those of a call of another size.
+    `room` says how much memory there is. With 2 there is enough for all that is faster. With 1
+    nothing takes more than it must. With 0 memory is short, and `together` is false: jobs are
+    launched one by one, and what may wait is prepared later. With `other` the steps are those of a
+    call of another size.
     """
 
-    def __init__(self, plan: Plan, together: bool = True, other: bool = False) -> None:
-        self.plan, self.together, self.other = plan, together, other
+    def __init__(self, plan: Plan, room: int = 2, other: bool = False) -> None:
+        self.plan, self.room, self.together, self.other = plan, room, room > 0, other
         self.depends = False  # whether calls of other sizes have other steps
         self._jobs: list[tuple[Any, Any]] = []  # the jobs for `prepare`, each with its kind
         self._then: list[Launch] = []
@@ -818,13 +822,13 @@ class Call:
         columns, arrays, lengths = n.columns, 1, (n.group_channels, n.padded)
         if order == Order.BY_GROUP:
             columns, arrays = whole_blocks(n.channels), n.sample_groups
-        if order == Order.PADDED and n.group_in % n.group_channels == 0:
+        if order == Order.PADDED:
             columns = n.group_in // n.group_channels * n.padded
         elif order == Order.BY_GROUP or self.g.groups > 1:
             lengths = (n.group_in, columns)
         plain = columns == n.group_in and n.padded_outputs == n.outputs and not self.spread
         group_in, group_out = self._given_group()
-        if n.taps == 1 and not bf16x3 and order in (Order.PLAIN, Order.PADDED) and plain:
+        if n.taps == 1 and not bf16x3 and order == Order.PLAIN and plain:
             return weight.buffer._replace(shape=(n.outputs, columns))
         shape = ((arrays + bf16x3) * n.taps * n.padded_outputs, columns)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if bf16x3 else weight.buffer.dtype)

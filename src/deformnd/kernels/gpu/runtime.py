@@ -91,7 +91,7 @@ class Descriptor(NamedTuple):
 CONSTANT = frozenset(("per_offset", "per_mask"))
 DIVISIBLE = frozenset(
     "channels outputs group_in group_out group_channels padded row plane item columns "
-    "group_columns padded_outputs weights".split()
+    "tap_columns group_columns padded_outputs weights".split()
 )
 
 

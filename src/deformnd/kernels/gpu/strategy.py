@@ -62,16 +62,17 @@ def write(
 ) -> None:
     """Write the plan and load its kernels, together with those of `more` if any has to be compiled.
 
-    The plan is written anew while it needs too much memory, first without gathering jobs and then
-    in more chunks. It is also written anew without the variants whose kernels cannot be built.
+    The plan is written anew while it needs too much memory, first with less room (layout.py, Steps)
+    and then in more chunks. It is also written anew without the variants whose kernels cannot be
+    built.
     """
     width = dtype_of(plan).itemsize
     most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / tiles.CHUNK)))
-    limit, chunks, room = tiles.SCRATCH * width, 1, True
+    limit, chunks, room = tiles.SCRATCH * width, 1, 2
     while True:
         draft(plan, make, g, layouts, wanted, chunks, room)
         if plan.size > limit and room:
-            room = False
+            room -= 1
         elif plan.size > limit and chunks < most:
             chunks = min(most, triton.cdiv(chunks * plan.size, limit))
         elif failures := plan.load(more):
@@ -93,12 +94,12 @@ def draft(
     layouts: Sequence[Any],
     wanted: Any,
     chunks: int = 1,
-    room: bool = True,
+    room: int = 2,
     other: bool = False,
 ) -> list[Launch]:
-    """Write the plan in this many chunks, and with jobs gathered if there is `room` for their
-    results. Returns all launches that it may need. Where the call's size decides between two ways
-    (Steps.depending), they include those of the other way, which `other` asks for."""
+    """Write the plan in this many chunks and with so much room (layout.py, Steps). Returns all
+    launches that it may need. Where the call's size decides between two ways (Steps.depending),
+    they include those of the other way, which `other` asks for."""
     operands: list[Any] = []
     forms = []
     for buffer, layout in zip(plan.given, layouts, strict=False):

@@ -196,13 +196,13 @@ SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
 
 # At least COLUMNS_AT_ONCE numbers of columns are kept at once, which are 32 MiB in half precision,
 # or half as many float32 gradients of samples, of which there are at most LOTS lots. Each lot costs
-# two launches. Where memory is not short, lots are up to LARGER times as large (im2col.py).
+# two launches. Where memory is not short, a lot may have this SHARE of what is left (im2col.py).
 COLUMNS_AT_ONCE = 16 << 20
 LOTS = 64
-LARGER = 4
+SHARE = 0.75
 
-# Columns are also written for several weight groups where each has at least this many channels on
-# both sides (im2col.py, takes_groups).
+# Columns are also written for several weight groups where each has at least this many columns of a
+# tap and outputs (im2col.py, takes_groups).
 WIDE = 32
 
 # From this many outputs on, one product may write the gradients of all samples (im2col.py,
