@@ -329,10 +329,11 @@ def is_one_matrix(call: Call) -> bool:
 
 def samples_once(call: Call) -> bool:
     """Whether the samples are worth writing down, so that they are found once for all outputs of a
-    weight group, or so that no product waits for narrow sample groups."""
+    weight group, or so that no product waits for narrow sample groups. Where these are very narrow,
+    writing their columns costs most, so it takes as many outputs in half precision, too."""
     n = call.sizes
-    once = n.group_out > tiles.SAMPLED_ONCE[call.precision]
-    return once or (call.narrow and n.padded >= 16)
+    least = tiles.SAMPLED_ONCE["bf16x3" if call.narrow else call.precision]
+    return n.group_out > least or (call.narrow and n.padded >= 16)
 
 
 def takes_groups(call: Call) -> bool:
