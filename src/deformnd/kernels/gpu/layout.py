@@ -45,9 +45,7 @@ class Order(enum.IntEnum):
     OPERAND = 1  # image channels as registers hold a factor, point channels as they hold a sum
     ACCUMULATOR = 2  # image channels as registers hold a sum of products
     BY_GROUP = 3  # one array of all channels per sample group, 0 in the channels of the others
-    PADDED = (
-        4  # each weight group's whole sample groups with their padding, as im2col's columns are
-    )
+    PADDED = 4  # the sample groups of each weight group, with their padding (im2col.py)
 
 
 @triton.jit
