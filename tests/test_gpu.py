@@ -556,8 +556,8 @@ IM2COL_GROUPS = [
 def by_im2col(monkeypatch: pytest.MonkeyPatch, at_once: int = 1) -> None:
     """Have calls take it, whatever they have, for so many numbers at a time, or a tile of them."""
     none = dict.fromkeys(tiles.SPREAD, 0)
-    limits(monkeypatch, SAMPLED_ONCE=none, SPREAD=none, PRODUCT_FIRST=0, WIDE=1)
-    limits(monkeypatch, COLUMNS_AT_ONCE=at_once, SHARE=0)
+    least = dict(SAMPLED_ONCE=none, SPREAD=none, PRODUCT_FIRST=0, WIDE=1)
+    limits(monkeypatch, **least, COLUMNS_AT_ONCE=at_once, SHARE=0)
     for name in ("FORWARD", "WEIGHT", "ATOMIC"):
         kind = getattr(strategy, name)
         first = [variant for variant in kind if "im2col" in variant.name]

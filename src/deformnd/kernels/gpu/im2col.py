@@ -281,11 +281,10 @@ class Columns:
         for first, count, first_row, number in self.lots:
             programs = count * n.sample_groups * self.blocks
             splits = max(1, min(n.taps, 8 * call.multiprocessors // programs))
-            which = dict(first_row=first_row, room=self.lots.rows)
+            which = dict(first_row=first_row, room=self.lots.rows, tap_columns=tap_columns(call))
             call.launch(
                 *(sample_columns, (programs, splits), self.constants),
                 **dict(image=self.image, out=self.buffer, first_tile=first, tiles=self.lots.tiles),
-                tap_columns=tap_columns(call),
                 **dict(which, blocks=self.blocks, splits=splits, warps=depthwise.WARPS),
             )
             yield dict(which, number=number, laid=self.buffer)
@@ -372,9 +371,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
         call.launch(
             *(multiply_columns, grid, constants),
             **dict(weight=weight, bias=bias, out=out.buffer, parts=parts, groups=groups),
-            **dict(
-                tap_columns=tap_columns(call), group_columns=count, blocks=blocks, splits=splits
-            ),
+            **dict(group_columns=count, blocks=blocks, splits=splits),
             **dict(which, warps=row.warps, stages=row.stages),
         )
     call.reduce(parts, out, bias)
@@ -387,8 +384,7 @@ def takes_weight(call: Call) -> bool:
 def weight_beats_hopper(call: Call) -> bool:
     """Whether it takes a call that Hopper's own kernel would take as well. In three dimensions that
     kernel has small blocks for three products."""
-    three = len(call.sizes.image) == 3 and call.precision == "bf16x3"
-    return three and is_one_matrix(call) and call.sizes.outputs > tiles.SAMPLED_ONCE["bf16x3"]
+    return len(call.sizes.image) == 3 and call.precision == "bf16x3" and takes_weight(call)
 
 
 def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
@@ -423,7 +419,7 @@ def takes_atomic(call: Call) -> bool:
 def atomic_beats_hopper(call: Call) -> bool:
     """Whether it takes a call that Hopper's own kernel would take as well. With three products for
     many outputs it is faster, by a fifth on an H200."""
-    many = call.sizes.outputs > tiles.SAMPLED_ONCE["bf16x3"]
+    many = call.sizes.outputs > tiles.SAMPLED_ONCE[call.precision]
     return takes_atomic(call) and call.precision == "bf16x3" and many
 
 

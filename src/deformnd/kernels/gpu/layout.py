@@ -449,11 +449,15 @@ class Steps:
     """
 
     def __init__(self, plan: Plan, room: int = 2, other: bool = False) -> None:
-        self.plan, self.room, self.together, self.other = plan, room, room > 0, other
+        self.plan, self.room, self.other = plan, room, other
         self.depends = False  # whether calls of other sizes have other steps
         self._jobs: list[tuple[Any, Any]] = []  # the jobs for `prepare`, each with its kind
         self._then: list[Launch] = []
         self._last: list[Launch] = []
+
+    @property
+    def together(self) -> bool:
+        return self.room > 0
 
     def depending(self, choice: bool) -> bool:
         """Note that a choice depends on the call's size; returns it, or what `other` steps take."""
@@ -838,7 +842,9 @@ class Call:
             *(n.taps, n.outputs, n.padded_outputs, group_in, group_out, columns, *lengths),
             *(n.group_channels, n.taps * n.padded_outputs * columns, blocks),
         )
-        kind = (PACK.value, weight.last, bf16x3, order % Order.PADDED, run, block_c, block_k)
+        if order == Order.PADDED:
+            order = Order.PLAIN  # for _pack, which the sizes tell of the padding
+        kind = (PACK.value, weight.last, bf16x3, int(order), run, block_c, block_k)
         self.steps.first(kind, weight.buffer, out, sizes)
         self._made[key] = out
         return out
