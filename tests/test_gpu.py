@@ -606,6 +606,22 @@ def test_interpreted_im2col_groups(
     assert "multiply_columns" in kernels_used()
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_interpreted_im2col_adds_parts(
+    last: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a lot of rows is too small for the GPU, parts of its sums are computed side by side."""
+    by_im2col(monkeypatch)
+    on_device(monkeypatch, "interpreter", 64)
+    case = Case((6, 7), (3, 3), image=32, points=40, last=last)
+    made = case.make(torch.float32, "cpu")
+    assert close(made.forward(backend), made.double().forward(reference), 1e-5)
+    (plan,) = backend._PLANS.values()
+    kernels = [step.name for step in plan.steps if step.name != "prepare"]
+    assert len(kernels) > 3
+    assert kernels == ["sample_columns", "multiply_columns", "add_parts"] * (len(kernels) // 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_interpreted_half(dtype: torch.dtype, interpreted: None) -> None:
     case = Case((5, 5), (3, 3), image=8, batch=1)
@@ -1136,6 +1152,29 @@ def test_few_multiprocessors(plans: list[Plan], monkeypatch: pytest.MonkeyPatch)
     assert {"multiply_columns", "multiply_points"} <= kernels_used()
 
 
+def test_a_block_of_all_outputs(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is full, samples are written down only for few positions."""
+    on_device(monkeypatch, "portable")
+    for size, points, kernel in (
+        *((9, 256, "multiply_columns"), (224, 256, "forward")),
+        *((224, 200, "multiply_columns"), (224, 300, "multiply_columns")),
+    ):
+        for dtype in (torch.float16, torch.float32):
+            on_meta(Case((size, size), (3, 3), image=256, points=points), dtype).forward(backend)
+            assert kernel in names(plans[-1]), (size, points, dtype)
+
+
+def test_groups_that_cross_are_spread(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product takes all weight groups where they cross the sample groups."""
+    on_device(monkeypatch, "portable")
+    for groups, offset_groups, spread in ((12, 10, True), (10, 10, False), (5, 10, False)):
+        case = Case((20, 20), (3, 3), image=120, points=120, groups=groups,
+                    offset_groups=offset_groups)  # fmt: skip
+        on_meta(case, torch.float16).forward(backend)
+        used = {step.arguments.get("groups") for step in plans[-1].steps}
+        assert ("multiply_columns" in names(plans[-1]) and 1 in used) == spread
+
+
 @pytest.mark.parametrize("architecture", ["sm_90", "portable"])
 def test_no_size_compiles_anything(
     architecture: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
@@ -1150,12 +1189,13 @@ def test_no_size_compiles_anything(
             *((128, 1, torch.float16, 1), (128, 1, torch.float32, 128)),
             *((64, g, torch.float16, 64) for g in (1, 8, 64)),
             *((142, 2, torch.float32, 2), (320, 5, torch.float16, 10)),
+            *((256, 1, torch.float16, 1), (120, 10, torch.float16, 12)),
         ):
             known: set[Any] = set()
             for i, size in enumerate(((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))):
                 case = Case(
                     size, (3, 3), batch=1 + i % 3, image=channels,
-                    points=channels if of_weight > 1 else 64, groups=of_weight,
+                    points=channels if of_weight > 1 or channels > 200 else 64, groups=of_weight,
                     offset_groups=groups, mask_groups=groups,
                 )  # fmt: skip
                 made = on_meta(case, dtype)

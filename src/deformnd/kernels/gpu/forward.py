@@ -178,11 +178,20 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run
         store(out + item, acc, p, o, inside, o_in, g, LAST, INDEX, DEEP)
 
 
+def is_deep(call: Call) -> bool:
+    return not call.narrow and call.sizes.padded * call.dtype.itemsize >= DEEP
+
+
+def tiles_of(call: Call, outputs: int) -> Tiles:
+    """The tiles for so many outputs that a program computes together."""
+    kind = " narrow" if call.narrow else " deep" if is_deep(call) else ""
+    return call.tiles(f"forward{kind}", outputs)
+
+
 def write(
     call: Call, image: Operand, bias: Buffer | None, out: Operand, tiles: Tiles | None = None
 ) -> None:
-    sizes = call.sizes
-    deep = not call.narrow and sizes.padded * call.dtype.itemsize >= DEEP
+    sizes, deep = call.sizes, is_deep(call)
     load = 16 // call.dtype.itemsize  # channels that a thread loads at once
     # These are the outputs of one weight group, or, in a narrow call, of as many weight groups as
     # the channels of one load belong to.
@@ -190,9 +199,7 @@ def write(
     if call.narrow:
         together *= max(1, min(load, sizes.padded) // sizes.group_in)
     together = min(together, sizes.outputs)
-    if tiles is None:
-        name = "forward narrow" if call.narrow else "forward deep" if deep else "forward"
-        tiles = call.tiles(name, together)
+    tiles = tiles or tiles_of(call, together)
     constants = columns.blocks_of(call, tiles, load)
     block_o = fit(sizes.outputs, tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import columns, depthwise, tiles
+from . import columns, depthwise, forward, tiles
 from .backward_atomic import arguments_of
 from .layout import Call, Operand, Order, fit
 from .runtime import Buffer
@@ -102,6 +102,21 @@ def read_factor(of, tails, place, inside, c, stop,
 
 
 @triton.jit
+def store_rows(out, acc, bias, row, inside, o, o_in, g,
+               LAST: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+    """Store the outputs o, plus a bias, of rows that are counted through all batch items."""
+    if bias is not None:
+        acc += tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
+    if LAST:
+        place = (row * g.outputs)[:, None] + o[None, :]
+    else:
+        place = (row // g.positions * (g.outputs * g.positions) + row % g.positions)[:, None]
+        place = place + (o.to(INDEX) * g.positions)[None, :]
+    keep = inside[:, None] & o_in[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def multiply_columns(laid, weight, bias, out, parts, g, tap_columns, group_columns, first_row, room,
                      number, groups, blocks, splits,
                      LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
@@ -134,22 +149,34 @@ def multiply_columns(laid, weight, bias, out, parts, g, tap_columns, group_colum
         x = read_factor(laid, laid_tails, of_row, inside, c, group_columns, EVEN, PRECISION)
         w = read_factor(weight, weight_tails, of_output, o_in, c, group_columns, EVEN, PRECISION)
         acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
-    row = first_row.to(tl.int64) + row
-    b = row // g.positions
-    p = row % g.positions
-    if LAST:
-        place = (row * g.outputs)[:, None] + o[None, :]
-    else:
-        place = (b * (g.outputs * g.positions) + p)[:, None]
-        place = place + (o.to(INDEX) * g.positions)[None, :]
-    keep = inside[:, None] & o_in[None, :]
     if splits > 1:
-        parts += split.to(tl.int64) * g.batch * g.positions * g.outputs
-        tl.store(parts + place, acc, mask=keep)
+        place = ((split * room + row) * g.outputs)[:, None] + o[None, :]
+        tl.store(parts + place, acc, mask=inside[:, None] & o_in[None, :])
     else:
-        if bias is not None:
-            acc += tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
+        store_rows(out, acc, bias, first_row.to(tl.int64) + row, inside, o, o_in, g, LAST, INDEX)
+
+
+@triton.jit
+def add_parts(parts, bias, out, g, first_row, room, number, blocks, splits,
+              LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr,
+              BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+    """The outputs at the `number` rows of which multiply_columns has written several parts.
+    TOGETHER is how many loads do not wait for each other.
+
+    Grid: (tiles of rows x blocks of outputs).
+    """
+    row = tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = row < number
+    o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_in = o < g.outputs
+    place = (row * g.outputs)[:, None] + o[None, :]
+    keep = inside[:, None] & o_in[None, :]
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    for first in range(0, splits, TOGETHER):
+        for s in tl.static_range(TOGETHER):
+            acc += tl.load(parts + place, mask=keep & (first + s < splits), other=0.0)
+            place += room * g.outputs
+    store_rows(out, acc, bias, first_row.to(tl.int64) + row, inside, o, o_in, g, LAST, INDEX)
 
 
 @triton.jit
@@ -345,9 +372,18 @@ def takes_groups(call: Call) -> bool:
 
 
 def takes_forward(call: Call) -> bool:
+    n = call.sizes
     if call.g.groups > 1:
         return takes_groups(call)
-    return is_one_matrix(call) and samples_once(call)
+    if not (is_one_matrix(call) and samples_once(call)):
+        return False
+    # A block of forward.py that takes all outputs finds samples once, too. If it is nearly full and
+    # there are enough positions, it is done before the samples would be written down and read.
+    full = n.group_out in tiles.FULL
+    if full and not call.narrow and n.group_out <= forward.tiles_of(call, n.group_out).block_o:
+        many = n.batch * n.positions >= tiles.POSITIONS * call.multiprocessors
+        return call.steps.depending(not many)
+    return True
 
 
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
@@ -363,18 +399,24 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     splits = 1  # where memory is short
     if call.steps.together:
         splits = splits_of(call, programs, n.taps * count, n.taps * triton.cdiv(count, block_c))
-    parts = call.room_for_parts(splits, out)
+    shape = (splits, made.lots.rows, n.outputs) if splits > 1 else (1,)
+    results = dict(bias=bias, out=out.buffer, parts=call.plan.scratch(*shape, dtype=torch.float32))
     constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
     constants |= dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=block_c)
+    across = triton.cdiv(n.outputs, 32)
     for which in made.write():
-        grid = (triton.cdiv(which["number"], row.block_p) * of_rows, splits)
+        rows = triton.cdiv(which["number"], row.block_p)
         call.launch(
-            *(multiply_columns, grid, constants),
-            **dict(weight=weight, bias=bias, out=out.buffer, parts=parts, groups=groups),
-            **dict(group_columns=count, blocks=blocks, splits=splits),
-            **dict(which, warps=row.warps, stages=row.stages),
+            *(multiply_columns, (rows * of_rows, splits), constants),
+            **dict(results, weight=weight, groups=groups, group_columns=count, blocks=blocks),
+            **dict(which, splits=splits, warps=row.warps, stages=row.stages),
         )
-    call.reduce(parts, out, bias)
+        adds = call.make(
+            *(add_parts, (triton.cdiv(which["number"], 32) * across,)),
+            dict(LAST=out.last, BLOCK_P=32, BLOCK_O=32, TOGETHER=4),
+            **dict(results, blocks=across, splits=splits, warps=4, **which),
+        )
+        call.steps.launch(adds, splits > 1)
 
 
 def takes_weight(call: Call) -> bool:

@@ -597,9 +597,14 @@ class Call:
         zeros where an output does not read a channel.
 
         The products with zeros cost little where samples cost most, and the kernels of a single
-        group are faster: on an H200 they are twice as fast with 192 channels in two groups.
+        group are faster: on an H200 they are twice as fast with 192 channels in two groups. With
+        several sample groups this holds where neither these nor the weight groups consist of whole
+        ones of the other kind, so that no product fits both.
         """
-        several = 1 < g.groups < g.image_channels and max(g.offset_groups, g.mask_groups) == 1
+        offset_groups = max(g.offset_groups, g.mask_groups, 1)
+        of_weight, of_offset = g.image_channels // g.groups, g.image_channels // offset_groups
+        crossing = of_weight % of_offset > 0 and of_offset % of_weight > 0
+        several = 1 < g.groups < g.image_channels and (offset_groups == 1 or crossing)
         by_blocks = self.architecture in tiles.BLOCKS
         most = (tiles.SPREAD_BY_BLOCKS if by_blocks else tiles.SPREAD)[self.precision]
         return several and max(g.image_channels, g.point_channels) <= most

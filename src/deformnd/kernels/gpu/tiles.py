@@ -194,6 +194,10 @@ BLOCKS = frozenset(("sm_90",))
 SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
 SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
 
+# So many outputs nearly fill a block of 256. Where forward.py takes them in one, samples are not
+# written down if each multiprocessor has at least this many POSITIONS (im2col.py, takes_forward).
+FULL, POSITIONS = range(225, 257), 100
+
 # At least COLUMNS_AT_ONCE numbers of columns are kept at once, which are 32 MiB in half precision,
 # or half as many float32 gradients of samples, of which there are at most LOTS lots. Each lot costs
 # two launches. Where memory is not short, a lot may have this SHARE of what is left (im2col.py).
