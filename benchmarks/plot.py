@@ -120,7 +120,7 @@ def table_of_gpu(phase: str, dtype: str) -> str:
     peers = {f"dense {phase}": "dense", phase: "deformnd"}
     if phase == "backward":
         peers["deterministic backward"] = "deformnd, deterministic"
-    peers |= {f"{peer} {phase}": peer for peer in ("torchvision", "tvdcn")}
+    peers[f"torchvision {phase}"] = "torchvision"
     rows = []
     for row in gpu_rows():
         if row["dtype"] == dtype:
@@ -135,7 +135,7 @@ def table_of_means() -> str:
     rows = []
     for peer, file in (
         ("torchvision", "gpu_h200.json"),
-        ("tvdcn", "gpu_h200.json"),
+        ("tvdcn", "gpu_tvdcn_h200.json"),
         ("deformops", "gpu_deformops_h200.json"),
     ):
         cells = [f"{peer} {read(file)[peer].split('+')[0]}"]
@@ -217,13 +217,13 @@ def table_of_memory() -> str:
     found: dict[str, dict[str, Any]] = {}
     for row in gpu_rows():
         found.setdefault(row["name"], {})[row["dtype"]] = row
-    peers = ("memory", "torchvision memory", "tvdcn memory")
+    peers = ("memory", "torchvision memory")
     rows = []
     for name, dtypes in found.items():
         cells = [dtypes.get(d, {}).get(key) for d in ("float16", "float32") for key in peers]
         rows.append([LABELS[name], *("-" if c is None else f"{c:,.0f}" for c in cells)])
-    head = ["layer", "float16: deformnd", "torchvision", "tvdcn"]
-    return table([*head, "float32: deformnd", "torchvision", "tvdcn"], rows)
+    head = ["layer", "float16: deformnd", "torchvision"]
+    return table([*head, "float32: deformnd", "torchvision"], rows)
 
 
 def table_of_readme() -> str:
