@@ -143,7 +143,7 @@ class Case:
             return {"input": randn(self.batch, cin, *self.size), "offset": offset, "mask": mask}
         return {
             "input": randn(self.batch, cin, *self.size),
-            "weight": randn(*weight, *self.kernel) / math.sqrt(cin * points),
+            "weight": randn(*weight, *self.kernel) / math.sqrt(cin // self.groups * points),
             "offset": offset,
             "mask": mask,
             "bias": randn(cout) if self.bias else None,

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -36,13 +37,16 @@ from deformnd.kernels.geometry import (
     Geometry,
     memory_format,
 )
+from random_calls import close
 
 triton = pytest.importorskip("triton")
 
 from deformnd.kernels import gpu as backend  # noqa: E402
 from deformnd.kernels.gpu import (  # noqa: E402
     backward_sorted,
+    driver,
     hopper,
+    im2col,
     layout,
     runtime,
     strategy,
@@ -121,9 +125,8 @@ class Problem:
             }
         )
 
-    def moved(self, size: float) -> Problem:
-        """With every factor changed by a relative `size`."""
-        generator = torch.Generator().manual_seed(0)
+    def moved(self, size: float, generator: torch.Generator) -> Problem:
+        """With every factor changed by a relative `size`, or so."""
         factors = ("x", "weight", "mask", "grad")
         found = {name: getattr(self, name) for name in factors}
         return dataclasses.replace(
@@ -150,24 +153,16 @@ class Problem:
         return (grads[self.transposed], *grads[2:])
 
 
-def close(
-    got: Tensor, expected: Tensor, tolerance: float, moved: Callable[[], Tensor] | None = None
-) -> bool:
-    """Whether the error is within the tolerance, or, where terms cancel, within it and what changes
-    if all factors are `moved`."""
-    distance = (got.double() - expected).norm().item()
-    allowed = random_calls.allowed(expected, tolerance)
-    if moved is not None and distance > allowed:
-        allowed += (moved() - expected).norm().item()
-    return distance <= allowed
-
-
 def check(problem: Problem, forward: float, backward: float) -> None:
     exact = problem.double()
     y = problem.forward(backend)
     assert y.dtype == problem.x.dtype and memory_format(y) == memory_format(problem.x)
-    moved = exact.moved(forward)
-    assert close(y, exact.forward(reference), forward, lambda: moved.forward(reference))
+
+    def moved(generator: torch.Generator) -> Problem:
+        return exact.moved(forward / 2, generator)
+
+    expected = exact.forward(reference)
+    assert close(y, expected, forward, lambda generator: moved(generator).forward(reference))
     expected = exact.backward(reference)
     bias = problem.grad[0].flatten(1)[:, 0]
     tensors = (problem.x, problem.weight, problem.offset, problem.mask, bias)
@@ -180,7 +175,7 @@ def check(problem: Problem, forward: float, backward: float) -> None:
         assert got.dtype == t.dtype and got.shape == t.shape
         form = memory_format(t) if name == "input" else torch.contiguous_format
         assert got.is_contiguous(memory_format=form)
-        right = close(got, want, backward, lambda i=i: moved.backward(reference)[i])
+        right = close(got, want, backward, lambda g, i=i: moved(g).backward(reference)[i])
         assert right, f"gradient of {name}: {relative_error(got, want):.2e}"
 
 
@@ -333,7 +328,7 @@ def test_interpreted_depthwise(
     check(case.make(torch.float32, "cpu"), 1e-6, 1e-6)
     if case.image in (8, 12, 40, 100):
         half = torch.float16
-        check(case.make(half, "cpu", float_offset=True), 3.2e-4, TOLERANCE[half][1])
+        check(case.make(half, "cpu", float_offset=True), *TOLERANCE[half])
     assert not kernels_used() & {"forward", "backward_atomic", "backward_weight"}
     if case.image in (12, 40):
         repeatable(monkeypatch, True)
@@ -606,20 +601,37 @@ def test_interpreted_im2col_groups(
     assert "multiply_columns" in kernels_used()
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("case", "splits", "dtype"),
+    [
+        (Case((6, 7), (3, 3), image=32, points=40, batch=3), 2, torch.float32),
+        (Case((6, 7), (3, 3), image=32, points=40, batch=3, last=True), 5, torch.float32),
+        (Case((40,), (5,), image=32, points=20, bias=False), 9, torch.float16),
+        (Case((3, 4, 5), (2, 2, 2), image=16, points=33, last=True), 5, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_interpreted_im2col_adds_parts(
-    last: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    splits: int,
+    dtype: torch.dtype,
+    interpreted: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where a lot of rows is too small for the GPU, parts of its sums are computed side by side."""
+    """Parts of the sums of one lot of rows after another, as where a lot is too small for a GPU."""
     by_im2col(monkeypatch)
-    on_device(monkeypatch, "interpreter", 64)
-    case = Case((6, 7), (3, 3), image=32, points=40, last=last)
-    made = case.make(torch.float32, "cpu")
-    assert close(made.forward(backend), made.double().forward(reference), 1e-5)
+    monkeypatch.setattr(im2col, "splits_of", lambda *_: splits)
+    made = case.make(dtype, "cpu")
+    exact = made.double().forward(reference)
+    assert close(made.forward(backend), exact, TOLERANCE[dtype][0])
     (plan,) = backend._PLANS.values()
-    kernels = [step.name for step in plan.steps if step.name != "prepare"]
-    assert len(kernels) > 3
-    assert kernels == ["sample_columns", "multiply_columns", "add_parts"] * (len(kernels) // 3)
+    steps = [step for step in plan.steps if step.name != "prepare"]
+    kernels = ["sample_columns", "multiply_columns", "add_parts"]
+    assert len(steps) > 3 and [step.name for step in steps] == kernels * (len(steps) // 3)
+    for step in steps[2::3]:  # parts are those of a lot
+        rows = step.arguments["room"]
+        assert step.arguments["parts"].shape == (splits, rows, case.points)
+        assert step.arguments["number"] <= rows < made.grad[:, 0].numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -806,6 +818,32 @@ def nonfinite(case: Case, device: str) -> None:
     bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -3e9, 6e4], device=device)
     flat[: 6 * (len(flat) // 12)].view(-1, 6)[:] = bad
     check(problem, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(("groups", "error"), [(1, 3.9e-4), (32, 3.3e-4)])
+def test_interpreted_half_errs_little(
+    groups: int, error: float, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 where samples are written down, and without products."""
+    by_im2col(monkeypatch)
+    case = Case((20, 20), (3, 3), image=32, points=32, groups=groups, bias=False)
+    made = case.make(torch.float16, "cpu", float_offset=True)
+    assert relative_error(made.forward(backend), made.double().forward(reference)) < error
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+def test_interpreted_large_half(
+    groups: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples between pixels near the largest number of float16 are not infinite."""
+    by_im2col(monkeypatch)
+    case = Case((5, 6), (3, 2), image=32, points=32, groups=groups, mask_groups=0, bias=False)
+    made = case.make(torch.float16, "cpu", float_offset=True)
+    made.x = torch.full_like(made.x, 6e4).copysign(made.x)
+    made.weight *= 1e-3
+    assert close(
+        made.forward(backend), made.double().forward(reference), TOLERANCE[made.x.dtype][0]
+    )
 
 
 def test_interpreted_nan_masks(interpreted: None) -> None:
@@ -1167,12 +1205,16 @@ def test_a_block_of_all_outputs(plans: list[Plan], monkeypatch: pytest.MonkeyPat
 def test_groups_that_cross_are_spread(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """One product takes all weight groups where they cross the sample groups."""
     on_device(monkeypatch, "portable")
-    for groups, offset_groups, spread in ((12, 10, True), (10, 10, False), (5, 10, False)):
+    for groups, offset_groups, mask_groups, spread in (
+        *((12, 10, 10, True), (10, 10, 10, False), (5, 10, 1, False)),
+        *((12, 6, 4, False), (30, 10, 6, False), (20, 10, 6, True), (5, 0, 0, True)),
+    ):
         case = Case((20, 20), (3, 3), image=120, points=120, groups=groups,
-                    offset_groups=offset_groups)  # fmt: skip
+                    offset_groups=offset_groups, mask_groups=mask_groups)  # fmt: skip
         on_meta(case, torch.float16).forward(backend)
-        used = {step.arguments.get("groups") for step in plans[-1].steps}
-        assert ("multiply_columns" in names(plans[-1]) and 1 in used) == spread
+        grouped = {step.constants.get("GROUPED") for step in plans[-1].steps}
+        groups_of_products = {step.arguments.get("groups", 1) for step in plans[-1].steps}
+        assert (True not in grouped and groups_of_products == {1}) == spread
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "portable"])
@@ -1181,7 +1223,7 @@ def test_no_size_compiles_anything(
 ) -> None:
     """A layer's kernels, and what its first call loads, serve images of every size and batch."""
     on_device(monkeypatch, architecture)
-    for deterministic in (False, True):
+    for deterministic, step in ((False, 1), (True, 1), (False, -1)):
         repeatable(monkeypatch, deterministic)
         for channels, groups, dtype, of_weight in (
             *((c, g, d, 1) for c, g in ((64, 1), (64, 16), (96, 3)) for d in TOLERANCE),
@@ -1192,7 +1234,8 @@ def test_no_size_compiles_anything(
             *((256, 1, torch.float16, 1), (120, 10, torch.float16, 12)),
         ):
             known: set[Any] = set()
-            for i, size in enumerate(((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))):
+            sizes = ((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))
+            for i, size in enumerate(sizes[::step]):
                 case = Case(
                     size, (3, 3), batch=1 + i % 3, image=channels,
                     points=channels if of_weight > 1 or channels > 200 else 64, groups=of_weight,
@@ -1203,7 +1246,7 @@ def test_no_size_compiles_anything(
                 made.forward(backend), made.backward(backend)
                 if not known:
                     known = {x.key for plan in plans for x in (*plan.steps, *plan.spares)}
-                found = {step.key for plan in plans for step in plan.steps}
+                found = {x.key for plan in plans for x in plan.steps}
                 assert found <= known, (channels, groups, dtype, size, found - known)
 
 
@@ -1493,6 +1536,26 @@ COMPILED_FEW = [
 ]
 
 COMPILED_IM2COL = Case((16, 16), (3, 3), image=256, points=300, offset_groups=8, mask_groups=8)
+
+
+def test_driver_makes_the_context_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a thread has not called CUDA yet, autograd's for a first backward among them."""
+    codes, made = [201, 0, 1], []
+    fake = SimpleNamespace(
+        cuTensorMapEncodeTiled=lambda *_: codes.pop(0),
+        cuLaunchKernelEx=lambda *_: codes.pop(0),
+        cuGetErrorString=lambda *_: None,
+    )
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(driver, "ensure_context", lambda: made.append(True))
+    tensor_map = driver.TensorMap(6, 2, 0, (8, 8), (8, 8))
+    tensor_map.encode(0, 0)
+    with pytest.raises(RuntimeError, match="a tensor map: CUDA driver error 1"):
+        tensor_map.encode(0, 0)
+    codes += [201, 0]
+    function: Any = SimpleNamespace(parameters=[], threads=32, shared=0, handle=ctypes.c_void_p(1))
+    driver.Invocation(function, (1, 1, 1), [])(0)
+    assert len(made) == 2 and not codes
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
@@ -2374,6 +2437,18 @@ def test_gpu_random(
             check(case.make(dtype, "cuda", seed=i, float_offset=i % 4 > 0), *TOLERANCE[dtype])
         except AssertionError as failure:
             raise AssertionError(f"{i}: {case}") from failure
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gpu_another_thread(dtype: torch.dtype, exact_float32: None) -> None:
+    """A thread whose first use of CUDA is a call, all kernels of which are loaded."""
+    for case in (Case((9, 9), (3, 3), image=64, points=64, offset_groups=n) for n in (1, 8)):
+        made = case.make(dtype, "cuda")
+        made.forward(backend), made.backward(backend)
+        backend._PLANS.clear()  # the next call makes its tensor maps anew
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(check, made, *TOLERANCE[dtype]).result()
 
 
 @gpu

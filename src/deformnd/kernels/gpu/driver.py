@@ -87,10 +87,14 @@ class TensorMap(NamedTuple):
         size, block = self.size[::-1], self.block[::-1]  # the last axis first
         pitches = [self.width * math.prod(size[: i + 1]) for i in range(rank - 1)]
         long, short = c_uint64 * rank, c_uint32 * rank
-        code = _driver().cuTensorMapEncodeTiled(
+        arguments = (
             *(place, self.kind, rank, address, long(*size), long(*pitches)),
             *(short(*block), short(*[1] * rank), 0, self.swizzle, _PROMOTE_128_BYTES, 0),
         )
+        code = _driver().cuTensorMapEncodeTiled(*arguments)
+        if code == _INVALID_CONTEXT:
+            ensure_context()
+            code = _driver().cuTensorMapEncodeTiled(*arguments)
         _check(code, "a tensor map")
 
 

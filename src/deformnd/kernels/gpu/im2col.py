@@ -505,7 +505,10 @@ def write_atomic(
 
 
 FORWARD = Variant(
-    "forward_im2col", takes_forward, write_forward, others=("sample_columns", "multiply_columns")
+    "forward_im2col",
+    takes_forward,
+    write_forward,
+    others=("sample_columns", "multiply_columns", "add_parts"),
 )
 BACKWARD_WEIGHT = Variant(
     "backward_weight_im2col",

@@ -344,13 +344,18 @@ def round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
+def sample_channels(g: Geometry) -> int:
+    """How many channels a sample group has: those that share both an offset and a mask."""
+    channels = g.image_channels
+    return math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
+
+
 @functools.lru_cache(maxsize=4096)
 def sizes_of(g: Geometry, blocks: bool, as_rows: bool = False) -> Sizes:
     """The sizes of a call. With `blocks` channels are padded for kernels that take whole blocks of
     them: 32 of the image's, and as many of the points' as make whole tiles. With `as_rows` the
     image is read as it lies, with channels last, if no sample group needs padding."""
-    channels = g.image_channels
-    length = math.gcd(channels // max(g.offset_groups, 1), channels // max(g.mask_groups, 1))
+    channels, length = g.image_channels, sample_channels(g)
     number = channels // length
     if is_narrow(length, number):
         padded = triton.next_power_of_2(length)
@@ -598,13 +603,13 @@ class Call:
 
         The products with zeros cost little where samples cost most, and the kernels of a single
         group are faster: on an H200 they are twice as fast with 192 channels in two groups. With
-        several sample groups this holds where neither these nor the weight groups consist of whole
-        ones of the other kind, so that no product fits both.
+        several sample groups this holds where neither a sample group nor a weight group consists of
+        whole ones of the other kind, so that no product fits both.
         """
-        offset_groups = max(g.offset_groups, g.mask_groups, 1)
-        of_weight, of_offset = g.image_channels // g.groups, g.image_channels // offset_groups
-        crossing = of_weight % of_offset > 0 and of_offset % of_weight > 0
-        several = 1 < g.groups < g.image_channels and (offset_groups == 1 or crossing)
+        of_weight, of_sample = g.image_channels // g.groups, sample_channels(g)
+        crossing = of_weight % of_sample > 0 and of_sample % of_weight > 0
+        several = 1 < g.groups < g.image_channels
+        several = several and (of_sample == g.image_channels or crossing)
         by_blocks = self.architecture in tiles.BLOCKS
         most = (tiles.SPREAD_BY_BLOCKS if by_blocks else tiles.SPREAD)[self.precision]
         return several and max(g.image_channels, g.point_channels) <= most

@@ -192,7 +192,7 @@ BLOCKS = frozenset(("sm_90",))
 # (im2col.py) instead of being found anew for each block of outputs. Hopper's narrow kernel gives
 # way to columns above SAMPLED_ONCE_NARROW outputs, by precision.
 SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
-SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": ANY}
+SAMPLED_ONCE_NARROW = {"native": 256, "bf16x3": 384}
 
 # So many outputs nearly fill a block of 256. Where forward.py takes them in one, samples are not
 # written down if each multiprocessor has at least this many POSITIONS (im2col.py, takes_forward).
