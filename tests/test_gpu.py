@@ -2442,13 +2442,18 @@ def test_gpu_random(
 @gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gpu_another_thread(dtype: torch.dtype, exact_float32: None) -> None:
-    """A thread whose first use of CUDA is a call, all kernels of which are loaded."""
+    """Threads whose first use of CUDA is a call, all kernels of which are loaded."""
     for case in (Case((9, 9), (3, 3), image=64, points=64, offset_groups=n) for n in (1, 8)):
         made = case.make(dtype, "cuda")
-        made.forward(backend), made.backward(backend)
-        backend._PLANS.clear()  # the next call makes its tensor maps anew
+        check(made, *TOLERANCE[dtype])
+        backend._PLANS.clear()  # the next calls make their tensor maps anew
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(check, made, *TOLERANCE[dtype]).result()
+            y = pool.submit(made.forward, backend).result()
+        with ThreadPoolExecutor(1) as pool:
+            grads = pool.submit(made.backward, backend).result()
+        exact = made.double()
+        assert close(y, exact.forward(reference), TOLERANCE[dtype][0])
+        assert close(grads[0], exact.backward(reference)[0], TOLERANCE[dtype][1])
 
 
 @gpu
