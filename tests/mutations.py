@@ -40,7 +40,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the padding of a sample group is not written",
-        "layout.py",
+        "prepare.py",
         "(j < n.padded)[None, :]",
         "(j < n.channels)[None, :]",
     ),
@@ -100,9 +100,9 @@ MUTATIONS = (
     ),
     Mutation(
         "partial weights lie one output apart",
-        "layout.py",
-        "place = ((k % taps * group_in + k // taps) * padded_outputs)[:, None] + o[None, :]",
-        "place = ((k % taps * group_in + k // taps) * outputs + 1)[:, None] + o[None, :]",
+        "prepare.py",
+        "place = ((k % taps * columns + k // taps) * padded_outputs)[:, None]\n",
+        "place = ((k % taps * columns + k // taps) * outputs + 1)[:, None]\n",
     ),
     Mutation(
         "a batch item of points is twice as far from the first",

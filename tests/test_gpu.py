@@ -48,6 +48,7 @@ from deformnd.kernels.gpu import (  # noqa: E402
     hopper,
     im2col,
     layout,
+    prepare,
     runtime,
     strategy,
     tiles,
@@ -1838,7 +1839,7 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     # What Python does of a compile is done in one thread at a time.
     monkeypatch.setattr(runtime.ASTSource, "make_ir", counted)
     arguments = {n: v for n, v in good[0].arguments.items()}
-    bad = Launch(layout.reduce, (1, 1, 1), arguments, dict(INDEX=0, BLOCK=3, TOGETHER=4), 4)
+    bad = Launch(prepare.reduce, (1, 1, 1), arguments, dict(INDEX=0, BLOCK=3, TOGETHER=4), 4)
 
     def load() -> None:
         monkeypatch.setattr(runtime, "_LOADED", {})

@@ -26,7 +26,8 @@ import triton.language as tl
 
 from . import columns, depthwise, forward, tiles
 from .backward_atomic import arguments_of
-from .layout import Call, Operand, Order, fit
+from .layout import Call, Operand, fit
+from .prepare import Order
 from .runtime import Buffer
 from .sampling import following, parts_of, unravel
 from .variants import Variant

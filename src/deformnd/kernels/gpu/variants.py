@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .layout import Call, Order
+from .layout import Call
+from .prepare import Order
 from .runtime import Launch
 from .tiles import SMALLEST
 

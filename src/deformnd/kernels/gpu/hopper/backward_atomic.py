@@ -8,7 +8,7 @@ added to the image's gradient by atomic additions.
 
 A lane has eight consecutive channels of a position at once, which it loads as 16 bytes of each
 corner. The weights' channels are permuted so that these are exactly the lane's share of a product
-(layout.py, Order.ACCUMULATOR).
+(prepare.py, Order.ACCUMULATOR).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from .. import sampling
 from ..backward_atomic import arguments_of
-from ..layout import Call, Operand, Order
+from ..layout import Call, Operand
+from ..prepare import Order
 from ..runtime import Buffer
 from ..variants import Variant
 from . import common

@@ -34,7 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .. import sampling
 from ..backward_sorted import arguments_of, tiles_of
-from ..layout import Call, Operand, Order, whole_blocks
+from ..layout import Call, Operand, whole_blocks
+from ..prepare import Order
 from ..runtime import Buffer
 from ..variants import Variant
 from . import common

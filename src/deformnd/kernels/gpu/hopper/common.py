@@ -196,7 +196,7 @@ def block(*shape: int, dtype: torch.dtype) -> Descriptor:
 
 def rows_layout(rows: int, channels: int, warps: int, run: int = 8) -> Any:
     """The layout that gives a lane eight consecutive channels of a row, as a product does if its
-    factor's channels are permuted (layout.py, accumulator_order). With `run` 4 a lane has two runs
+    factor's channels are permuted (prepare.py, accumulator_order). With `run` 4 a lane has two runs
     of four channels, 16 apart."""
     registers = [[0, 1], [0, 2], [0, 12 - run]]
     registers += [[0, 32 << i] for i in range((channels // 32).bit_length() - 1)] + [[8, 0]]

@@ -2,7 +2,7 @@
 
 Here finding cells and corner weights is what costs. So a lane finds them once for a chunk, which is
 RUN consecutive channels of a sample group, and loads a chunk at once from every corner. Chunks lie
-in registers as products have them (layout.py, Order):
+in registers as products have them (prepare.py, Order):
 
     [BLOCK_P, BLOCK_C]               a tile of positions by a block of channels, as a factor or sum
     [BLOCK_P, BLOCK_C // RUN, RUN]   the same by chunks: cells and weights are [BLOCK_P, chunks]
@@ -20,7 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from .. import sampling
-from ..layout import Call, Operand, Order
+from ..layout import Call, Operand
+from ..prepare import Order
 from ..runtime import Buffer
 from ..tiles import SAMPLED_ONCE_NARROW, Tiles
 from ..variants import Variant
