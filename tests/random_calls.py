@@ -535,10 +535,10 @@ def prepare_interpreter() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        wide = np.float64  # holds every product of float32 numbers
         assert x.dtype != triton.language.bfloat16, "these are integers here"
         with np.errstate(over="ignore", invalid="ignore"):
-            data = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+            # float64 holds every product of float32 numbers
+            data = x.data.astype(np.float64) * y.data + z.data
             return interpreter.TensorHandle(data.astype(z.data.dtype), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = create_fma

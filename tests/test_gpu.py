@@ -128,15 +128,13 @@ class Problem:
 
     def moved(self, size: float, generator: torch.Generator) -> Problem:
         """With every factor changed by a relative `size`, or so."""
-        factors = ("x", "weight", "mask", "grad")
-        found = {name: getattr(self, name) for name in factors}
-        return dataclasses.replace(
-            self,
-            **{
-                name: None if t is None else random_calls.moved(t, size, generator)
-                for name, t in found.items()
-            },
-        )
+        found = {name: getattr(self, name) for name in ("x", "weight", "mask", "grad")}
+        other = {
+            name: random_calls.moved(t, size, generator)
+            for name, t in found.items()
+            if t is not None
+        }
+        return dataclasses.replace(self, **other)
 
     def forward(self, backend: Any) -> Tensor:
         function = backend.scatter if self.transposed else backend.gather
@@ -1539,26 +1537,6 @@ COMPILED_FEW = [
 COMPILED_IM2COL = Case((16, 16), (3, 3), image=256, points=300, offset_groups=8, mask_groups=8)
 
 
-def test_driver_makes_the_context_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a thread has not called CUDA yet, autograd's for a first backward among them."""
-    codes, made = [201, 0, 1], []
-    fake = SimpleNamespace(
-        cuTensorMapEncodeTiled=lambda *_: codes.pop(0),
-        cuLaunchKernelEx=lambda *_: codes.pop(0),
-        cuGetErrorString=lambda *_: None,
-    )
-    monkeypatch.setattr(driver, "_driver", lambda: fake)
-    monkeypatch.setattr(driver, "ensure_context", lambda: made.append(True))
-    tensor_map = driver.TensorMap(6, 2, 0, (8, 8), (8, 8))
-    tensor_map.encode(0, 0)
-    with pytest.raises(RuntimeError, match="a tensor map: CUDA driver error 1"):
-        tensor_map.encode(0, 0)
-    codes += [201, 0]
-    function: Any = SimpleNamespace(parameters=[], threads=32, shared=0, handle=ctypes.c_void_p(1))
-    driver.Invocation(function, (1, 1, 1), [])(0)
-    assert len(made) == 2 and not codes
-
-
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")
 @pytest.mark.parametrize(
     ("architecture", "case", "dtype"),
@@ -1806,6 +1784,28 @@ def test_finds_unset_registers(
     writers = [i for i, line in enumerate(lines) if re.search(r"R2UR UR|USHF\S* UR|UMOV UR", line)]
     found = [unset_in("\n".join(lines[:i] + lines[i + 1 :])) for i in writers[:40]]
     assert any(any("HGMMA" in line for line in unset) for unset in found)
+
+
+def test_driver_makes_the_context_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a thread has not called CUDA yet, autograd's for a first backward among them."""
+    codes, made = [201, 0, 1], []
+    fake = SimpleNamespace(
+        cuTensorMapEncodeTiled=lambda *_: codes.pop(0),
+        cuLaunchKernelEx=lambda *_: codes.pop(0),
+        cuGetErrorString=lambda *_: None,
+    )
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(driver, "ensure_context", lambda: made.append(True))
+    tensor_map = driver.TensorMap(6, 2, 0, (8, 8), (8, 8))
+    tensor_map.encode(0, 0)
+    with pytest.raises(RuntimeError, match="a tensor map: CUDA driver error 1"):
+        tensor_map.encode(0, 0)
+    codes += [201, 0]
+    function: Any = SimpleNamespace(
+        name="kernel", parameters=[], threads=32, shared=0, handle=ctypes.c_void_p(1)
+    )
+    driver.Invocation(function, (1, 1, 1), [])(0)
+    assert len(made) == 2 and not codes
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")

@@ -93,22 +93,17 @@ def sample(image, axes, amplitude, c, stop, g,
     chunks = ()
     for j in tl.static_range(CHUNKS):
         total = None
-        for q in tl.static_range(0, 2 ** len(axes), 2):
-            low = channels_of(image, axes, q, c, j, stop, g, INDEX, EVEN)
-            high = channels_of(image, axes, q + 1, c, j, stop, g, INDEX, EVEN)
-            weight = (corner_weight(axes, q) * amplitude)[:, None]
+        for q in tl.static_range(0, 2 ** len(axes), 2 if half else 1):
+            x = channels_of(image, axes, q, c, j, stop, g, INDEX, EVEN)
             # From explicit fma the compiler makes better pairs of instructions.
             if half:
-                term = tl.fma(high, shares[1][:, None], low * shares[0][:, None]).to(tl.float32)
-            else:
-                term = low.to(tl.float32)
+                high = channels_of(image, axes, q + 1, c, j, stop, g, INDEX, EVEN)
+                x = tl.fma(high, shares[1][:, None], x * shares[0][:, None])
+            weight = (corner_weight(axes, q) * amplitude)[:, None]
             if q == 0:
-                total = term * weight
+                total = x.to(tl.float32) * weight
             else:
-                total = tl.fma(term, weight, total)
-            if not half:
-                weight = (corner_weight(axes, q + 1) * amplitude)[:, None]
-                total = tl.fma(high.to(tl.float32), weight, total)
+                total = tl.fma(x.to(tl.float32), weight, total)
         chunks = chunks + (total,)
     return chunks
 

@@ -91,11 +91,8 @@ class TensorMap(NamedTuple):
             *(place, self.kind, rank, address, long(*size), long(*pitches)),
             *(short(*block), short(*[1] * rank), 0, self.swizzle, _PROMOTE_128_BYTES, 0),
         )
-        code = _driver().cuTensorMapEncodeTiled(*arguments)
-        if code == _INVALID_CONTEXT:
-            ensure_context()
-            code = _driver().cuTensorMapEncodeTiled(*arguments)
-        _check(code, "a tensor map")
+        encode = _driver().cuTensorMapEncodeTiled
+        _check(_in_context(encode(*arguments), encode, arguments), "a tensor map")
 
 
 class Function:
@@ -149,6 +146,16 @@ def ensure_context() -> None:
         _check(driver.cuCtxSetCurrent(context), "the CUDA context")
 
 
+def _in_context(code: int, call: Any, arguments: Sequence[Any]) -> int:
+    """The code that a call has returned, or, where this thread had no context, that which the call
+    returns once it has one."""
+    if code != _INVALID_CONTEXT:
+        return code
+    ensure_context()
+    result: int = call(*arguments)
+    return result
+
+
 class Invocation:
     """A function with its arguments, in the order of its parameters. An argument is an integer, or
     an address: of the word that holds a pointer, or of a tensor map. Two threads must not use one
@@ -190,8 +197,6 @@ class Invocation:
     def __call__(self, stream: int) -> None:
         self.configuration.stream = stream
         code = self.launch(*self.call)
-        if code == _INVALID_CONTEXT:
-            ensure_context()
-            code = self.launch(*self.call)
         if code:
+            code = _in_context(code, self.launch, self.call)
             _check(code, f"launching {self.function.name}")

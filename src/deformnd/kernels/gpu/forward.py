@@ -179,6 +179,7 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run
 
 
 def is_deep(call: Call) -> bool:
+    """Whether samples are loaded ahead."""
     return not call.narrow and call.sizes.padded * call.dtype.itemsize >= DEEP
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from . import columns, depthwise, forward, tiles
 from .backward_atomic import arguments_of
 from .layout import Call, Operand, fit
-from .prepare import Order
+from .prepare import Order, sum_parts
 from .runtime import Buffer
 from .sampling import following, parts_of, unravel
 from .variants import Variant
@@ -162,7 +162,6 @@ def add_parts(parts, bias, out, g, first_row, room, number, blocks, splits,
               LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr,
               BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
     """The outputs at the `number` rows of which multiply_columns has written several parts.
-    TOGETHER is how many loads do not wait for each other.
 
     Grid: (tiles of rows x blocks of outputs).
     """
@@ -172,11 +171,7 @@ def add_parts(parts, bias, out, g, first_row, room, number, blocks, splits,
     o_in = o < g.outputs
     place = (row * g.outputs)[:, None] + o[None, :]
     keep = inside[:, None] & o_in[None, :]
-    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    for first in range(0, splits, TOGETHER):
-        for s in tl.static_range(TOGETHER):
-            acc += tl.load(parts + place, mask=keep & (first + s < splits), other=0.0)
-            place += room * g.outputs
+    acc = sum_parts(parts, place, keep, splits, room * g.outputs, TOGETHER)
     store_rows(out, acc, bias, first_row.to(tl.int64) + row, inside, o, o_in, g, LAST, INDEX)
 
 
@@ -400,8 +395,8 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     splits = 1  # where memory is short
     if call.steps.together:
         splits = splits_of(call, programs, n.taps * count, n.taps * triton.cdiv(count, block_c))
-    shape = (splits, made.lots.rows, n.outputs) if splits > 1 else (1,)
-    results = dict(bias=bias, out=out.buffer, parts=call.plan.scratch(*shape, dtype=torch.float32))
+    parts = call.room_for_parts(splits, made.lots.rows, n.outputs)
+    results = dict(bias=bias, out=out.buffer, parts=parts)
     constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
     constants |= dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=block_c)
     across = triton.cdiv(n.outputs, 32)
@@ -417,7 +412,10 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
             dict(LAST=out.last, BLOCK_P=32, BLOCK_O=32, TOGETHER=4),
             **dict(results, blocks=across, splits=splits, warps=4, **which),
         )
-        call.steps.launch(adds, splits > 1)
+        if splits > 1:
+            call.steps.launch(adds)
+    if splits == 1:
+        call.steps.launch(adds, runs=False)
 
 
 def takes_weight(call: Call) -> bool:

@@ -394,15 +394,15 @@ class Call:
     ) -> None:
         """Launch a kernel that writes a result plus a bias. The last axis of the grid is splits;
         with several of them the kernel writes partial sums, which are added up afterwards."""
-        parts = self.room_for_parts(grid[-1], out)
+        parts = self.room_for_parts(grid[-1], *out.buffer.shape)
         constants = dict(LAST=out.last, **constants)
         rest |= dict(bias=bias, out=out.buffer, parts=parts, splits=grid[-1])
         self.launch(kernel, grid, constants, **rest)
         self.reduce(parts, out, bias)
 
-    def room_for_parts(self, splits: int, out: Operand) -> Buffer:
-        shape = (splits, *out.buffer.shape) if splits > 1 else (1,)
-        return self.plan.scratch(*shape, dtype=torch.float32)
+    def room_for_parts(self, splits: int, *shape: int) -> Buffer:
+        """Room for several partial sums of this shape, or next to none for a single one."""
+        return self.plan.scratch(*((splits, *shape) if splits > 1 else (1,)), dtype=torch.float32)
 
     def tiles(self, operation: str, channels: int) -> tiles.Tiles:
         return tiles.find(self.architecture, operation, self.dtype.itemsize, channels)

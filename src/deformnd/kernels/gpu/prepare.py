@@ -239,6 +239,18 @@ def prepare(jobs, KINDS: tl.constexpr):
 
 
 @triton.jit
+def sum_parts(parts, place, inside, splits, apart, TOGETHER: tl.constexpr):
+    """The sums of the parts at these places, of which each lies `apart` after the one before.
+    TOGETHER is how many loads do not wait for each other."""
+    total = tl.zeros(place.shape, tl.float32)
+    for first in range(0, splits, TOGETHER):
+        for s in tl.static_range(TOGETHER):
+            total += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
+            parts += apart
+    return total
+
+
+@triton.jit
 def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
            BLOCK: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
     """Sum partial results [count / inner, splits, inner] to a result whose three axes have these
@@ -246,8 +258,9 @@ def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.con
     not wait for each other."""
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
-    acc = tl.zeros((BLOCK,), tl.float32)
     place = i + i // inner * (splits - 1) * inner
+    acc = tl.zeros((BLOCK,), tl.float32)
+    # Places move on, and not the pointer as in sum_parts, which would take 128 registers for 72.
     for first in range(0, splits, TOGETHER):
         for s in tl.static_range(TOGETHER):
             acc += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
@@ -276,9 +289,5 @@ def reduce_weight(parts, out, taps, group_in, group_out, columns, outputs, padde
     inside = (k < length)[:, None] & (o < outputs)[None, :]
     place = ((k % taps * columns + k // taps) * padded_outputs)[:, None]
     place = place + (o // group_out * group_in * padded_outputs + o)[None, :]
-    acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
-    for first in range(0, splits, TOGETHER):
-        for s in tl.static_range(TOGETHER):
-            acc += tl.load(parts + place, mask=inside & (first + s < splits), other=0.0)
-            parts += columns * taps * padded_outputs
+    acc = sum_parts(parts, place, inside, splits, columns * taps * padded_outputs, TOGETHER)
     tl.store(out + (k[:, None] + o[None, :] * length), acc.to(out.dtype.element_ty), mask=inside)

@@ -286,7 +286,7 @@ def write(
     entries = triton.cdiv(n.positions * n.taps, count)
     splits = row.resident * call.multiprocessors // (items * count * blocks)
     splits = max(1, min(entries // 128, splits))
-    parts = call.room_for_parts(splits, out)
+    parts = call.room_for_parts(splits, *out.buffer.shape)
     constants: dict[str, Any] = dict(TILE=tile, LAST=out.last, BLOCK_C=block_c, RINGS=row.rings)
     constants |= dict(MMA=common.mma_layout(block_c, 4), REGISTERS=row.registers)
     for before in range(0, n.batch, items):

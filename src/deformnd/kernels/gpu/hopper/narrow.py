@@ -505,7 +505,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
         if out.last
         else gl.BlockedLayout([2, 1], [32, 1], [block_p // 64, row.warps * 64 // block_p], [0, 1]),
     )
-    parts = call.room_for_parts(splits, out)
+    parts = call.room_for_parts(splits, *out.buffer.shape)
     for vector in (1, 2):  # for odd and even widths; the launch for the other kind is only loaded
         launch = call.make(
             *(forward_narrow_hopper, (programs, splits), dict(VECTOR_P=vector, **constants)),
