@@ -936,6 +936,34 @@ def straight(
     return found
 
 
+LONG = [
+    Case((12, 20), (5, 5), image=512, points=64, batch=4, bias=False, padding=(2, 2)),
+    Case((12, 20), (5, 5), image=512, points=64, batch=4, bias=False, offset_groups=16),
+    Case((12, 20), (5, 5), image=512, points=300, batch=4, bias=False, mask_groups=0),
+    Case((12, 20), (5, 5), image=1024, points=128, batch=4, bias=False, groups=2, last=True),
+    Case((6, 7, 8), (3, 3, 3), image=320, points=64, batch=4, bias=False),
+]
+
+PRODUCTS = ("forward", "multiply_columns", "forward_hopper", "forward_narrow_hopper")
+
+
+@needs_gluon
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sums_are_split(
+    case: Case, architecture: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where memory is short, or where there are more programs than fit on the device."""
+    on_device(monkeypatch, architecture, 1)
+    products = case.image // case.groups * math.prod(case.kernel)
+    for scratch in (tiles.SCRATCH, 1 << 16):
+        limits(monkeypatch, SCRATCH=scratch)
+        plans.clear()
+        case.make(torch.float32, "cpu").forward(backend)
+        (product,) = {step.name: step for step in plans[0].steps if step.name in PRODUCTS}.values()
+        assert product.arguments["splits"] * tiles.LONGEST >= products
+
+
 @needs_gluon
 def test_aggregations_are_recalled(
     plans: list[Plan], straight: list[tuple[Plan, Sequence[int]]]
@@ -1201,6 +1229,34 @@ def test_a_block_of_all_outputs(plans: list[Plan], monkeypatch: pytest.MonkeyPat
             assert kernel in names(plans[-1]), (size, points, dtype)
 
 
+@needs_gluon
+def test_im2col_before_hopper(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In three dimensions with many outputs, and in float32 for a scatter of few positions."""
+    for size, points, dtype, kernel in (
+        ((8, 20, 20), 128, torch.float16, "forward_hopper"),
+        ((8, 20, 20), 192, torch.bfloat16, "multiply_columns"),
+        ((8, 20, 20), 256, torch.float32, "forward_hopper"),
+        ((8, 20, 20), 320, torch.float32, "multiply_columns"),
+        ((20, 20), 512, torch.float16, "forward_hopper"),
+    ):
+        case = Case(size, (3,) * len(size), image=64, points=points)
+        on_meta(case, dtype).forward(backend)
+        assert kernel in names(plans[-1]), (size, points, dtype)
+    for image, points, size, kernel in (
+        *((64, 128, 9, "backward_atomic_hopper"), (64, 192, 9, "multiply_weight")),
+        *((64, 256, 99, "backward_atomic_hopper"), (64, 384, 99, "multiply_weight")),
+    ):
+        made = on_meta(Case((size, size), (3, 3), image=image, points=points), torch.float32)
+        backend.scatter(made.g, made.grad, made.weight, made.offset, made.mask, None)
+        assert kernel in names(plans[-1]), (image, points, size)
+    on_device(monkeypatch, "portable")
+    forget()
+    for points, kernel in ((128, "backward_atomic"), (192, "multiply_weight")):
+        made = on_meta(Case((9, 9), (3, 3), image=64, points=points), torch.float32)
+        backend.scatter(made.g, made.grad, made.weight, made.offset, made.mask, None)
+        assert kernel in names(plans[-1]), points
+
+
 def test_groups_that_cross_are_spread(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """One product takes all weight groups where they cross the sample groups."""
     on_device(monkeypatch, "portable")
@@ -1230,7 +1286,8 @@ def test_no_size_compiles_anything(
             *((128, 1, torch.float16, 1), (128, 1, torch.float32, 128)),
             *((64, g, torch.float16, 64) for g in (1, 8, 64)),
             *((142, 2, torch.float32, 2), (320, 5, torch.float16, 10)),
-            *((256, 1, torch.float16, 1), (120, 10, torch.float16, 12)),
+            *((256, 1, torch.float16, 1), (256, 1, torch.float32, 1)),
+            (120, 10, torch.float16, 12),
         ):
             known: set[Any] = set()
             sizes = ((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))
@@ -1243,6 +1300,7 @@ def test_no_size_compiles_anything(
                 made = on_meta(case, dtype)
                 plans.clear()
                 made.forward(backend), made.backward(backend)
+                backend.scatter(made.g, made.grad, made.weight, made.offset, made.mask, None)
                 if not known:
                     known = {x.key for plan in plans for x in (*plan.steps, *plan.spares)}
                 found = {x.key for plan in plans for x in plan.steps}
@@ -1351,7 +1409,7 @@ del {module}.{name}
 from deformnd.kernels import gpu
 from deformnd.kernels.gpu import hopper, runtime, strategy
 assert runtime.AHEAD == {launches != "plainly"}
-assert not hopper.FORWARD and len(strategy.FORWARD) == 5
+assert not hopper.FORWARD and len(strategy.FORWARD) == 6
 """
         for module, name, launches in hidden
     ]
@@ -2050,6 +2108,22 @@ GPU_ATTENDS = [
     Attends(((7, 16, 15), (3, 8, 8)), channels=24, queries=300, points=5),
     Attends(((20, 22),), channels=520, queries=100, heads=2, points=3),
 ]
+
+
+@gpu
+@pytest.mark.parametrize("architecture", ["", "portable"])
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_gpu_long_sums(
+    case: Case, architecture: str, exact_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor cores round toward zero, but long sums are as exact as others."""
+    architecture = architecture or tiles.device_of(torch.device("cuda")).architecture
+    on_device(monkeypatch, architecture, 1)
+    backend._PLANS.clear()
+    made = case.make(torch.float32, "cuda")
+    error = relative_error(made.forward(backend), made.double().forward(reference))
+    assert error < 1e-5
+    backend._PLANS.clear()
 
 
 @gpu

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .tiles import DEEP, Tiles
+from .tiles import BANDWIDTH, DEEP, PARTS_US, SAMPLED, START_US, STEP_US, Tiles
 from .variants import portable
 
 # A program takes this many columns of a strip (sampling.py, in_strips) one after another. In
@@ -189,6 +189,29 @@ def tiles_of(call: Call, outputs: int) -> Tiles:
     return call.tiles(f"forward{kind}", outputs)
 
 
+def splits_of(call: Call, programs: int, row: Tiles, block_o: int, taps: int, groups: int) -> int:
+    """Into how many parts to split the programs' sums, where so many taps and sample groups are
+    taken together. It weighs the microseconds of the rounds of programs against those of writing
+    and adding parts."""
+    n, width = call.sizes, call.dtype.itemsize
+    steps = triton.cdiv(n.taps, taps)
+    # Registers suffice for 12 warps on a multiprocessor, or for 8 in float32 and for large blocks.
+    few = width == 4 or (is_deep(call) and block_o > 64)
+    resident = (8 if few else 12) // row.warps
+    channels = min(triton.cdiv(block_o, n.group_out) * n.group_in, n.channels)
+    sampled = row.block_p * channels * taps * width
+    step = max(sampled * resident / SAMPLED, triton.cdiv(n.sample_groups, groups) * STEP_US)
+    part = 8 * n.batch * n.positions * n.outputs  # the bytes that are written and read
+
+    def cost(splits: int) -> float:
+        rounds = triton.cdiv(programs * splits, resident * call.multiprocessors)
+        added = PARTS_US + splits * part / BANDWIDTH if splits > 1 else 0.0
+        return float(rounds * (triton.cdiv(steps, splits) * step + START_US) + added)
+
+    least = min(call.least_splits(steps, n.group_in * taps), steps)
+    return min(range(least, steps + 1), key=cost)
+
+
 def write(
     call: Call, image: Operand, bias: Buffer | None, out: Operand, tiles: Tiles | None = None
 ) -> None:
@@ -208,12 +231,8 @@ def write(
     if sizes.group_out < run:
         run = max(block_o // together, 1) * together
     blocks = triton.cdiv(sizes.outputs, run) * triton.cdiv(run, block_o)
-    programs, taps = sizes.batch * across * blocks, triton.cdiv(sizes.taps, constants["TAPS"])
-    steps = taps * triton.cdiv(sizes.channels, constants["BLOCK_C"])
-    # Splits make about as many programs as fit, which are three of four warps on a multiprocessor.
-    # Short sums are not split, since adding the parts would cost more.
-    at_once = 12 * call.multiprocessors // tiles.warps
-    splits = max(1, min(taps, at_once // programs, steps // 2))
+    programs = sizes.batch * across * blocks
+    splits = splits_of(call, programs, tiles, block_o, constants["TAPS"], constants["GROUPS"])
     call.launch_split(
         *(forward, (programs, splits), dict(BLOCK_O=block_o, DEEP=deep, **constants), out, bias),
         **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks, run=run),

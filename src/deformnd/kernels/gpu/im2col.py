@@ -313,17 +313,19 @@ class Columns:
             yield dict(which, number=number, laid=self.buffer)
 
 
-def splits_of(call: Call, programs: int, length: int, steps: int) -> int:
+def splits_of(
+    call: Call, programs: int, length: int, steps: int, least: int = 1, most: int = 16
+) -> int:
     """Into how many parts to split the programs' sums, which have `length` products in `steps`
     steps. More parts fill the last round of programs better, but parts have to be written and
-    added. Each part has at least eight steps."""
+    added. There are `least` to `most` of them, of which each has at least eight steps if it may."""
 
     def cost(splits: int) -> float:
         rounds: float = triton.cdiv(programs * splits, call.multiprocessors) / splits
         added = programs / call.multiprocessors * splits * tiles.PART / length
         return rounds + (added if splits > 1 else 0.0)
 
-    return min(range(1, max(1, min(steps // 8, 16)) + 1), key=cost)
+    return min(range(least, max(least, min(steps // 8, most, 16)) + 1), key=cost)
 
 
 def tap_columns(call: Call) -> int:
@@ -392,9 +394,11 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     of_rows = groups * blocks  # programs for a tile of rows
     made = Columns(call, image, max(call.multiprocessors // of_rows, 1) * row.block_p)
     programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
-    splits = 1  # where memory is short
-    if call.steps.together:
-        splits = splits_of(call, programs, n.taps * count, n.taps * triton.cdiv(count, block_c))
+    length, steps = n.taps * count, n.taps * triton.cdiv(count, block_c)
+    # Where memory is short, parts may take a quarter of what half-precision columns take.
+    most = steps if call.steps.together else max(length // (8 * n.outputs), 1)
+    least = call.least_splits(steps, block_c)
+    splits = splits_of(call, programs, length, steps, least, most)
     parts = call.room_for_parts(splits, made.lots.rows, n.outputs)
     results = dict(bias=bias, out=out.buffer, parts=parts)
     constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
@@ -418,6 +422,14 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
         call.steps.launch(adds, runs=False)
 
 
+def forward_beats_hopper(call: Call) -> bool:
+    """Whether it takes a call that Hopper's own kernel would take as well. In three dimensions that
+    kernel has blocks of at most 128 outputs, which would each find the same samples."""
+    least = 128 if call.precision == "native" else 256
+    solid = call.by_blocks and len(call.sizes.image) == 3 and not call.narrow
+    return solid and call.sizes.outputs > least and is_one_matrix(call)
+
+
 def takes_weight(call: Call) -> bool:
     return is_one_matrix(call) and samples_once(call)
 
@@ -435,9 +447,7 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     blocks = triton.cdiv(n.padded_outputs, block_o)
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
     steps = triton.cdiv(made.lots.rows, row.block_p)
-    splits = splits_of(
-        call, programs, made.lots.rows, steps
-    )  # parts are read and added for every run
+    splits = splits_of(call, programs, made.lots.rows, steps)  # parts are added to for every lot
     shape = (splits, n.taps, n.channels, n.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     constants = dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=row.block_c)
@@ -452,16 +462,26 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
 
 def takes_atomic(call: Call) -> bool:
     """Whether the product may come first. Where the image's gradient comes from sorted lists, that
-    of offset and mask alone is not worth writing columns for."""
-    many = call.sizes.outputs >= tiles.PRODUCT_FIRST
-    return is_one_matrix(call) and many and not call.sorts
+    of offset and mask alone is not worth writing columns for. Where the image's gradient is wanted
+    alone, nothing is sampled, and a program of backward_atomic.py has the registers that it needs.
+    """
+    alone = call.only_image and call.precision == "bf16x3" and not call.narrow
+    least = tiles.SAMPLED_ONCE["bf16x3"] + 1 if alone else tiles.PRODUCT_FIRST
+    return is_one_matrix(call) and call.sizes.outputs >= least and not call.sorts
 
 
 def atomic_beats_hopper(call: Call) -> bool:
     """Whether it takes a call that Hopper's own kernel would take as well. With three products for
-    many outputs it is faster, by a fifth on an H200."""
-    many = call.sizes.outputs > tiles.SAMPLED_ONCE[call.precision]
-    return takes_atomic(call) and call.precision == "bf16x3" and many
+    many outputs it is faster, by a fifth on an H200. Where the image's gradient is wanted alone and
+    there are many positions, the own kernel is faster, by an eighth, up to the 256 outputs of its
+    block."""
+    n = call.sizes
+    many = n.outputs > tiles.SAMPLED_ONCE[call.precision]
+    if not (takes_atomic(call) and call.precision == "bf16x3" and many):
+        return False
+    if call.only_image and n.outputs <= 256:
+        return call.steps.depending(n.batch * n.positions < tiles.POSITIONS * call.multiprocessors)
+    return True
 
 
 def write_atomic(
@@ -524,5 +544,6 @@ BACKWARD_ATOMIC = Variant(
     others=("multiply_weight", "backward_atomic_depthwise"),
 )
 # These come before Hopper's own kernels.
+FORWARD_FIRST = FORWARD._replace(takes=forward_beats_hopper)
 BACKWARD_WEIGHT_FIRST = BACKWARD_WEIGHT._replace(takes=weight_beats_hopper)
 BACKWARD_ATOMIC_FIRST = BACKWARD_ATOMIC._replace(takes=atomic_beats_hopper)

@@ -314,6 +314,7 @@ class Call:
         self.given_weight = weight  # None stands for a weight of ones
         self.number_of_chunks = chunks
         self.sorts = False  # whether the image gradient comes from sorted lists (strategy.py)
+        self.only_image = False  # whether no gradient of offset or mask is wanted beside it
         self._made: dict[Any, Buffer] = {}
         self._lent: dict[Operand, Buffer] = {}
         coordinates = g.offset_groups * self.sizes.taps * len(g.image_size)
@@ -399,6 +400,12 @@ class Call:
         rest |= dict(bias=bias, out=out.buffer, parts=parts, splits=grid[-1])
         self.launch(kernel, grid, constants, **rest)
         self.reduce(parts, out, bias)
+
+    def least_splits(self, units: int, products: int) -> int:
+        """Into how many parts a sum over units of so many products is split at least, lest it err
+        too much (tiles.py, LONGEST)."""
+        by_parts = self.precision in ("bf16x3", "tf32x3")
+        return triton.cdiv(units, max(tiles.LONGEST // products, 1)) if by_parts else 1
 
     def room_for_parts(self, splits: int, *shape: int) -> Buffer:
         """Room for several partial sums of this shape, or next to none for a single one."""

@@ -29,6 +29,7 @@ from .runtime import Buffer, Launch, Plan
 FORWARD = (
     depthwise.FORWARD,
     depthwise.FORWARD_FEW,
+    im2col.FORWARD_FIRST,
     *hopper.FORWARD,
     im2col.FORWARD,
     *forward.VARIANTS,
@@ -139,6 +140,7 @@ def scatter(
             with chunk.frame():
                 _sorted(chunk, source, bias, out)
         else:
+            chunk.only_image = True
             _atomic(chunk, None, source, bias, out, None, None)
 
 
@@ -203,6 +205,7 @@ def _gradients(
     call.sorts = by_sorting = grad_image is not None and _by_sorting(call)
     by_position = grad_offset is not None or grad_mask is not None
     by_atomics = None if by_sorting else grad_image
+    call.only_image = not by_position
     narrow = variants.choose(hopper.BACKWARD_NARROW, call) if by_position else None
     atomic, users = None, [narrow] if narrow else []
     if narrow is None and (by_position or by_atomics is not None):

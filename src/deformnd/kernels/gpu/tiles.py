@@ -213,6 +213,16 @@ WIDE = 32
 # takes_atomic). With fewer a product is short, and writing its result costs more than it saves.
 PRODUCT_FIRST = 24
 
+# Tensor cores round sums toward zero. Where float32 numbers are multiplied as parts, a sum errs by
+# 3.6e-6 of itself for every thousand products in it, so sums of more than LONGEST are split. The
+# longest ones, over the positions, are added up outside of the tensor cores (columns.py, dot_once).
+LONGEST = 2304
+
+# What forward.py takes (splits_of), as measured on an H200: a multiprocessor samples SAMPLED bytes
+# in a microsecond. In microseconds, a step takes at least STEP_US, a program's start and end take
+# START_US, and adding parts takes PARTS_US beside the time that moving them takes.
+SAMPLED, STEP_US, START_US, PARTS_US = 11_000, 1.5, 2.0, 4.0
+
 # Writing and adding a number of a partial sum costs as much as this many products of half-precision
 # numbers (im2col.py, splits_of).
 PART = 300
