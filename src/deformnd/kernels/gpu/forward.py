@@ -209,7 +209,8 @@ def splits_of(call: Call, programs: int, row: Tiles, block_o: int, taps: int, gr
         return float(rounds * (triton.cdiv(steps, splits) * step + START_US) + added)
 
     least = min(call.least_splits(steps, n.group_in * taps), steps)
-    return min(range(least, steps + 1), key=cost)
+    most = steps if call.steps.together else least  # where memory is short
+    return min(range(least, most + 1), key=cost)
 
 
 def write(
