@@ -1004,8 +1004,10 @@ def test_where(where, chosen):
 def test_deformify_refuses():
     with pytest.raises(ValueError, match="no 3x3 convolution in layer3 or layer4"):
         deformify(nn.Sequential(nn.Conv2d(3, 3, 3)))
-    with pytest.raises(ValueError, match=r"no convolution that fits where='layer9.\*'"):
+    with pytest.raises(ValueError, match=r"no ordinary convolution that fits where='layer9.\*'$"):
         deformify(Residual(), "layer9.*")
+    with pytest.raises(ValueError, match=r"fits where='1'; there is 1 \(ReLU\)$"):
+        deformify(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()), "1")
     with pytest.raises(ValueError, match=r"maps 0 to 0.5, expected 1, as 'sigmoid'"):
         deformify(Residual(), mask_activation=torch.sigmoid)
     with pytest.raises(ValueError, match=r"offset_activation is .* maps 0 to 1, expected 0"):

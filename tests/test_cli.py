@@ -199,6 +199,11 @@ def test_export_and_check(model, capsys):
         (["export", "nowhere_to_be_found:layer"], "cannot import nowhere_to_be_found"),
         (["check", "none.onnx"], "there is no file none.onnx"),
         (["check", "model.py"], "model.py is no ONNX file"),
+        (["rewrite", "model.py", "--out", "new.onnx"], "model.py is no ONNX file"),
+        (
+            ["rewrite", "words.onnx", "--out", "./words.onnx"],
+            "--out words.onnx is the file to read",
+        ),
         (["bench", "--shapes", "huge"], "no shape 'huge', expected some of big"),
         (["bench", "--device", "abacus"], "device 'abacus' is not here"),
         (["bench", "--device", "cuda:x"], "device 'cuda:x' is not here"),
@@ -376,6 +381,19 @@ def test_wrong_shape_is_a_usage_error(model, capsys):
         cli.main(["export", "model.py:layer", "--input", "1,three"])
     assert caught.value.code == 2
     assert "'1,three' is no shape" in capsys.readouterr().err
+
+
+def test_bench_names_a_peer_that_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "has", lambda peer: peer == "deformnd")
+    for more in (["--shapes", "tiny"], ["--sweep", "1"]):
+        assert cli.main(["bench", "--peers", "deformnd,torchvision", *more]) == 2
+        assert "--peers torchvision: it is not installed here" in capsys.readouterr().err
+
+
+def test_bench_lists_paddings_as_they_are(capsys):
+    assert cli.main(["bench", "--list"]) == 0
+    said = capsys.readouterr().out
+    assert "padding -" not in said and "kernel 7" in said and "padding 3" in said
 
 
 @pytest.mark.parametrize("command", ["demo", "info", "bench", "export", "check"])

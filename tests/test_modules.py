@@ -252,7 +252,10 @@ def test_copies_pickles_and_hooks(packed):
     [
         (lambda: deformnd.DeformConv2d(4, 6, (3, 3, 3)), "DeformConv2d: kernel_size is (3, 3, 3)"),
         (lambda: deformnd.DeformConv1d(4, 6, 3, stride="2"), "DeformConv1d: stride is '2'"),
-        (lambda: deformnd.DeformConv2d(4, 6, 3, groups=3), "in_channels must be divisible"),
+        (
+            lambda: deformnd.DeformConv2d(4, 6, 3, groups=3),
+            "in_channels is 4, expected a multiple of groups 3",
+        ),
         (
             lambda: layer(2, packed=True, offset_groups=3),
             "PackedDeformConv2d: offset_groups is 3, expected a divisor of in_channels 4",

@@ -449,6 +449,11 @@ def test_without_matplotlib(monkeypatch):
 
 def test_errors():
     image = torch.rand(1, 4, 8, 8)
+    with pytest.raises(TypeError, match="layers has 'a', expected Modules"):
+        viz.steps("a", image)
+    for draw, what in ((viz.draw_offset, "offset"), (viz.draw_mask, "mask")):
+        with pytest.raises(TypeError, match=f"{what} is None, expected a Tensor"):
+            draw(None, 3)
     with pytest.raises(ValueError, match="cannot be followed through AdaptiveAvgPool2d"):
         viz.steps([nn.AdaptiveAvgPool2d(1)], image)
     with pytest.raises(ValueError, match="through PackedDeformConvTranspose2d"):
@@ -526,3 +531,8 @@ def test_animation(tmp_path):
         assert image.format == "GIF" and image.n_frames == 3
     with pytest.raises(ValueError, match="frames have 3 axes"):
         viz.animate(path, layer, torch.rand(3, 1, 4, 4, 4), [(0, 0, 0)])
+    with pytest.raises(ValueError, match="frames has no image"):
+        viz.animate(path, layer, torch.rand(0, 1, 4, 4), [(0, 0)])
+    for at in ((3, 3), [], [(1.5, 2)]):
+        with pytest.raises(ValueError, match=r"at is .*, expected a list of locations"):
+            viz.animate(path, layer, torch.rand(3, 1, 12, 12), at)

@@ -78,6 +78,10 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # in the order of the f
 Call = Callable[[], Any]
 
 
+def padding_of(shape: Shape) -> int:
+    return shape.kernel // 2 if shape.padding < 0 else shape.padding
+
+
 def every(value: tuple[int, ...] | int, n: int) -> tuple[int, ...]:
     """One number for each axis."""
     return (value,) * n if isinstance(value, int) else value
@@ -101,7 +105,7 @@ class Problem:
         def randn(*size: int) -> Tensor:
             return torch.randn(*size, device=device, generator=generator)
 
-        padding = shape.kernel // 2 if shape.padding < 0 else shape.padding
+        padding = padding_of(shape)
         self.parameters: dict[str, Any] = {
             "stride": every(shape.stride, n),
             "padding": every(padding, n),
@@ -429,7 +433,7 @@ def gpu_peak(call: Call) -> float:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     own = nbytes(call())
-    return (torch.cuda.max_memory_allocated() - before - own) / 2**20
+    return max(torch.cuda.max_memory_allocated() - before - own, 0) / 2**20
 
 
 def resident_peak(call: Call) -> float:
@@ -447,7 +451,7 @@ def resident_peak(call: Call) -> float:
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     own = nbytes(call()) / 2**20
-    return round(status("VmHWM") - before - own, 1)
+    return max(round(status("VmHWM") - before - own, 1), 0.0)
 
 
 def relative(found: Any, exact: Tensor) -> float:

@@ -272,6 +272,7 @@ def _bench(options: Any) -> int:
     known = {**bench.SHAPES, **bench.CPU_SHAPES}
     if options.list:
         for name, shape in (sweep.MODELS if options.models else known).items():
+            shape = shape._replace(padding=bench.padding_of(shape))
             print(f"{name:7}", ", ".join(f"{k} {v}" for k, v in shape._asdict().items()))
         return 0
     cpu = options.device == "cpu"
@@ -294,6 +295,10 @@ def _bench(options: Any) -> int:
     dtypes = choose("dtype", options.dtypes, default, bench.DTYPES)
     few = ["dense", "torchvision"] if others else list(bench.PEERS)
     peers = choose("peer", options.peers, few, bench.PEERS)
+    if options.peers not in (None, "all"):
+        for peer in peers:
+            if not bench.has(peer):
+                raise UsageError(f"--peers {peer}: it is not installed here, or does not load")
     phases = choose("phase", options.phases, bench.PHASES, bench.PHASES)
     if others:
         return _sweep(options, dtypes, peers, phases)
@@ -571,21 +576,27 @@ def _add_check(commands: Any) -> None:
     )
 
 
-def _check(options: Any) -> int:
+def _onnx_graph(path: Path) -> Any:
+    """The model in an ONNX file, without weights that lie beside it."""
     import onnx
 
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf has several classes of errors.
+        raise UsageError(f"{path} is no ONNX file: {_line(error)}") from None
+    if not graph.HasField("graph") or not graph.opset_import:
+        raise UsageError(f"{path} is no ONNX file: it holds no graph, or names no opset")
+    return graph
+
+
+def _check(options: Any) -> int:
     from .onnx.export import difference
 
-    if not options.file.is_file():
-        raise UsageError(f"there is no file {options.file}")
     if options.weights and options.model is None:
         raise UsageError("--weights are those of a --model, which is not given")
-    try:
-        graph = onnx.load(options.file, load_external_data=False)
-    except Exception as error:  # protobuf has several classes of errors.
-        raise UsageError(f"{options.file} is no ONNX file: {_line(error)}") from None
-    if not graph.HasField("graph") or not graph.opset_import:
-        raise UsageError(f"{options.file} is no ONNX file: it holds no graph, or names no opset")
+    graph = _onnx_graph(options.file)
     inputs = _random_inputs(graph.graph, options.size, options.input)
     expected = None
     if options.model is not None:
@@ -651,8 +662,9 @@ def _rewrite(options: Any) -> int:
     from . import onnx
 
     _check_target(options.target)
-    if not options.file.is_file():
-        raise UsageError(f"there is no file {options.file}")
+    _onnx_graph(options.file)
+    if options.out.resolve() == options.file.resolve():
+        raise UsageError(f"--out {options.out} is the file to read, expected another one")
     try:
         replaced = onnx.rewrite(
             options.file, options.out, target=options.target, verify=not options.no_verify

@@ -142,6 +142,8 @@ _REGULAR = (
 
 def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
     for layer in layers:
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"steps: layers has {layer!r}, expected Modules")
         if isinstance(layer, nn.Sequential):
             yield from _flatten(layer)
         else:
@@ -886,6 +888,10 @@ def animate(
     plt, animation = _matplotlib("pyplot"), _matplotlib("animation")
     if frames.dim() > 4:
         raise ValueError(f"animate: frames have {frames.dim() - 2} axes, expected 1 or 2")
+    if len(frames) == 0:
+        raise ValueError("animate: frames has no image")
+    if not (at and all(map(_is_location, at))):
+        raise ValueError(f"animate: at is {at!r}, expected a list of locations")
     if isinstance(layers, nn.Module):
         layers = [layers]
     layers = list(layers)
@@ -934,6 +940,8 @@ def _shown(image: Tensor, n: int) -> Tensor:
 
 def _grouped(name: str, what: str, t: Tensor, kernel_size: Size, index: int | None) -> Tensor:
     """An offset [OG, K, n, *out] or mask [MG, K, 1, *out] of one image, on the CPU, in float32."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: {what} is {t!r}, expected a Tensor")
     points = math.prod(kernel_size) if isinstance(kernel_size, (tuple, list)) else None
     if points is not None:
         n = len(kernel_size)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
@@ -111,9 +112,12 @@ def deformify(
         wanted = (
             "3x3 convolution in layer3 or layer4, as a ResNet has; choose others by where="
             if where is None
-            else f"convolution that fits where={where!r}"
+            else f"ordinary convolution that fits where={where!r}"
         )
-        raise ValueError(f"deformify: the model has no {wanted}")
+        fitting = (f"{n} ({type(m).__name__})" for n, m in model.named_modules() if chosen(n, m))
+        others = ", ".join(itertools.islice(fitting, 3))
+        others = f"; there is {others}" if others and where is not None else ""
+        raise ValueError(f"deformify: the model has no {wanted}{others}")
     model, report = replace(model, replaced)
     if verbose:
         print(f"deformnd.deformify: {report}")

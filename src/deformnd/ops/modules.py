@@ -191,6 +191,10 @@ def _check_arguments(
     for key, value in numbers.items():
         least = 0 if key.endswith("channels") else 1  # Lazy layers begin with no channels.
         check_ints(name, key, value, 0, least)
+    groups = numbers.get("groups", 1)
+    for key, value in numbers.items():
+        if key.endswith("channels") and value % groups:
+            raise ValueError(f"{name}: {key} is {value}, expected a multiple of groups {groups}")
     for key, value in switches.items():
         # By comparison and not by type, so that None and NumPy's bools may stand for a bool.
         if isinstance(value, Tensor) or value not in (True, False, None):
