@@ -79,6 +79,7 @@ Call = Callable[[], Any]
 
 
 def padding_of(shape: Shape) -> int:
+    """The padding of every axis."""
     return shape.kernel // 2 if shape.padding < 0 else shape.padding
 
 

@@ -70,7 +70,7 @@ class Work(NamedTuple):
 def sizes_out(shape: Shape) -> tuple[int, ...]:
     """The output's size."""
     n = len(shape.size)
-    padding = shape.kernel // 2 if shape.padding < 0 else shape.padding
+    padding = bench.padding_of(shape)
     out = []
     for size, step, apart in zip(
         shape.size, bench.every(shape.stride, n), bench.every(shape.dilation, n), strict=True

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
@@ -109,15 +108,14 @@ def deformify(
 
     replaced = replacements(model, replacement)
     if not replaced:
-        wanted = (
-            "3x3 convolution in layer3 or layer4, as a ResNet has; choose others by where="
-            if where is None
-            else f"ordinary convolution that fits where={where!r}"
-        )
-        fitting = (f"{n} ({type(m).__name__})" for n, m in model.named_modules() if chosen(n, m))
-        others = ", ".join(itertools.islice(fitting, 3))
-        others = f"; there is {others}" if others and where is not None else ""
-        raise ValueError(f"deformify: the model has no {wanted}{others}")
+        if where is None:
+            wanted = "3x3 convolution in layer3 or layer4, as a ResNet has; choose others by where="
+        else:
+            wanted = f"ordinary convolution that fits where={where!r}"
+            fit = [f"{n} ({type(m).__name__})" for n, m in model.named_modules() if chosen(n, m)]
+            if fit:
+                wanted += f"; there is {', '.join(fit[:3])}"
+        raise ValueError(f"deformify: the model has no {wanted}")
     model, report = replace(model, replaced)
     if verbose:
         print(f"deformnd.deformify: {report}")

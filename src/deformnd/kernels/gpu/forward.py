@@ -208,7 +208,7 @@ def splits_of(call: Call, programs: int, row: Tiles, block_o: int, taps: int, gr
         added = PARTS_US + splits * part / BANDWIDTH if splits > 1 else 0.0
         return float(rounds * (triton.cdiv(steps, splits) * step + START_US) + added)
 
-    least = min(call.least_splits(steps, n.group_in * taps), steps)
+    least = call.least_splits(steps, n.group_in * taps)
     most = steps if call.steps.together else least  # where memory is short
     return min(range(least, most + 1), key=cost)
 

@@ -314,18 +314,19 @@ class Columns:
 
 
 def splits_of(
-    call: Call, programs: int, length: int, steps: int, least: int = 1, most: int = 16
+    call: Call, programs: int, length: int, steps: int, least: int = 1, most: int = tiles.PARTS
 ) -> int:
     """Into how many parts to split the programs' sums, which have `length` products in `steps`
     steps. More parts fill the last round of programs better, but parts have to be written and
-    added. There are `least` to `most` of them, of which each has at least eight steps if it may."""
+    added. Each part has at least eight steps, and there are at most `most`, unless there have to be
+    `least`."""
 
     def cost(splits: int) -> float:
         rounds: float = triton.cdiv(programs * splits, call.multiprocessors) / splits
         added = programs / call.multiprocessors * splits * tiles.PART / length
         return rounds + (added if splits > 1 else 0.0)
 
-    return min(range(least, max(least, min(steps // 8, most, 16)) + 1), key=cost)
+    return min(range(least, max(least, min(steps // 8, most)) + 1), key=cost)
 
 
 def tap_columns(call: Call) -> int:
@@ -395,9 +396,10 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     made = Columns(call, image, max(call.multiprocessors // of_rows, 1) * row.block_p)
     programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
     length, steps = n.taps * count, n.taps * triton.cdiv(count, block_c)
-    # Where memory is short, parts may take a quarter of what half-precision columns take.
-    most = steps if call.steps.together else max(length // (8 * n.outputs), 1)
-    least = call.least_splits(steps, block_c)
+    least, most = call.least_splits(steps, block_c), tiles.PARTS
+    if not call.steps.together:
+        # Memory is short, so parts may take a quarter of what half-precision columns take.
+        most = min(most, length // (8 * n.outputs))
     splits = splits_of(call, programs, length, steps, least, most)
     parts = call.room_for_parts(splits, made.lots.rows, n.outputs)
     results = dict(bias=bias, out=out.buffer, parts=parts)
@@ -416,10 +418,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
             dict(LAST=out.last, BLOCK_P=32, BLOCK_O=32, TOGETHER=4),
             **dict(results, blocks=across, splits=splits, warps=4, **which),
         )
-        if splits > 1:
-            call.steps.launch(adds)
-    if splits == 1:
-        call.steps.launch(adds, runs=False)
+        call.steps.launch(adds, splits > 1)
 
 
 def forward_beats_hopper(call: Call) -> bool:

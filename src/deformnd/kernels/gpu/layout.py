@@ -403,7 +403,7 @@ class Call:
 
     def least_splits(self, units: int, products: int) -> int:
         """Into how many parts a sum over units of so many products is split at least, lest it err
-        too much (tiles.py, LONGEST)."""
+        too much (tiles.py, LONGEST). No part is less than a unit."""
         by_parts = self.precision in ("bf16x3", "tf32x3")
         return triton.cdiv(units, max(tiles.LONGEST // products, 1)) if by_parts else 1
 

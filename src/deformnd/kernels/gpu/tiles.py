@@ -224,8 +224,8 @@ LONGEST = 2304
 SAMPLED, STEP_US, START_US, PARTS_US = 11_000, 1.5, 2.0, 4.0
 
 # Writing and adding a number of a partial sum costs as much as this many products of half-precision
-# numbers (im2col.py, splits_of).
-PART = 300
+# numbers (im2col.py, splits_of). There are at most PARTS.
+PART, PARTS = 300, 16
 
 # The portable forward loads samples ahead where a sample group's channels have at least this many
 # bytes. With fewer it is busy with other work, and loading ahead does not pay.

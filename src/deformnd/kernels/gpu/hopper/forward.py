@@ -196,8 +196,8 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
         # Two programs fit on a multiprocessor. Short sums are not split, since adding the parts
         # would cost more.
         at_once, steps = 2 * call.multiprocessors, units * n.padded // block_c
-        splits = max(1, min(at_once // programs, steps // 8))
-    splits = min(units, max(splits, call.least_splits(units, n.padded)))
+        splits = min(units, at_once // programs, steps // 8)
+    splits = max(splits, call.least_splits(units, n.padded))
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
     constants |= dict(ONCE=units <= 2 * PAIRS.value, SEVERAL=n.sample_groups > 1)
     constants |= dict(MMA=common.mma_layout(block_o, tiles.warps))

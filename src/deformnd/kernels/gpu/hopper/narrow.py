@@ -496,8 +496,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     # Splits make as many programs as fit. Short sums are not split, since adding the parts would
     # cost more.
     at_once = call.multiprocessors * (4 if registers else 2)
-    splits = max(1, min(at_once // programs, steps // 8))
-    splits = max(splits, call.least_splits(steps, block_c))
+    splits = max(call.least_splits(steps, block_c), min(at_once // programs, steps // 8))
     constants: dict[str, Any] = dict(
         **dict(LAST=out.last, BLOCK_O=block_o, STAGES=row.stages, TILE=tile, **fixed),
         MMA=common.mma_layout(block_o, row.warps),
