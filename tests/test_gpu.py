@@ -46,7 +46,6 @@ from deformnd.kernels.gpu import (  # noqa: E402
     backward_sorted,
     driver,
     hopper,
-    im2col,
     layout,
     prepare,
     runtime,
@@ -619,7 +618,7 @@ def test_interpreted_im2col_adds_parts(
 ) -> None:
     """Parts of the sums of one lot of rows after another, as where a lot is too small for a GPU."""
     by_im2col(monkeypatch)
-    monkeypatch.setattr(im2col, "splits_of", lambda *_: splits)
+    monkeypatch.setattr(layout.Call, "splits", lambda *_, **__: splits)
     made = case.make(dtype, "cpu")
     exact = made.double().forward(reference)
     assert close(made.forward(backend), exact, TOLERANCE[dtype][0])

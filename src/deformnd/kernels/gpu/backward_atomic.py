@@ -148,7 +148,7 @@ def write(
     block_o = fit(columns.outputs_of(call, constants), tiles.block_o)
     across = triton.cdiv(sizes.positions, tiles.block_p)
     programs, taps = sizes.batch * across, triton.cdiv(sizes.taps, constants["TAPS"])
-    splits = max(1, min(taps, 4 * call.multiprocessors // programs))
+    splits = call.splits("backward_atomic", programs, tiles.warps, taps)
     hold = sizes.outputs == sizes.group_out <= block_o
     call.launch(
         *(backward_atomic, (programs, splits), dict(HOLD=hold, BLOCK_O=block_o, **constants)),

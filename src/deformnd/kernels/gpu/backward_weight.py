@@ -114,7 +114,11 @@ def write(
     blocks = triton.cdiv(sizes.sample_groups, groups) * triton.cdiv(sizes.padded, block_c)
     programs = triton.cdiv(sizes.taps, constants["TAPS"]) * blocks
     total = triton.cdiv(sizes.positions, tiles.block_p)
-    splits = max(1, min(sizes.batch * total, 4 * call.multiprocessors // (programs * across)))
+    splits = call.splits(
+        *("backward_weight", programs * across, tiles.warps, sizes.batch * total),
+        added=sizes.weights,
+        most=4 * call.multiprocessors // (programs * across),
+    )
     shape = (splits, sizes.taps, sizes.group_in, sizes.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     call.launch(

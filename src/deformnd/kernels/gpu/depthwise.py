@@ -565,8 +565,10 @@ def write_few(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> 
     n = call.sizes
     constants, tiles, blocks = blocks_of(call)
     programs = n.batch * tiles
-    # Sums of few outputs cost little to add, so there may be many splits.
-    splits = max(1, min(n.sample_groups * n.taps, 8 * call.multiprocessors // programs))
+    splits = call.splits(
+        *("forward_few", programs, WARPS, n.sample_groups * n.taps),
+        added=n.batch * n.positions * n.outputs,
+    )
     call.launch_split(
         forward_few,
         (programs, splits),
@@ -622,7 +624,7 @@ def launch_atomic(
     """Launch backward_atomic_depthwise for `count` tiles. A batch item has `tiles` of them."""
     n = call.sizes
     programs = count * n.sample_groups
-    splits = max(1, min(n.taps, 4 * call.multiprocessors // programs))
+    splits = call.splits("backward_atomic_depthwise", programs, WARPS, n.taps)
     call.launch(
         *(backward_atomic_depthwise, (programs, splits, 1), constants),
         **dict(tiles=tiles, splits=splits, warps=WARPS),
@@ -640,7 +642,11 @@ def write_backward_weight(call: Call, image: Operand, points: Operand, out: Buff
     sums = constants["BLOCK_P"] * constants["BLOCK_C"] * constants["CHUNKS"] * n.group_out
     taps = TAPS if n.taps % TAPS == 0 and TAPS * sums <= SUMS * 32 * warps else 1
     programs = n.sample_groups * blocks * n.taps // taps
-    splits = min(n.batch * tiles, triton.cdiv(8 * call.multiprocessors, programs))
+    splits = call.splits(
+        *("backward_weight_depthwise", programs, warps, n.batch * tiles),
+        added=n.weights,
+        most=triton.cdiv(8 * call.multiprocessors, programs),
+    )
     parts = call.plan.scratch(splits, n.taps, n.group_in, n.padded_outputs, dtype=torch.float32)
     call.launch(
         backward_weight_depthwise,

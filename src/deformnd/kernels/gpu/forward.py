@@ -14,7 +14,7 @@ import triton.language as tl
 from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .tiles import BANDWIDTH, DEEP, PARTS_US, SAMPLED, START_US, STEP_US, Tiles
+from .tiles import DEEP, Tiles
 from .variants import portable
 
 # A program takes this many columns of a strip (sampling.py, in_strips) one after another. In
@@ -189,30 +189,6 @@ def tiles_of(call: Call, outputs: int) -> Tiles:
     return call.tiles(f"forward{kind}", outputs)
 
 
-def splits_of(call: Call, programs: int, row: Tiles, block_o: int, taps: int, groups: int) -> int:
-    """Into how many parts to split the programs' sums, where so many taps and sample groups are
-    taken together. It weighs the microseconds of the rounds of programs against those of writing
-    and adding parts."""
-    n, width = call.sizes, call.dtype.itemsize
-    steps = triton.cdiv(n.taps, taps)
-    # Registers suffice for 12 warps on a multiprocessor, or for 8 in float32 and for large blocks.
-    few = width == 4 or (is_deep(call) and block_o > 64)
-    resident = (8 if few else 12) // row.warps
-    channels = min(triton.cdiv(block_o, n.group_out) * n.group_in, n.channels)
-    sampled = row.block_p * channels * taps * width
-    step = max(sampled * resident / SAMPLED, triton.cdiv(n.sample_groups, groups) * STEP_US)
-    part = 8 * n.batch * n.positions * n.outputs  # the bytes that are written and read
-
-    def cost(splits: int) -> float:
-        rounds = triton.cdiv(programs * splits, resident * call.multiprocessors)
-        added = PARTS_US + splits * part / BANDWIDTH if splits > 1 else 0.0
-        return float(rounds * (triton.cdiv(steps, splits) * step + START_US) + added)
-
-    least = call.least_splits(steps, n.group_in * taps)
-    most = steps if call.steps.together else least  # where memory is short
-    return min(range(least, most + 1), key=cost)
-
-
 def write(
     call: Call, image: Operand, bias: Buffer | None, out: Operand, tiles: Tiles | None = None
 ) -> None:
@@ -233,7 +209,19 @@ def write(
         run = max(block_o // together, 1) * together
     blocks = triton.cdiv(sizes.outputs, run) * triton.cdiv(run, block_o)
     programs = sizes.batch * across * blocks
-    splits = splits_of(call, programs, tiles, block_o, constants["TAPS"], constants["GROUPS"])
+    # A unit is as many taps as are taken together.
+    taps, groups = constants["TAPS"], constants["GROUPS"]
+    channels = min(triton.cdiv(block_o, sizes.group_out) * sizes.group_in, sizes.channels)
+    steps = triton.cdiv(triton.cdiv(channels, sizes.group_channels), groups)
+    if taps == groups == 1:
+        steps *= triton.cdiv(sizes.padded, constants["BLOCK_C"])
+    splits = call.splits(
+        *("forward narrow" if call.narrow else "forward", programs, tiles.warps),
+        triton.cdiv(sizes.taps, taps),
+        **dict(products=sizes.group_in * taps, steps=steps),
+        added=sizes.batch * sizes.positions * sizes.outputs,
+        work=tiles.block_p * channels * taps * call.dtype.itemsize,
+    )
     call.launch_split(
         *(forward, (programs, splits), dict(BLOCK_O=block_o, DEEP=deep, **constants), out, bias),
         **dict(warps=tiles.warps, stages=tiles.stages, tiles=across, blocks=blocks, run=run),

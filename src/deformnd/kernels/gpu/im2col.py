@@ -313,20 +313,9 @@ class Columns:
             yield dict(which, number=number, laid=self.buffer)
 
 
-def splits_of(
-    call: Call, programs: int, length: int, steps: int, least: int = 1, most: int = tiles.PARTS
-) -> int:
-    """Into how many parts to split the programs' sums, which have `length` products in `steps`
-    steps. More parts fill the last round of programs better, but parts have to be written and
-    added. Each part has at least eight steps, and there are at most `most`, unless there have to be
-    `least`."""
-
-    def cost(splits: int) -> float:
-        rounds: float = triton.cdiv(programs * splits, call.multiprocessors) / splits
-        added = programs / call.multiprocessors * splits * tiles.PART / length
-        return rounds + (added if splits > 1 else 0.0)
-
-    return min(range(least, max(least, min(steps // 8, most)) + 1), key=cost)
+def work_of(call: Call, block_p: int, block_o: int, block_c: int) -> int:
+    """The products of a step."""
+    return block_p * block_o * block_c * (3 if call.precision == "bf16x3" else 1)
 
 
 def tap_columns(call: Call) -> int:
@@ -395,12 +384,15 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     of_rows = groups * blocks  # programs for a tile of rows
     made = Columns(call, image, max(call.multiprocessors // of_rows, 1) * row.block_p)
     programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
-    length, steps = n.taps * count, n.taps * triton.cdiv(count, block_c)
-    least, most = call.least_splits(steps, block_c), tiles.PARTS
+    most = tiles.PARTS
     if not call.steps.together:
         # Memory is short, so parts may take a quarter of what half-precision columns take.
-        most = min(most, length // (8 * n.outputs))
-    splits = splits_of(call, programs, length, steps, least, most)
+        most = min(most, n.taps * count // (8 * n.outputs))
+    splits = call.splits(
+        *("im2col", programs, row.warps, n.taps * triton.cdiv(count, block_c)),
+        **dict(products=block_c, added=made.lots.rows * n.outputs, most=most),
+        work=work_of(call, row.block_p, block_o, block_c),
+    )
     parts = call.room_for_parts(splits, made.lots.rows, n.outputs)
     results = dict(bias=bias, out=out.buffer, parts=parts)
     constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
@@ -445,8 +437,12 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     block_o = fit(n.padded_outputs, row.block_o)
     blocks = triton.cdiv(n.padded_outputs, block_o)
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
-    steps = triton.cdiv(made.lots.rows, row.block_p)
-    splits = splits_of(call, programs, made.lots.rows, steps)  # parts are added to for every lot
+    splits = call.splits(
+        *("im2col", programs, row.warps, triton.cdiv(made.lots.rows, row.block_p)),
+        added=n.weights,
+        most=max(tiles.PARTS, 4 * call.multiprocessors // programs),
+        work=work_of(call, row.block_p, block_o, row.block_c),
+    )
     shape = (splits, n.taps, n.channels, n.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     constants = dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=row.block_c)

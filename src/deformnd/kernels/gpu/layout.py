@@ -401,11 +401,48 @@ class Call:
         self.launch(kernel, grid, constants, **rest)
         self.reduce(parts, out, bias)
 
-    def least_splits(self, units: int, products: int) -> int:
-        """Into how many parts a sum over units of so many products is split at least, lest it err
-        too much (tiles.py, LONGEST). No part is less than a unit."""
-        by_parts = self.precision in ("bf16x3", "tf32x3")
-        return triton.cdiv(units, max(tiles.LONGEST // products, 1)) if by_parts else 1
+    def splits(
+        self,
+        kernel: str,
+        programs: int,
+        warps: int,
+        units: int,
+        *,
+        products: int = 0,
+        added: int = 0,
+        most: int | None = None,
+        work: float = 1,
+        steps: int = 1,
+    ) -> int:
+        """Into how many parts to split the sums of so many units that programs of so many warps
+        compute. More parts fill the multiprocessors better, but have to be written and added.
+
+        A unit has `products` products, which long sums in float32 must not have too many of
+        (tiles.py, LONGEST). A part is `added` numbers in memory, or none where parts are added as
+        they come. There are at most `most` parts. A kernel's costs (tiles.py, COSTS) say what
+        `work` is; a unit waits for memory in `steps` steps.
+        """
+        costs = tiles.COSTS[kernel]
+        resident = max(costs.warps // warps, 1)
+        alone, beside = costs.alone * steps, costs.beside * work
+
+        def taken(splits: int) -> float:
+            """Microseconds of the multiprocessor that has the most programs."""
+            rounds, rest = divmod(triton.cdiv(programs * splits, self.multiprocessors), resident)
+            time = 0.0
+            for many, count in ((resident, rounds), (rest, min(rest, 1))):
+                unit = max(alone, beside * many)
+                time += count * (triton.cdiv(units, splits) * unit + tiles.START_US)
+            if splits > 1 and added:
+                time += tiles.ADD_US + splits * added * 8 / tiles.BANDWIDTH
+            return time
+
+        least = 1
+        if products and self.precision in ("bf16x3", "tf32x3"):
+            least = triton.cdiv(units, max(tiles.LONGEST // products, 1))
+        if most is None:
+            most = units if not added else tiles.PARTS if self.steps.together else 1
+        return min(range(least, max(least, min(most, units)) + 1), key=taken)
 
     def room_for_parts(self, splits: int, *shape: int) -> Buffer:
         """Room for several partial sums of this shape, or next to none for a single one."""

@@ -179,10 +179,40 @@ TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER} | dict.fromkeys(
     ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), AMPERE
 )
 
-# backward_weight_hopper weighs two costs against each other: the microseconds that a program takes
-# for a tile, and the bytes of partial sums that memory moves in a microsecond. Both were measured
-# on an H200, whose memory moves 4.8 TB/s at best.
-TILE_US, BANDWIDTH = 1.6, 4e6
+
+class Costs(NamedTuple):
+    """What a kernel takes for a unit of its sums, in microseconds."""
+
+    warps: int  # that a multiprocessor runs at once
+    alone: float  # what a unit takes at least, while it waits for memory
+    beside: float  # what a unit's work takes of the multiprocessor, which its programs share
+
+
+# These costs decide into how many parts sums are split (layout.py, Call.splits). They fit 900 calls
+# that were timed on an H200 with several numbers of parts. A unit of the first four is a tap, whose
+# work is the bytes that are sampled; one of im2col is a step, whose work is its products. The others
+# take work as 1, for each tap or each tile of positions.
+COSTS = {
+    "forward": Costs(16, 0.88, 1 / 40_000),
+    "forward narrow": Costs(12, 2.3, 1 / 4_300),
+    "forward_hopper": Costs(8, 0.3, 1 / 13_500),
+    "forward_narrow_hopper": Costs(8, 0.3, 1 / 13_500),
+    "im2col": Costs(16, 0.28, 1 / 2_000_000),
+    "forward_few": Costs(16, 1.5, 0.2),
+    "backward_weight": Costs(16, 1.7, 0.73),
+    "backward_weight_depthwise": Costs(12, 0.8, 0.2),
+    "backward_weight_hopper": Costs(8, 1.3, 1.0),
+    "backward_atomic": Costs(16, 2.7, 2.5),
+    "backward_atomic_depthwise": Costs(32, 1.0, 0.12),
+    "backward_atomic_hopper": Costs(8, 3.7, 2.9),
+    "multiply_columns_hopper": Costs(8, 0.3, 0.3),
+}
+
+# The start and end of a program take START_US. To add parts takes ADD_US, and memory writes and
+# reads them at BANDWIDTH bytes in a microsecond. There are at most PARTS, unless sums are so long
+# that they would err (LONGEST). Those of a weight's gradient are as many as fill the device.
+START_US, ADD_US, BANDWIDTH = 1.5, 2.5, 4e6
+PARTS = 16
 
 # These architectures have kernels that take whole blocks of channels, so their calls pad the
 # channels to whole blocks (layout.py, sizes_of).
@@ -217,15 +247,6 @@ PRODUCT_FIRST = 24
 # 3.6e-6 of itself for every thousand products in it, so sums of more than LONGEST are split. The
 # longest ones, over the positions, are added up outside of the tensor cores (columns.py, dot_once).
 LONGEST = 2304
-
-# What forward.py takes (splits_of), as measured on an H200: a multiprocessor samples SAMPLED bytes
-# in a microsecond. In microseconds, a step takes at least STEP_US, a program's start and end take
-# START_US, and adding parts takes PARTS_US beside the time that moving them takes.
-SAMPLED, STEP_US, START_US, PARTS_US = 11_000, 1.5, 2.0, 4.0
-
-# Writing and adding a number of a partial sum costs as much as this many products of half-precision
-# numbers (im2col.py, splits_of). There are at most PARTS.
-PART, PARTS = 300, 16
 
 # The portable forward loads samples ahead where a sample group's channels have at least this many
 # bytes. With fewer it is busy with other work, and loading ahead does not pay.

@@ -229,9 +229,8 @@ def write(
     block_p, block_o, blocks, block_c, stages, warps, shared = plan
     tiles = triton.cdiv(n.positions, block_p)
     programs = n.batch * tiles
-    at_once = max(1, call.multiprocessors * min(2, call.device.shared_memory // shared))
-
-    splits = common.splits_of(programs, n.sample_groups * n.taps, at_once)
+    units = n.sample_groups * n.taps
+    splits = call.splits("backward_atomic_hopper", programs, warps, units)
     across = min(32, block_o // 8)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=blocks, BLOCK_C=block_c, STAGES=stages),

@@ -310,7 +310,7 @@ def multiply(call: Call, points: Operand, columns: Buffer, before: int) -> None:
     warps, across = block_p // 16, min(32, block_o // 8)
     rows = columns.shape[0] * n.positions
     programs = triton.cdiv(rows, block_p)
-    splits = common.splits_of(programs, n.taps, call.multiprocessors)
+    splits = call.splits("multiply_columns_hopper", programs, warps, n.taps)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=number, BLOCK_C=block_c, STAGES=stages),
         MMA=common.mma_layout(block_c, warps),

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from .. import sampling
 from ..layout import Call, Operand
 from ..runtime import Buffer
-from ..tiles import BANDWIDTH, POSITION_TILES, TILE_US
+from ..tiles import POSITION_TILES
 from ..variants import Variant
 from . import common, tables
 
@@ -220,7 +220,11 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     near = (n.point, POSITION_TILES[rank])
     flat = ((n.positions,), (64,))
     taken = near if count(*near) <= 1.1 * count(*flat) else flat
-    splits = _splits(call, programs, n.batch * count(*taken), call.multiprocessors * tiles.resident)
+    splits = call.splits(
+        *("backward_weight_hopper", programs, tiles.warps, n.batch * count(*taken)),
+        added=n.weights,
+        most=4 * tiles.resident * call.multiprocessors // programs + 1,
+    )
     parts = call.plan.scratch(splits, n.taps, n.channels, n.padded_outputs, dtype=torch.float32)
     for size, tile in dict.fromkeys((near, flat)):
         shape = (n.batch * (2 if bf16x3 else 1), *size, n.padded_outputs)
@@ -235,18 +239,6 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
         )
         call.steps.launch(launch, (size, tile) == taken)
     call.reduce_weight(parts, out)
-
-
-def _splits(call: Call, programs: int, tiles: int, at_once: int) -> int:
-    """Into how many partial sums it pays to split a sum. A program's start and end cost as much as
-    three tiles, and partial sums have to be written and read."""
-    size = 8 * call.sizes.weights
-
-    def cost(splits: int) -> float:
-        waves, turns = triton.cdiv(programs * splits, at_once), triton.cdiv(tiles, splits) + 3
-        return float(waves * turns * TILE_US + splits * size / BANDWIDTH)
-
-    return min(range(1, min(tiles, 4 * at_once // programs + 1) + 1), key=cost)
 
 
 VARIANT = Variant("backward_weight_hopper", takes, write, wants_parts=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -167,18 +166,6 @@ def parted(unit, g, SEVERAL: gl.constexpr):
         return unit // g.taps, unit % g.taps
     else:
         return 0, unit
-
-
-def splits_of(programs: int, units: int, at_once: int) -> int:
-    """Into how many parts to split sums over units. It is the number for which the waves of
-    programs take the fewest units one after another, where the start of a program counts as one
-    more."""
-
-    def turns(splits: int) -> int:
-        waves = triton.cdiv(programs * splits, at_once)
-        return int(waves * (triton.cdiv(units, splits) + 1))
-
-    return min(range(1, units + 1), key=turns)
 
 
 def mma_layout(columns: int, warps: int) -> Any:

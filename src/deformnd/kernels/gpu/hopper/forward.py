@@ -191,13 +191,12 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     tiles = call.tiles("forward_hopper 3d" if rank == 3 else "forward_hopper", n.padded_outputs)
     block_o, block_c = math.gcd(tiles.block_o, n.padded_outputs), math.gcd(tiles.block_c, n.padded)
     programs = n.batch * triton.cdiv(n.positions, 64) * (n.padded_outputs // block_o)
-    splits, units = 1, n.sample_groups * n.taps
-    if programs < call.multiprocessors:
-        # Two programs fit on a multiprocessor. Short sums are not split, since adding the parts
-        # would cost more.
-        at_once, steps = 2 * call.multiprocessors, units * n.padded // block_c
-        splits = min(units, at_once // programs, steps // 8)
-    splits = max(splits, call.least_splits(units, n.padded))
+    units = n.sample_groups * n.taps
+    splits = call.splits(
+        *("forward_hopper", programs, tiles.warps, units),
+        **dict(products=n.padded, added=n.batch * n.positions * n.outputs),
+        work=64 * n.padded * call.dtype.itemsize,
+    )
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
     constants |= dict(ONCE=units <= 2 * PAIRS.value, SEVERAL=n.sample_groups > 1)
     constants |= dict(MMA=common.mma_layout(block_o, tiles.warps))

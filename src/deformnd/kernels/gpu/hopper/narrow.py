@@ -493,10 +493,11 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     blocks = n.padded_outputs // block_o
     programs, steps = n.batch * math.prod(tiles) * blocks, n.taps * n.columns // block_c
     registers = row.registers if run == 4 and rank < 3 else 0  # other calls would spill
-    # Splits make as many programs as fit. Short sums are not split, since adding the parts would
-    # cost more.
-    at_once = call.multiprocessors * (4 if registers else 2)
-    splits = max(call.least_splits(steps, block_c), min(at_once // programs, steps // 8))
+    splits = call.splits(
+        *("forward_narrow_hopper", programs, row.warps, steps),
+        **dict(products=block_c, added=n.batch * n.positions * n.outputs),
+        work=block_p * block_c * call.dtype.itemsize,
+    )
     constants: dict[str, Any] = dict(
         **dict(LAST=out.last, BLOCK_O=block_o, STAGES=row.stages, TILE=tile, **fixed),
         MMA=common.mma_layout(block_o, row.warps),
