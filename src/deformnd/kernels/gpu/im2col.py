@@ -440,7 +440,7 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     splits = call.splits(
         *("im2col", programs, row.warps, triton.cdiv(made.lots.rows, row.block_p)),
         added=n.weights,
-        most=max(tiles.PARTS, 4 * call.multiprocessors // programs),
+        most=triton.cdiv(8 * call.multiprocessors, programs),
         work=work_of(call, row.block_p, block_o, row.block_c),
     )
     shape = (splits, n.taps, n.channels, n.padded_outputs)

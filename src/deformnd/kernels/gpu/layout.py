@@ -423,7 +423,7 @@ class Call:
         `work` is; a unit waits for memory in `steps` steps.
         """
         costs = tiles.COSTS[kernel]
-        resident = max(costs.warps // warps, 1)
+        resident = max(2 * costs.warps // (warps * self.dtype.itemsize), 1)
         alone, beside = costs.alone * steps, costs.beside * work
 
         def taken(splits: int) -> float:

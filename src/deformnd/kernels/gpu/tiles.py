@@ -183,29 +183,29 @@ TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER} | dict.fromkeys(
 class Costs(NamedTuple):
     """What a kernel takes for a unit of its sums, in microseconds."""
 
-    warps: int  # that a multiprocessor runs at once
-    alone: float  # what a unit takes at least, while it waits for memory
-    beside: float  # what a unit's work takes of the multiprocessor, which its programs share
+    warps: int  # that a multiprocessor runs at once in half precision; in float32 half as many
+    alone: float  # what a unit takes at least, since it waits for memory
+    beside: float  # what a unit's work takes of a multiprocessor, which all its programs share
 
 
-# These costs decide into how many parts sums are split (layout.py, Call.splits). They fit 900 calls
-# that were timed on an H200 with several numbers of parts. A unit of the first four is a tap, whose
-# work is the bytes that are sampled; one of im2col is a step, whose work is its products. The others
-# take work as 1, for each tap or each tile of positions.
+# These costs decide into how many parts sums are split (layout.py, Call.splits). They fit 1161
+# calls that were timed on an H200 with several numbers of parts. A unit of the first four is a tap,
+# whose work is the bytes that are sampled; one of im2col is a step, whose work is its products. For
+# the others, whose units are taps or tiles of positions, work is 1.
 COSTS = {
-    "forward": Costs(16, 0.88, 1 / 40_000),
-    "forward narrow": Costs(12, 2.3, 1 / 4_300),
-    "forward_hopper": Costs(8, 0.3, 1 / 13_500),
-    "forward_narrow_hopper": Costs(8, 0.3, 1 / 13_500),
-    "im2col": Costs(16, 0.28, 1 / 2_000_000),
-    "forward_few": Costs(16, 1.5, 0.2),
-    "backward_weight": Costs(16, 1.7, 0.73),
-    "backward_weight_depthwise": Costs(12, 0.8, 0.2),
-    "backward_weight_hopper": Costs(8, 1.3, 1.0),
-    "backward_atomic": Costs(16, 2.7, 2.5),
-    "backward_atomic_depthwise": Costs(32, 1.0, 0.12),
-    "backward_atomic_hopper": Costs(8, 3.7, 2.9),
-    "multiply_columns_hopper": Costs(8, 0.3, 0.3),
+    "forward": Costs(16, 1.0, 1 / 12_000),
+    "forward narrow": Costs(24, 1.9, 1 / 7_300),
+    "forward_hopper": Costs(16, 0.39, 1 / 25_000),
+    "forward_narrow_hopper": Costs(16, 0.42, 1 / 24_000),
+    "im2col": Costs(24, 0.27, 1 / 2_000_000),
+    "forward_few": Costs(32, 0.62, 0.28),
+    "backward_weight": Costs(32, 1.6, 0.67),
+    "backward_weight_depthwise": Costs(24, 1.6, 0.7),
+    "backward_weight_hopper": Costs(16, 1.3, 1.0),
+    "backward_atomic": Costs(48, 1.9, 1.7),
+    "backward_atomic_depthwise": Costs(48, 1.0, 0.07),
+    "backward_atomic_hopper": Costs(16, 3.0, 2.2),
+    "multiply_columns_hopper": Costs(16, 0.01, 0.01),
 }
 
 # The start and end of a program take START_US. To add parts takes ADD_US, and memory writes and
