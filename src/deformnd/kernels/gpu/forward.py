@@ -218,9 +218,9 @@ def write(
     splits = call.splits(
         *("forward narrow" if call.narrow else "forward", programs, tiles.warps),
         triton.cdiv(sizes.taps, taps),
-        **dict(products=sizes.group_in * taps, steps=steps),
+        products=sizes.group_in * taps,
         added=sizes.batch * sizes.positions * sizes.outputs,
-        work=tiles.block_p * channels * taps * call.dtype.itemsize,
+        **call.sampling(tiles.block_p, channels * taps, steps),
     )
     call.launch_split(
         *(forward, (programs, splits), dict(BLOCK_O=block_o, DEEP=deep, **constants), out, bias),

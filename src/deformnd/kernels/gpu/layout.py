@@ -444,6 +444,14 @@ class Call:
             most = units if not added else tiles.PARTS if self.steps.together else 1
         return min(range(least, max(least, min(most, units)) + 1), key=taken)
 
+    def sampling(self, positions: int, channels: int, steps: int = 1) -> dict[str, int]:
+        """What `splits` is told of a unit that samples so many channels at so many positions. In
+        three dimensions, with eight corners, it takes twice the work and waits three times as
+        long."""
+        work = positions * channels * self.dtype.itemsize
+        solid = len(self.sizes.image) == 3
+        return dict(work=2 * work, steps=3 * steps) if solid else dict(work=work, steps=steps)
+
     def room_for_parts(self, splits: int, *shape: int) -> Buffer:
         """Room for several partial sums of this shape, or next to none for a single one."""
         return self.plan.scratch(*((splits, *shape) if splits > 1 else (1,)), dtype=torch.float32)

@@ -195,7 +195,7 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     splits = call.splits(
         *("forward_hopper", programs, tiles.warps, units),
         **dict(products=n.padded, added=n.batch * n.positions * n.outputs),
-        work=64 * n.padded * call.dtype.itemsize,
+        **call.sampling(64, n.padded),
     )
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
     constants |= dict(ONCE=units <= 2 * PAIRS.value, SEVERAL=n.sample_groups > 1)

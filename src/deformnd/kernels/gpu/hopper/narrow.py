@@ -496,7 +496,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     splits = call.splits(
         *("forward_narrow_hopper", programs, row.warps, steps),
         **dict(products=block_c, added=n.batch * n.positions * n.outputs),
-        work=block_p * block_c * call.dtype.itemsize,
+        **call.sampling(block_p, block_c),
     )
     constants: dict[str, Any] = dict(
         **dict(LAST=out.last, BLOCK_O=block_o, STAGES=row.stages, TILE=tile, **fixed),
