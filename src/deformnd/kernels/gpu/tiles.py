@@ -195,16 +195,16 @@ class Costs(NamedTuple):
 COSTS = {
     "forward": Costs(16, 1.0, 1 / 12_000),
     "forward narrow": Costs(24, 1.9, 1 / 7_300),
-    "forward_hopper": Costs(16, 0.39, 1 / 25_000),
+    "forward_hopper": Costs(16, 0.38, 1 / 26_000),
     "forward_narrow_hopper": Costs(16, 0.42, 1 / 24_000),
     "im2col": Costs(24, 0.27, 1 / 2_000_000),
     "forward_few": Costs(32, 0.62, 0.28),
-    "backward_weight": Costs(32, 1.6, 0.67),
-    "backward_weight_depthwise": Costs(24, 1.6, 0.7),
+    "backward_weight": Costs(32, 1.3, 0.41),
+    "backward_weight_depthwise": Costs(48, 0.71, 0.24),
     "backward_weight_hopper": Costs(16, 1.3, 1.0),
-    "backward_atomic": Costs(48, 1.9, 1.7),
-    "backward_atomic_depthwise": Costs(48, 1.0, 0.07),
-    "backward_atomic_hopper": Costs(16, 3.0, 2.2),
+    "backward_atomic": Costs(48, 2.6, 0.85),
+    "backward_atomic_depthwise": Costs(32, 10.0, 0.02),
+    "backward_atomic_hopper": Costs(16, 1.7, 1.5),
     "multiply_columns_hopper": Costs(16, 0.01, 0.01),
 }
 

@@ -195,7 +195,8 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     splits = call.splits(
         *("forward_hopper", programs, tiles.warps, units),
         **dict(products=n.padded, added=n.batch * n.positions * n.outputs),
-        **call.sampling(64, n.padded),
+        # A unit waits once for each 128 bytes of a pixel.
+        **call.sampling(64, n.padded, max(n.padded * call.dtype.itemsize // 128, 1)),
     )
     constants = dict(BLOCK_O=block_o, BLOCK_C=block_c, STAGES=tiles.stages)
     constants |= dict(ONCE=units <= 2 * PAIRS.value, SEVERAL=n.sample_groups > 1)
