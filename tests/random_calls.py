@@ -223,13 +223,15 @@ def close(
     """Whether a result is within a limit, relative to the norm, of what is expected.
 
     More is allowed where few numbers make up most of the norm, because their errors do not average
-    out: a single half number is rounded by up to 4.9e-4. And more where terms cancel, because
+    out: a single half number is rounded by up to 4.9e-4. Equal numbers, which an expanded factor
+    gives, have equal errors and count as one. And more is allowed where terms cancel, because
     products round their factors: `again` computes the result once more from factors that are
     changed by half the limit, or so. If that changes the result by more than twice the limit, four
     times as much is allowed.
     """
     distance = (actual.double() - expected).norm().item()
-    squares = expected.double().square()
+    values, counts = expected.float().unique(return_counts=True)
+    squares = counts * values.double().square()
     norm = math.sqrt(squares.sum().item())
     if distance <= limit * (norm + 4 * squares.norm().item() / (norm or 1.0)):
         return True

@@ -194,12 +194,10 @@ def write(
 ) -> None:
     sizes, deep = call.sizes, is_deep(call)
     load = 16 // call.dtype.itemsize  # channels that a thread loads at once
-    # These are the outputs of one weight group, or, in a narrow call, of as many weight groups as
-    # the channels of one load belong to.
-    together = sizes.group_out
-    if call.narrow:
-        together *= max(1, min(load, sizes.padded) // sizes.group_in)
-    together = min(together, sizes.outputs)
+    # These are the outputs of as many weight groups as the channels of a block belong to, so that
+    # no block is mostly empty. In a narrow call they are those of one load.
+    width = min(load if call.narrow else 32, sizes.padded)
+    together = min(sizes.group_out * max(width // sizes.group_in, 1), sizes.outputs)
     tiles = tiles or tiles_of(call, together)
     constants = columns.blocks_of(call, tiles, load)
     block_o = fit(sizes.outputs, tiles.block_o)
@@ -214,7 +212,7 @@ def write(
     channels = min(triton.cdiv(block_o, sizes.group_out) * sizes.group_in, sizes.channels)
     steps = triton.cdiv(triton.cdiv(channels, sizes.group_channels), groups)
     if taps == groups == 1:
-        steps *= triton.cdiv(sizes.padded, constants["BLOCK_C"])
+        steps *= triton.cdiv(min(channels, sizes.padded), constants["BLOCK_C"])
     splits = call.splits(
         *("forward narrow" if call.narrow else "forward", programs, tiles.warps),
         triton.cdiv(sizes.taps, taps),
