@@ -5,9 +5,9 @@
 
 `time` has each kernel of random layers (deformnd/sweep.py) split its sums into several numbers of
 parts, and writes down how long the whole call takes on the device, with a cold second-level cache.
-`fit` needs no GPU. It searches for costs by which `Call.splits` loses least: the loss of a call is
-how much slower its number of parts is than the best one that was timed. It prints, for each
-kernel, the costs of the table and those that it found, with their mean losses.
+`fit` needs Triton, but no GPU. It searches for costs by which `Call.splits` loses least: the loss
+of a call is how much slower its number of parts is than the best one that was timed. For each
+kernel it prints the costs of the table and those that it found, with their mean losses.
 """
 
 from __future__ import annotations
@@ -44,19 +44,27 @@ class Forced:
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}  # by kernel
-        self.seen: dict[str, Row] = {}
+        self.seen: dict[str, Row] = {}  # what the last plan runs
+        self.ambiguous: set[str] = set()  # kernels that this plan has with different arguments
+        self.steps: Any = None  # of the last plan
         splits = Call.splits
 
         def forced(call: Call, kernel: str, *given: int, **more: Any) -> int:
             chosen = splits(call, kernel, *given, **more)
-            self.seen[kernel] = {
-                **dict(kernel=kernel, given=given, more=more, chosen=chosen),
-                **dict(dtype=str(call.dtype)[6:], precision=call.precision),
-                "multiprocessors": call.multiprocessors,
-            }
+            if call.steps.other:  # These launches are only loaded.
+                return chosen
+            if call.steps is not self.steps:  # Plans that were made before are thrown away.
+                self.steps = call.steps
+                self.seen.clear()
+                self.ambiguous.clear()
+            row = dict(kernel=kernel, given=given, more=more, chosen=chosen)
+            row |= dict(dtype=str(call.dtype)[6:], precision=call.precision)
+            row |= dict(multiprocessors=call.multiprocessors)
+            if self.seen.setdefault(kernel, row) != row:
+                self.ambiguous.add(kernel)
             return min(self.parts.get(kernel, chosen), given[2])
 
-        Call.splits = forced  # type: ignore[method-assign]
+        Call.splits = forced  # type: ignore[assignment]
 
 
 def candidates(row: Row) -> list[int]:
@@ -80,9 +88,9 @@ def timed(problem: Problem, forced: Forced) -> Iterator[Row]:
             call()
             return bench.device_ms(call, 9)
 
-        forced.seen.clear()
         usual = ms({})
-        for kernel, row in list(forced.seen.items()):
+        rows = {k: row for k, row in forced.seen.items() if k not in forced.ambiguous}
+        for kernel, row in rows.items():
             times = {n: ms({kernel: n}) for n in candidates(row)}
             if times:
                 times[row["chosen"]] = usual
@@ -93,7 +101,7 @@ def time(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if args.portable:
         bench.without_hopper()
-    report = {"device": torch.cuda.get_device_name(), **bench.versions(), "rows": []}
+    report: Row = {"device": torch.cuda.get_device_name(), **bench.versions(), "rows": []}
     layers = sweep.draw(args.layers, args.seed, sweep.SAMPLES["cuda"] // 2)
     forced = Forced()
     for shape in tqdm(layers, unit="layer", disable=None):
@@ -112,7 +120,7 @@ def loss(row: Row) -> float:
         multiprocessors=row["multiprocessors"],
         dtype=getattr(torch, row["dtype"]),
         precision=row["precision"],
-        steps=SimpleNamespace(together=True),
+        steps=SimpleNamespace(room=2),
     )
     chosen = Call.splits(call, row["kernel"], *row["given"], **row["more"])
     times = {int(n): math.log(ms) for n, ms in row["ms"].items()}
@@ -130,8 +138,8 @@ def fit(args: argparse.Namespace) -> None:
     for kernel, rows in by_kernel.items():
         table = tiles.COSTS[kernel]
         print(f"{kernel}, {len(rows)} calls")
-        print(f"  {_mean(rows, table):.4f} {table}")
-        print("  {:.4f} {}".format(*_search(rows, table)))
+        for mean, (warps, alone, beside) in ((_mean(rows, table), table), _search(rows, table)):
+            print(f"  {mean:.4f} Costs({warps}, {alone:.3g}, 1 / {1 / beside:.3g})")
 
 
 def _mean(rows: Sequence[Row], costs: tiles.Costs) -> float:
@@ -161,14 +169,14 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True)
     timing = commands.add_parser("time")
-    timing.add_argument("file", type=Path)
-    timing.add_argument("--layers", type=int, default=100)
-    timing.add_argument("--seed", type=int, default=0)
+    timing.add_argument("file", type=Path, help="JSON file to write")
+    timing.add_argument("--layers", type=int, default=100, help="how many")
+    timing.add_argument("--seed", type=int, default=0, help="of the random layers")
     timing.add_argument("--dtypes", nargs="*", default=["float16", "float32"])
     timing.add_argument("--portable", action="store_true", help="without the kernels for Hopper")
     timing.set_defaults(run=time)
     fitting = commands.add_parser("fit")
-    fitting.add_argument("files", type=Path, nargs="+")
+    fitting.add_argument("files", type=Path, nargs="+", help="JSON files of `time`")
     fitting.set_defaults(run=fit)
     args = parser.parse_args()
     args.run(args)

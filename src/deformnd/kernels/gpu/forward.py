@@ -194,8 +194,9 @@ def write(
 ) -> None:
     sizes, deep = call.sizes, is_deep(call)
     load = 16 // call.dtype.itemsize  # channels that a thread loads at once
-    # These are the outputs of as many weight groups as the channels of a block belong to, so that
-    # no block is mostly empty. In a narrow call they are those of one load.
+    # A block takes the outputs of several weight groups if these have few channels: as many groups
+    # as fit into 32 channels, or into one load in a narrow call. Otherwise most of a block of
+    # channels would be multiplied by zeros.
     width = min(load if call.narrow else 32, sizes.padded)
     together = min(sizes.group_out * max(width // sizes.group_in, 1), sizes.outputs)
     tiles = tiles or tiles_of(call, together)
@@ -209,7 +210,7 @@ def write(
     programs = sizes.batch * across * blocks
     # A unit is as many taps as are taken together.
     taps, groups = constants["TAPS"], constants["GROUPS"]
-    channels = min(triton.cdiv(block_o, sizes.group_out) * sizes.group_in, sizes.channels)
+    channels = triton.cdiv(min(block_o, run), sizes.group_out) * sizes.group_in
     steps = triton.cdiv(triton.cdiv(channels, sizes.group_channels), groups)
     if taps == groups == 1:
         steps *= triton.cdiv(min(channels, sizes.padded), constants["BLOCK_C"])

@@ -271,6 +271,17 @@ class Steps:
         return Launch(prepare, (programs, 1, 1), dict(jobs=jobs), dict(KINDS=kinds), 4)
 
 
+def _worth_trying(units: int, least: int, most: int) -> Iterator[int]:
+    """Of all numbers of parts for which the longest part has equally many units, the smallest."""
+    parts = least
+    while parts <= most:
+        yield parts
+        longest = -(-units // parts)
+        if longest <= 1:
+            return
+        parts = -(-units // (longest - 1))
+
+
 class Call:
     """What the operations of one plan share: the tensors, and their layouts, each made only
     once."""
@@ -414,25 +425,26 @@ class Call:
         work: float = 1,
         steps: int = 1,
     ) -> int:
-        """Into how many parts to split the sums of so many units that programs of so many warps
-        compute. More parts fill the multiprocessors better, but have to be written and added.
+        """How many parts each sum is split into. So many programs, of so many warps, compute sums
+        of so many units. More parts fill the multiprocessors better, but have to be added.
 
-        A unit has `products` products, which long sums in float32 must not have too many of
-        (tiles.py, LONGEST). A part is `added` numbers in memory, or none where parts are added as
-        they come. There are at most `most` parts. A kernel's costs (tiles.py, COSTS) say what
-        `work` is; a unit waits for memory in `steps` steps.
+        A unit has `products` products. In float32 no part has more than LONGEST of them (tiles.py).
+        A part writes `added` numbers to memory; 0 stands for parts that are added atomically. There
+        are at most `most` parts, unless LONGEST asks for more. A unit has `work`, of the kind that
+        the kernel's costs are for (tiles.py, COSTS), and waits for memory `steps` times.
         """
         costs = tiles.COSTS[kernel]
         resident = max(2 * costs.warps // (warps * self.dtype.itemsize), 1)
         alone, beside = costs.alone * steps, costs.beside * work
 
         def taken(splits: int) -> float:
-            """Microseconds of the multiprocessor that has the most programs."""
-            rounds, rest = divmod(triton.cdiv(programs * splits, self.multiprocessors), resident)
+            """Microseconds of the multiprocessor that has the most programs, and of adding the
+            parts."""
+            rounds, rest = divmod(-(-programs * splits // self.multiprocessors), resident)
             time = 0.0
             for many, count in ((resident, rounds), (rest, min(rest, 1))):
                 unit = max(alone, beside * many)
-                time += count * (triton.cdiv(units, splits) * unit + tiles.START_US)
+                time += count * (-(-units // splits) * unit + tiles.START_US)
             if splits > 1 and added:
                 time += tiles.ADD_US + splits * added * 8 / tiles.BANDWIDTH
             return time
@@ -441,8 +453,8 @@ class Call:
         if products and self.precision in ("bf16x3", "tf32x3"):
             least = triton.cdiv(units, max(tiles.LONGEST // products, 1))
         if most is None:
-            most = units if not added else tiles.PARTS if self.steps.together else 1
-        return min(range(least, max(least, min(most, units)) + 1), key=taken)
+            most = units if not added else tiles.PARTS if self.steps.room > 1 else 1
+        return min(_worth_trying(units, least, max(least, min(most, units))), key=taken)
 
     def sampling(self, positions: int, channels: int, steps: int = 1) -> dict[str, int]:
         """What `splits` is told of a unit that samples so many channels at so many positions. In

@@ -181,17 +181,17 @@ TABLES: dict[str, tuple[Tiles, ...]] = {"sm_90": HOPPER} | dict.fromkeys(
 
 
 class Costs(NamedTuple):
-    """What a kernel takes for a unit of its sums, in microseconds."""
+    """How long a kernel takes for a unit of its sums."""
 
     warps: int  # that a multiprocessor runs at once in half precision; in float32 half as many
-    alone: float  # what a unit takes at least, since it waits for memory
-    beside: float  # what a unit's work takes of a multiprocessor, which all its programs share
+    alone: float  # microseconds that a unit takes at least for each time it waits for memory
+    beside: float  # microseconds of a multiprocessor for a unit's work, which its programs share
 
 
-# These costs decide into how many parts sums are split (layout.py, Call.splits). They fit 1161
-# calls that were timed on an H200 with several numbers of parts. A unit of the first four is a tap,
-# whose work is the bytes that are sampled; one of im2col is a step, whose work is its products. For
-# the others, whose units are taps or tiles of positions, work is 1.
+# These costs decide into how many parts sums are split (layout.py, Call.splits). What a unit is,
+# the callers say: some taps, a tap of one sample group, a block of columns, or a tile of positions.
+# In the first four kernels its work is the bytes that it samples, in im2col its products, and in
+# the others 1. benchmarks/gpu_costs.py fits them; these are of an H200.
 COSTS = {
     "forward": Costs(16, 1.0, 1 / 12_000),
     "forward narrow": Costs(24, 1.9, 1 / 7_300),
@@ -205,12 +205,12 @@ COSTS = {
     "backward_atomic": Costs(48, 2.6, 0.85),
     "backward_atomic_depthwise": Costs(32, 10.0, 0.02),
     "backward_atomic_hopper": Costs(16, 1.7, 1.5),
-    "multiply_columns_hopper": Costs(16, 0.01, 0.01),
+    "multiply_columns_hopper": Costs(8, 1.5, 1.5),
 }
 
 # The start and end of a program take START_US. To add parts takes ADD_US, and memory writes and
-# reads them at BANDWIDTH bytes in a microsecond. There are at most PARTS, unless sums are so long
-# that they would err (LONGEST). Those of a weight's gradient are as many as fill the device.
+# reads them at BANDWIDTH bytes in a microsecond. A forward has at most PARTS, unless its sums would
+# be too long (LONGEST).
 START_US, ADD_US, BANDWIDTH = 1.5, 2.5, 4e6
 PARTS = 16
 
