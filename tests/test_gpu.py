@@ -1289,10 +1289,11 @@ def test_no_size_compiles_anything(
             (120, 10, torch.float16, 12),
         ):
             known: set[Any] = set()
-            sizes = ((9, 8), (33, 30), (224, 224), (64, 500), (7, 7), (150, 99))
-            for i, size in enumerate(sizes[::step]):
+            sizes = ((9, 8, 1), (33, 30, 2), (224, 224, 3), (64, 500, 1), (7, 7, 2), (150, 99, 3),
+                     (224, 224, 32))  # fmt: skip
+            for *size, batch in sizes[::step]:
                 case = Case(
-                    size, (3, 3), batch=1 + i % 3, image=channels,
+                    tuple(size), (3, 3), batch=batch, image=channels,
                     points=channels if of_weight > 1 or channels > 200 else 64, groups=of_weight,
                     offset_groups=groups, mask_groups=groups,
                 )  # fmt: skip

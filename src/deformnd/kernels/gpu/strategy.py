@@ -64,22 +64,28 @@ def write(
     """Write the plan and load its kernels, together with those of `more` if any has to be compiled.
 
     The plan is written anew while it needs too much memory, first with less room (layout.py, Steps)
-    and then in more chunks. It is also written anew without the variants whose kernels cannot be
-    built.
+    and then in more chunks. What such drafts launch is loaded as well, since smaller calls run it.
+    The plan is also written anew without the variants whose kernels cannot be built.
     """
     width = dtype_of(plan).itemsize
     most = max(1, min(g.batch, round(g.batch * math.prod(g.point_size) / tiles.CHUNK)))
     limit, chunks, room = tiles.SCRATCH * width, 1, 2
+    spares: list[Launch] = []
     while True:
-        draft(plan, make, g, layouts, wanted, chunks, room)
+        launches = draft(plan, make, g, layouts, wanted, chunks, room)
         if plan.size > limit and room:
             room -= 1
+            spares += launches
         elif plan.size > limit and chunks < most:
             chunks = min(most, triton.cdiv(chunks * plan.size, limit))
-        elif failures := plan.load(more):
-            variants.give_up(failures)
+            spares += launches
         else:
-            return
+            plan.spares += spares
+            failures = plan.load(more)
+            if not failures:
+                return
+            variants.give_up(failures)
+            chunks, room, spares = 1, 2, []
         plan.clear()
 
 
