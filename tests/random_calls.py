@@ -461,8 +461,8 @@ def run_compiled(call: RandomCall, rng: random.Random) -> None:
 
 
 @contextlib.contextmanager
-def on_gpu(call: RandomCall) -> Iterator[ModuleType]:
-    """The GPU backend, set up for the call."""
+def on_gpu(call: RandomCall, **other: Any) -> Iterator[ModuleType]:
+    """The GPU backend, set up for the call, with `other` values in tiles.py."""
     from deformnd.kernels import gpu
     from deformnd.kernels.gpu import tiles
 
@@ -470,7 +470,6 @@ def on_gpu(call: RandomCall) -> Iterator[ModuleType]:
     torch.backends.cudnn.allow_tf32 = call.tf32
     torch.use_deterministic_algorithms(call.deterministic)
     try:
-        other: dict[str, Any] = {}
         if call.pieces:
             other |= dict(CHUNK=2 * math.prod(call.case.point_size), SCRATCH=1)
         if call.sorts:
@@ -494,14 +493,9 @@ def run_interpreter(call: RandomCall, rng: random.Random) -> None:
 
     t = call.tensors()
     large = tiles.Device("interpreter", 132, 228 << 10)
-    with on_gpu(call) as backend:
-        if rng.random() < 0.3:
-            backend._PLANS.clear()
-            with patched(tiles, device_of=lambda _: large):
-                got = by_backend(call, t, backend)
-            backend._PLANS.clear()
-        else:
-            got = by_backend(call, t, backend)
+    other = dict(device_of=lambda _: large) if rng.random() < 0.3 else {}
+    with on_gpu(call, **other) as backend:
+        got = by_backend(call, t, backend)
     check(call, got, t)
 
 

@@ -117,7 +117,7 @@ def write(
     splits = call.splits(
         *("backward_weight", programs * across, tiles.warps, sizes.batch * total),
         added=sizes.weights,
-        most=triton.cdiv(8 * call.multiprocessors, programs * across),
+        most=call.filling(programs * across),
     )
     shape = (splits, sizes.taps, sizes.group_in, sizes.padded_outputs)
     parts = call.plan.scratch(*shape, dtype=torch.float32)

@@ -645,7 +645,7 @@ def write_backward_weight(call: Call, image: Operand, points: Operand, out: Buff
     splits = call.splits(
         *("backward_weight_depthwise", programs, warps, n.batch * tiles),
         added=n.weights,
-        most=triton.cdiv(8 * call.multiprocessors, programs),
+        most=call.filling(programs),
     )
     parts = call.plan.scratch(splits, n.taps, n.group_in, n.padded_outputs, dtype=torch.float32)
     call.launch(

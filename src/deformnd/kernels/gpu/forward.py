@@ -218,7 +218,6 @@ def write(
         *("forward narrow" if call.narrow else "forward", programs, tiles.warps),
         triton.cdiv(sizes.taps, taps),
         products=sizes.group_in * taps,
-        added=sizes.batch * sizes.positions * sizes.outputs,
         **call.sampling(tiles.block_p, channels * taps, steps),
     )
     call.launch_split(

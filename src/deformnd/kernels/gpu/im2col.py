@@ -437,11 +437,11 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     block_o = fit(n.padded_outputs, row.block_o)
     blocks = triton.cdiv(n.padded_outputs, block_o)
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
-    filling = triton.cdiv(8 * call.multiprocessors, programs)
+    most = call.filling(programs)
     splits = call.splits(
         *("im2col", programs, row.warps, triton.cdiv(made.lots.rows, row.block_p)),
         added=n.weights,
-        most=filling if call.steps.together else min(filling, tiles.PARTS),
+        most=most if call.steps.together else min(most, tiles.PARTS),
         work=work_of(call, row.block_p, block_o, row.block_c),
     )
     shape = (splits, n.taps, n.channels, n.padded_outputs)

@@ -457,12 +457,19 @@ class Call:
         return min(_worth_trying(units, least, max(least, min(most, units))), key=taken)
 
     def sampling(self, positions: int, channels: int, steps: int = 1) -> dict[str, int]:
-        """What `splits` is told of a unit that samples so many channels at so many positions. In
-        three dimensions, with eight corners, it takes twice the work and waits three times as
-        long."""
-        work = positions * channels * self.dtype.itemsize
-        solid = len(self.sizes.image) == 3
-        return dict(work=2 * work, steps=3 * steps) if solid else dict(work=work, steps=steps)
+        """What `splits` is told of a forward whose units sample so many channels at so many
+        positions. In three dimensions, with eight corners, a unit takes twice the work and waits
+        three times as long."""
+        n, work = self.sizes, positions * channels * self.dtype.itemsize
+        if len(n.image) == 3:
+            work, steps = 2 * work, 3 * steps
+        return dict(work=work, steps=steps, added=n.batch * n.positions * n.outputs)
+
+    def filling(self, programs: int) -> int:
+        """The most parts of a weight's gradient: those for which so many programs become eight for
+        each multiprocessor."""
+        filling: int = triton.cdiv(8 * self.multiprocessors, programs)
+        return filling
 
     def room_for_parts(self, splits: int, *shape: int) -> Buffer:
         """Room for several partial sums of this shape, or next to none for a single one."""

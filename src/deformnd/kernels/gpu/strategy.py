@@ -73,12 +73,12 @@ def write(
     spares: list[Launch] = []
     while True:
         launches = draft(plan, make, g, layouts, wanted, chunks, room)
-        if plan.size > limit and room:
-            room -= 1
+        if plan.size > limit and (room or chunks < most):
             spares += launches
-        elif plan.size > limit and chunks < most:
-            chunks = min(most, triton.cdiv(chunks * plan.size, limit))
-            spares += launches
+            if room:
+                room -= 1
+            else:
+                chunks = min(most, triton.cdiv(chunks * plan.size, limit))
         else:
             plan.spares += spares
             failures = plan.load(more)

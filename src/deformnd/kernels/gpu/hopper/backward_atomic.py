@@ -226,7 +226,7 @@ def write(
     by_mask: Buffer | None,
 ) -> None:
     n, plan = call.sizes, plan_of(call)
-    block_p, block_o, blocks, block_c, stages, warps, shared = plan
+    block_p, block_o, blocks, block_c, stages, warps, _ = plan
     tiles = triton.cdiv(n.positions, block_p)
     programs = n.batch * tiles
     units = n.sample_groups * n.taps

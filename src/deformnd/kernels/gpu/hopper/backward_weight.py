@@ -223,7 +223,7 @@ def write(call: Call, image: Operand, points: Operand, out: Buffer) -> None:
     splits = call.splits(
         *("backward_weight_hopper", programs, tiles.warps, n.batch * count(*taken)),
         added=n.weights,
-        most=triton.cdiv(8 * call.multiprocessors, programs),
+        most=call.filling(programs),
     )
     parts = call.plan.scratch(splits, n.taps, n.channels, n.padded_outputs, dtype=torch.float32)
     for size, tile in dict.fromkeys((near, flat)):

@@ -194,7 +194,7 @@ def write(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None
     units = n.sample_groups * n.taps
     splits = call.splits(
         *("forward_hopper", programs, tiles.warps, units),
-        **dict(products=n.padded, added=n.batch * n.positions * n.outputs),
+        products=n.padded,
         # A unit waits once for each 128 bytes of a pixel.
         **call.sampling(64, n.padded, max(n.padded * call.dtype.itemsize // 128, 1)),
     )

@@ -495,7 +495,7 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
     registers = row.registers if run == 4 and rank < 3 else 0  # other calls would spill
     splits = call.splits(
         *("forward_narrow_hopper", programs, row.warps, steps),
-        **dict(products=block_c, added=n.batch * n.positions * n.outputs),
+        products=block_c,
         **call.sampling(block_p, block_c),
     )
     constants: dict[str, Any] = dict(
