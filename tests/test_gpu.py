@@ -1425,7 +1425,10 @@ def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     def word(address: int) -> Any:
         return ctypes.c_uint64.from_address(address)
 
-    def invocation(function: Any, grid: Any, arguments: Any) -> Any:
+    chained: list[bool] = []
+
+    def invocation(function: Any, grid: Any, arguments: Any, is_chained: bool) -> Any:
+        chained.append(is_chained)
         return lambda stream: seen.append(
             [word(value).value for is_one, value in arguments if is_one]
         )
@@ -1464,6 +1467,7 @@ def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(*(t.part(first, 1) for t in (given, result, scratch)))
     launch(given, given.part(1, 2), None)
     instance = runtime._Instance(plan)
+    assert chained == [False, True, True, True]
     for x, y, z in ((1000, 5000, 9000), (11000, 15000, 19000)):
         seen.clear()
         instance.run([x, 0], [y], z)
@@ -1551,6 +1555,16 @@ def target(architecture: str) -> Any:
     return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
 
 
+def compile_for(architecture: str, step: Launch, room: int = 1 << 30) -> Any:
+    """The compiled kernel. It first waits for the launch before it where launches are chained."""
+    compiled = step.compile(target(architecture), room)
+    if architecture.startswith("sm_"):
+        before, *after = compiled.asm["ptx"].split("griddepcontrol.wait")
+        assert len(after) == (int(architecture[3:]) >= 90), step.name
+        assert not (after and re.search(r"\.global\.|\basync\.|mbarrier", before)), step.name
+    return compiled
+
+
 def different(plans: Iterable[Plan]) -> list[Launch]:
     """One launch of every kernel that has to be compiled."""
     return list({step.key: step for plan in plans for step in plan.steps}.values())
@@ -1628,7 +1642,7 @@ def test_compiles(
             continue  # Triton takes long for it; list_samples reads offsets of other dtypes alike
         if step.name in PLAIN and architecture != "sm_90" and case != COMPILED[3][0]:
             continue  # once for each architecture
-        compiled = step.compile(target(architecture), ROOM[architecture] << 10)
+        compiled = compile_for(architecture, step, ROOM[architecture] << 10)
         assert compiled.metadata.shared <= ROOM[architecture] << 10
         if architecture == "sm_90":
             assert not unset_registers(compiled, tmp_path), step.name
@@ -1681,7 +1695,7 @@ def test_attention_compiles(
         *("list_cells", "backward_sorted_attention"),
     }
     for step in steps:
-        compiled = step.compile(target(architecture), 48 << 10)
+        compiled = compile_for(architecture, step, 48 << 10)
         if architecture != "sm_90":
             continue
         assert stack(compiled.asm["cubin"], tmp_path) == 0, step.name
@@ -1713,7 +1727,7 @@ def test_odd_channels_compile_right(
     for step in different(plans):
         if step.name == "sort_lists":
             continue  # of even channels in test_compiles
-        compiled = step.compile(target("sm_90"))
+        compiled = compile_for("sm_90", step)
         assert not unset_registers(compiled, tmp_path), step.name
 
 
@@ -1748,7 +1762,7 @@ def test_compiles_for_hopper_by_columns(
     assert [by_columns <= set(names(plan)) for plan in plans] == [True, False, True] + 6 * [False]
     steps = [step for step in different(plans) if step.name in by_columns]
     for step in steps:
-        compiled = step.compile(target("sm_90"))
+        compiled = compile_for("sm_90", step)
         assert "wgmma" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= (227 if "multiply" in step.name else 113) * 1024
         assert stack(compiled.asm["cubin"], tmp_path) == 0
@@ -1804,7 +1818,7 @@ def test_compiles_for_hopper(
         "forward_hopper", "backward_atomic_hopper", "backward_weight_hopper"}  # fmt: skip
     assert expected <= {step.name for step in steps}
     for step in steps:
-        compiled = step.compile(target("sm_90"))
+        compiled = compile_for("sm_90", step)
         assert "wgmma" in compiled.asm["ptx"]
         # So that there is room for two of those with many sample groups.
         assert compiled.metadata.shared <= (114 if "narrow" in step.name else 227) * 1024
@@ -1836,7 +1850,7 @@ def test_finds_unset_registers(
     case = Case((16, 16), (3, 3), image=192, points=128)
     case.make(torch.float16, "cpu").forward(backend)
     (step,) = (step for step in plans[0].steps if step.name == "forward")
-    cubin = step.compile(target("sm_90")).asm["cubin"]
+    cubin = compile_for("sm_90", step).asm["cubin"]
     lines = cuobjdump("--dump-sass", cubin, tmp_path).splitlines()
     assert not unset_in("\n".join(lines))
     writers = [i for i, line in enumerate(lines) if re.search(r"R2UR UR|USHF\S* UR|UMOV UR", line)]
@@ -1859,11 +1873,26 @@ def test_driver_makes_the_context_current(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match="a tensor map: CUDA driver error 1"):
         tensor_map.encode(0, 0)
     codes += [201, 0]
-    function: Any = SimpleNamespace(
-        name="kernel", parameters=[], threads=32, shared=0, handle=ctypes.c_void_p(1)
-    )
-    driver.Invocation(function, (1, 1, 1), [])(0)
+    driver.Invocation(fake_function(), (1, 1, 1), [], False)(0)
     assert len(made) == 2 and not codes
+
+
+def fake_function(waits: bool = True) -> Any:
+    return SimpleNamespace(
+        name="kernel", parameters=[], threads=32, shared=0, handle=ctypes.c_void_p(1), waits=waits
+    )
+
+
+def test_only_kernels_that_wait_are_chained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=None))
+    for waits, chained in ((True, True), (True, False), (False, True)):
+        launch = driver.Invocation(fake_function(waits), (1, 1, 1), [], chained)
+        configuration = launch.configuration
+        assert configuration.number_of_attributes == (waits and chained)
+        if waits and chained:  # the driver's CUlaunchAttribute: an identifier, padding, and a value
+            assert ctypes.sizeof(launch.attribute) == 72
+            words = (ctypes.c_int * 3).from_address(configuration.attributes)
+            assert list(words) == [6, 0, 1]
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")

@@ -34,7 +34,7 @@ from ..geometry import Attention
 from . import tiles
 from .layout import Steps, fit
 from .runtime import Buffer, Launch, Plan
-from .sampling import contract, corner_weight, product, ravel, unravel
+from .sampling import contract, corner_weight, product, ravel, unravel, wait_for_previous
 from .tiles import Tiles
 
 
@@ -149,11 +149,13 @@ def read_grads(grad_output, place, c, here, stop, CHUNKS: tl.constexpr):
 @triton.jit
 def forward_attention(value, locations, weights, out, g, tiles, blocks,
                       INDEX: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
-                      ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+                      ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+                      CHAINED: tl.constexpr):  # fmt: skip
     """out[b, q, h, c] = sum over levels and points of weight * sample.
 
     Grid: (B x heads x tiles of queries x blocks of a head's channels).
     """
+    wait_for_previous(CHAINED)
     rank: tl.constexpr = len(g.shapes[0])
     levels: tl.constexpr = len(g.shapes)
     queries: tl.constexpr = ROWS // SPLIT
@@ -206,12 +208,13 @@ def backward_attention(value, locations, weights, grad_output, grad_value, grad_
                        grad_weights, g, tiles,
                        INDEX: tl.constexpr, EVEN: tl.constexpr, ONCE: tl.constexpr,
                        SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-                       CHUNKS: tl.constexpr):  # fmt: skip
+                       CHUNKS: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """The gradients of locations and weights, and that of the value by atomic additions to float32
     numbers [B, S, H, C]; each unless None. ONCE says that the chunks hold all channels of a head.
 
     Grid: (B x heads x tiles of queries).
     """
+    wait_for_previous(CHAINED)
     rank: tl.constexpr = len(g.shapes[0])
     levels: tl.constexpr = len(g.shapes)
     by_sample: tl.constexpr = grad_locations is not None or grad_weights is not None
@@ -304,13 +307,15 @@ def backward_attention(value, locations, weights, grad_output, grad_value, grad_
 
 
 @triton.jit
-def list_cells(locations, keys, g, count, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def list_cells(locations, keys, g, count, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+               CHAINED: tl.constexpr):  # fmt: skip
     """Write the cell in which each sample lies, counted through all heads and levels.
     Samples that are not valid get the count of all cells. On every axis a level has one more cell
     than pixels.
 
     Grid: (blocks of samples).
     """
+    wait_for_previous(CHAINED)
     rank: tl.constexpr = len(g.shapes[0])
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     here = i < count
@@ -333,12 +338,13 @@ def list_cells(locations, keys, g, count, INDEX: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def backward_sorted_attention(locations, weights, grad_output, order, starts, out, g, tiles, blocks,
                               INDEX: tl.constexpr, ROWS: tl.constexpr,
-                              BLOCK_C: tl.constexpr):  # fmt: skip
+                              BLOCK_C: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """The value's gradient [B, S, H, C] from the samples in sorted order, where `starts` says at
     which place those of each cell begin. See Note [repeatable attention].
 
     Grid: (B x heads x tiles of pixels x blocks of a head's channels).
     """
+    wait_for_previous(CHAINED)
     rank: tl.constexpr = len(g.shapes[0])
     c0 = tl.program_id(0) % blocks * BLOCK_C
     tile = tl.program_id(0) // blocks % tiles

@@ -25,11 +25,13 @@ def backward_atomic(image, points, weight, offset, mask, grad_image, grad_offset
                     GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                     EVEN: tl.constexpr, HOLD: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
-                    BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+                    BLOCK_C: tl.constexpr, CHANNELS: tl.constexpr,
+                    CHAINED: tl.constexpr):  # fmt: skip
     """Write the gradients that are not None. The image may be None if neither offset nor mask gets
     a gradient. HOLD says that the points' channels are one block, which stays in registers.
 
     Grid: (B x tiles of positions, splits)."""
+    sampling.wait_for_previous(CHAINED)
     rank: tl.constexpr = len(g.image)
     by_position: tl.constexpr = grad_offset is not None or grad_mask is not None
     b = tl.program_id(0) // tiles

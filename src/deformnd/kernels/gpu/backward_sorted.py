@@ -73,12 +73,14 @@ def tile_of(axes, valid, q: tl.constexpr, g, TILE: tl.constexpr):
 
 @triton.jit
 def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
-                 TOGETHER: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                 TOGETHER: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+                 CHAINED: tl.constexpr):  # fmt: skip
     """Count the samples of every list. With FILL write them instead, from the start that
     start_lists has stored as the list's end, and move that end on.
 
     Grid: (B x offset groups x taps x blocks of positions).
     """
+    sampling.wait_for_previous(CHAINED)
     owner = tl.program_id(0) // blocks
     p = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     axes, valid = samples_of(offset, owner // g.taps, owner % g.taps, p, g)
@@ -101,8 +103,9 @@ def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
 
 
 @triton.jit
-def start_lists(lists, number, BLOCK: tl.constexpr):
+def start_lists(lists, number, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     """Reserve room for every list, and store its start as its end, since it has no samples yet."""
+    sampling.wait_for_previous(CHAINED)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     length = tl.load(lists + i, mask=i < number, other=0)
     ends = tl.cumsum(length, 0)
@@ -119,10 +122,11 @@ def sort_list(entries, length, SIZE: tl.constexpr):
 
 @triton.jit
 def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.constexpr,
-               LONG: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+               LONG: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Sort a list, or write it anew, in order, if it has more than LONG samples.
 
     Grid: (number of lists)."""
+    sampling.wait_for_previous(CHAINED)
     at = tl.program_id(0).to(tl.int64)
     length = tl.load(lists + at)
     start = tl.load(lists + number + 1 + at) - length
@@ -151,7 +155,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                     splits, LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
                     INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, TILE: tl.constexpr,
                     BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
-                    BLOCK_C: tl.constexpr):  # fmt: skip
+                    BLOCK_C: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """dF/dimage of a tile, in [B, S, C] with LAST, else in [B, C, S]. MULTIPLIER is how many
     channels of the points a channel of the image has in a depthwise call (depthwise.py), and 0 in
     others.
@@ -159,6 +163,7 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
     With several splits a program takes a share of the taps, and its sum goes to `parts`
     [splits, B, ...]. Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
     """
+    sampling.wait_for_previous(CHAINED)
     rank: tl.constexpr = len(TILE)
     dtype: tl.constexpr = points.dtype.element_ty
     across = sampling.tiles_across(g.image, TILE)

@@ -31,12 +31,13 @@ def backward_weight(image, points, offset, mask, parts, g, tiles, blocks, splits
                     GROUPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                     EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
                     GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
-                    CHANNELS: tl.constexpr):  # fmt: skip
+                    CHANNELS: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Sums [splits, K, C / groups, O] over shares of the positions.
 
     Grid: (blocks of taps x blocks of channels, blocks of the outputs in the same weight groups,
     splits).
     """
+    sampling.wait_for_previous(CHAINED)
     tap = tl.program_id(0) // blocks * TAPS
     block = tl.program_id(0) % blocks
     chunks = tl.cdiv(g.padded, BLOCK_C)

@@ -38,6 +38,7 @@ from .sampling import (
     read,
     starts_of,
     unravel,
+    wait_for_previous,
 )
 from .tiles import MOST
 from .variants import Variant
@@ -200,11 +201,12 @@ def read_points(points, p, inside, c, j: tl.constexpr, i: tl.constexpr, stop, g,
 def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
                       LAST: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                       MULTIPLIER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                      CHUNKS: tl.constexpr, NEAR: tl.constexpr):  # fmt: skip
+                      CHUNKS: tl.constexpr, NEAR: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """out[b, c, p] = bias[c] + sum over taps of weight[c, tap] * sample.
 
     Grid: (B x tiles of positions x sample groups x blocks of their channels).
     """
+    wait_for_previous(CHAINED)
     c0 = tl.program_id(0) % blocks * (CHUNKS * BLOCK_C)
     s = tl.program_id(0) // blocks % g.sample_groups
     tile = tl.program_id(0) // blocks // g.sample_groups
@@ -257,12 +259,14 @@ def forward_depthwise(image, weight, offset, mask, bias, out, g, tiles, blocks,
 def forward_few(image, weight, offset, mask, bias, out, parts, g, tiles, splits,
                 LAST: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                 MULTIPLIER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                CHUNKS: tl.constexpr, NEAR: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
+                CHUNKS: tl.constexpr, NEAR: tl.constexpr, ONCE: tl.constexpr,
+                CHAINED: tl.constexpr):  # fmt: skip
     """out[b, i, p] = bias[i] + sum over taps and channels of weight[i, c, tap] * sample, for
     MULTIPLIER outputs.
 
     Grid: (B x tiles of positions, splits). Splits share the taps of all sample groups.
     """
+    wait_for_previous(CHAINED)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < g.positions
@@ -327,13 +331,14 @@ def backward_atomic_depthwise(image, points, weight, offset, mask, grad_image, g
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
                               SHARED: tl.constexpr, LAID: tl.constexpr, BLOCK_P: tl.constexpr,
                               BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, NEAR: tl.constexpr,
-                              ONCE: tl.constexpr):  # fmt: skip
+                              ONCE: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """The gradients that backward_atomic writes. ONCE says that the chunks hold all channels of a
     sample group. With LAID the samples' gradients have been computed, and are given as columns
     instead of the points, from `first_tile` and `first_row` on (im2col.py).
 
     Grid: (B x tiles of positions x sample groups, splits).
     """
+    wait_for_previous(CHAINED)
     rank: tl.constexpr = len(g.image)
     by_position: tl.constexpr = grad_offset is not None or grad_mask is not None
     s = tl.program_id(0) % g.sample_groups
@@ -440,12 +445,13 @@ def backward_weight_depthwise(image, points, offset, mask, parts, g, tiles, bloc
                               INDEX: tl.constexpr, EVEN: tl.constexpr, MULTIPLIER: tl.constexpr,
                               SHARED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
                               CHUNKS: tl.constexpr, NEAR: tl.constexpr,
-                              TAPS: tl.constexpr):  # fmt: skip
+                              TAPS: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Sums [splits, K, C / groups, O] of points times samples over shares of the positions. The
     points are read once for TAPS taps at a time, which divide all taps.
 
     Grid: (sample groups x blocks of their channels x K / TAPS, splits).
     """
+    wait_for_previous(CHAINED)
     runs = g.taps // TAPS
     first_tap = tl.program_id(0) % runs * TAPS
     c0 = tl.program_id(0) // runs % blocks * (CHUNKS * BLOCK_C)

@@ -21,6 +21,8 @@ _REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _INVALID_CONTEXT = 201
+_CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CHAINS_IN_GRAPHS = 12030  # the first version of the driver that captures chained launches
 _PROMOTE_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 TENSOR_MAP = 128  # bytes
 
@@ -36,6 +38,12 @@ class _Configuration(ctypes.Structure):
         ("attributes", c_void_p),
         ("number_of_attributes", c_uint),
     )
+
+
+class _Attribute(ctypes.Structure):
+    """The driver's CUlaunchAttribute."""
+
+    _fields_ = (("id", c_int), ("value", c_int * 17))  # The first of `value` is padding.
 
 
 @functools.cache
@@ -61,6 +69,14 @@ def _check(code: int, what: str) -> None:
         _driver().cuGetErrorString(code, byref(text))
         message = (text.value or b"unknown error").decode()
         raise RuntimeError(f"deformnd: {what}: CUDA driver error {code}, {message}")
+
+
+@functools.cache
+def _version() -> int:
+    """The newest version of CUDA that the driver knows, such as 12030 for 12.3."""
+    version = c_int()
+    _check(_driver().cuDriverGetVersion(byref(version)), "the driver's version")
+    return version.value
 
 
 class TensorMap(NamedTuple):
@@ -106,11 +122,13 @@ class Function:
         shared: int,
         warps: int,
         resident: int,  # the most programs on a multiprocessor; 0 means as many as fit
+        waits: bool,  # whether it can be chained (runtime.py, Note [chained launches])
     ) -> None:
         driver = _driver()
         self.module, self.handle = c_void_p(), c_void_p()
         self.name, self.parameters = name, parameters  # their sizes in bytes
         self.shared, self.threads = shared, 32 * warps
+        self.waits = waits and _version() >= _CHAINS_IN_GRAPHS
         ensure_context()
         _check(driver.cuModuleLoadData(byref(self.module), cubin), f"loading {name}")
         found = driver.cuModuleGetFunction(byref(self.handle), self.module, name.encode())
@@ -166,6 +184,7 @@ class Invocation:
         function: Function,
         grid: tuple[int, int, int],
         arguments: Sequence[tuple[bool, int]],  # (whether an address, value)
+        chained: bool,  # whether to chain it to the launch before it, if the function waits for it
     ) -> None:
         sizes = function.parameters
         self.values: list[Any] = []
@@ -186,6 +205,10 @@ class Invocation:
         self.configuration = _Configuration(
             (c_uint * 3)(*grid), (c_uint * 3)(function.threads, 1, 1), function.shared
         )
+        if chained and function.waits:
+            self.attribute = _Attribute(_CHAINED, (c_int * 17)(0, 1))
+            self.configuration.attributes = ctypes.addressof(self.attribute)
+            self.configuration.number_of_attributes = 1
         self.call = (
             ctypes.addressof(self.configuration),
             function.handle.value,

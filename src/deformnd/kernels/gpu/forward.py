@@ -114,7 +114,7 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run
             LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
             INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
             GROUPS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
-            CHANNELS: tl.constexpr, DEEP: tl.constexpr):  # fmt: skip
+            CHANNELS: tl.constexpr, DEEP: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Write the forward of a tile of positions and a block of outputs.
 
     Blocks of outputs begin anew at every `run` outputs. With several weight groups a run begins
@@ -122,6 +122,7 @@ def forward(image, weight, offset, mask, bias, out, parts, g, tiles, blocks, run
 
     Grid: (B x tiles of positions x blocks of outputs, splits).
     """
+    sampling.wait_for_previous(CHAINED)
     tile = tl.program_id(0) // blocks
     b = tile // tiles
     p = tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)

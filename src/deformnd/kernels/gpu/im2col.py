@@ -29,7 +29,7 @@ from .backward_atomic import arguments_of
 from .layout import Call, Operand, fit
 from .prepare import Order, sum_parts
 from .runtime import Buffer
-from .sampling import following, parts_of, unravel
+from .sampling import following, parts_of, unravel, wait_for_previous
 from .variants import Variant
 
 
@@ -38,13 +38,14 @@ def sample_columns(image, offset, mask, out, g, tap_columns, first_tile, first_r
                    blocks, splits,
                    PRECISION: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
-                   NEAR: tl.constexpr):  # fmt: skip
+                   NEAR: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Write the columns of the tiles of positions from `first_tile` on, counted through all batch
     items. Their first row is `first_row` of all. In "bf16x3" the columns are heads, and their tails
     begin `room` rows after them.
 
     Grid: (tiles x sample groups x blocks of their channels, splits of the taps).
     """
+    wait_for_previous(CHAINED)
     c0 = tl.program_id(0) % blocks * (CHUNKS * BLOCK_C)
     s = tl.program_id(0) // blocks % g.sample_groups
     tile = first_tile + tl.program_id(0) // blocks // g.sample_groups
@@ -122,12 +123,13 @@ def multiply_columns(laid, weight, bias, out, parts, g, tap_columns, group_colum
                      number, groups, blocks, splits,
                      LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
                      EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-                     BLOCK_C: tl.constexpr):  # fmt: skip
+                     BLOCK_C: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """The outputs at the `number` rows whose columns sample_columns has written. Each tap has
     tap_columns columns, and group_columns of them are those of a weight group.
 
     Grid: (tiles of rows x weight groups x blocks of a group's outputs, splits of the columns).
     """
+    wait_for_previous(CHAINED)
     row = tl.program_id(0) // blocks // groups * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < number
     group = tl.program_id(0) // blocks % groups
@@ -160,11 +162,12 @@ def multiply_columns(laid, weight, bias, out, parts, g, tap_columns, group_colum
 @triton.jit
 def add_parts(parts, bias, out, g, first_row, room, number, blocks, splits,
               LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr,
-              BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+              BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """The outputs at the `number` rows of which multiply_columns has written several parts.
 
     Grid: (tiles of rows x blocks of outputs).
     """
+    wait_for_previous(CHAINED)
     row = tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < number
     o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -178,13 +181,15 @@ def add_parts(parts, bias, out, g, first_row, room, number, blocks, splits,
 @triton.jit
 def multiply_points(laid, points, parts, g, first_row, room, number, blocks, splits, before,
                     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
-                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+                    CHAINED: tl.constexpr):  # fmt: skip
     """Add up the weight's gradient [splits, taps, channels, outputs] over the `number` rows whose
     columns have been written. If `before` is positive, earlier rows have left a sum in `parts`, and
     this one is added to it.
 
     Grid: (blocks of columns x blocks of outputs, splits of the rows).
     """
+    wait_for_previous(CHAINED)
     length = g.taps * g.columns
     column = tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -212,11 +217,13 @@ def multiply_points(laid, points, parts, g, first_row, room, number, blocks, spl
 @triton.jit
 def multiply_weight(points, weight, out, g, first_row, number, blocks,
                     PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr,
-                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+                    CHAINED: tl.constexpr):  # fmt: skip
     """Write the gradients of the columns of `number` rows, in float32.
 
     Grid: (tiles of rows x taps x blocks of a tap's columns).
     """
+    wait_for_previous(CHAINED)
     row = tl.program_id(0) // blocks // g.taps * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < number
     tap = tl.program_id(0) // blocks % g.taps

@@ -10,7 +10,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .sampling import unravel
+from .sampling import unravel, wait_for_previous
 
 
 class Order(enum.IntEnum):
@@ -210,13 +210,14 @@ def _zero(program, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prepare(jobs, KINDS: tl.constexpr):
+def prepare(jobs, KINDS: tl.constexpr, CHAINED: tl.constexpr):
     """Do in one launch what other kernels need done first: sums, copies, packed weights, zeros.
 
     A job is a tuple of its pointers and then its sizes, of which the first is its number of
     programs. Its kind is SUM, COPY, PACK or ZERO, followed by the constants of the function that
     does it. Grid: (programs of all jobs).
     """
+    wait_for_previous(CHAINED)
     program = tl.program_id(0)
     for i in tl.static_range(len(KINDS)):
         job = jobs[i]
@@ -252,10 +253,11 @@ def sum_parts(parts, place, inside, splits, apart, TOGETHER: tl.constexpr):
 
 @triton.jit
 def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.constexpr,
-           BLOCK: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+           BLOCK: tl.constexpr, TOGETHER: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Sum partial results [count / inner, splits, inner] to a result whose three axes have these
     sizes and strides, and add a bias, which goes by the middle axis. TOGETHER is how many loads do
     not wait for each other."""
+    wait_for_previous(CHAINED)
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     place = i + i // inner * (splits - 1) * inner
@@ -275,7 +277,7 @@ def reduce(parts, bias, out, count, splits, inner, sizes, strides, INDEX: tl.con
 @triton.jit
 def reduce_weight(parts, out, taps, group_in, group_out, columns, outputs, padded_outputs, splits,
                   BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
-                  TOGETHER: tl.constexpr):  # fmt: skip
+                  TOGETHER: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Sum partial weights [splits, taps, columns, padded_outputs] to a weight [outputs, group_in,
     taps]. The columns of each run of group_out outputs begin group_in after those of the run
     before.
@@ -283,6 +285,7 @@ def reduce_weight(parts, out, taps, group_in, group_out, columns, outputs, padde
     The tile is transposed between the loads and the store, so that both are runs of memory.
     Grid: (blocks of group_in x taps, blocks of outputs).
     """
+    wait_for_previous(CHAINED)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     length = group_in * taps

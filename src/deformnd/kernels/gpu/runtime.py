@@ -3,6 +3,16 @@
 A plan is written once for all calls that are alike and then run for each of them. On the host a
 call costs what it takes to allocate its results and one block of scratch memory, and to hand the
 driver a list of launches whose arguments, except the addresses, have been made before.
+
+Note [chained launches]
+From compute capability 9.0 on, each launch of a plan but the first is chained to the one before: it
+starts when the programs of that one have ended, and not only once their writes have arrived
+("programmatic dependent launch"). So every kernel first waits for these writes, and has a constant
+CHAINED that says whether the GPU knows the instruction. On an H200 that saves 5 to 8 % of random
+layers' time, and 20 % of the smallest. A chained launch could start even earlier, as soon as every
+program of the one before has started ("griddepcontrol.launch_dependents"). But then multiprocessors
+that are still busy get fewer of its programs than others, and half of all layers were slower. The
+first launch of a plan waits as usual, since it follows kernels of others.
 """
 
 from __future__ import annotations
@@ -49,6 +59,8 @@ GLUON = AHEAD and GluonASTSource is not None
 # Triton's interpreter, chosen by TRITON_INTERPRET=1 when Triton is imported, makes functions
 # without this attribute.
 INTERPRETED = not hasattr(sampling.product, "cache_key")
+
+CHAINING = 90  # the least compute capability, times ten, whose launches are chained
 
 _ALIGNMENT = 256  # the bytes that a piece of scratch memory begins at a multiple of
 
@@ -115,9 +127,10 @@ class Launch:
         resident: int = 0,  # the most programs on a multiprocessor; 0 means as many as fit
         registers: int = 0,  # the most registers of a thread; 0 leaves it to the compiler
     ) -> None:
-        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.kernel, self.grid = kernel, grid
+        self.constants = {**constants, "CHAINED": False}  # `source` knows better
         self.name: str = getattr(kernel, "__name__", "")
-        self.arguments = {n: arguments[n] for n in kernel.arg_names if n not in constants}
+        self.arguments = {n: arguments[n] for n in kernel.arg_names if n not in self.constants}
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
         if registers:
             self.options["maxnreg"] = registers
@@ -153,7 +166,7 @@ class Launch:
     def compile(self, target: Any, room: int = 1 << 30) -> Any:
         """Compile the kernel for devices with `room` bytes of shared memory for a program, in fewer
         stages where it does not fit with all of them."""
-        return self._compile(self.source(), target, room)
+        return self._compile(self.source(target), target, room)
 
     def _compile(self, source: Any, target: Any, room: int) -> Any:
         with _TURN, contextlib.suppress(ImportError):
@@ -175,13 +188,16 @@ class Launch:
                 )
             options["num_stages"] -= 1
 
-    def source(self) -> Any:
+    def source(self, target: Any) -> Any:
+        """The kernel with all that the compiler is told of it."""
+        chained = target.backend == "cuda" and target.arch >= CHAINING
+        given = {**self.constants, "CHAINED": chained}
         signature: dict[str, Any] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], Any] = {}
         for i, name in enumerate(self.kernel.arg_names):
-            if name in self.constants:
-                signature[name], constants[(i,)] = "constexpr", self.constants[name]
+            if name in given:
+                signature[name], constants[(i,)] = "constexpr", given[name]
                 continue
             value = self.arguments[name]
             described = _describe(name, value, self.descriptors)
@@ -210,6 +226,7 @@ class Launch:
             known.shared,
             known.num_warps,
             list(getattr(known, "tensordesc_meta", None) or ()),
+            "griddepcontrol.wait" in compiled.asm["ptx"],
             hashlib.sha256(code).hexdigest(),
         )
         cache.put(code, "kernel.cubin")
@@ -314,6 +331,7 @@ class _About(NamedTuple):
     shared: int
     warps: int
     descriptors: list[Any]
+    waits: bool  # whether it can be chained to the launch before it
     digest: str  # the hash of the code, to find out whether it is complete
 
 
@@ -374,7 +392,7 @@ def load(
             missing.items(), key=lambda kl: (not kl[1].descriptors, -len(kl[1].buffers))
         ):
             try:
-                source = launch.source()
+                source = launch.source(target)
                 if torch.version.hip:
                     binaries[key] = threads.submit(launch.compile, target, room)
                     continue
@@ -390,7 +408,7 @@ def load(
                 code, about = binary.result()
                 function = Function(
                     *(code, about.name, about.parameters, about.shared, about.warps),
-                    missing[key].resident,
+                    *(missing[key].resident, about.waits),
                 )
                 _LOADED[key] = function, about.descriptors
             except Exception as failure:
@@ -549,7 +567,7 @@ class _Instance:
         self.mapped: list[int] = []  # the addresses that the maps were last made for
         self.room: list[Any] = []
         bind = self._bind_by_triton if torch.version.hip else self._bind
-        self.calls = [bind(launch) for launch in plan.steps]
+        self.calls = [bind(launch, i > 0) for i, launch in enumerate(plan.steps)]
         self.stream = _stream_of(plan.device)
 
     def run(self, given: Sequence[int], results: Sequence[int], memory: int) -> None:
@@ -568,7 +586,7 @@ class _Instance:
         for call in self.calls:
             call(stream)
 
-    def _bind(self, launch: Launch) -> Callable[[int], None]:
+    def _bind(self, launch: Launch, chained: bool) -> Callable[[int], None]:
         function, described = _loaded(launch)
         arguments: list[tuple[bool, int]] = []
         maps = iter(described)
@@ -585,7 +603,7 @@ class _Instance:
                     arguments.append((True, ctypes.addressof(self.words[kind]) + 8 * number))
                 else:
                     arguments.append((False, part))
-        return Invocation(function, launch.grid, arguments)
+        return Invocation(function, launch.grid, arguments, chained)
 
     def _word_of(self, buffer: Buffer) -> tuple[int, int]:
         """The kind and the number of the word that holds a buffer's address."""
@@ -601,7 +619,7 @@ class _Instance:
         self.mapped.append(0)
         return place
 
-    def _bind_by_triton(self, launch: Launch) -> Callable[[int], None]:
+    def _bind_by_triton(self, launch: Launch, chained: bool) -> Callable[[int], None]:
         """Bind a launch to Triton's own launcher, which knows drivers other than CUDA's."""
         compiled = _loaded(launch)
         run = compiled.run

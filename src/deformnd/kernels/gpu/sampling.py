@@ -32,6 +32,16 @@ import triton.language as tl
 
 
 @triton.jit
+def wait_for_previous(CHAINED: tl.constexpr):
+    """Wait until the launch before this one has written its results (runtime.py, Note [chained
+    launches])."""
+    if CHAINED:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def product(sizes):
     result = sizes[0]
     for a in tl.static_range(1, len(sizes)):

@@ -69,7 +69,7 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
                            BLOCK_O: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_C: gl.constexpr,
                            STAGES: gl.constexpr, SEVERAL: gl.constexpr, MMA: gl.constexpr,
                            COLUMNS: gl.constexpr, SECTORS: gl.constexpr,
-                           ROWS: gl.constexpr):  # fmt: skip
+                           ROWS: gl.constexpr, CHAINED: gl.constexpr):  # fmt: skip
     """Write the gradients by offset and mask, and by the image (float32), each unless None.
 
     Weights come a block of point channels at a time, STAGES blocks ahead. Corners are being loaded
@@ -77,6 +77,7 @@ def backward_atomic_hopper(image, points, weight, offset, mask, grad_offset, gra
     fill the 32 bytes of a sector.
     Grid: (batch x tiles of positions, splits of the taps).
     """
+    sampling.wait_for_previous(CHAINED)
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype.element_ty
     parts: gl.constexpr = common.parts_in(PRECISION)
     rank: gl.constexpr = len(g.image)

@@ -48,13 +48,14 @@ LISTED = gl.constexpr(64)  # entries of a list that are taken at once
 def multiply_columns_hopper(points, weight, out, g, before, count, splits, BLOCK_P: gl.constexpr,
                             BLOCK_O: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_C: gl.constexpr,
                             STAGES: gl.constexpr, MMA: gl.constexpr, COLUMNS: gl.constexpr,
-                            ROWS: gl.constexpr):  # fmt: skip
+                            ROWS: gl.constexpr, CHAINED: gl.constexpr):  # fmt: skip
     """Write the columns of `count` rows of points, from the batch item `before` on.
 
     A program's rows stay in shared memory. Weights are brought and multiplied as in
     backward_atomic.py, where their order of channels gives a lane eight neighbours.
     Grid: (tiles of rows, splits of the taps).
     """
+    sampling.wait_for_previous(CHAINED)
     first = gl.program_id(1) * g.taps // splits
     last = (gl.program_id(1) + 1) * g.taps // splits
     per_tap = g.columns // BLOCK_C
@@ -188,13 +189,15 @@ def sum_all(w, TILE: gl.constexpr, LAST: gl.constexpr, MMA: gl.constexpr):
 def backward_columns_hopper(columns, offset, mask, bias, lists, entries, out, parts, g, number,
                             before, splits, TILE: gl.constexpr, LAST: gl.constexpr,
                             BLOCK_C: gl.constexpr, RINGS: gl.constexpr, MMA: gl.constexpr,
-                            REGISTERS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                            REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+                            CHAINED: gl.constexpr):  # fmt: skip
     """Write the image gradient as backward_sorted does, but from columns, which are those of the
     batch items from `before` on.
 
     A first warp group brings what the other one multiplies, as in backward_sorted.py.
     Grid: (batch items x tiles, blocks of C, splits).
     """
+    sampling.wait_for_previous(CHAINED)
     dtype: gl.constexpr = columns.dtype.element_ty
     tiles = sampling.product(sampling.tiles_across(g.image, TILE))
     b = before + gl.program_id(0) // tiles

@@ -326,10 +326,11 @@ def backward_sorted_hopper(points, weight, offset, mask, bias, lists, entries, o
                            number, splits, TILE: gl.constexpr, LAST: gl.constexpr,
                            BLOCK_C: gl.constexpr, LISTED: gl.constexpr, TILES: gl.constexpr,
                            RINGS: gl.constexpr, MMA: gl.constexpr, REGISTERS: gl.constexpr,
-                           num_warps: gl.constexpr):  # fmt: skip
+                           num_warps: gl.constexpr, CHAINED: gl.constexpr):  # fmt: skip
     """The image gradient. The arguments are those of backward_sorted.
 
     Grid: (B x runs of TILES tiles, blocks of C, splits)."""
+    sampling.wait_for_previous(CHAINED)
     dtype: gl.constexpr = points.dtype.element_ty
     tiles = sampling.product(sampling.tiles_across(g.image, TILE))
     runs = (tiles + TILES - 1) // TILES

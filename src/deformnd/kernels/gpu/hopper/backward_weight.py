@@ -80,11 +80,13 @@ def read_tile(offset, mask, tile, last, group, tap, lane, g, across, item,
 def backward_weight_hopper(image, points, offset, mask, parts, g, splits, PRECISION: gl.constexpr,
                            TILE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
                            STAGES: gl.constexpr, LISTED: gl.constexpr, SEVERAL: gl.constexpr,
-                           MMA: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                           MMA: gl.constexpr, num_warps: gl.constexpr,
+                           CHAINED: gl.constexpr):  # fmt: skip
     """Partial sums [splits, K, C, O] of the gradient, from points [B, *size, O], which in "bf16x3"
     are heads and then tails [2 x B, *size, O].
 
     Grid: (sample groups x blocks of C x K x blocks of O, splits)."""
+    sampling.wait_for_previous(CHAINED)
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = points.dtype
     count: gl.constexpr = common.parts_in(PRECISION)

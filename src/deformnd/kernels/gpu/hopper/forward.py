@@ -61,13 +61,14 @@ def forward_hopper(image, weight, offset, mask, bias, out, parts, g, splits,
                    LAST: gl.constexpr, PRECISION: gl.constexpr, BLOCK_O: gl.constexpr,
                    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, ONCE: gl.constexpr,
                    SEVERAL: gl.constexpr, MMA: gl.constexpr, STORED: gl.constexpr,
-                   num_warps: gl.constexpr):  # fmt: skip
+                   num_warps: gl.constexpr, CHAINED: gl.constexpr):  # fmt: skip
     """Write the forward of a tile of positions and a block of outputs, or a part of their sums.
 
     ONCE says that all taps are tabulated at once. Without a loop over chunks of taps ptxas keeps
     the copy engine's addresses in registers, which makes layers of few channels faster.
     Grid: (B x tiles of positions x blocks of O, splits of the taps of all sample groups).
     """
+    sampling.wait_for_previous(CHAINED)
     dtype: gl.constexpr = image.dtype.element_ty
     factor: gl.constexpr = weight.dtype
     count: gl.constexpr = common.parts_in(PRECISION)

@@ -149,13 +149,14 @@ def forward_narrow_hopper(image, weight, offset, mask, bias, out, parts, g, tile
                           BLOCK_P: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr,
                           VECTOR_P: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
                           MMA: gl.constexpr, COLUMNS: gl.constexpr,
-                          STORED: gl.constexpr):  # fmt: skip
+                          STORED: gl.constexpr, CHAINED: gl.constexpr):  # fmt: skip
     """Write the points, or, where the sum is split, its parts in float32.
 
     The rows of a warp's products are its positions in an order that moves the last bit of their
     number to the front, so that a lane has two neighbours. The steps are blocks of image channels x
     taps. Grid: (batch x tiles x blocks of point channels, splits of the steps).
     """
+    sampling.wait_for_previous(CHAINED)
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else image.dtype.element_ty
     count: gl.constexpr = common.parts_in(PRECISION)
     at_chunk: gl.constexpr = gl.SliceLayout(2, COLUMNS)
@@ -288,7 +289,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
                            PADDED: gl.constexpr, RUN: gl.constexpr, BLOCK_P: gl.constexpr,
                            BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, TWICE: gl.constexpr,
                            MMA: gl.constexpr, COLUMNS: gl.constexpr, SECTORS: gl.constexpr,
-                           ROWS: gl.constexpr):  # fmt: skip
+                           ROWS: gl.constexpr, CHAINED: gl.constexpr):  # fmt: skip
     """Write the gradients by the image (float32, by atomic additions) and by offset and mask (of
     every sample group), and partial sums [splits, taps, channels, outputs] of the gradient by the
     weight, each unless None. Points are rows [batch x positions, outputs] of BLOCK_O outputs.
@@ -299,6 +300,7 @@ def backward_narrow_hopper(image, points, weight, offset, mask, grad_image, grad
     TWICE says that the image's gradient has two copies (add_corners).
     Grid: (taps x blocks of channels, splits of the tiles).
     """
+    sampling.wait_for_previous(CHAINED)
     dtype: gl.constexpr = gl.bfloat16 if PRECISION == "bf16x3" else points.dtype
     count: gl.constexpr = common.parts_in(PRECISION)
     rank: gl.constexpr = len(g.image)
