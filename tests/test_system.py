@@ -1,9 +1,9 @@
 """What the package says about where it runs."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -87,6 +87,7 @@ def test_without_the_core_the_first_cpu_call_says_so_once(tmp_path):
 def test_submodules_are_imported_when_they_are_asked_for():
     code = """
 import sys
+import types
 import deformnd
 heavy = ("onnx", "onnxscript", "onnxruntime", "openvino", "matplotlib", "torchvision", "mmcv")
 ours = ("deformnd.onnx", "deformnd.viz", "deformnd.compat.counters", "deformnd.compat.tvdcn")
@@ -113,21 +114,29 @@ for module in (deformnd, deformnd.compat):
     assert not done.returncode, done.stderr
 
 
-def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deformnd.kernels.gpu", None)
-    monkeypatch.delattr(deformnd.kernels, "gpu", raising=False)
-    library._gpu.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="without Triton") as caught:
-            assert library._gpu() is library._gpu() is reference
-        assert len(caught) == 1
-    finally:
-        library._gpu.cache_clear()
+@pytest.fixture
+def triton(request, monkeypatch):
+    """The process as it would be with this version of Triton, or without any."""
+    there = request.param and types.SimpleNamespace(__version__=request.param)
+    monkeypatch.setitem(sys.modules, "triton", there)
+    for function in (library._gpu, library.without_triton):
+        function.cache_clear()
+    yield request.param
+    for function in (library._gpu, library.without_triton):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("triton", [None, "3.3.1"], indirect=True)
+def test_without_triton_the_reference_runs_and_one_warning_says_so(triton):
+    why = r"3\.4 or later.* torch 2\.8.* 3\.3\.1" if triton else "Triton cannot be imported"
+    with pytest.warns(UserWarning, match=f"take the slow reference: .*{why}") as caught:
+        assert library._gpu() is library._gpu() is reference
+    assert len(caught) == 1
+    assert "CUDA" not in library.compiled_keys()
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("triton", [None, object()])
+@pytest.mark.parametrize("triton", [None, "3.2.0", "3.4.0", "3.10.0+git1"], indirect=True)
 def test_cuda_needs_a_gpu_and_triton(gpu, triton, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
-    assert deformnd.with_cuda() == (gpu and triton is not None)
+    assert deformnd.with_cuda() == (gpu and triton not in (None, "3.2.0"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import platform
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .kernels import cpu, reference
+from .kernels import cpu, library, reference
 from .kernels.geometry import attention_geometry
 
 
@@ -31,7 +30,8 @@ def has_ops() -> bool:
 
 
 def with_cuda() -> bool:
-    """Whether GPU kernels run on CUDA (and ROCm) tensors: a GPU is there, and Triton.
+    """Whether GPU kernels run on CUDA (and ROCm) tensors: a GPU is there, and Triton 3.4 or later,
+    which torch brings from 2.8 on.
 
     The kernels are Triton programs, compiled for the device at their first call; they need no
     CUDA toolkit, and none is used to build this package. Without Triton such tensors take the
@@ -42,7 +42,7 @@ def with_cuda() -> bool:
         >>> isinstance(deformnd.with_cuda(), bool)
         True
     """
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return torch.cuda.is_available() and not library.without_triton()
 
 
 def cuda_version() -> int:
@@ -130,9 +130,7 @@ def _cpu_kernels() -> str:
 def _gpu_kernels() -> str:
     if with_cuda():
         return "Triton, compiled for the device at the first call"
-    if not importlib.util.find_spec("triton"):
-        return "the reference in plain PyTorch, slower: triton is not installed"
-    return "the reference in plain PyTorch, slower: no GPU kernels are registered"
+    return f"the reference in plain PyTorch, slower: {library.without_triton()}"
 
 
 def self_test() -> Iterator[tuple[str, str, float, bool]]:

@@ -9,7 +9,6 @@ tensor is the image (see Note [one bilinear form] in geometry.py).
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import sys
 import warnings
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import register_flop_formula
 
 from . import attention, autograd, cpu, reference, sharding
@@ -46,17 +46,35 @@ _SCHEMAS = {
 }
 
 
+# The oldest Triton whose language has all that the GPU kernels use, and the torch that brings it.
+_TRITON, _TORCH = "3.4", "2.8"
+
+
+@functools.cache
+def without_triton() -> str:
+    """Why the GPU kernels cannot be built here, or nothing if they can."""
+    try:
+        import triton
+    except ImportError as failure:
+        return f"Triton cannot be imported ({failure})"
+    if TorchVersion(triton.__version__) < _TRITON:
+        return (
+            f"the kernels need Triton {_TRITON} or later, which comes with torch {_TORCH}, and "
+            f"this is {triton.__version__}"
+        )
+    return ""
+
+
 @functools.cache
 def _gpu() -> Any:
     """The GPU kernels, or the reference without Triton; imported at the first call, in 0.4 s."""
-    try:
-        from . import gpu
-    except ImportError as failure:
+    if without_triton():
         warnings.warn(
-            f"deformnd: without Triton GPU tensors take the slow reference ({failure})",
-            stacklevel=2,
+            f"deformnd: GPU tensors take the slow reference: {without_triton()}", stacklevel=2
         )
         return reference
+    from . import gpu
+
     return gpu
 
 
@@ -90,8 +108,11 @@ if torch.version.cuda or torch.version.hip:
 
 def compiled_keys() -> list[str]:
     """Dispatch keys, such as 'CPU', of the devices that have kernels of their own here."""
-    there = {"CPU": cpu.available(), "CUDA": importlib.util.find_spec("triton") is not None}
-    return [key for key, _ in _BACKENDS[1:] if there[key]]
+    return [
+        key
+        for key, _ in _BACKENDS[1:]
+        if (cpu.available() if key == "CPU" else not without_triton())
+    ]
 
 
 def _remembered(family: Family) -> Callable[..., Geometry]:

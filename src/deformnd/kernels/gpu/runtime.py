@@ -35,13 +35,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from . import sampling
 from .driver import TENSOR_MAP, Function, Invocation, TensorMap
 
 # These are no public names of Triton, so they may change. Without those that compile a kernel
 # ahead, Triton itself launches the portable kernels, which takes longer on the host and compiles
-# more often. Without Gluon the portable kernels do everything.
+# more often. Without Gluon, or with a Triton before 3.6, the portable kernels do everything.
 try:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -54,7 +55,7 @@ try:
     from triton.experimental.gluon._runtime import GluonASTSource
 except Exception:
     GluonASTSource = None
-GLUON = AHEAD and GluonASTSource is not None
+GLUON = AHEAD and GluonASTSource is not None and TorchVersion(triton.__version__) >= "3.6"
 
 # Triton's interpreter, chosen by TRITON_INTERPRET=1 when Triton is imported, makes functions
 # without this attribute.
