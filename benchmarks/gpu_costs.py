@@ -87,7 +87,7 @@ def timed(problem: Problem, forced: Forced) -> Iterator[Row]:
             forced.parts = parts
             gpu._PLANS.clear()
             call()
-            return bench.device_ms(call, 9)
+            return round(bench.device_ms(call, 9), 6)
 
         usual = ms({})
         rows = {k: row for k, row in forced.seen.items() if k not in forced.ambiguous}
@@ -111,7 +111,7 @@ def time(args: argparse.Namespace) -> None:
             about = dict(layer=sweep.describe(shape), portable=args.portable)
             report["rows"] += [{**about, **row} for row in timed(problem, forced)]
             torch.cuda.empty_cache()
-        args.file.write_text(json.dumps(report, indent=1) + "\n")
+        args.file.write_text(json.dumps(report).replace('{"layer"', '\n{"layer"') + "\n")
 
 
 def loss(row: Row) -> float:

@@ -211,7 +211,7 @@ COSTS = {
 # The start and end of a program take START_US. To add parts takes ADD_US, and memory writes and
 # reads them at BANDWIDTH bytes in a microsecond. A forward has at most PARTS, unless its sums would
 # be too long (LONGEST).
-START_US, ADD_US, BANDWIDTH = 1.5, 2.5, 4e6
+START_US, ADD_US, BANDWIDTH = 1.5, 1.2, 4e6
 PARTS = 16
 
 # These architectures have kernels that take whole blocks of channels, so their calls pad the
