@@ -1883,6 +1883,26 @@ def fake_function(waits: bool = True) -> Any:
     )
 
 
+@pytest.mark.parametrize(("version", "waits"), [(12020, True), (12030, True), (12030, False)])
+def test_a_kernel_waits_where_graphs_can_have_it(
+    version: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_version(place: Any) -> int:
+        place._obj.value = version
+        return 0
+
+    done = dict.fromkeys(("cuModuleLoadData", "cuModuleGetFunction"), lambda *_: 0)
+    fake = SimpleNamespace(cuDriverGetVersion=get_version, **done)
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(driver, "ensure_context", lambda: None)
+    driver._version.cache_clear()
+    try:
+        function = driver.Function(b"", "kernel", [], 0, 1, 0, waits)
+    finally:
+        driver._version.cache_clear()
+    assert function.waits == (waits and version == 12030)
+
+
 def test_only_kernels_that_wait_are_chained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=None))
     for waits, chained in ((True, True), (True, False), (False, True)):
@@ -1901,7 +1921,8 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     unless what that keeps of them is laid out otherwise."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no device")
     monkeypatch.setattr(runtime, "shared_memory", lambda: 227 << 10)
     monkeypatch.setattr(runtime, "Function", lambda *about: about)
@@ -1935,10 +1956,14 @@ def test_kernels_of_a_plan_load_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
         functions = [runtime._LOADED[made.key, 0][0] for made in good]
         assert [name for _, name, *_ in functions] == ["reduce", "prepare"]
         assert [sizes[:2] for _, _, sizes, *_ in functions] == [[8, 8], [8, 4]]
+        assert [waits for *_, waits in functions] == [capability >= (9, 0)] * 2
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise RuntimeError("compiles again")
 
+    load()
+    begun.clear()
+    capability = (9, 0)
     load()
     assert begun == [1, -1] * (len(begun) // 2) and len(begun) >= 4
     # What may be loaded with them is, and its failure is nothing of theirs.

@@ -1,5 +1,6 @@
 """What the package says about where it runs."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 import deformnd
 import deformnd.kernels
+from deformnd import system
 from deformnd.kernels import library, reference
 
 
@@ -87,7 +89,6 @@ def test_without_the_core_the_first_cpu_call_says_so_once(tmp_path):
 def test_submodules_are_imported_when_they_are_asked_for():
     code = """
 import sys
-import types
 import deformnd
 heavy = ("onnx", "onnxscript", "onnxruntime", "openvino", "matplotlib", "torchvision", "mmcv")
 ours = ("deformnd.onnx", "deformnd.viz", "deformnd.compat.counters", "deformnd.compat.tvdcn")
@@ -116,9 +117,16 @@ for module in (deformnd, deformnd.compat):
 
 @pytest.fixture
 def triton(request, monkeypatch):
-    """The process as it would be with this version of Triton, or without any."""
-    there = request.param and types.SimpleNamespace(__version__=request.param)
-    monkeypatch.setitem(sys.modules, "triton", there)
+    """The process as it would be with this version of Triton, or without any ("": a folder of that
+    name). Its kernels can be imported, unless the version ends in "!"."""
+    there = types.SimpleNamespace(__version__=request.param.strip("!")) if request.param else None
+    monkeypatch.setitem(
+        sys.modules, "triton", types.SimpleNamespace() if request.param == "" else there
+    )
+    gpu = None if (request.param or "").endswith("!") else types.ModuleType("gpu")
+    monkeypatch.setitem(sys.modules, "deformnd.kernels.gpu", gpu)
+    monkeypatch.delattr(deformnd.kernels, "gpu", raising=False)
+    monkeypatch.setattr(library, "_BACKENDS", [*library._BACKENDS[:1], ("CUDA", library._gpu)])
     for function in (library._gpu, library.without_triton):
         function.cache_clear()
     yield request.param
@@ -126,13 +134,22 @@ def triton(request, monkeypatch):
         function.cache_clear()
 
 
-@pytest.mark.parametrize("triton", [None, "3.3.1"], indirect=True)
+WITHOUT = {
+    None: "Triton cannot be imported",
+    "": "Triton is not installed",
+    "3.3.1": r"3\.4 or later.* torch 2\.8 and later.* 3\.3\.1",
+    "4.0!": r"the kernels do not fit Triton 4\.0",
+}
+
+
+@pytest.mark.parametrize("triton", list(WITHOUT), indirect=True)
 def test_without_triton_the_reference_runs_and_one_warning_says_so(triton):
-    why = r"3\.4 or later.* torch 2\.8.* 3\.3\.1" if triton else "Triton cannot be imported"
-    with pytest.warns(UserWarning, match=f"take the slow reference: .*{why}") as caught:
+    why = f"slow.*reference.*{WITHOUT[triton]}"
+    with pytest.warns(UserWarning, match=f"take the {why}") as caught:
         assert library._gpu() is library._gpu() is reference
     assert len(caught) == 1
-    assert "CUDA" not in library.compiled_keys()
+    assert library.compiled_keys() == []
+    assert re.search(WITHOUT[triton], system._gpu_kernels(0))
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -140,3 +157,17 @@ def test_without_triton_the_reference_runs_and_one_warning_says_so(triton):
 def test_cuda_needs_a_gpu_and_triton(gpu, triton, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert deformnd.with_cuda() == (gpu and triton not in (None, "3.2.0"))
+    assert library.compiled_keys() == (["CUDA"] if triton not in (None, "3.2.0") else [])
+
+
+@pytest.mark.parametrize(
+    ("there", "capability"), [(False, (9, 0)), (True, (9, 0)), (False, (8, 0))]
+)
+def test_info_says_where_kernels_for_hopper_are_missing(there, capability, monkeypatch):
+    hopper = pytest.importorskip("deformnd.kernels.gpu.hopper")
+    monkeypatch.setattr(hopper, "FORWARD", ("a variant",) * there)
+    monkeypatch.setattr(library, "without_triton", lambda: "")
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    missing = not there and capability == (9, 0)
+    assert system._gpu_kernels(0).endswith("need Triton 3.6 or later") == missing

@@ -105,7 +105,7 @@ def describe() -> list[str]:
     ]
     for index in range(torch.cuda.device_count()):
         lines.append(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
-        lines.append(f"  kernels: {_gpu_kernels()}")
+        lines.append(f"  kernels: {_gpu_kernels(index)}")
     if not torch.cuda.device_count():
         built = torch.version.cuda or torch.version.hip
         why = "no device was found" if built else "this torch is built for CPUs only"
@@ -127,10 +127,16 @@ def _cpu_kernels() -> str:
     return f"the reference in plain PyTorch, slower: {why}"
 
 
-def _gpu_kernels() -> str:
-    if with_cuda():
-        return "Triton, compiled for the device at the first call"
-    return f"the reference in plain PyTorch, slower: {library.without_triton()}"
+def _gpu_kernels(index: int) -> str:
+    if library.without_triton():
+        return f"the reference in plain PyTorch, slower: {library.without_triton()}"
+    from .kernels.gpu import hopper
+
+    kernels = "Triton, compiled for the device at the first call"
+    is_hopper = torch.version.cuda and torch.cuda.get_device_capability(index) == (9, 0)
+    if is_hopper and not hopper.FORWARD:
+        kernels += "; faster ones for this GPU need Triton 3.6 or later"
+    return kernels
 
 
 def self_test() -> Iterator[tuple[str, str, float, bool]]:

@@ -46,28 +46,37 @@ _SCHEMAS = {
 }
 
 
-# The oldest Triton whose language has all that the GPU kernels use, and the torch that brings it.
+# The oldest Triton whose language has all that the GPU kernels use, and the first torch that brings
+# it.
 _TRITON, _TORCH = "3.4", "2.8"
 
 
 @functools.cache
 def without_triton() -> str:
-    """Why the GPU kernels cannot be built here, or nothing if they can."""
+    """Why the GPU kernels cannot be built here, or nothing if they can. The first call takes 0.4 s,
+    since it imports them."""
     try:
         import triton
     except ImportError as failure:
         return f"Triton cannot be imported ({failure})"
-    if TorchVersion(triton.__version__) < _TRITON:
+    version = getattr(triton, "__version__", None)
+    if version is None:  # a folder of that name, which Python takes for an empty package
+        return "Triton is not installed"
+    if TorchVersion(version) < _TRITON:
         return (
-            f"the kernels need Triton {_TRITON} or later, which comes with torch {_TORCH}, and "
-            f"this is {triton.__version__}"
+            f"the kernels need Triton {_TRITON} or later, which comes with torch {_TORCH} and "
+            f"later, and this is {version}"
         )
+    try:
+        from . import gpu  # noqa: F401
+    except ImportError as failure:
+        return f"the kernels do not fit Triton {version} ({failure})"
     return ""
 
 
 @functools.cache
 def _gpu() -> Any:
-    """The GPU kernels, or the reference without Triton; imported at the first call, in 0.4 s."""
+    """The GPU kernels, or the reference without Triton."""
     if without_triton():
         warnings.warn(
             f"deformnd: GPU tensors take the slow reference: {without_triton()}", stacklevel=2
