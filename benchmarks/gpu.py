@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu_h200.json] [--dtypes float16 ...]
 
-Times are medians of triton.testing.do_bench, through the public functions, with NCHW tensors
-unless said. `dense` is torch's own convolution of the same sizes (cuDNN, channels last,
+Times are medians of three of triton.testing.do_bench, through the public functions, with NCHW
+tensors unless said. `dense` is torch's own convolution of the same sizes (cuDNN, channels last,
 benchmark mode), the practical limit. Errors are relative L2 against the float64 reference on one
 image of the batch. Peak memory counts what a forward and backward allocate beyond the tensors
 that they are given and return. Peers that are not installed, or lack a shape or dtype, have no
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,15 +36,20 @@ def timed(
     call: Callable[[tuple[Tensor, ...]], Tensor], tensors: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[float, float]:
     """Milliseconds of a forward and of a backward."""
-    with torch.no_grad():
-        forward = bench.gpu_ms(lambda: call(tensors))
     leaves = tuple(t.detach().requires_grad_() for t in tensors)
     y = call(leaves)
     wanted = [t for t in leaves if y.grad_fn is not None]
-    backward = bench.gpu_ms(
-        lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True, allow_unused=True)
-    )
-    return forward, backward
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(tensors)
+
+    def backward() -> None:
+        torch.autograd.grad(y, wanted, grad, retain_graph=True, allow_unused=True)
+
+    group = {"forward": forward, "backward": backward}
+    times = bench.gpu_rounds(group, rep=60)
+    return statistics.median(times["forward"]), statistics.median(times["backward"])
 
 
 def peak(

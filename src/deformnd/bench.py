@@ -377,12 +377,12 @@ def gpu_ms(call: Call, rep: int = 60) -> float:
     return result
 
 
-def gpu_rounds(group: dict[str, Call], count: int = 3) -> dict[str, list[float]]:
+def gpu_rounds(group: dict[str, Call], count: int = 3, rep: int = 15) -> dict[str, list[float]]:
     """Milliseconds of a call on a GPU, as medians of interleaved rounds."""
     times: dict[str, list[float]] = {name: [] for name in group}
     for _ in range(count):
         for name, function in group.items():
-            times[name].append(gpu_ms(function, 15))
+            times[name].append(gpu_ms(function, rep))
     return times
 
 
