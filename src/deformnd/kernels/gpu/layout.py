@@ -656,8 +656,9 @@ class Call:
             return weight.buffer._replace(shape=(n.outputs, columns))
         shape = ((arrays + bf16x3) * n.taps * n.padded_outputs, columns)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if bf16x3 else weight.buffer.dtype)
-        block_k = fit(n.taps, 64, least=1)
-        block_c = 2048 // max(block_k, 16)
+        # Heads and tails are twice as many stores, so they are made wide.
+        block_k = fit(n.taps, 64 if bf16x3 else 16, least=1)
+        block_c, width = (2048 // max(block_k, 16), block_k) if bf16x3 else (128, 1)
         blocks = triton.cdiv(columns, block_c)
         sizes = PackSizes(
             arrays * n.padded_outputs * blocks * triton.cdiv(n.taps, block_k),
@@ -666,7 +667,7 @@ class Call:
         )
         if order == Order.PADDED:
             order = Order.PLAIN  # for _pack, which the sizes tell of the padding
-        kind = (PACK.value, weight.last, bf16x3, int(order), run, block_c, block_k)
+        kind = (PACK.value, weight.last, bf16x3, int(order), run, block_c, block_k, width)
         self.steps.first(kind, weight.buffer, out, sizes)
         self._made[key] = out
         return out

@@ -53,16 +53,21 @@ PackSizes = namedtuple(
 
 @triton.jit
 def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
-          ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr,
-          BLOCK_K: tl.constexpr):  # fmt: skip
+          ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+          WIDTH: tl.constexpr):  # fmt: skip
     """Pack a weight [outputs, group_in, taps] (with LAST [outputs, taps, group_in]) as [taps,
-    padded_outputs, columns]. RUN is the channels of a lane in the orders of registers (Order)."""
-    tap = (program % ((n.taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    padded_outputs, columns]. RUN is the channels of a lane in the orders of registers (Order).
+
+    Tiles of WIDTH taps are loaded, all before the first is stored. With a WIDTH of 1 a lane has one
+    column and works out only once where its channel lies. With more, stores are wider.
+    """
+    first = (program % ((n.taps + BLOCK_K - 1) // BLOCK_K)) * BLOCK_K
     row = program // ((n.taps + BLOCK_K - 1) // BLOCK_K)
     o = row // n.blocks % n.padded_outputs
     s = row // n.blocks // n.padded_outputs
     column = (row % n.blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    inside = (column < n.columns) & (tap < n.taps)
+    inside = column < n.columns
+    taps = first + tl.arange(0, WIDTH)[None, :]
     from_o = o
     from_c = column
     if ORDER == 1:
@@ -74,21 +79,29 @@ def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
     c = from_c // n.padded * n.channels + from_c % n.padded
     own = c - from_o // n.group_out * n.group_in
     real = real & (own >= 0) & (own < n.group_in)
-    if LAST:
-        place = (from_o * n.taps + tap) * n.group_in + own
-    else:
-        place = (from_o * n.group_in + own) * n.taps + tap
-    value = tl.load(weight + place, mask=real, other=0.0)
     if ORDER == 3:
-        value = tl.where((c >= s * n.group) & (c < (s + 1) * n.group), value, 0.0)
+        real = real & (c >= s * n.group) & (c < (s + 1) * n.group)
         out += s * n.weights
-    to = (tap * n.padded_outputs + o) * n.columns + column
-    if BF16X3:
-        head = value.to(tl.bfloat16)
-        tl.store(out + to, head, mask=inside)
-        tl.store(out + n.weights + to, (value - head.to(tl.float32)).to(tl.bfloat16), mask=inside)
-    else:
-        tl.store(out + to, value, mask=inside)
+    values = ()
+    for k in tl.static_range(BLOCK_K // WIDTH):
+        tap = taps + k * WIDTH
+        if LAST:
+            place = (from_o * n.taps + tap) * n.group_in + own
+        else:
+            place = (from_o * n.group_in + own) * n.taps + tap
+        values = values + (tl.load(weight + place, mask=real & (tap < n.taps), other=0.0),)
+    for k in tl.static_range(BLOCK_K // WIDTH):
+        value = values[k]
+        tap = taps + k * WIDTH
+        there = inside & (tap < n.taps)
+        to = (tap * n.padded_outputs + o) * n.columns + column
+        if BF16X3:
+            head = value.to(tl.bfloat16)
+            tail = (value - head.to(tl.float32)).to(tl.bfloat16)
+            tl.store(out + to, head, mask=there)
+            tl.store(out + n.weights + to, tail, mask=there)
+        else:
+            tl.store(out + to, value, mask=there)
 
 
 # The sizes that _copy needs. Of each group `channels` channels are read and `padded` are written,
@@ -233,7 +246,7 @@ def prepare(jobs, KINDS: tl.constexpr, CHAINED: tl.constexpr):
                       KINDS[i][4], KINDS[i][5], KINDS[i][6], KINDS[i][7])  # fmt: skip
             if KINDS[i][0] == PACK:
                 _pack(program, job[0], job[1], n, KINDS[i][1], KINDS[i][2], KINDS[i][3],
-                      KINDS[i][4], KINDS[i][5], KINDS[i][6])  # fmt: skip
+                      KINDS[i][4], KINDS[i][5], KINDS[i][6], KINDS[i][7])  # fmt: skip
             if KINDS[i][0] == ZERO:
                 _zero(program, job[0], n, KINDS[i][1])
         program -= n.programs
@@ -292,5 +305,11 @@ def reduce_weight(parts, out, taps, group_in, group_out, columns, outputs, padde
     inside = (k < length)[:, None] & (o < outputs)[None, :]
     place = ((k % taps * columns + k // taps) * padded_outputs)[:, None]
     place = place + (o // group_out * group_in * padded_outputs + o)[None, :]
-    acc = sum_parts(parts, place, inside, splits, columns * taps * padded_outputs, TOGETHER)
+    apart = columns * taps * padded_outputs
+    # A loop over loads of many parts at once spends most of its time on loads that are not done
+    # where there are few.
+    if splits <= 4:
+        acc = sum_parts(parts, place, inside, splits, apart, 4)
+    else:
+        acc = sum_parts(parts, place, inside, splits, apart, TOGETHER)
     tl.store(out + (k[:, None] + o[None, :] * length), acc.to(out.dtype.element_ty), mask=inside)

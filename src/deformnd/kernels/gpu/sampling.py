@@ -36,6 +36,7 @@ def wait_for_previous(CHAINED: tl.constexpr):
     """Wait until the launch before this one has written its results (runtime.py, Note [chained
     launches])."""
     if CHAINED:
+        # The instruction has no result, but Triton's inline assembly must name one ($0).
         tl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
