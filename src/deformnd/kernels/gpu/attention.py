@@ -373,6 +373,7 @@ def backward_sorted_attention(locations, weights, grad_output, order, starts, ou
             listed = at < stop
             sample = tl.load(order + at, mask=listed, other=0).to(INDEX)
             location, weight = read_samples(locations, weights, sample, listed, rank)
+            # `near` is not used, but Triton 3.4 takes a `_` for the loop's own variable.
             axes, near = cells_of(location, image, listed)
             share = corner_weight(axes, k) * weight.to(tl.float32)
             row = sample // (len(g.shapes) * g.points) * g.channels
