@@ -6,6 +6,7 @@ a process of their own with TRITON_INTERPRET=1, which test_in_interpreter starts
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import dataclasses
 import itertools
@@ -232,7 +233,8 @@ def sorting(monkeypatch: pytest.MonkeyPatch, on: bool = True) -> None:
     """Have the image gradient of half numbers come from sorted lists, however small the call is, or
     never."""
     most = 0 if on else 1 << 62
-    limits(monkeypatch, ADDED=most, ADDED_DEPTHWISE=most, SORTED_CHANNELS=0)
+    most_added = dict.fromkeys(("ADDED", "ADDED_BY_BLOCKS", "ADDED_DEPTHWISE"), most)
+    limits(monkeypatch, **most_added, SORTED_CHANNELS=0)
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch, architecture: str, count: int = 132) -> None:
@@ -562,6 +564,8 @@ IM2COL_GROUPS = [
     Case((7,), (3,), image=54, points=9, groups=3, offset_groups=6, batch=3),
     Case((4, 3, 3), (1, 1, 1), image=38, points=38, groups=2, offset_groups=2, mask_groups=2),
     Case((6, 5), (2, 2), image=32, points=6, groups=2, transposed=True),
+    # Groups of 35 channels begin at odd places, so the forward has a sample group for each.
+    Case((5, 4), (2, 1), image=70, points=10, groups=2, offset_groups=1, mask_groups=1),
 ]
 
 
@@ -770,7 +774,8 @@ def test_interpreted_single_pixels(interpreted: None, monkeypatch: pytest.Monkey
     problem = Case((1, 1), (1, 1), padding=(0, 0), image=8).make(torch.float32, "cpu")
     assert problem.offset is not None
     problem.offset.fmod_(1)
-    problem.x = torch.randn(17)[1:].as_strided((2, 8, 1, 1), (8, 1, 8, 8))
+    x = torch.randn(17, generator=torch.Generator().manual_seed(0))
+    problem.x = x[1:].as_strided((2, 8, 1, 1), (8, 1, 8, 8))
     expected = problem.double().backward(reference)
     for got, want in zip(problem.backward(backend), expected, strict=True):
         assert want.count_nonzero() and close(got, want, 1e-5)
@@ -1256,6 +1261,23 @@ def test_im2col_before_hopper(plans: list[Plan], monkeypatch: pytest.MonkeyPatch
         assert kernel in names(plans[-1]), points
 
 
+@needs_gluon
+@pytest.mark.parametrize("architecture", ["sm_90", "portable"])
+def test_single_taps_of_few_channels(
+    architecture: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are summed up before other variants would have prepared what they need."""
+    on_device(monkeypatch, architecture)
+    for image, dtype, kernel, single in (
+        *((64, torch.float16, 1, True), (192, torch.bfloat16, 1, True)),
+        *((96, torch.float32, 1, True), (128, torch.float32, 1, False)),
+        *((200, torch.float16, 1, False), (64, torch.float16, 3, False)),
+    ):
+        case = Case((20, 20), (kernel, kernel), image=image, points=160)
+        on_meta(case, dtype).forward(backend)
+        assert ("forward" in names(plans[-1])) == single, (image, dtype)
+
+
 def test_groups_that_cross_are_spread(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """One product takes all weight groups where they cross the sample groups."""
     on_device(monkeypatch, "portable")
@@ -1269,6 +1291,29 @@ def test_groups_that_cross_are_spread(plans: list[Plan], monkeypatch: pytest.Mon
         grouped = {step.constants.get("GROUPED") for step in plans[-1].steps}
         groups_of_products = {step.arguments.get("groups", 1) for step in plans[-1].steps}
         assert (True not in grouped and groups_of_products == {1}) == spread
+
+
+def test_odd_weight_groups_are_padded(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pads weight groups that loads of 16 bytes would not fit, and so takes im2col."""
+    on_device(monkeypatch, "portable")
+    for channels, groups, dtype, padded in (
+        (526, 2, torch.float16, True),
+        (360, 2, torch.float16, True),
+        (360, 2, torch.float32, False),
+        (526, 2, torch.float32, True),
+        (512, 2, torch.float16, False),
+        (600, 30, torch.float16, False),
+    ):
+        case = Case((20, 20), (3, 3), image=channels, points=channels, groups=groups,
+                    offset_groups=1, mask_groups=1)  # fmt: skip
+        made = on_meta(case, dtype)
+        made.forward(backend)
+        (step,) = [s for s in plans[-1].steps if s.name in ("multiply_columns", "forward")]
+        assert step.arguments["g"].sample_groups == (groups if padded else 1)
+        assert not padded or step.name == "multiply_columns"
+        made.backward(backend)
+        sizes = [s.arguments["g"] for s in plans[-1].steps if "g" in s.arguments]
+        assert {n.sample_groups for n in sizes} == {1}
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "portable"])
@@ -1409,7 +1454,7 @@ del {module}.{name}
 from deformnd.kernels import gpu
 from deformnd.kernels.gpu import hopper, runtime, strategy
 assert runtime.AHEAD == {launches != "plainly"}
-assert not hopper.FORWARD and len(strategy.FORWARD) == 6
+assert not hopper.FORWARD and len(strategy.FORWARD) == 7
 """
         for module, name, launches in hidden
     ]
@@ -1473,6 +1518,67 @@ def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         instance.run([x, 0], [y], z)
         want = [[x + 32 * i, y + 32 * i, z + 256 + 256 * i] for i in (0, 1, 3)]
         assert seen == [*want, [x, x + 32]]
+
+
+def test_launches_become_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of addresses that come again and again, unless the user records or the driver refuses."""
+    log: list[Any] = []
+    recording = []
+    refuses = []
+
+    class Graph:
+        def __init__(self, launch: Any) -> None:
+            if refuses:
+                raise RuntimeError("refused")
+            launch("recorded")
+            self.address = log[-1][1]
+            del log[-2:]
+
+        def __call__(self, stream: int) -> None:
+            log.append(("graph", stream, self.address))
+
+    def instance(steps: int) -> Any:
+        plan = Plan(torch.device("cpu"), [torch.empty(4)])
+        plan.result((4,), torch.float32)
+        plan.steps += [SimpleNamespace(buffers=[]) for _ in range(steps)]  # type: ignore[misc]
+        made = runtime._Instance(plan)
+        made.calls = [lambda stream: log.append((stream, made.words[0][0]))] * steps
+        return made
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
+    monkeypatch.setattr(runtime, "Graph", Graph)
+    monkeypatch.setattr(runtime, "_stream_of", lambda device: lambda: 7)
+    monkeypatch.setattr(runtime._Instance, "_bind", lambda *_: None)
+    monkeypatch.setattr(runtime._Instance, "_bind_by_triton", lambda *_: None)
+    several = instance(2)
+    several.records = True
+
+    def run(address: int, times: int = 1) -> list[Any]:
+        log.clear()
+        for _ in range(times):
+            several.run([address], [5], 9)
+        return list(log)
+
+    separate = [(7, 3), (7, 3)]
+    assert run(3, runtime.REPEATED + 1) == separate * (runtime.REPEATED + 1)
+    assert run(4) == [(7, 4), (7, 4)]
+    assert run(3, 2) == [("graph", 7, 3)] * 2
+    recording.append(True)
+    assert run(3) == separate
+    assert run(5, 20) == [(7, 5), (7, 5)] * 20
+    recording.clear()
+    assert run(5, 2) == [(7, 5), (7, 5), ("graph", 7, 5)]
+    for address in range(100, 100 + runtime.ADDRESSES):
+        run(address)
+    assert run(3) == separate and len(several.graphs) <= runtime.ADDRESSES
+    monkeypatch.setattr(runtime, "GRAPHS", 1)
+    monkeypatch.setattr(runtime, "_MADE", collections.deque())
+    for address in (3, 4):
+        assert run(address, runtime.REPEATED + 2)[-1] == ("graph", 7, address)
+    assert run(3) == separate  # the graph for 4 took its place
+    refuses.append(True)
+    assert run(3, 20) == separate * 20 and not several.records
+    assert not instance(1).records
 
 
 # Compiled without a device
@@ -2748,6 +2854,68 @@ def test_gpu_graph(offset_groups: int) -> None:
     expected = (exact.forward(reference), *exact.backward(reference))
     for got, want in zip(captured, expected, strict=True):
         assert relative_error(got, want) <= 2e-3
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("offset_groups", [1, 16])
+def test_gpu_repeated_calls(
+    offset_groups: int,
+    dtype: torch.dtype,
+    exact_float32: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls at addresses that came before are launched as graphs, right for other values, on other
+    streams and in other threads. While the user records, they are not."""
+    forget()
+    problem = Case((20, 20), (3, 3), image=64, points=64, offset_groups=offset_groups).make(
+        dtype, "cuda"
+    )
+    launched: list[int] = []
+    call = driver.Graph.__call__
+
+    def counted(graph: driver.Graph, stream: int) -> None:
+        launched.append(stream)
+        call(graph, stream)
+
+    monkeypatch.setattr(driver.Graph, "__call__", counted)
+
+    def results() -> list[Tensor]:
+        return [problem.forward(backend).cpu(), *(t.cpu() for t in problem.backward(backend))]
+
+    def right(found: Sequence[Tensor]) -> bool:
+        exact = problem.double()
+        wanted = (exact.forward(reference), *exact.backward(reference))
+        errors = [relative_error(g, w.cpu()) for g, w in zip(found, wanted, strict=True)]
+        return max(errors) <= TOLERANCE[dtype][1]
+
+    def repeat() -> list[Tensor]:
+        for _ in range(runtime.REPEATED + 2):
+            results()
+        launched.clear()
+        return results()
+
+    assert right(repeat()) and len(launched) == 2
+    for t in (problem.x, problem.grad, problem.weight):
+        t.copy_(torch.randn_like(t))
+    assert right(repeat()) and len(launched) == 2
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert right(repeat()) and launched == [stream.cuda_stream] * 2
+    with ThreadPoolExecutor(1) as thread:
+        assert right(thread.submit(repeat).result()) and len(launched) == 2
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    launched.clear()
+    with torch.cuda.graph(graph):
+        for _ in range(2 * runtime.REPEATED):
+            captured = (problem.forward(backend), *problem.backward(backend))
+    assert not launched
+    problem.x.copy_(torch.randn_like(problem.x))
+    graph.replay()
+    assert right([t.cpu() for t in captured])
+    forget()
 
 
 @gpu

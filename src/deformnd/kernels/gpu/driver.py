@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _INVALID_CONTEXT = 201
 _CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _CHAINS_IN_GRAPHS = 12030  # the first version of the driver that captures chained launches
 _PROMOTE_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 TENSOR_MAP = 128  # bytes
@@ -55,6 +58,15 @@ def _driver() -> Any:
     driver.cuFuncGetAttribute.argtypes = (POINTER(c_int), c_int, c_void_p)
     driver.cuGetErrorString.argtypes = (c_int, POINTER(c_char_p))
     driver.cuLaunchKernelEx.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
+    driver.cuStreamCreate.argtypes = (POINTER(c_void_p), c_uint)
+    driver.cuStreamDestroy_v2.argtypes = (c_void_p,)
+    driver.cuThreadExchangeStreamCaptureMode.argtypes = (POINTER(c_int),)
+    driver.cuStreamBeginCapture_v2.argtypes = (c_void_p, c_int)
+    driver.cuStreamEndCapture.argtypes = (c_void_p, POINTER(c_void_p))
+    driver.cuGraphInstantiateWithFlags.argtypes = (POINTER(c_void_p), c_void_p, c_uint64)
+    driver.cuGraphDestroy.argtypes = (c_void_p,)
+    driver.cuGraphExecDestroy.argtypes = (c_void_p,)
+    driver.cuGraphLaunch.argtypes = (c_void_p, c_void_p)
     driver.cuTensorMapEncodeTiled.argtypes = (
         *(c_void_p, c_int, c_uint32, c_void_p),
         *(c_void_p, c_void_p, c_void_p, c_void_p),
@@ -223,3 +235,37 @@ class Invocation:
         if code:
             code = _in_context(code, self.launch, self.call)
             _check(code, f"launching {self.function.name}")
+
+
+class Graph:
+    """Launches that the driver has recorded with all their arguments. It launches them again in the
+    time of one launch. Two threads must not use one graph at the same time."""
+
+    def __init__(self, launch: Callable[[int], None]) -> None:
+        """Record what `launch` does on a stream; nothing runs."""
+        driver, mode = _driver(), c_int(_RELAXED)
+        stream, graph, handle = c_void_p(), c_void_p(), c_void_p()
+        # What follows must not end a recording that another thread may be making.
+        driver.cuThreadExchangeStreamCaptureMode(byref(mode))
+        try:
+            _check(driver.cuStreamCreate(byref(stream), _NON_BLOCKING), "a stream")
+            _check(driver.cuStreamBeginCapture_v2(stream, _RELAXED), "recording a graph")
+            try:
+                launch(stream.value or 0)
+            finally:
+                code = driver.cuStreamEndCapture(stream, byref(graph))
+            _check(code, "recording a graph")
+            made = driver.cuGraphInstantiateWithFlags(byref(handle), graph, 0)
+            _check(made, "making a graph")
+        finally:
+            if graph:
+                driver.cuGraphDestroy(graph)
+            if stream:
+                driver.cuStreamDestroy_v2(stream)
+            driver.cuThreadExchangeStreamCaptureMode(byref(mode))
+        self.handle, self.launch = handle.value, driver.cuGraphLaunch
+        weakref.finalize(self, driver.cuGraphExecDestroy, handle.value).atexit = False
+
+    def __call__(self, stream: int) -> None:
+        call = self.handle, stream
+        _check(_in_context(self.launch(*call), self.launch, call), "launching a graph")

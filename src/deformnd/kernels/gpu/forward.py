@@ -14,8 +14,8 @@ import triton.language as tl
 from . import columns, sampling
 from .layout import Call, Operand, fit
 from .runtime import Buffer
-from .tiles import DEEP, Tiles
-from .variants import portable
+from .tiles import DEEP, SINGLE, Tiles
+from .variants import Variant, portable
 
 # A program takes this many columns of a strip (sampling.py, in_strips) one after another. In
 # float16 they fill a sector of memory.
@@ -228,4 +228,13 @@ def write(
     )
 
 
+def takes_single(call: Call) -> bool:
+    """Whether a call has a single tap and few channels. Then there is so little to sum that other
+    ways, which prepare more before they begin, take longer."""
+    n = call.sizes
+    few = n.padded * call.dtype.itemsize <= SINGLE and not call.narrow
+    return n.taps == n.sample_groups == 1 and call.g.groups == 1 and few
+
+
 VARIANTS = portable("forward", write)
+SINGLE_TAP = Variant("forward", takes_single, write)

@@ -92,11 +92,14 @@ def sample_channels(g: Geometry) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes_of(g: Geometry, blocks: bool, as_rows: bool = False) -> Sizes:
+def sizes_of(g: Geometry, blocks: bool, as_rows: bool = False, apart: bool = False) -> Sizes:
     """The sizes of a call. With `blocks` channels are padded for kernels that take whole blocks of
     them: 32 of the image's, and as many of the points' as make whole tiles. With `as_rows` the
-    image is read as it lies, with channels last, if no sample group needs padding."""
+    image is read as it lies, with channels last, if no sample group needs padding. With `apart`
+    each weight group is a sample group, and so is padded, if sample groups consist of them."""
     channels, length = g.image_channels, sample_channels(g)
+    if apart and length % (channels // g.groups) == 0:
+        length = channels // g.groups
     number = channels // length
     if is_narrow(length, number):
         padded = triton.next_power_of_2(length)
@@ -296,9 +299,11 @@ class Call:
         offset: Buffer | None,
         mask: Buffer | None,
         last: bool = False,
+        gathers: bool = False,
         chunks: int = 1,
     ) -> None:
-        """`last` says that the image has, or will have, its channels last."""
+        """`last` says that the image has, or will have, its channels last, and `gathers` that
+        nothing but the points is wanted."""
         self.steps, self.plan, self.dtype, self.precision = steps, steps.plan, dtype, precision
         self.offset, self.mask = offset, mask
         self.device = tiles.device_of(self.plan.device)
@@ -319,8 +324,13 @@ class Call:
         # Planes of sample groups help a depthwise call in the cache. In float32 that gains less
         # than the copy into planes costs, and in half precision it gains about as much.
         depthwise = g.groups == g.image_channels and g.point_channels <= tiles.MOST * g.groups
-        self.last = last
-        self.sizes = sizes_of(g, self.by_blocks, last and depthwise and dtype == torch.float32)
+        self.last, self.gathers = last, gathers
+        rows = last and depthwise and dtype == torch.float32
+        # Where weight groups begin at odd places, loads of 16 bytes do not fit them. They are made
+        # sample groups, which are padded, if no gradient has to be computed for each of these.
+        of_group = g.image_channels // g.groups
+        odd = of_group > tiles.NARROW and of_group * dtype.itemsize % 16 > 0
+        self.sizes = sizes_of(g, self.by_blocks, rows, gathers and odd)
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
         self.given_weight = weight  # None stands for a weight of ones
         self.number_of_chunks = chunks
@@ -497,7 +507,7 @@ class Call:
             offset, mask = parts[-2:]
             call = Call(
                 *(g, self.steps, self.dtype, self.precision, self.given_weight),
-                *(offset, mask, self.last),
+                *(offset, mask, self.last, self.gathers),
             )
             with self.frame():
                 yield call, parts[:-2]

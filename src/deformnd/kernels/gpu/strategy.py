@@ -29,6 +29,7 @@ from .runtime import Buffer, Launch, Plan
 FORWARD = (
     depthwise.FORWARD,
     depthwise.FORWARD_FEW,
+    forward.SINGLE_TAP,
     im2col.FORWARD_FIRST,
     *hopper.FORWARD,
     im2col.FORWARD,
@@ -117,7 +118,10 @@ def draft(
     offset, mask, bias = plan.given[3:]
     dtype, last = dtype_of(plan), (image or points).last
     steps = Steps(plan, room, other)
-    call = Call(g, steps, dtype, precision_of(g, dtype), weight, offset, mask, last, chunks)
+    call = Call(
+        *(g, steps, dtype, precision_of(g, dtype), weight, offset, mask),
+        *(last, make is gather, chunks),
+    )
     make(call, image, points, bias, forms, wanted)
     steps.finish()
     if steps.depends and not other:
@@ -284,7 +288,15 @@ def _by_sorting(call: Call) -> bool:
     if math.prod(n.stride) > 2 and not _sorting(call).together:
         return False
     sectors = n.batch * n.positions * n.taps * 2 ** len(n.image) * n.channels // 8
-    most = tiles.ADDED_DEPTHWISE if depthwise.takes_depthwise(call) else tiles.ADDED
+    if depthwise.takes_depthwise(call):
+        most = tiles.ADDED_DEPTHWISE
+    else:
+        # To gather a sample takes as long as it has outputs, anew for each block of 256 channels,
+        # and to add it takes as long as it has channels. Of several weight groups a block has only
+        # a few.
+        most = tiles.ADDED_BY_BLOCKS if call.by_blocks else tiles.ADDED
+        most = max(most, most * n.outputs // min(n.channels, 256))
+        most *= 2 if call.g.groups > 1 else 1
     return call.steps.depending(sectors > most)
 
 

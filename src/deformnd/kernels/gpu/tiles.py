@@ -252,6 +252,10 @@ LONGEST = 2304
 # bytes. With fewer it is busy with other work, and loading ahead does not pay.
 DEEP = 512
 
+# With a single tap and at most this many bytes of channels, forward.py takes calls that other
+# variants would take as well (takes_single).
+SINGLE = 384
+
 # Sample groups of at most this many channels are narrow: a program takes several of them at a time.
 # A single sample group is narrow with at most half as many, and then a program takes several taps
 # at a time.
@@ -286,10 +290,11 @@ COLUMNS = 32 << 20
 KEPT = 8
 
 # In half precision the image gradient comes from sorted lists instead of atomic additions
-# (strategy.py, _by_sorting) where these would go to more than ADDED sectors of 32 bytes, in
-# depthwise calls to more than ADDED_DEPTHWISE. An H200 adds to 100 of them in a nanosecond. Where
-# there are several sample groups, each needs SORTED_CHANNELS.
-ADDED, ADDED_DEPTHWISE, SORTED_CHANNELS = 5_000_000, 30_000_000, 96
+# (strategy.py, _by_sorting) where these would go to more than ADDED sectors of 32 bytes, by kernels
+# that take whole blocks of channels ADDED_BY_BLOCKS, in depthwise calls ADDED_DEPTHWISE. An H200
+# adds to 100 of them in a nanosecond. Where there are several sample groups, each needs
+# SORTED_CHANNELS.
+ADDED, ADDED_BY_BLOCKS, ADDED_DEPTHWISE, SORTED_CHANNELS = 9_000_000, 5_000_000, 30_000_000, 96
 
 # This many positions are listed at a time for the sorted image gradient.
 LISTED = 512
