@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -473,7 +474,7 @@ def on_gpu(call: RandomCall, **other: Any) -> Iterator[ModuleType]:
         if call.pieces:
             other |= dict(CHUNK=2 * math.prod(call.case.point_size), SCRATCH=1)
         if call.sorts:
-            other |= dict(ADDED=0, ADDED_DEPTHWISE=0, SORTED_CHANNELS=0)
+            other |= dict(ADDED=0, ADDED_BY_BLOCKS=0, ADDED_DEPTHWISE=0, SORTED_CHANNELS=0)
         if other:
             gpu._PLANS.clear()
             with patched(tiles, **other):
@@ -507,8 +508,14 @@ def run_gpu(call: RandomCall, rng: random.Random) -> None:
     def storage(size: int, device: torch.device) -> Any:
         return torch.full((size,), 255, dtype=torch.uint8, device=device).untyped_storage()
 
-    with on_gpu(call) as backend, poison(), patched(runtime, _storage=storage):
-        got = by_function(call, t) if rng.random() < 0.5 else by_backend(call, t, backend)
+    # Some calls are made twice, so that the second one may be launched as a graph.
+    others: dict[str, Any] = dict(REPEATED=0) if rng.random() < 0.3 else {}
+    others |= dict(_storage=storage, _empty_on_cuda=None)
+    with on_gpu(call) as backend, poison(), patched(runtime, **others):
+        by = by_function if rng.random() < 0.5 else functools.partial(by_backend, backend=backend)
+        if "REPEATED" in others:
+            by(call, t)
+        got = by(call, t)
     check(call, got, t)
 
 

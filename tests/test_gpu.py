@@ -1493,6 +1493,7 @@ def test_addresses_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(runtime, "_LOADED", Loaded())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(runtime, "Invocation", invocation)
     monkeypatch.setattr(runtime, "TensorMap", TensorMap)
     monkeypatch.setattr(runtime, "_stream_of", lambda device: lambda: 0)
@@ -1527,12 +1528,11 @@ def test_launches_become_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     refuses = []
 
     class Graph:
-        def __init__(self, launch: Any) -> None:
+        def __init__(self, calls: Any) -> None:
             if refuses:
                 raise RuntimeError("refused")
-            launch("recorded")
-            self.address = log[-1][1]
-            del log[-2:]
+            calls[0]("recorded")
+            self.address = log.pop()[1]
 
         def __call__(self, stream: int) -> None:
             log.append(("graph", stream, self.address))
@@ -1551,7 +1551,7 @@ def test_launches_become_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime._Instance, "_bind", lambda *_: None)
     monkeypatch.setattr(runtime._Instance, "_bind_by_triton", lambda *_: None)
     several = instance(2)
-    several.records = True
+    several.repeats = True
 
     def run(address: int, times: int = 1) -> list[Any]:
         log.clear()
@@ -1564,21 +1564,26 @@ def test_launches_become_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(4) == [(7, 4), (7, 4)]
     assert run(3, 2) == [("graph", 7, 3)] * 2
     recording.append(True)
-    assert run(3) == separate
-    assert run(5, 20) == [(7, 5), (7, 5)] * 20
+    known = dict(several.graphs)
+    assert run(3) == separate and run(5, 20) == [(7, 5), (7, 5)] * 20
+    assert several.graphs == known  # to take one away would spoil what the user records
     recording.clear()
-    assert run(5, 2) == [(7, 5), (7, 5), ("graph", 7, 5)]
-    for address in range(100, 100 + runtime.ADDRESSES):
+    for address in range(100, 100 + 2 * runtime.ADDRESSES):
         run(address)
-    assert run(3) == separate and len(several.graphs) <= runtime.ADDRESSES
+    assert len(several.graphs) <= runtime.ADDRESSES and run(3) == [("graph", 7, 3)]
+    monkeypatch.setattr(runtime, "ADDRESSES", 1)
+    run(4, runtime.REPEATED + 1)
+    run(5)
+    assert list(several.graphs.values()) == [1]  # when all had graphs, all were forgotten
     monkeypatch.setattr(runtime, "GRAPHS", 1)
+    monkeypatch.setattr(runtime, "ADDRESSES", 9)
     monkeypatch.setattr(runtime, "_MADE", collections.deque())
     for address in (3, 4):
         assert run(address, runtime.REPEATED + 2)[-1] == ("graph", 7, address)
     assert run(3) == separate  # the graph for 4 took its place
     refuses.append(True)
-    assert run(3, 20) == separate * 20 and not several.records
-    assert not instance(1).records
+    assert run(3, 20) == separate * 20 and not several.repeats
+    assert not instance(1).repeats
 
 
 # Compiled without a device
@@ -1983,6 +1988,70 @@ def test_driver_makes_the_context_current(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(made) == 2 and not codes
 
 
+def test_graph_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node for each launch, with its grid and arguments, and an edge to the one before, which is
+    chained where the launch is."""
+    log: list[Any] = []
+    modes = [0]
+
+    def exchange(mode: Any) -> int:
+        modes[0], mode._obj.value = mode._obj.value, modes[0]
+        return 0
+
+    def add(node: Any, graph: Any, before: Any, count: Any, about: Any) -> int:
+        node._obj.value = 100 + len(log)
+        about = about._obj
+        words = (ctypes.c_uint64 * 1).from_address(about.arguments)
+        argument = ctypes.c_uint64.from_address(words[0]).value
+        log.append((before._obj.value, count.value, about.function, list(about.grid),
+                    list(about.block), about.shared, argument))  # fmt: skip
+        return 0
+
+    def link(graph: Any, before: Any, node: Any, edge: Any, count: Any) -> int:
+        log.append((before._obj.value, node._obj.value, bytes(edge._obj), count.value))
+        return 0
+
+    def make(name: str, value: int = 0) -> Any:
+        def call(*args: Any) -> int:
+            log.append((name, modes[0]))
+            if value:
+                args[0]._obj.value = value
+            return 0
+
+        return call
+
+    fake = SimpleNamespace(
+        cuLaunchKernelEx=None,
+        cuThreadExchangeStreamCaptureMode=exchange,
+        cuGraphCreate=lambda graph, flags: 0,
+        cuGraphAddKernelNode_v2=add,
+        cuGraphAddDependencies_v2=link,
+        cuGraphInstantiateWithFlags=make("instantiate", 5),
+        cuGraphDestroy=make("destroy"),
+        cuGraphExecDestroy=make("destroy exec"),
+        cuGraphLaunch=lambda handle, stream: log.append((handle, stream)) or 0,
+    )
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    calls = []
+    for i, chained in enumerate((False, True, False)):
+        function = fake_function()
+        function.parameters, function.shared = [8], 10 * i
+        calls.append(driver.Invocation(function, (i + 1, 2, 1), [(False, 7 + i)], chained))
+    graph = driver.Graph(calls)
+    assert log == [
+        (None, 0, 1, [1, 2, 1], [32, 1, 1], 0, 7),
+        (100, 0, 1, [2, 2, 1], [32, 1, 1], 10, 8),
+        (100, 101, bytes([1, 0, 1, 0, 0, 0, 0, 0]), 1),
+        (101, 1, 1, [3, 2, 1], [32, 1, 1], 20, 9),
+        ("instantiate", 2),
+        ("destroy", 2),
+    ]
+    log.clear()
+    graph(9)
+    del graph
+    assert log == [(5, 9), ("destroy exec", 2)] and modes == [0]
+
+
 def fake_function(waits: bool = True) -> Any:
     return SimpleNamespace(
         name="kernel", parameters=[], threads=32, shared=0, handle=ctypes.c_void_p(1), waits=waits
@@ -2019,6 +2088,31 @@ def test_only_kernels_that_wait_are_chained(monkeypatch: pytest.MonkeyPatch) -> 
             assert ctypes.sizeof(launch.attribute) == 72
             words = (ctypes.c_int * 3).from_address(configuration.attributes)
             assert list(words) == [6, 0, 1]
+
+
+@needs_gluon
+@pytest.mark.skipif(INTERPRETING, reason="does not compile")
+def test_kernels_are_found_on_disk_after_others(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton's hash of a kernel depends on which kernels the process hashed before (as of 3.6)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    on_device(monkeypatch, "sm_90")
+    on_meta(Case((20, 20), (3, 3), image=64, points=64), torch.float16).forward(backend)
+    (launch,) = [step for step in plans[0].steps if step.name == "forward_hopper"]
+    metadata = SimpleNamespace(
+        **dict(global_scratch_size=0, num_ctas=1, name="kernel", shared=0, num_warps=4)
+    )
+    compiled = SimpleNamespace(metadata=metadata, asm=dict(cubin=b"code", ptx=".entry(){"))
+    monkeypatch.setattr(runtime, "_parameters", lambda ptx: [])
+    found = []
+    for first in (True, False):
+        target = runtime.GPUTarget("cuda", 90, 32)
+        monkeypatch.setattr(Launch, "_compile", lambda *_, first=first: compiled if first else None)
+        launch.kernel.hash = None  # as in a new process
+        found.append(launch.binary(launch.source(target), target, 1 << 20))
+        hopper.forward.tables.store_columns.cache_key  # noqa: B018
+    assert found[0] == found[1] and found[0][0] == b"code"
 
 
 @pytest.mark.skipif(INTERPRETING, reason="does not compile")

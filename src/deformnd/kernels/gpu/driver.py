@@ -6,12 +6,24 @@ time than compiling the kernel does. The driver's own interface needs neither.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from collections.abc import Iterator, Sequence
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_int,
+    c_size_t,
+    c_ubyte,
+    c_uint,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +35,9 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _INVALID_CONTEXT = 201
 _CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_CHAINED_EDGE = 1, 0, 1  # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, a port, and the edge's type
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-_CHAINS_IN_GRAPHS = 12030  # the first version of the driver that captures chained launches
+_CHAINS_IN_GRAPHS = 12030  # the first version of the driver whose graphs have chained launches
 _PROMOTE_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 TENSOR_MAP = 128  # bytes
 
@@ -49,6 +61,25 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", c_int), ("value", c_int * 17))  # The first of `value` is padding.
 
 
+class _Node(ctypes.Structure):
+    """The driver's CUDA_KERNEL_NODE_PARAMS."""
+
+    _fields_ = (
+        ("function", c_void_p),
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("arguments", c_void_p),
+        ("others", c_void_p * 3),
+    )
+
+
+class _Edge(ctypes.Structure):
+    """The driver's CUgraphEdgeData."""
+
+    _fields_ = (("start", c_ubyte), ("end", c_ubyte), ("type", c_ubyte), ("rest", c_ubyte * 5))
+
+
 @functools.cache
 def _driver() -> Any:
     driver = ctypes.CDLL("libcuda.so.1")
@@ -58,11 +89,8 @@ def _driver() -> Any:
     driver.cuFuncGetAttribute.argtypes = (POINTER(c_int), c_int, c_void_p)
     driver.cuGetErrorString.argtypes = (c_int, POINTER(c_char_p))
     driver.cuLaunchKernelEx.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
-    driver.cuStreamCreate.argtypes = (POINTER(c_void_p), c_uint)
-    driver.cuStreamDestroy_v2.argtypes = (c_void_p,)
     driver.cuThreadExchangeStreamCaptureMode.argtypes = (POINTER(c_int),)
-    driver.cuStreamBeginCapture_v2.argtypes = (c_void_p, c_int)
-    driver.cuStreamEndCapture.argtypes = (c_void_p, POINTER(c_void_p))
+    driver.cuGraphCreate.argtypes = (POINTER(c_void_p), c_uint)
     driver.cuGraphInstantiateWithFlags.argtypes = (POINTER(c_void_p), c_void_p, c_uint64)
     driver.cuGraphDestroy.argtypes = (c_void_p,)
     driver.cuGraphExecDestroy.argtypes = (c_void_p,)
@@ -236,36 +264,61 @@ class Invocation:
             code = _in_context(code, self.launch, self.call)
             _check(code, f"launching {self.function.name}")
 
+    def add_to(self, graph: c_void_p, before: c_void_p) -> c_void_p:
+        """Add the launch to a graph, after another node of it if `before` is not null. Returns its
+        own node."""
+        driver, node, of = _driver(), c_void_p(), self.configuration
+        about = _Node(self.call[1], of.grid, of.block, of.shared, self.call[2])
+        chained = bool(before and of.number_of_attributes)
+        count = c_size_t(bool(before) and not chained)
+        add = driver.cuGraphAddKernelNode_v2(byref(node), graph, byref(before), count, byref(about))
+        _check(add, f"adding {self.function.name} to a graph")
+        if chained:
+            edge, one = _Edge(*_CHAINED_EDGE), c_size_t(1)
+            link = driver.cuGraphAddDependencies_v2
+            _check(link(graph, byref(before), byref(node), byref(edge), one), "chaining a launch")
+        return node
+
 
 class Graph:
-    """Launches that the driver has recorded with all their arguments. It launches them again in the
-    time of one launch. Two threads must not use one graph at the same time."""
+    """Launches with all their arguments, which the driver launches again in the time of one. Two
+    threads must not use one graph at the same time."""
 
-    def __init__(self, launch: Callable[[int], None]) -> None:
-        """Record what `launch` does on a stream; nothing runs."""
-        driver, mode = _driver(), c_int(_RELAXED)
-        stream, graph, handle = c_void_p(), c_void_p(), c_void_p()
-        # What follows must not end a recording that another thread may be making.
-        driver.cuThreadExchangeStreamCaptureMode(byref(mode))
-        try:
-            _check(driver.cuStreamCreate(byref(stream), _NON_BLOCKING), "a stream")
-            _check(driver.cuStreamBeginCapture_v2(stream, _RELAXED), "recording a graph")
+    def __init__(self, calls: Sequence[Invocation]) -> None:
+        """A graph of these launches, one after another, as they would be launched now.
+
+        It is not recorded from a stream, since no thread may synchronize the device meanwhile.
+        """
+        driver, graph, handle = _driver(), c_void_p(), c_void_p()
+        with _relaxed():
+            _check(driver.cuGraphCreate(byref(graph), 0), "a graph")
             try:
-                launch(stream.value or 0)
+                before = c_void_p()
+                for call in calls:
+                    before = call.add_to(graph, before)
+                made = driver.cuGraphInstantiateWithFlags(byref(handle), graph, 0)
+                _check(made, "making a graph")
             finally:
-                code = driver.cuStreamEndCapture(stream, byref(graph))
-            _check(code, "recording a graph")
-            made = driver.cuGraphInstantiateWithFlags(byref(handle), graph, 0)
-            _check(made, "making a graph")
-        finally:
-            if graph:
                 driver.cuGraphDestroy(graph)
-            if stream:
-                driver.cuStreamDestroy_v2(stream)
-            driver.cuThreadExchangeStreamCaptureMode(byref(mode))
-        self.handle, self.launch = handle.value, driver.cuGraphLaunch
-        weakref.finalize(self, driver.cuGraphExecDestroy, handle.value).atexit = False
+        self.handle, self.launch = handle.value or 0, driver.cuGraphLaunch
+        weakref.finalize(self, _destroy, self.handle).atexit = False
 
     def __call__(self, stream: int) -> None:
         call = self.handle, stream
         _check(_in_context(self.launch(*call), self.launch, call), "launching a graph")
+
+
+@contextlib.contextmanager
+def _relaxed() -> Iterator[None]:
+    """Calls within do not spoil what the user records in this thread or another one."""
+    driver, mode = _driver(), c_int(_RELAXED)
+    driver.cuThreadExchangeStreamCaptureMode(byref(mode))
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(byref(mode))
+
+
+def _destroy(graph: int) -> None:
+    with _relaxed():
+        _driver().cuGraphExecDestroy(graph)

@@ -18,10 +18,10 @@ waits as usual, since it follows kernels of others.
 Note [graphs]
 torch's allocator gives a model that runs again the same memory again. So a layer's tensors soon
 have addresses that they had before, and then all arguments of a plan's launches are what they were.
-The driver records such launches as a graph, and launches them in the time of one: five launches
-take the host 24 us on a server with an H200, and their graph 3. To make a graph takes it 40 us and
-100 KB, so that waits until the same addresses have come REPEATED times. While the user records a
-graph, launches go into that one by one.
+Such launches are made a graph, which the driver launches in the time of one: five launches take the
+host 24 us on a server with an H200, and their graph 3. To make a graph takes it 40 us and 100 KB,
+so that waits until the same addresses have come REPEATED times. While the user records a graph,
+launches go into that one by one.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ INTERPRETED = not hasattr(sampling.product, "cache_key")
 
 CHAINING = 90  # the least compute capability, times ten, whose launches are chained
 
-# A graph is made of launches with addresses that have come REPEATED times. An instance of a plan
-# counts ADDRESSES at most, and then forgets all of them and their graphs. There are GRAPHS at most,
-# which take some 100 KB each; the oldest one makes room.
-REPEATED, ADDRESSES, GRAPHS = 8, 64, 256
+# A graph is made of launches whose addresses came REPEATED times before. An instance of a plan
+# knows ADDRESSES at most, and then forgets those without a graph, or all if none is without. There
+# are GRAPHS at most, which take some 100 KB each; the oldest one makes room.
+REPEATED, ADDRESSES, GRAPHS = 8, 256, 256
 
 _ALIGNMENT = 256  # the bytes that a piece of scratch memory begins at a multiple of
 
@@ -192,6 +192,8 @@ class Launch:
             # The first call takes .5 s, in every thread that asks before it is done. So one thread
             # asks first, while the others wait for their turn.
             triton_key()
+        with _TURN:
+            source.hash()  # Not every Triton can do that in two threads; it remembers the result.
         # Triton writes checks for overflow only to drop them again. To leave them out saves a sixth
         # of its time in Python.
         options = {**self.options, "sanitize_overflow": False}
@@ -225,9 +227,15 @@ class Launch:
         source.make_ir = functools.partial(_in_turn, source.make_ir)
         return source
 
-    def binary(self, source: Any, hashed: str, target: Any, room: int) -> tuple[bytes, _About]:
-        """The machine code and what is known of it, read from disk if they are kept there."""
-        identity = (_tools(), hashed, target, self.options, room, _About._fields)
+    def binary(self, source: Any, target: Any, room: int) -> tuple[bytes, _About]:
+        """The machine code and what is known of it, read from disk if they are kept there.
+
+        `_tools` says what the kernel's source is. Triton's own hash of it depends on which kernels
+        the process has hashed before (as of 3.6), so another process would not find it.
+        """
+        kernel = self.kernel.__module__, self.name
+        told = source.signature, source.constants, source.attrs
+        identity = (_tools(), *kernel, *told, target, self.options, room, _About._fields)
         cache = get_cache_manager(hashlib.sha256(str(identity).encode()).hexdigest())
         kept = _kept(cache)
         if kept is not None:
@@ -413,8 +421,7 @@ def load(
                 if torch.version.hip:
                     binaries[key] = threads.submit(launch.compile, target, room)
                     continue
-                # The source is hashed here, since not every Triton can do that in two threads.
-                binaries[key] = threads.submit(launch.binary, source, source.hash(), target, room)
+                binaries[key] = threads.submit(launch.binary, source, target, room)
             except Exception as failure:
                 failures[launch] = failure
         for key, binary in binaries.items():
@@ -578,8 +585,10 @@ class Plan:
         return results
 
 
-# The graphs that were made, the oldest first, each as its instance and its addresses.
-_MADE: collections.deque[tuple[weakref.ref[_Instance], tuple[int, ...]]] = collections.deque()
+# The graphs that were made, the oldest first, each with its instance and its addresses.
+_MADE: collections.deque[tuple[weakref.ref[_Instance], tuple[int, ...], weakref.ref[Graph]]] = (
+    collections.deque()
+)
 
 
 class _Instance:
@@ -596,30 +605,31 @@ class _Instance:
         self.mapped: list[int] = []  # the addresses that the maps were last made for
         self.room: list[Any] = []
         bind = self._bind_by_triton if torch.version.hip else self._bind
-        self.calls = [bind(launch, i > 0) for i, launch in enumerate(plan.steps)]
+        self.calls: list[Any] = [bind(launch, i > 0) for i, launch in enumerate(plan.steps)]
         # For addresses how often they came, or the graph (Note [graphs]).
         self.graphs: dict[tuple[int, ...], int | Graph] = {}
-        self.records = len(self.calls) > 1 and not torch.version.hip
+        self.repeats = len(self.calls) > 1 and not torch.version.hip
         self.stream = _stream_of(plan.device)
 
     def run(self, given: Sequence[int], results: Sequence[int], memory: int) -> None:
         stream = self.stream()
-        if not self.records:
-            self._place(given, results, memory)
-            self._launch(stream)
+        if not self.repeats or torch.cuda.is_current_stream_capturing():
+            self._launch(stream, given, results, memory)
             return
         key = (*given, *results, memory)
         known = self.graphs.get(key, 0)
-        if isinstance(known, Graph) and not torch.cuda.is_current_stream_capturing():
+        if isinstance(known, Graph):
             known(stream)
             return
-        self._place(given, results, memory)
-        self._launch(stream)
-        if isinstance(known, int):
-            self._count(key, known)
+        self._launch(stream, given, results, memory)
+        if known < REPEATED:
+            self._count(key, known + 1)
+        else:
+            self._make_graph(key)
 
-    def _place(self, given: Sequence[int], results: Sequence[int], memory: int) -> None:
-        """Put the addresses where the launches read them."""
+    def _launch(
+        self, stream: int, given: Sequence[int], results: Sequence[int], memory: int
+    ) -> None:
         words = self.words
         words[GIVEN][:] = given
         words[RETURNED][:] = results
@@ -631,29 +641,30 @@ class _Instance:
             if address != self.mapped[i]:
                 tensor_map.encode(place, address)
                 self.mapped[i] = address
-
-    def _launch(self, stream: int) -> None:
         for call in self.calls:
             call(stream)
 
     def _count(self, key: tuple[int, ...], times: int) -> None:
-        """Note that addresses came once more, and make a graph of the launches if it is time."""
-        if times < REPEATED:
-            if key not in self.graphs and len(self.graphs) >= ADDRESSES:
-                self.graphs.clear()
-            self.graphs[key] = times + 1
-        elif not torch.cuda.is_current_stream_capturing():
-            try:
-                self.graphs[key] = Graph(self._launch)
-            except Exception:  # It only saves time, so a driver that cannot make it may refuse.
-                self.records = False
-                return
-            _MADE.append((weakref.ref(self), key))
-            if len(_MADE) > GRAPHS:
-                of, oldest = _MADE.popleft()
-                instance = of()
-                if instance is not None:
-                    instance.graphs.pop(oldest, None)
+        """Note how many times addresses came."""
+        if times == 1 and len(self.graphs) >= ADDRESSES:
+            known = list(self.graphs.items())  # another thread may take a graph away
+            for other, _ in [kv for kv in known if isinstance(kv[1], int)] or known:
+                self.graphs.pop(other, None)
+        self.graphs[key] = times
+
+    def _make_graph(self, key: tuple[int, ...]) -> None:
+        """Make a graph of the launches as they just were."""
+        try:
+            graph = self.graphs[key] = Graph(self.calls)
+        except Exception:  # It only saves time, so a driver that cannot make it may refuse.
+            self.repeats, self.graphs = False, {}
+            return
+        _MADE.append((weakref.ref(self), key, weakref.ref(graph)))
+        if len(_MADE) > GRAPHS:
+            of, key, oldest = _MADE.popleft()
+            instance = of()
+            if instance is not None and instance.graphs.get(key) is oldest():
+                instance.graphs.pop(key, None)
 
     def _bind(self, launch: Launch, chained: bool) -> Callable[[int], None]:
         function, described = _loaded(launch)

@@ -252,9 +252,9 @@ LONGEST = 2304
 # bytes. With fewer it is busy with other work, and loading ahead does not pay.
 DEEP = 512
 
-# With a single tap and at most this many bytes of channels, forward.py takes calls that other
-# variants would take as well (takes_single).
-SINGLE = 384
+# With a single tap, at most SINGLE bytes of channels and at most SINGLE_OUTPUTS, forward.py takes
+# calls that other variants would take as well (takes_single).
+SINGLE, SINGLE_OUTPUTS = 384, 256
 
 # Sample groups of at most this many channels are narrow: a program takes several of them at a time.
 # A single sample group is narrow with at most half as many, and then a program takes several taps
