@@ -16,6 +16,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -3009,6 +3010,45 @@ def test_gpu_repeated_calls(
     problem.x.copy_(torch.randn_like(problem.x))
     graph.replay()
     assert right([t.cpu() for t in captured])
+    forget()
+
+
+@gpu
+def test_gpu_graphs_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread synchronizes the device, or records a graph of its own, while graphs are made
+    and destroyed."""
+    forget()
+    monkeypatch.setattr(runtime, "REPEATED", 0)
+    monkeypatch.setattr(runtime, "GRAPHS", 3)
+    problem = Case((20, 20), (3, 3), image=64, points=64).make(torch.float16, "cuda")
+    wanted = problem.double().forward(reference)
+    problem.forward(backend)
+    torch.cuda.synchronize()
+    stop = threading.Event()
+
+    def make_graphs() -> int:
+        kept: list[Tensor] = []
+        while not stop.is_set():
+            kept = [problem.forward(backend), *kept[:7]]
+        torch.cuda.current_stream().synchronize()
+        assert all(relative_error(t, wanted) <= 1e-3 for t in kept)
+        return len(kept)
+
+    x = torch.ones(8, device="cuda")
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(make_graphs)
+        try:
+            for _ in range(1000):
+                torch.cuda.synchronize()
+            graphs = [torch.cuda.CUDAGraph() for _ in range(20)]
+            for graph in graphs:
+                with torch.cuda.graph(graph):
+                    y = x + 1
+        finally:
+            stop.set()
+        assert made.result() == 8
+    graphs[-1].replay()
+    assert bool((y == 2).all())
     forget()
 
 
