@@ -3,11 +3,12 @@
     python benchmarks/gpu.py [--out benchmarks/results/gpu_h200.json] [--dtypes float16 ...]
 
 Times are medians of three of triton.testing.do_bench, through the public functions, with NCHW
-tensors unless said. `dense` is torch's own convolution of the same sizes (cuDNN, channels last,
-benchmark mode), the practical limit. Errors are relative L2 against the float64 reference on one
-image of the batch. Peak memory counts what a forward and backward allocate beyond the tensors
-that they are given and return. Peers that are not installed, or lack a shape or dtype, have no
-figures. deformops tunes each shape at its first call, for minutes: name it to have it measured.
+tensors unless said, and with all threads of the host on one core (bench.one_core). `dense` is
+torch's own convolution of the same sizes (cuDNN, channels last, benchmark mode), the practical
+limit. Errors are relative L2 against the float64 reference on one image of the batch. Peak memory
+counts what a forward and backward allocate beyond the tensors that they are given and return. Peers
+that are not installed, or lack a shape or dtype, have no figures. deformops tunes each shape at its
+first call, for minutes: name it to have it measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,8 +49,11 @@ def timed(
     def backward() -> None:
         torch.autograd.grad(y, wanted, grad, retain_graph=True, allow_unused=True)
 
+    backward()
+    y = call(leaves)  # The second call is the one of a training that has begun.
     group = {"forward": forward, "backward": backward}
-    times = bench.gpu_rounds(group, rep=60)
+    with bench.one_core():
+        times = bench.gpu_rounds(group, rep=60)
     return statistics.median(times["forward"]), statistics.median(times["backward"])
 
 
@@ -128,16 +133,16 @@ def measure(
             if "torchvision forward" in row:
                 calls["torchvision "] = problem.torchvision
             for key, call in calls.items():
-                with torch.no_grad():
-                    row[key + "host forward"] = bench.host_us(call, 100)
                 leaves = tuple(t.detach().requires_grad_() for t in ours)
                 y = call(leaves)
-                row[key + "host backward"] = bench.host_us(
-                    lambda y=y, leaves=leaves: torch.autograd.grad(
-                        y, leaves, problem.grad, retain_graph=True
-                    ),
-                    100,
-                )
+
+                def backward(y: Tensor = y, leaves: tuple[Tensor, ...] = leaves) -> None:
+                    torch.autograd.grad(y, leaves, problem.grad, retain_graph=True)
+
+                with bench.one_core():
+                    row[key + "host backward"] = bench.host_us(backward, 100)
+                    with torch.no_grad():
+                        row[key + "host forward"] = bench.host_us(call, 100)
     return row
 
 
@@ -179,7 +184,7 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(),
         **bench.versions(peers),
-        "command": f"python benchmarks/gpu.py --peers {' '.join(peers)}",
+        "command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]),
         "rows": rows,
     }
 

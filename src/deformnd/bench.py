@@ -9,6 +9,7 @@ in float64, on the first image; the weight's gradient is compared on the whole b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -367,6 +368,33 @@ def rounds(group: dict[str, Call], seconds: float) -> dict[str, list[float]]:
                 function()
             times[name].append((time.perf_counter() - start) * 1e3 / calls[name])
     return times
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Have all threads of this process on one core, where the system can do that.
+
+    A backward goes to a thread of autograd's and back, which takes 100 us where it wakes another
+    core of a virtual machine. In a model that happens once, but a benchmark of layers would count
+    it for each.
+    """
+
+    def put_threads(cores: set[int]) -> None:
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError):  # It may have ended.
+                os.sched_setaffinity(int(thread), cores)
+
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    put_threads({max(cores)})
+    torch.set_num_threads(1)  # More threads would wait for each other on that core.
+    try:
+        yield
+    finally:
+        put_threads(cores)
+        torch.set_num_threads(threads)
 
 
 def gpu_ms(call: Call, rep: int = 60) -> float:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -419,15 +419,10 @@ def _time(
     device: str,
 ) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
-    if device != "cpu" and hasattr(os, "sched_setaffinity"):
-        # Everything runs on one core. A backward goes to a thread of autograd's and back, which
-        # takes 100 us where it wakes another core of a virtual machine. In a model that happens
-        # once, but here it would count for each layer.
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        torch.set_num_threads(1)  # More threads would wait for each other on that core.
-    p = _problem(sizes, dtype, device)
-    threads = torch.get_num_threads()
-    return {phase: bench.measure(p, phase, peers, threads, seconds) for phase in phases}
+    with nullcontext() if device == "cpu" else bench.one_core():
+        p = _problem(sizes, dtype, device)
+        threads = torch.get_num_threads()
+        return {phase: bench.measure(p, phase, peers, threads, seconds) for phase in phases}
 
 
 # The run
