@@ -379,12 +379,14 @@ def one_core() -> Iterator[None]:
     it for each.
     """
 
-    def put_threads(cores: set[int]) -> None:
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(OSError):  # It may have ended.
-                os.sched_setaffinity(int(thread), cores)
+    tasks = Path("/proc/self/task")  # the threads by their numbers, on Linux
 
-    if not hasattr(os, "sched_setaffinity"):
+    def put_threads(cores: set[int]) -> None:
+        for task in tasks.iterdir():
+            with contextlib.suppress(OSError):  # It may have ended.
+                os.sched_setaffinity(int(task.name), cores)
+
+    if not (tasks.is_dir() and hasattr(os, "sched_setaffinity")):
         yield
         return
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
