@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,27 @@ def _report(*rows):
             for name, shape, *times in rows
         ],
     }
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_all_threads_are_on_one_core():
+    """Those that began before, too; afterwards they have all cores again."""
+
+    def cores():
+        return {frozenset(os.sched_getaffinity(int(t.name))) for t in tasks.iterdir()}
+
+    tasks, stop = Path("/proc/self/task"), threading.Event()
+    all_cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        with bench.one_core():
+            assert cores() == {frozenset({max(all_cores)})}
+            assert torch.get_num_threads() == 1
+        assert cores() == {frozenset(all_cores)} and torch.get_num_threads() == threads
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_summary():
