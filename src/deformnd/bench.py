@@ -376,7 +376,7 @@ def one_core() -> Iterator[None]:
 
     A backward goes to a thread of autograd's and back, which takes 100 us where it wakes another
     core of a virtual machine. In a model that happens once, but a benchmark of layers would count
-    it for each.
+    it for each. Afterwards all threads have the cores that this one has now.
     """
 
     tasks = Path("/proc/self/task")  # the threads by their numbers, on Linux

@@ -35,7 +35,8 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _INVALID_CONTEXT = 201
 _CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_CHAINED_EDGE = 1, 0, 1  # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, a port, and the edge's type
+# From CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, to port 0, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.
+_CHAINED_EDGE = 1, 0, 1
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _CHAINS_IN_GRAPHS = 12030  # the first version of the driver whose graphs have chained launches
 _PROMOTE_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
@@ -62,7 +63,7 @@ class _Attribute(ctypes.Structure):
 
 
 class _Node(ctypes.Structure):
-    """The driver's CUDA_KERNEL_NODE_PARAMS."""
+    """The driver's CUDA_KERNEL_NODE_PARAMS_v2."""
 
     _fields_ = (
         ("function", c_void_p),
@@ -77,7 +78,10 @@ class _Node(ctypes.Structure):
 class _Edge(ctypes.Structure):
     """The driver's CUgraphEdgeData."""
 
-    _fields_ = (("start", c_ubyte), ("end", c_ubyte), ("type", c_ubyte), ("rest", c_ubyte * 5))
+    _fields_ = (
+        *(("from_port", c_ubyte), ("to_port", c_ubyte)),
+        *(("type", c_ubyte), ("reserved", c_ubyte * 5)),
+    )
 
 
 @functools.cache
@@ -310,7 +314,7 @@ class Graph:
 
 @contextlib.contextmanager
 def _relaxed() -> Iterator[None]:
-    """Calls within do not spoil what the user records in this thread or another one."""
+    """What is called within does not spoil a graph that the user records, in any thread."""
     driver, mode = _driver(), c_int(_RELAXED)
     driver.cuThreadExchangeStreamCaptureMode(byref(mode))
     try:

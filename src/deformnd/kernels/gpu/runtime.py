@@ -16,12 +16,12 @@ room, unevenly, and half of these layers were slower, up to 1.55 times. The firs
 waits as usual, since it follows kernels of others.
 
 Note [graphs]
-torch's allocator gives a model that runs again the same memory again. So a layer's tensors soon
-have addresses that they had before, and then all arguments of a plan's launches are what they were.
-Such launches are made a graph, which the driver launches in the time of one: five launches take the
-host 24 us on a server with an H200, and their graph 3. To make a graph takes it 40 us and 100 KB,
-so that waits until the same addresses have come REPEATED times. While the user records a graph,
-launches go into that one by one.
+When a model runs again, torch's allocator often gives it the same memory. Then a layer's tensors
+have addresses that they had before, and all arguments of a plan's launches are what they were. Such
+launches are made a graph, which the driver launches in the time of one: five launches take the host
+24 us on a server with an H200, and their graph 3. Making a graph takes 40 us and 100 KB, so it is
+made only when the same addresses have come REPEATED times. While the user records a graph, launches
+go into that one by one.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ INTERPRETED = not hasattr(sampling.product, "cache_key")
 CHAINING = 90  # the least compute capability, times ten, whose launches are chained
 
 # A graph is made of launches whose addresses came REPEATED times before. An instance of a plan
-# knows ADDRESSES at most, and then forgets those without a graph, or all if none is without. There
-# are GRAPHS at most, which take some 100 KB each; the oldest one makes room.
+# counts at most ADDRESSES sets of addresses. When there are more, it forgets those without a graph,
+# or all if each has one. The process has at most GRAPHS graphs, of some 100 KB each; a new one
+# replaces the oldest.
 REPEATED, ADDRESSES, GRAPHS = 8, 256, 256
 
 _ALIGNMENT = 256  # the bytes that a piece of scratch memory begins at a multiple of
@@ -193,7 +194,8 @@ class Launch:
             # asks first, while the others wait for their turn.
             triton_key()
         with _TURN:
-            source.hash()  # Not every Triton can do that in two threads; it remembers the result.
+            # The kernel remembers its hash. Not every Triton can compute two at once.
+            source.hash()
         # Triton writes checks for overflow only to drop them again. To leave them out saves a sixth
         # of its time in Python.
         options = {**self.options, "sanitize_overflow": False}
@@ -231,7 +233,7 @@ class Launch:
         """The machine code and what is known of it, read from disk if they are kept there.
 
         `_tools` says what the kernel's source is. Triton's own hash of it depends on which kernels
-        the process has hashed before (as of 3.6), so another process would not find it.
+        the process has hashed before (as of 3.6), so another process might look for another hash.
         """
         kernel = self.kernel.__module__, self.name
         told = source.signature, source.constants, source.attrs
@@ -328,6 +330,10 @@ def _parameters(ptx: str) -> list[int]:
     return [int(bits) // 8 * int(count or 1) for bits, count in found]
 
 
+# How the names of environment variables begin that may change what Triton compiles.
+_SETTINGS = ("TRITON_", "DISABLE_", "PTXAS_", "NVPTX_", "LLVM_", "USE_IR_LOC", "ALLOW_LHS_")
+
+
 @functools.cache
 def _tools() -> str:
     """What machine code depends on beside a kernel and its arguments: Triton, the tools that its
@@ -343,7 +349,7 @@ def _tools() -> str:
         from triton.runtime.cache import triton_key
 
         files = triton_key()
-    told = [(k, v) for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")]
+    told = [(k, v) for k, v in sorted(os.environ.items()) if k.startswith(_SETTINGS)]
     ours = [f.read_bytes() for f in sorted(Path(__file__).parent.rglob("*.py"))]
     return str(triton.__version__) + hashlib.sha256(repr((files, told, ours)).encode()).hexdigest()
 
@@ -619,7 +625,11 @@ class _Instance:
         key = (*given, *results, memory)
         known = self.graphs.get(key, 0)
         if isinstance(known, Graph):
-            known(stream)
+            try:
+                known(stream)
+            except RuntimeError:  # Memory may be short. A graph only saves time.
+                self._give_up_graphs()
+                self._launch(stream, given, results, memory)
             return
         self._launch(stream, given, results, memory)
         if known < REPEATED:
@@ -657,7 +667,7 @@ class _Instance:
         try:
             graph = self.graphs[key] = Graph(self.calls)
         except Exception:  # It only saves time, so a driver that cannot make it may refuse.
-            self.repeats, self.graphs = False, {}
+            self._give_up_graphs()
             return
         _MADE.append((weakref.ref(self), key, weakref.ref(graph)))
         if len(_MADE) > GRAPHS:
@@ -665,6 +675,9 @@ class _Instance:
             instance = of()
             if instance is not None and instance.graphs.get(key) is oldest():
                 instance.graphs.pop(key, None)
+
+    def _give_up_graphs(self) -> None:
+        self.repeats, self.graphs = False, {}
 
     def _bind(self, launch: Launch, chained: bool) -> Callable[[int], None]:
         function, described = _loaded(launch)
