@@ -34,26 +34,13 @@ SCALING = {f"big, batch {b}": SHAPES["big"]._replace(batch=b) for b in (1, 2, 4,
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def timed(
-    call: Callable[[tuple[Tensor, ...]], Tensor], tensors: tuple[Tensor, ...], grad: Tensor
-) -> tuple[float, float]:
+def timed(peer: str, problem: Problem) -> tuple[float, float]:
     """Milliseconds of a forward and of a backward."""
-    leaves = tuple(t.detach().requires_grad_() for t in tensors)
-    y = call(leaves)
-    wanted = [t for t in leaves if y.grad_fn is not None]
-
-    def forward() -> None:
-        with torch.no_grad():
-            call(tensors)
-
-    def backward() -> None:
-        torch.autograd.grad(y, wanted, grad, retain_graph=True, allow_unused=True)
-
-    backward()
-    y = call(leaves)  # The second call is the one of a training that has begun.
-    group = {"forward": forward, "backward": backward}
+    calls = {phase: bench.prepare(peer, problem, phase, 1) for phase in bench.PHASES}
+    for call in calls.values():  # Kernels are compiled on all cores.
+        call()
     with bench.one_core():
-        times = bench.gpu_rounds(group, rep=60)
+        times = bench.gpu_rounds(calls, rep=60)
     return statistics.median(times["forward"]), statistics.median(times["backward"])
 
 
@@ -105,44 +92,32 @@ def measure(
         "shape": shape._asdict(),
     }
     ours = problem.tensors()
-    row["forward"], row["backward"] = timed(problem.deform, ours, problem.grad)
+    row["forward"], row["backward"] = timed("deformnd", problem)
     if peers is not None:
         torch.use_deterministic_algorithms(True)
-        row["deterministic backward"] = timed(problem.deform, ours, problem.grad)[1]
+        row["deterministic backward"] = timed("deformnd", problem)[1]
         torch.use_deterministic_algorithms(False)
         row["memory"] = peak(problem.deform, ours, problem.grad)
         row["errors"] = errors(problem)
-        last = problem.last()
-        grad = problem.grad
-        if problem.n > 1:
-            form = {2: torch.channels_last, 3: torch.channels_last_3d}[problem.n]
-            grad = grad.contiguous(memory_format=form)
-        row["dense forward"], row["dense backward"] = timed(problem.dense, last, grad)
+        row["dense forward"], row["dense backward"] = timed("dense", problem)
         if dtype == "float32":
             # In the run with TF32 off, this is the time that cuDNN takes for the same accuracy.
             row["dense is IEEE"] = not torch.backends.cudnn.allow_tf32
         for peer in peers:
             if not bench.fits(peer, problem, "forward"):
                 continue
-            call = getattr(problem, peer)
             with contextlib.suppress(NotImplementedError):  # torch may lack a kernel for a dtype.
-                row[f"{peer} forward"], row[f"{peer} backward"] = timed(call, ours, problem.grad)
-                row[f"{peer} memory"] = peak(call, ours, problem.grad)
+                row[f"{peer} forward"], row[f"{peer} backward"] = timed(peer, problem)
+                row[f"{peer} memory"] = peak(getattr(problem, peer), ours, problem.grad)
         if name == "tiny":
-            calls = {"": problem.deform}
+            named = {"": "deformnd"}
             if "torchvision forward" in row:
-                calls["torchvision "] = problem.torchvision
-            for key, call in calls.items():
-                leaves = tuple(t.detach().requires_grad_() for t in ours)
-                y = call(leaves)
-
-                def backward(y: Tensor = y, leaves: tuple[Tensor, ...] = leaves) -> None:
-                    torch.autograd.grad(y, leaves, problem.grad, retain_graph=True)
-
-                with bench.one_core():
-                    row[key + "host backward"] = bench.host_us(backward, 100)
-                    with torch.no_grad():
-                        row[key + "host forward"] = bench.host_us(call, 100)
+                named["torchvision "] = "torchvision"
+            for key, peer in named.items():
+                for phase in bench.PHASES:
+                    call = bench.prepare(peer, problem, phase, 1)
+                    with bench.one_core():
+                        row[f"{key}host {phase}"] = bench.host_us(call, 100)
     return row
 
 

@@ -14,7 +14,7 @@ import argparse
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from deformnd import bench, sweep
-from deformnd.bench import Problem
+from deformnd.bench import Problem, Shape
 from deformnd.kernels import gpu
 from deformnd.kernels.gpu import hopper, im2col, strategy, variants
 from deformnd.kernels.gpu.layout import Call
@@ -89,7 +89,7 @@ def ways(run: Callable[[], Any]) -> Row:
         _, chosen = found.pop("NARROW")
         other(f"two kernels for {chosen}", mock.patch.object(hopper, "BACKWARD_NARROW", ()))
     for kind, (call, chosen) in found.items():
-        for variant in dict((v.name, v) for v in reversed(KINDS[kind])).values():
+        for variant in {v.name: v for v in reversed(KINDS[kind])}.values():
             if variant.name != chosen and "small" not in variant.name and able(variant, call):
                 forced = (variant._replace(takes=lambda call: True),)
                 other(f"{variant.name} for {chosen}", mock.patch.object(strategy, kind, forced))
@@ -100,18 +100,16 @@ def ways(run: Callable[[], Any]) -> Row:
     return row
 
 
-def rows(args: argparse.Namespace) -> Iterator[Row]:
-    layers = sweep.draw(args.layers, args.seed, args.samples)
+def rows(layers: Sequence[Shape], dtypes: Sequence[str]) -> Iterator[Row]:
     for shape in tqdm(layers, unit="layer", disable=None):
-        for dtype in args.dtypes:
-            problem = Problem(shape, getattr(torch, dtype), args.device)
+        for dtype in dtypes:
+            problem = Problem(shape, getattr(torch, dtype), "cuda")
             for phase, kernel in (
                 ("forward", problem.kernel),
                 ("backward", problem.kernel_backward),
             ):
                 run = functools.partial(kernel, gpu)
                 yield dict(layer=sweep.describe(shape), dtype=dtype, phase=phase, **ways(run))
-        if args.device == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -139,7 +137,7 @@ def summary(report: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,14 +146,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random layers")
     parser.add_argument("--dtypes", nargs="*", default=["float16", "float32"])
     parser.add_argument("--portable", action="store_true", help="without the kernels for Hopper")
-    parser.set_defaults(device="cuda", samples=sweep.SAMPLES["cuda"] // 2)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
     if args.portable:
         bench.without_hopper()
     report: Row = {"device": torch.cuda.get_device_name(), **bench.versions(), "rows": []}
     report |= {"seed": args.seed, "portable": args.portable}
-    for row in rows(args):
+    layers = sweep.draw(args.layers, args.seed, sweep.SAMPLES["cuda"] // 2)
+    for row in rows(layers, args.dtypes):
         report["rows"].append(row)
         args.file.write_text(json.dumps(report).replace('{"layer"', '\n{"layer"') + "\n")
     print(summary(report["rows"]))

@@ -272,7 +272,8 @@ class Invocation:
         """Add the launch to a graph, after another node of it if `before` is not null. Returns its
         own node."""
         driver, node, of = _driver(), c_void_p(), self.configuration
-        about = _Node(self.call[1], of.grid, of.block, of.shared, self.call[2])
+        arguments = ctypes.addressof(self.arguments)
+        about = _Node(self.function.handle.value, of.grid, of.block, of.shared, arguments)
         chained = bool(before and of.number_of_attributes)
         count = c_size_t(bool(before) and not chained)
         add = driver.cuGraphAddKernelNode_v2(byref(node), graph, byref(before), count, byref(about))
