@@ -14,8 +14,7 @@ only that. gpu/__init__.py does so for calls that are dispatched, autograd.py fo
 
 Note [private names]
 No private name of torch has to be there. They are looked for once, here. Without those of the
-direct way all calls are dispatched, autograd.py does without two others, and the GPU's plans
-without the last one.
+direct way all calls are dispatched, and autograd.py does without the other two.
 """
 
 from __future__ import annotations
@@ -40,11 +39,6 @@ _C: Any = torch._C
 # The second, given True, turns forward mode on again where torch has turned it off.
 below_autograd: Any = getattr(_C, "_AutoDispatchBelowAutograd", None)
 set_forward_mode: Any = getattr(forward_ad, "_set_fwd_grad_enabled", None)
-
-# torch.empty_strided on the current CUDA device, in half its time, or None; inductor's code calls
-# it, too. It leaves memory as it is where torch.empty_strided fills it for repeatable algorithms.
-_guards = getattr(getattr(_C, "_dynamo", None), "guards", None)
-empty_on_cuda: Any = getattr(_guards, "_empty_strided_cuda", None)
 
 
 def forward_mode() -> bool:

@@ -48,7 +48,6 @@ import triton
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from .. import direct
 from . import sampling
 from .driver import TENSOR_MAP, Function, Graph, Invocation, TensorMap
 
@@ -471,6 +470,12 @@ def shared_memory() -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", whole))
 
 
+# torch.empty_strided on the current CUDA device, in half its time; inductor's code calls it, too.
+# It leaves memory as it is where torch.empty_strided fills it for algorithms to be deterministic.
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_empty_on_cuda = getattr(_guards, "_empty_strided_cuda", None)
+
+
 class _Result(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -554,9 +559,8 @@ class Plan:
         return results
 
     def _empty_results(self) -> list[Tensor]:
-        make = direct.empty_on_cuda if self.device.type == "cuda" else None
-        if make is not None:
-            return [make(shape, strides, dtype) for shape, dtype, strides in self.results]
+        if _empty_on_cuda is not None and self.device.type == "cuda":
+            return [_empty_on_cuda(shape, strides, dtype) for shape, dtype, strides in self.results]
         return [
             torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
             for shape, dtype, strides in self.results
