@@ -26,10 +26,11 @@ import triton.language as tl
 
 from . import columns, depthwise, forward, tiles
 from .backward_atomic import arguments_of
-from .layout import Call, Operand, fit
+from .layout import Call, Operand, Split, fit
 from .prepare import Order, sum_parts
 from .runtime import Buffer
 from .sampling import following, parts_of, unravel, wait_for_previous
+from .tiles import Tiles
 from .variants import Variant
 
 
@@ -262,14 +263,14 @@ class Lots:
 
     def __init__(self, call: Call, block_p: int, numbers: int, wave: int = 0) -> None:
         """A tile has block_p positions, and a lot about `numbers` numbers. `wave` is the number of
-        rows for which a product has about as many programs as the device has multiprocessors. Lots
-        have whole waves then; without it they are of equal size."""
+        rows for which a product has about as many programs as the device has multiprocessors. If
+        there are several lots, they have whole waves; without `wave` they are of equal size."""
         n, self.block_p = call.sizes, block_p
         self.positions = n.positions
         self.tiles: int = triton.cdiv(n.positions, block_p)  # of a batch item
         self.all_tiles, self.length = n.batch * self.tiles, n.taps * tap_columns(call)
         rows = max(numbers // self.length, 1)
-        if wave:
+        if wave and rows < self.all_tiles * block_p:
             rows = rows // wave * wave or rows
         self.tiles_at_once = min(self.all_tiles, triton.cdiv(rows, block_p))
         if not wave:
@@ -381,25 +382,45 @@ def takes_forward(call: Call) -> bool:
     return True
 
 
+def split_product(call: Call, row: Tiles, rows: int, most: int = tiles.PARTS) -> Split:
+    """How the forward's product is split, of so many rows and with these tiles."""
+    n, count = call.sizes, group_columns(call)
+    block_o, block_c = fit(n.group_out, row.block_o), fit(count, row.block_c)
+    programs = triton.cdiv(rows, row.block_p) * call.g.groups * triton.cdiv(n.group_out, block_o)
+    return call.split(
+        *(row.operation, programs, row.warps, n.taps * triton.cdiv(count, block_c)),
+        **dict(products=block_c, added=rows * n.outputs, most=most),
+        work=work_of(call, row.block_p, block_o, block_c),
+        steps=3 if call.precision == "bf16x3" else 1,  # products that wait for each other
+    )
+
+
+def product_tiles(call: Call) -> Tiles:
+    """The tiles of the forward's product. Wide blocks read less for each product, but a
+    multiprocessor runs only one of them at a time."""
+    n = call.sizes
+    usual, wide = (call.tiles("forward_im2col" + k, n.group_out) for k in ("", " wide"))
+    if fit(n.group_out, wide.block_o) <= usual.block_o:
+        return usual
+    rows = n.batch * n.positions
+    times = [split_product(call, row, rows).time for row in (usual, wide)]
+    return wide if call.steps.depending(times[1] < times[0]) else usual
+
+
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
     n, groups, count = call.sizes, call.g.groups, group_columns(call)
     padded = groups > 1 and n.padded > n.group_channels
     weight = call.weight(Order.PADDED if padded else Order.PLAIN)
-    row = call.tiles("forward_im2col", n.group_out)
+    row = product_tiles(call)
     block_o, block_c = fit(n.group_out, row.block_o), fit(count, row.block_c)
     blocks = triton.cdiv(n.group_out, block_o)
     of_rows = groups * blocks  # programs for a tile of rows
     made = Columns(call, image, max(call.multiprocessors // of_rows, 1) * row.block_p)
-    programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
     most = tiles.PARTS
     if not call.steps.together:
         # Memory is short, so parts may take a quarter of what half-precision columns take.
         most = min(most, n.taps * count // (8 * n.outputs))
-    splits = call.splits(
-        *("im2col", programs, row.warps, n.taps * triton.cdiv(count, block_c)),
-        **dict(products=block_c, added=made.lots.rows * n.outputs, most=most),
-        work=work_of(call, row.block_p, block_o, block_c),
-    )
+    splits = split_product(call, row, made.lots.rows, most).parts
     parts = call.room_for_parts(splits, made.lots.rows, n.outputs)
     results = dict(bias=bias, out=out.buffer, parts=parts)
     constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
@@ -421,11 +442,16 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
 
 
 def forward_beats_hopper(call: Call) -> bool:
-    """Whether it takes a call that Hopper's own kernel would take as well. In three dimensions that
-    kernel has blocks of at most 128 outputs, which would each find the same samples."""
-    least = 128 if call.precision == "native" else 256
-    solid = call.by_blocks and len(call.sizes.image) == 3 and not call.narrow
-    return solid and call.sizes.outputs > least and is_one_matrix(call)
+    """Whether it takes a call that Hopper's own kernels would take as well. Where there are few
+    positions, the product has more programs, because it can be split into more parts."""
+    n = call.sizes
+    if call.gives_way:
+        return is_one_matrix(call)
+    if call.narrow or not (call.by_blocks and is_one_matrix(call)):
+        return False
+    few = tiles.FEW_POSITIONS * call.multiprocessors // call.dtype.itemsize
+    many = n.outputs > 128 and n.taps >= 9
+    return many and call.steps.depending(n.batch * n.positions < few)
 
 
 def takes_weight(call: Call) -> bool:
@@ -446,7 +472,7 @@ def write_weight(call: Call, image: Operand, points: Operand, out: Buffer) -> No
     programs = triton.cdiv(n.taps * n.columns, row.block_c) * blocks
     most = call.filling(programs)
     splits = call.splits(
-        *("im2col", programs, row.warps, triton.cdiv(made.lots.rows, row.block_p)),
+        *("backward_weight_im2col", programs, row.warps, triton.cdiv(made.lots.rows, row.block_p)),
         added=n.weights,
         most=most if call.steps.together else min(most, tiles.PARTS),
         work=work_of(call, row.block_p, block_o, row.block_c),

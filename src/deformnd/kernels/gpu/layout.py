@@ -92,17 +92,21 @@ def sample_channels(g: Geometry) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes_of(g: Geometry, blocks: bool, as_rows: bool = False, apart: bool = False) -> Sizes:
+def sizes_of(
+    g: Geometry, blocks: bool, as_rows: bool = False, apart: bool = False, tight: bool = False
+) -> Sizes:
     """The sizes of a call. With `blocks` channels are padded for kernels that take whole blocks of
     them: 32 of the image's, and as many of the points' as make whole tiles. With `as_rows` the
     image is read as it lies, with channels last, if no sample group needs padding. With `apart`
-    each weight group is a sample group, and so is padded, if sample groups consist of them."""
+    each weight group is a sample group, and so is padded, if sample groups consist of them. With
+    `tight` narrow sample groups are padded to multiples of 8 and not to powers of two."""
     channels, length = g.image_channels, sample_channels(g)
     if apart and length % (channels // g.groups) == 0:
         length = channels // g.groups
     number = channels // length
     if is_narrow(length, number):
-        padded = triton.next_power_of_2(length)
+        padded = round_up(length, 8) if tight else triton.next_power_of_2(length)
+        padded = min(padded, triton.next_power_of_2(length))
     elif blocks:
         padded = round_up(length, 32)
     else:
@@ -137,6 +141,18 @@ def whole_blocks(channels: int) -> int:
 
 def is_narrow(length: int, number: int) -> bool:
     return length <= (tiles.NARROW if number > 1 else tiles.NARROW // 2)
+
+
+def gives_way(g: Geometry, precision: str) -> bool:
+    """Whether Hopper's kernels for the forward of a single weight group give way to im2col.py,
+    which finds samples only once."""
+    length = sample_channels(g)
+    number = g.image_channels // length
+    by_width = tiles.SAMPLED_IN_SPACE if len(g.kernel) == 3 else tiles.SAMPLED_BY_BLOCKS
+    padded = triton.next_power_of_2(length)
+    kind = 2 if not is_narrow(length, number) else int(padded > 8)
+    fits = number * padded % 8 == 0  # or loads of 16 bytes do not fit the columns
+    return fits and g.point_channels > by_width[precision][kind]
 
 
 def fit(size: int, block: int, least: int = 32) -> int:
@@ -274,6 +290,13 @@ class Steps:
         return Launch(prepare, (programs, 1, 1), dict(jobs=jobs), dict(KINDS=kinds), 4)
 
 
+class Split(NamedTuple):
+    """A number of parts, and how many microseconds a kernel and the sum of its parts take."""
+
+    time: float
+    parts: int
+
+
 def _worth_trying(units: int, least: int, most: int) -> Iterator[int]:
     """Of all numbers of parts for which the longest part has equally many units, the smallest."""
     parts = least
@@ -314,13 +337,15 @@ class Call:
         self.few_outputs = has_few_outputs(g, dtype) and precision != "bf16x3"
         # Whether there are kernels for this call that take whole blocks of channels, whatever the
         # number of its channels is.
-        self.by_blocks = (
+        suits = (
             self.architecture in tiles.BLOCKS
             and precision in ("native", "bf16x3")
             and not self.few_outputs
             and g.groups == 1
             and g.offset_groups > 0
         )
+        self.gives_way = suits and gives_way(g, precision)
+        self.by_blocks = suits and not (gathers and self.gives_way)
         # Planes of sample groups help a depthwise call in the cache. In float32 that gains less
         # than the copy into planes costs, and in half precision it gains about as much.
         depthwise = g.groups == g.image_channels and g.point_channels <= tiles.MOST * g.groups
@@ -330,7 +355,10 @@ class Call:
         # sample groups, which are padded, if no gradient has to be computed for each of these.
         of_group = g.image_channels // g.groups
         odd = of_group > tiles.NARROW and of_group * dtype.itemsize % 16 > 0
-        self.sizes = sizes_of(g, self.by_blocks, rows, gathers and odd)
+        # Gradients and Hopper's narrow kernel need powers of two, and im2col.py does not. But in
+        # float32 samples of 24 channels are written down more slowly than those of 32.
+        tight = gathers and g.groups == 1 and dtype.itemsize == 2 and not self.by_blocks
+        self.sizes = sizes_of(g, self.by_blocks, rows, gathers and odd, tight)
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
         self.given_weight = weight  # None stands for a weight of ones
         self.number_of_chunks = chunks
@@ -422,7 +450,11 @@ class Call:
         self.launch(kernel, grid, constants, **rest)
         self.reduce(parts, out, bias)
 
-    def splits(
+    def splits(self, kernel: str, programs: int, warps: int, units: int, **more: Any) -> int:
+        """How many parts each sum is split into (`split`)."""
+        return self.split(kernel, programs, warps, units, **more).parts
+
+    def split(
         self,
         kernel: str,
         programs: int,
@@ -434,9 +466,10 @@ class Call:
         most: int | None = None,
         work: float = 1,
         steps: int = 1,
-    ) -> int:
-        """How many parts each sum is split into. So many programs, of so many warps, compute sums
-        of so many units. More parts fill the multiprocessors better, but have to be added.
+    ) -> Split:
+        """How many parts each sum is split into, and how long that takes. So many programs, of so
+        many warps, compute sums of so many units. More parts fill the multiprocessors better, but
+        have to be added.
 
         A unit has `products` products. In float32 no part has more than LONGEST of them (tiles.py).
         A part writes `added` numbers to memory; 0 stands for parts that are added atomically. There
@@ -464,7 +497,8 @@ class Call:
             least = triton.cdiv(units, max(tiles.LONGEST // products, 1))
         if most is None:
             most = units if not added else tiles.PARTS if self.steps.room > 1 else 1
-        return min(_worth_trying(units, least, max(least, min(most, units))), key=taken)
+        tried = _worth_trying(units, least, max(least, min(most, units)))
+        return min(Split(taken(parts), parts) for parts in tried)
 
     def sampling(self, positions: int, channels: int, steps: int = 1) -> dict[str, int]:
         """What `splits` is told of a forward whose units sample so many channels at so many

@@ -23,7 +23,7 @@ from .. import sampling
 from ..layout import Call, Operand
 from ..prepare import Order
 from ..runtime import Buffer
-from ..tiles import SAMPLED_ONCE_NARROW, Tiles
+from ..tiles import Tiles
 from ..variants import Variant
 from . import common
 
@@ -478,9 +478,9 @@ def takes(call: Call) -> bool:
 
 
 def takes_forward(call: Call) -> bool:
-    """Whether the forward takes a call, which it does up to a number of outputs. With more outputs
-    too many blocks would sample anew, and im2col.py is faster."""
-    return takes(call) and call.sizes.outputs <= SAMPLED_ONCE_NARROW[call.precision]
+    """Whether the forward takes a call. With many outputs too many blocks would sample anew, and
+    im2col.py is faster."""
+    return takes(call) and not call.gives_way
 
 
 def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
