@@ -5,7 +5,7 @@
 
 `time` has each kernel of random layers (deformnd/sweep.py) split its sums into several numbers of
 parts, and writes down how long the whole call takes on the device, with a cold second-level cache.
-`fit` needs Triton, but no GPU. It searches for costs by which `Call.split` loses least: the loss
+`fit` needs Triton, but no GPU. It searches for costs by which `Call.splits` loses least: the loss
 of a call is how much slower its number of parts is than the best one that was timed. For each
 kernel it prints the costs of the table and those that it found, with their mean losses.
 """
@@ -30,7 +30,7 @@ from deformnd import bench, sweep
 from deformnd.bench import Problem
 from deformnd.kernels import gpu
 from deformnd.kernels.gpu import tiles
-from deformnd.kernels.gpu.layout import Call, Split
+from deformnd.kernels.gpu.layout import Call
 
 FACTORS = (0.25, 0.5, 0.67, 0.8, 1.25, 1.5, 2, 3, 4)  # of the number of parts that is chosen
 FEW = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)
@@ -41,31 +41,31 @@ Row = dict[str, Any]
 
 
 class Forced:
-    """Call.split, with some numbers of parts forced and the arguments written down."""
+    """Call.splits, with some numbers of parts forced and the arguments written down."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}  # by kernel
         self.seen: dict[str, Row] = {}  # what the last plan runs
         self.ambiguous: set[str] = set()  # kernels that this plan has with different arguments
         self.steps: Any = None  # of the last plan
-        split = Call.split
+        splits = Call.splits
 
-        def forced(call: Call, kernel: str, *given: int, **more: Any) -> Split:
-            usual = split(call, kernel, *given, **more)
+        def forced(call: Call, kernel: str, *given: int, **more: Any) -> int:
+            chosen = splits(call, kernel, *given, **more)
             if call.steps.other:  # These launches are only loaded.
-                return usual
+                return chosen
             if call.steps is not self.steps:  # Plans that were made before are thrown away.
                 self.steps = call.steps
                 self.seen.clear()
                 self.ambiguous.clear()
-            row = dict(kernel=kernel, given=given, more=more, chosen=usual.parts)
+            row = dict(kernel=kernel, given=given, more=more, chosen=chosen)
             row |= dict(dtype=str(call.dtype)[6:], precision=call.precision)
             row |= dict(multiprocessors=call.multiprocessors)
             if self.seen.setdefault(kernel, row) != row:
                 self.ambiguous.add(kernel)
-            return usual._replace(parts=min(self.parts.get(kernel, usual.parts), given[2]))
+            return min(self.parts.get(kernel, chosen), given[2])
 
-        Call.split = forced  # type: ignore[assignment]
+        Call.splits = forced  # type: ignore[assignment]
 
 
 def candidates(row: Row) -> list[int]:
@@ -115,7 +115,7 @@ def time(args: argparse.Namespace) -> None:
 
 
 def loss(row: Row) -> float:
-    """How much slower the number of parts that Call.split chooses is than the best one, as a
+    """How much slower the number of parts that Call.splits chooses is than the best one, as a
     logarithm. Between two numbers that were timed, the time is interpolated."""
     call: Any = SimpleNamespace(
         multiprocessors=row["multiprocessors"],
@@ -123,7 +123,7 @@ def loss(row: Row) -> float:
         precision=row["precision"],
         steps=SimpleNamespace(room=2),
     )
-    chosen = Call.split(call, row["kernel"], *row["given"], **row["more"]).parts
+    chosen = Call.splits(call, row["kernel"], *row["given"], **row["more"])
     times = {int(n): math.log(ms) for n, ms in row["ms"].items()}
     below = max((n for n in times if n <= chosen), default=min(times))
     above = min((n for n in times if n >= chosen), default=max(times))

@@ -17,8 +17,8 @@ multiprocessors idle, so fewer and larger lots are faster where memory is not sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +26,7 @@ import triton.language as tl
 
 from . import columns, depthwise, forward, tiles
 from .backward_atomic import arguments_of
-from .layout import Call, Operand, Split, fit
+from .layout import Call, Operand, fit, round_up
 from .prepare import Order, sum_parts
 from .runtime import Buffer
 from .sampling import following, parts_of, unravel, wait_for_previous
@@ -89,14 +89,14 @@ def sample_columns(image, offset, mask, out, g, tap_columns, first_tile, first_r
 
 
 @triton.jit
-def read_factor(of, tails, place, inside, c, stop,
+def read_factor(of, tails, place, inside, c, here,
                 EVEN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The numbers c of the rows that begin at each place, as a factor of a product: of columns, of
-    points or of weights. A row has `stop` numbers, which EVEN blocks do not pass. In "bf16x3" these
-    are heads, and their tails lie `tails` after them."""
+    points or of weights. `here` says which of them exist, which is all of them if EVEN. In "bf16x3"
+    these are heads, and their tails lie `tails` after them."""
     keep = inside[:, None]
     if not EVEN:
-        keep = keep & (c < stop)[None, :]
+        keep = keep & here[None, :]
     factor = (tl.load(of + place[:, None] + c[None, :], mask=keep, other=0.0),)
     if PRECISION == "bf16x3":
         of += tails
@@ -122,11 +122,13 @@ def store_rows(out, acc, bias, row, inside, o, o_in, g,
 @triton.jit
 def multiply_columns(laid, weight, bias, out, parts, g, tap_columns, group_columns, first_row, room,
                      number, groups, blocks, splits,
-                     LAST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-                     EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-                     BLOCK_C: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
+                     LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+                     INDEX: tl.constexpr, EVEN: tl.constexpr,
+                     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+                     CHAINED: tl.constexpr):  # fmt: skip
     """The outputs at the `number` rows whose columns sample_columns has written. Each tap has
-    tap_columns columns, and group_columns of them are those of a weight group.
+    tap_columns columns, and group_columns of them are those of a weight group. An output is a sum
+    over those of all taps.
 
     Grid: (tiles of rows x weight groups x blocks of a group's outputs, splits of the columns).
     """
@@ -137,21 +139,27 @@ def multiply_columns(laid, weight, bias, out, parts, g, tap_columns, group_colum
     o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     o_in = o < g.group_out
     o += group * g.group_out
-    per_tap = tl.cdiv(group_columns, BLOCK_C)
+    length = g.taps * group_columns
+    steps = tl.cdiv(length, BLOCK_C)
     split = tl.program_id(1)
-    first = (split * (g.taps * per_tap) // splits).to(tl.int32)
-    last = ((split + 1) * (g.taps * per_tap) // splits).to(tl.int32)
+    first = (split * steps // splits).to(tl.int32)
+    last = ((split + 1) * steps // splits).to(tl.int32)
     laid += group * group_columns
     laid_tails = room * (g.taps * tap_columns)
-    weight_tails = g.taps * g.padded_outputs * group_columns
+    weight_tails = g.padded_outputs * length
+    of_row = row * (g.taps * tap_columns)
+    of_output = o * length
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for step in range(first, last):
-        tap = step // per_tap
-        c = step % per_tap * BLOCK_C + tl.arange(0, BLOCK_C)
-        of_row = (row * g.taps + tap) * tap_columns
-        of_output = (tap * g.padded_outputs + o) * group_columns
-        x = read_factor(laid, laid_tails, of_row, inside, c, group_columns, EVEN, PRECISION)
-        w = read_factor(weight, weight_tails, of_output, o_in, c, group_columns, EVEN, PRECISION)
+        k = step * BLOCK_C + tl.arange(0, BLOCK_C)
+        column = k
+        if GROUPED:
+            # Both counts are multiples of 8, so runs of 8 columns stay together.
+            column = k // group_columns * tap_columns + k % group_columns
+            column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
+        here = k < length
+        x = read_factor(laid, laid_tails, of_row, inside, column, here, EVEN, PRECISION)
+        w = read_factor(weight, weight_tails, of_output, o_in, k, here, EVEN, PRECISION)
         acc = columns.dot(x, columns.transpose(w, PRECISION), acc, PRECISION)
     if splits > 1:
         place = ((split * room + row) * g.outputs)[:, None] + o[None, :]
@@ -199,7 +207,9 @@ def multiply_points(laid, points, parts, g, first_row, room, number, blocks, spl
     s, c = c // g.padded, c % g.padded
     place = (split * g.taps + tap) * g.channels + s * g.group_channels + c
     place = (place.to(tl.int64) * g.padded_outputs)[:, None] + o[None, :]
-    keep = ((column < length) & (c < g.group_channels))[:, None] & (o < g.padded_outputs)[None, :]
+    real = column < length
+    o_in = o < g.padded_outputs
+    keep = (real & (c < g.group_channels))[:, None] & o_in[None, :]
     acc = tl.load(parts + place, mask=keep & (before > 0), other=0.0)
     steps = tl.cdiv(number, BLOCK_P)
     points += first_row.to(tl.int64) * g.padded_outputs
@@ -208,9 +218,9 @@ def multiply_points(laid, points, parts, g, first_row, room, number, blocks, spl
     for step in range(split * steps // splits, (split + 1) * steps // splits):
         row = step * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = row < number
-        x = read_factor(laid, laid_tails, row * length, inside, column, length, False, PRECISION)
+        x = read_factor(laid, laid_tails, row * length, inside, column, real, False, PRECISION)
         of_row = row * g.padded_outputs
-        y = read_factor(points, point_tails, of_row, inside, o, g.padded_outputs, False, PRECISION)
+        y = read_factor(points, point_tails, of_row, inside, o, o_in, False, PRECISION)
         acc = columns.dot_once(columns.transpose(x, PRECISION), y, acc, PRECISION)
     tl.store(parts + place, acc, mask=keep)
 
@@ -229,6 +239,7 @@ def multiply_weight(points, weight, out, g, first_row, number, blocks,
     inside = row < number
     tap = tl.program_id(0) // blocks % g.taps
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_in = c < g.columns
     points += first_row.to(tl.int64) * g.padded_outputs
     point_tails = g.batch.to(tl.int64) * g.positions * g.padded_outputs
     weight_tails = g.taps * g.padded_outputs * g.columns
@@ -238,8 +249,8 @@ def multiply_weight(points, weight, out, g, first_row, number, blocks,
         o = o0 + tl.arange(0, BLOCK_O)
         o_in = o < g.padded_outputs
         of_output = (tap * g.padded_outputs + o) * g.columns
-        x = read_factor(points, point_tails, of_row, inside, o, g.padded_outputs, False, PRECISION)
-        w = read_factor(weight, weight_tails, of_output, o_in, c, g.columns, EVEN, PRECISION)
+        x = read_factor(points, point_tails, of_row, inside, o, o_in, False, PRECISION)
+        w = read_factor(weight, weight_tails, of_output, o_in, c, c_in, EVEN, PRECISION)
         acc = columns.dot(x, w, acc, PRECISION)
     keep = inside[:, None]
     if not EVEN:
@@ -263,19 +274,16 @@ class Lots:
 
     def __init__(self, call: Call, block_p: int, numbers: int, wave: int = 0) -> None:
         """A tile has block_p positions, and a lot about `numbers` numbers. `wave` is the number of
-        rows for which a product has about as many programs as the device has multiprocessors. If
-        there are several lots, they have whole waves; without `wave` they are of equal size."""
+        rows for which a product has about as many programs as the device runs at once. Lots have
+        whole waves, if these are not too large, or else are of equal size."""
         n, self.block_p = call.sizes, block_p
         self.positions = n.positions
         self.tiles: int = triton.cdiv(n.positions, block_p)  # of a batch item
         self.all_tiles, self.length = n.batch * self.tiles, n.taps * tap_columns(call)
-        rows = max(numbers // self.length, 1)
-        if wave and rows < self.all_tiles * block_p:
-            rows = rows // wave * wave or rows
-        self.tiles_at_once = min(self.all_tiles, triton.cdiv(rows, block_p))
-        if not wave:
-            lots = triton.cdiv(self.all_tiles, self.tiles_at_once)
-            self.tiles_at_once = triton.cdiv(self.all_tiles, lots)
+        most = triton.cdiv(numbers, self.length * block_p)
+        even = triton.cdiv(self.all_tiles, triton.cdiv(self.all_tiles, most))
+        whole = round_up(even, max(wave // block_p, 1))
+        self.tiles_at_once = min(self.all_tiles, whole if whole <= most else even)
         # The most rows of a lot. A batch item's last tile may be part empty, so tiles have at most
         # block_p rows each.
         self.rows = min(self.tiles_at_once * block_p, n.batch * n.positions)
@@ -382,59 +390,62 @@ def takes_forward(call: Call) -> bool:
     return True
 
 
-def split_product(call: Call, row: Tiles, rows: int, most: int = tiles.PARTS) -> Split:
-    """How the forward's product is split, of so many rows and with these tiles."""
-    n, count = call.sizes, group_columns(call)
-    block_o, block_c = fit(n.group_out, row.block_o), fit(count, row.block_c)
-    programs = triton.cdiv(rows, row.block_p) * call.g.groups * triton.cdiv(n.group_out, block_o)
-    return call.split(
-        *(row.operation, programs, row.warps, n.taps * triton.cdiv(count, block_c)),
-        **dict(products=block_c, added=rows * n.outputs, most=most),
-        work=work_of(call, row.block_p, block_o, block_c),
-        steps=3 if call.precision == "bf16x3" else 1,  # products that wait for each other
+def launch_product(
+    call: Call, row: Tiles, rows: int, splits: int, weight: Buffer, last: bool, **rest: Any
+) -> None:
+    """Launch the product of a lot, with these tiles. `rest` are multiply_columns' arguments."""
+    groups, count = call.g.groups, group_columns(call)
+    block_o = fit(call.sizes.group_out, row.block_o)
+    blocks = triton.cdiv(call.sizes.group_out, block_o)
+    call.launch(
+        *(multiply_columns, (triton.cdiv(rows, row.block_p) * groups * blocks, splits)),
+        dict(
+            **dict(LAST=last, EVEN=call.sizes.taps * count % row.block_c == 0),
+            **dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=row.block_c),
+        ),
+        **dict(rest, weight=weight, groups=groups, group_columns=count, blocks=blocks),
+        **dict(splits=splits, warps=row.warps, stages=row.stages),
     )
 
 
-def product_tiles(call: Call) -> Tiles:
-    """The tiles of the forward's product. Wide blocks read less for each product, but a
-    multiprocessor runs only one of them at a time."""
-    n = call.sizes
-    usual, wide = (call.tiles("forward_im2col" + k, n.group_out) for k in ("", " wide"))
-    if fit(n.group_out, wide.block_o) <= usual.block_o:
-        return usual
-    rows = n.batch * n.positions
-    times = [split_product(call, row, rows).time for row in (usual, wide)]
-    return wide if call.steps.depending(times[1] < times[0]) else usual
+class Product(NamedTuple):
+    """What multiplies columns: the operation in the tables of tiles, and what launches it."""
+
+    operation: str
+    launch: Callable[..., None]
 
 
-def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand) -> None:
-    n, groups, count = call.sizes, call.g.groups, group_columns(call)
-    padded = groups > 1 and n.padded > n.group_channels
-    weight = call.weight(Order.PADDED if padded else Order.PLAIN)
-    row = product_tiles(call)
-    block_o, block_c = fit(n.group_out, row.block_o), fit(count, row.block_c)
-    blocks = triton.cdiv(n.group_out, block_o)
-    of_rows = groups * blocks  # programs for a tile of rows
-    made = Columns(call, image, max(call.multiprocessors // of_rows, 1) * row.block_p)
+PORTABLE = Product("forward_im2col", launch_product)
+
+
+def write_forward(
+    call: Call, image: Operand, bias: Buffer | None, out: Operand, product: Product = PORTABLE
+) -> None:
+    n, groups, weight = call.sizes, call.g.groups, call.weight(Order.FLAT)
+    row = call.tiles(product.operation, n.group_out)
+    length = n.taps * group_columns(call)
+    block_o = fit(n.group_out, row.block_o)
+    of_rows = groups * triton.cdiv(n.group_out, block_o)  # programs for a tile of rows
+    made = Columns(call, image, max(2 * call.multiprocessors // of_rows, 1) * row.block_p)
+    programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
     most = tiles.PARTS
     if not call.steps.together:
         # Memory is short, so parts may take a quarter of what half-precision columns take.
-        most = min(most, n.taps * count // (8 * n.outputs))
-    splits = split_product(call, row, made.lots.rows, most).parts
+        most = min(most, length // (8 * n.outputs))
+    splits = call.splits(
+        *(product.operation, programs, row.warps, triton.cdiv(length, row.block_c)),
+        **dict(products=row.block_c, added=made.lots.rows * n.outputs, most=most),
+        work=work_of(call, row.block_p, block_o, row.block_c),
+        steps=3 if call.precision == "bf16x3" else 1,  # products that wait for each other
+    )
     parts = call.room_for_parts(splits, made.lots.rows, n.outputs)
     results = dict(bias=bias, out=out.buffer, parts=parts)
-    constants: dict[str, Any] = dict(LAST=out.last, EVEN=count % block_c == 0)
-    constants |= dict(BLOCK_P=row.block_p, BLOCK_O=block_o, BLOCK_C=block_c)
     across = triton.cdiv(n.outputs, 32)
     for which in made.write():
-        rows = triton.cdiv(which["number"], row.block_p)
-        call.launch(
-            *(multiply_columns, (rows * of_rows, splits), constants),
-            **dict(results, weight=weight, groups=groups, group_columns=count, blocks=blocks),
-            **dict(which, splits=splits, warps=row.warps, stages=row.stages),
-        )
+        rows = which["number"]
+        product.launch(call, row, rows, splits, weight, out.last, **results, **which)
         adds = call.make(
-            *(add_parts, (triton.cdiv(which["number"], 32) * across,)),
+            *(add_parts, (triton.cdiv(rows, 32) * across,)),
             dict(LAST=out.last, BLOCK_P=32, BLOCK_O=32, TOGETHER=4),
             **dict(results, blocks=across, splits=splits, warps=4, **which),
         )
@@ -442,16 +453,8 @@ def write_forward(call: Call, image: Operand, bias: Buffer | None, out: Operand)
 
 
 def forward_beats_hopper(call: Call) -> bool:
-    """Whether it takes a call that Hopper's own kernels would take as well. Where there are few
-    positions, the product has more programs, because it can be split into more parts."""
-    n = call.sizes
-    if call.gives_way:
-        return is_one_matrix(call)
-    if call.narrow or not (call.by_blocks and is_one_matrix(call)):
-        return False
-    few = tiles.FEW_POSITIONS * call.multiprocessors // call.dtype.itemsize
-    many = n.outputs > 128 and n.taps >= 9
-    return many and call.steps.depending(n.batch * n.positions < few)
+    """Whether it takes a call that Hopper's own kernels would take as well."""
+    return call.gives_way and is_one_matrix(call)
 
 
 def takes_weight(call: Call) -> bool:

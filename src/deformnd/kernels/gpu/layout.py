@@ -143,18 +143,6 @@ def is_narrow(length: int, number: int) -> bool:
     return length <= (tiles.NARROW if number > 1 else tiles.NARROW // 2)
 
 
-def gives_way(g: Geometry, precision: str) -> bool:
-    """Whether Hopper's kernels for the forward of a single weight group give way to im2col.py,
-    which finds samples only once."""
-    length = sample_channels(g)
-    number = g.image_channels // length
-    by_width = tiles.SAMPLED_IN_SPACE if len(g.kernel) == 3 else tiles.SAMPLED_BY_BLOCKS
-    padded = triton.next_power_of_2(length)
-    kind = 2 if not is_narrow(length, number) else int(padded > 8)
-    fits = number * padded % 8 == 0  # or loads of 16 bytes do not fit the columns
-    return fits and g.point_channels > by_width[precision][kind]
-
-
 def fit(size: int, block: int, least: int = 32) -> int:
     """A block that is not much larger than what it holds, but has at least `least` channels: a
     product needs 16 of them, and 32 fill a sector of memory."""
@@ -290,13 +278,6 @@ class Steps:
         return Launch(prepare, (programs, 1, 1), dict(jobs=jobs), dict(KINDS=kinds), 4)
 
 
-class Split(NamedTuple):
-    """A number of parts, and how many microseconds a kernel and the sum of its parts take."""
-
-    time: float
-    parts: int
-
-
 def _worth_trying(units: int, least: int, most: int) -> Iterator[int]:
     """Of all numbers of parts for which the longest part has equally many units, the smallest."""
     parts = least
@@ -335,21 +316,21 @@ class Call:
         self.spread = self._spreads(g)
         self.g = g = g._replace(groups=1) if self.spread else g
         self.few_outputs = has_few_outputs(g, dtype) and precision != "bf16x3"
-        # Whether there are kernels for this call that take whole blocks of channels, whatever the
-        # number of its channels is.
-        suits = (
+        # Whether Hopper has kernels for this call, most of which take whole blocks of channels,
+        # whatever the number of its channels is.
+        self.suits_hopper = suits = (
             self.architecture in tiles.BLOCKS
             and precision in ("native", "bf16x3")
             and not self.few_outputs
             and g.groups == 1
             and g.offset_groups > 0
         )
-        self.gives_way = suits and gives_way(g, precision)
+        self.last, self.gathers = last, gathers
+        self.gives_way = suits and self._gives_way(g)
         self.by_blocks = suits and not (gathers and self.gives_way)
         # Planes of sample groups help a depthwise call in the cache. In float32 that gains less
         # than the copy into planes costs, and in half precision it gains about as much.
         depthwise = g.groups == g.image_channels and g.point_channels <= tiles.MOST * g.groups
-        self.last, self.gathers = last, gathers
         rows = last and depthwise and dtype == torch.float32
         # Where weight groups begin at odd places, loads of 16 bytes do not fit them. They are made
         # sample groups, which are padded, if no gradient has to be computed for each of these.
@@ -405,6 +386,22 @@ class Call:
         most = (tiles.SPREAD_BY_BLOCKS if by_blocks else tiles.SPREAD)[self.precision]
         return several and max(g.image_channels, g.point_channels) <= most
 
+    def _gives_way(self, g: Geometry) -> bool:
+        """Whether Hopper's kernels for the forward give way to im2col.py, which finds samples only
+        once. It is faster where there are many outputs, or while the columns stay in the cache."""
+        rank, length = len(g.kernel), sample_channels(g)
+        number, padded = g.image_channels // length, triton.next_power_of_2(length)
+        if number * padded % 8 > 0:  # Loads of 16 bytes would not fit the columns.
+            return False
+        narrow = is_narrow(length, number)
+        least = (tiles.SAMPLED_IN_SPACE if rank == 3 else tiles.SAMPLED_BY_BLOCKS)[self.precision]
+        if g.point_channels > least[int(padded > 8) if narrow else 2]:
+            return True
+        if narrow or not self.gathers or g.point_channels <= (0, 1 << 31, 128, 0)[rank]:
+            return False
+        columns = g.batch * math.prod(g.point_size) * math.prod(g.kernel) * g.image_channels
+        return self.steps.depending(columns * self.dtype.itemsize <= 2 * tiles.COLUMNS_AT_ONCE)
+
     def make(
         self,
         kernel: Any,
@@ -450,11 +447,7 @@ class Call:
         self.launch(kernel, grid, constants, **rest)
         self.reduce(parts, out, bias)
 
-    def splits(self, kernel: str, programs: int, warps: int, units: int, **more: Any) -> int:
-        """How many parts each sum is split into (`split`)."""
-        return self.split(kernel, programs, warps, units, **more).parts
-
-    def split(
+    def splits(
         self,
         kernel: str,
         programs: int,
@@ -466,10 +459,9 @@ class Call:
         most: int | None = None,
         work: float = 1,
         steps: int = 1,
-    ) -> Split:
-        """How many parts each sum is split into, and how long that takes. So many programs, of so
-        many warps, compute sums of so many units. More parts fill the multiprocessors better, but
-        have to be added.
+    ) -> int:
+        """How many parts each sum is split into. So many programs, of so many warps, compute sums
+        of so many units. More parts fill the multiprocessors better, but have to be added.
 
         A unit has `products` products. In float32 no part has more than LONGEST of them (tiles.py).
         A part writes `added` numbers to memory; 0 stands for parts that are added atomically. There
@@ -497,8 +489,7 @@ class Call:
             least = triton.cdiv(units, max(tiles.LONGEST // products, 1))
         if most is None:
             most = units if not added else tiles.PARTS if self.steps.room > 1 else 1
-        tried = _worth_trying(units, least, max(least, min(most, units)))
-        return min(Split(taken(parts), parts) for parts in tried)
+        return min(_worth_trying(units, least, max(least, min(most, units))), key=taken)
 
     def sampling(self, positions: int, channels: int, steps: int = 1) -> dict[str, int]:
         """What `splits` is told of a forward whose units sample so many channels at so many
@@ -679,8 +670,9 @@ class Call:
         return self._made[key]
 
     def weight(self, order: Order = Order.PLAIN, run: int = 8) -> Buffer | None:
-        """The weight packed as [taps, padded_outputs, columns], or its bfloat16 heads and tails, as
-        a matrix of rows. It is None for an aggregation, whose kernels (depthwise.py) need none."""
+        """The weight packed as [taps, padded_outputs, columns], or as the order says, or its
+        bfloat16 heads and tails, as a matrix of rows. It is None for an aggregation, whose kernels
+        (depthwise.py) need none."""
         if self.given_weight is None:
             return None
         key = ("weight", order, run)
@@ -690,14 +682,15 @@ class Call:
         columns, arrays, lengths = n.columns, 1, (n.group_channels, n.padded)
         if order == Order.BY_GROUP:
             columns, arrays = whole_blocks(n.channels), n.sample_groups
-        if order == Order.PADDED:
+        if order == Order.FLAT and n.padded > n.group_channels:
             columns = n.group_in // n.group_channels * n.padded
         elif order == Order.BY_GROUP or self.g.groups > 1:
             lengths = (n.group_in, columns)
         plain = columns == n.group_in and n.padded_outputs == n.outputs and not self.spread
         group_in, group_out = self._given_group()
-        if n.taps == 1 and not bf16x3 and order == Order.PLAIN and plain:
-            return weight.buffer._replace(shape=(n.outputs, columns))
+        in_order = n.taps == 1 and order in (Order.PLAIN, Order.FLAT)
+        if plain and not bf16x3 and (in_order or (order == Order.FLAT and weight.last)):
+            return weight.buffer._replace(shape=(n.outputs * n.taps, columns))
         shape = ((arrays + bf16x3) * n.taps * n.padded_outputs, columns)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if bf16x3 else weight.buffer.dtype)
         # Heads and tails are twice as many stores, so they are made wide.
@@ -709,8 +702,6 @@ class Call:
             *(n.taps, n.outputs, n.padded_outputs, group_in, group_out, columns, *lengths),
             *(n.group_channels, n.taps * n.padded_outputs * columns, blocks),
         )
-        if order == Order.PADDED:
-            order = Order.PLAIN  # for _pack, which the sizes tell of the padding
         kind = (PACK.value, weight.last, bf16x3, int(order), run, block_c, block_k, width)
         self.steps.first(kind, weight.buffer, out, sizes)
         self._made[key] = out

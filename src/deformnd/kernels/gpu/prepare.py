@@ -21,7 +21,7 @@ class Order(enum.IntEnum):
     OPERAND = 1  # image channels as registers hold a factor, point channels as they hold a sum
     ACCUMULATOR = 2  # image channels as registers hold a sum of products
     BY_GROUP = 3  # one array of all channels per sample group, 0 in the channels of the others
-    PADDED = 4  # the sample groups of each weight group, with their padding (im2col.py)
+    FLAT = 4  # [outputs, taps, columns], a row with all that an output multiplies (im2col.py)
 
 
 @triton.jit
@@ -56,7 +56,8 @@ def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
           ORDER: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
           WIDTH: tl.constexpr):  # fmt: skip
     """Pack a weight [outputs, group_in, taps] (with LAST [outputs, taps, group_in]) as [taps,
-    padded_outputs, columns]. RUN is the channels of a lane in the orders of registers (Order).
+    padded_outputs, columns], or as Order.FLAT says. RUN is the channels of a lane in the orders of
+    registers (Order).
 
     Tiles of WIDTH taps are loaded, all before the first is stored. With a WIDTH of 1 a lane has one
     column and works out only once where its channel lies. With more, stores are wider.
@@ -95,6 +96,8 @@ def _pack(program, weight, out, n, LAST: tl.constexpr, BF16X3: tl.constexpr,
         tap = taps + k * WIDTH
         there = inside & (tap < n.taps)
         to = (tap * n.padded_outputs + o) * n.columns + column
+        if ORDER == 4:
+            to = (o * n.taps + tap) * n.columns + column
         if BF16X3:
             head = value.to(tl.bfloat16)
             tail = (value - head.to(tl.float32)).to(tl.bfloat16)

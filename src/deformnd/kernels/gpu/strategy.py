@@ -30,6 +30,7 @@ FORWARD = (
     depthwise.FORWARD,
     depthwise.FORWARD_FEW,
     forward.SINGLE_TAP,
+    *hopper.FORWARD_FIRST,
     im2col.FORWARD_FIRST,
     *hopper.FORWARD,
     im2col.FORWARD,

@@ -59,8 +59,6 @@ PORTABLE = (
     Tiles("forward_im2col", 2, ANY, 128, 128, 64, 8, 3),
     Tiles("forward_im2col", 4, 64, 128, 64, 32, 4, 3),
     Tiles("forward_im2col", 4, ANY, 128, 128, 32, 4, 3),
-    Tiles("forward_im2col wide", 2, ANY, 128, 256, 64, 8, 3),
-    Tiles("forward_im2col wide", 4, ANY, 128, 128, 32, 4, 3),
     Tiles("backward_weight_im2col", 2, ANY, 64, 128, 128, 8, 3),
     Tiles("backward_weight_im2col", 4, ANY, 32, 128, 128, 8, 3),
     Tiles("backward_atomic_im2col", 2, 64, 128, 64, 64, 4, 3),
@@ -118,6 +116,8 @@ HOPPER = (
     Tiles("forward_hopper", 4, 64, 64, 64, 32, 4, 2, registers=128),
     Tiles("forward_hopper", 4, 128, 64, 128, 32, 4, 2, resident=2),
     Tiles("forward_hopper", 4, ANY, 64, 256, 32, 4, 2),
+    Tiles("forward_product_hopper", 2, ANY, 128, 128, 64, 4, 3),
+    Tiles("forward_product_hopper", 4, ANY, 128, 128, 64, 8, 3),
     Tiles("forward_hopper 3d", 2, 64, 64, 64, 64, 4, 2),
     Tiles("forward_hopper 3d", 2, ANY, 64, 128, 32, 4, 2, registers=168),
     Tiles("forward_hopper 3d", 4, 64, 64, 64, 32, 4, 2),
@@ -160,8 +160,6 @@ HOPPER = (
 # compile to and have not been timed.
 AMPERE = (
     Tiles("forward_im2col", 4, ANY, 128, 128, 32, 8, 3),
-    Tiles("forward_im2col wide", 2, ANY, 128, 128, 64, 8, 3),
-    Tiles("forward_im2col wide", 4, ANY, 128, 128, 32, 8, 3),
     Tiles("backward_atomic_im2col", 4, ANY, 128, 32, 128, 8, 3),
     Tiles("forward deep", 2, 256, 64, 256, 64, 8, 2),
     Tiles("forward deep", 4, 64, 64, 64, 32, 4, 2),
@@ -194,7 +192,7 @@ class Costs(NamedTuple):
     beside: float  # microseconds of a multiprocessor for a unit's work, which its programs share
 
 
-# These costs decide into how many parts sums are split (layout.py, Call.split). What a unit is,
+# These costs decide into how many parts sums are split (layout.py, Call.splits). What a unit is,
 # the callers say: some taps, a tap of one sample group, a block of columns, or a tile of positions.
 # In the first four kernels its work is the bytes that it samples, in im2col its products, and in
 # the others 1. benchmarks/gpu_costs.py fits them; these are of an H200.
@@ -204,7 +202,7 @@ COSTS = {
     "forward_hopper": Costs(16, 0.38, 1 / 26_000),
     "forward_narrow_hopper": Costs(16, 0.42, 1 / 24_000),
     "forward_im2col": Costs(16, 0.33, 1 / 2_600_000),
-    "forward_im2col wide": Costs(8, 0.4, 1 / 3_200_000),
+    "forward_product_hopper": Costs(8, 0.25, 1 / 5_000_000),
     "backward_weight_im2col": Costs(24, 0.27, 1 / 2_000_000),
     "forward_few": Costs(32, 0.62, 0.28),
     "backward_weight": Costs(32, 1.3, 0.41),
@@ -228,20 +226,17 @@ BLOCKS = frozenset(("sm_90",))
 
 # With more outputs than SAMPLED_ONCE, by precision, samples are written to memory as columns
 # (im2col.py) instead of being found anew for each block of outputs. Hopper's kernels for the
-# forward give way to columns where there are more outputs than SAMPLED_BY_BLOCKS, by precision, for
-# sample groups of up to 8 channels, for other narrow ones, and for wide ones. In three dimensions
-# they give way above SAMPLED_IN_SPACE outputs already, unless sample groups have up to 8 channels.
+# forward give way to columns where there are more outputs than SAMPLED_BY_BLOCKS, or in three
+# dimensions than SAMPLED_IN_SPACE. The three numbers are for sample groups of up to 8 channels, for
+# other narrow ones, and for wide ones. With wide ones they also give way while the columns take no
+# more than COLUMNS_AT_ONCE (layout.py, _gives_way).
 SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
-SAMPLED_BY_BLOCKS = {"native": (256, 128, 256), "bf16x3": (384, 256, 256)}
-SAMPLED_IN_SPACE = {"native": (256, 0, 128), "bf16x3": (384, 128, 128)}
+SAMPLED_BY_BLOCKS = {"native": (256, 128, 256), "bf16x3": (384, 128, 256)}
+SAMPLED_IN_SPACE = {"native": (256, 0, 128), "bf16x3": (384, 0, 128)}
 
 # So many outputs nearly fill a block of 256. Where forward.py takes them in one, samples are not
 # written down if each multiprocessor has at least this many POSITIONS (im2col.py, takes_forward).
 FULL, POSITIONS = range(225, 257), 100
-
-# Hopper's forward gives way to im2col.py if all multiprocessors together have fewer bytes of a
-# channel than this for each of them, with more than 128 outputs.
-FEW_POSITIONS = 40
 
 # At least COLUMNS_AT_ONCE numbers of columns are kept at once, which are 32 MiB in half precision,
 # or half as many float32 gradients of samples, of which there are at most LOTS lots. Each lot costs

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..runtime import GLUON
 from ..variants import Variant
 
+FORWARD_FIRST: tuple[Variant, ...] = ()
 FORWARD: tuple[Variant, ...] = ()
 BACKWARD_ATOMIC: tuple[Variant, ...] = ()
 BACKWARD_NARROW: tuple[Variant, ...] = ()
@@ -24,11 +25,13 @@ try:
         backward_weight,
         forward,
         narrow,
+        product,
     )
 except Exception:  # a changed interface may raise anything
     pass
 else:
-    FORWARD = (forward.VARIANT, narrow.FORWARD)
+    FORWARD_FIRST = (product.FIRST,)
+    FORWARD = (forward.VARIANT, narrow.FORWARD, product.VARIANT)
     BACKWARD_ATOMIC = (backward_atomic.VARIANT,)
     BACKWARD_NARROW = (narrow.BACKWARD,)
     BACKWARD_SORTED = (backward_columns.VARIANT, backward_sorted.VARIANT)
