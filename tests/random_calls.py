@@ -78,6 +78,7 @@ class RandomCall:
     deterministic: bool = False
     pieces: bool = False  # the batch in pieces, on GPUs
     sorts: bool = False  # the image gradient of half numbers from sorted lists, on GPUs
+    lots: bool = False  # few columns at a time, as where memory is short, on GPUs
     tf32: bool = False
     seed: int = 0
     threads: tuple[int, ...] = (0, 1, 2, 3, 16)  # of which run_cpu picks one
@@ -264,7 +265,7 @@ def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> 
         return dataclasses.replace(
             like, case=case, far=rng.random() < 0.2, seed=rng.randrange(1 << 30),
             deterministic=rng.random() < 0.3, pieces=rng.random() < 0.15,
-            sorts=rng.random() < 0.3,
+            sorts=rng.random() < 0.3, lots=rng.random() < 0.3,
         )  # fmt: skip
     dtype = rng.choice(limits.dtypes)
     others = [dtype if rng.random() < 0.5 else rng.choice(limits.other_dtypes) for _ in range(2)]
@@ -273,7 +274,7 @@ def draw(rng: random.Random, limits: Limits, like: RandomCall | None = None) -> 
     needs = (True,) * 5 if rng.random() < 0.6 else tuple(rng.random() < 0.5 for _ in range(5))
     return RandomCall(
         case, dtype, others[0], others[1], layouts, needs, rng.random() < 0.2,
-        rng.random() < 0.3, rng.random() < 0.15, rng.random() < 0.3,
+        rng.random() < 0.3, rng.random() < 0.15, rng.random() < 0.3, rng.random() < 0.3,
         dtype == torch.float32 and rng.random() < 0.1,
         rng.randrange(1 << 30),
     )  # fmt: skip
@@ -475,6 +476,8 @@ def on_gpu(call: RandomCall, **other: Any) -> Iterator[ModuleType]:
             other |= dict(CHUNK=2 * math.prod(call.case.point_size), SCRATCH=1)
         if call.sorts:
             other |= dict(ADDED=0, ADDED_BY_BLOCKS=0, ADDED_DEPTHWISE=0, SORTED_CHANNELS=0)
+        if call.lots:
+            other |= dict(COLUMNS_AT_ONCE=1, SHARE=0)
         if other:
             gpu._PLANS.clear()
             with patched(tiles, **other):

@@ -1236,17 +1236,29 @@ def test_a_block_of_all_outputs(plans: list[Plan], monkeypatch: pytest.MonkeyPat
 
 @needs_gluon
 def test_im2col_before_hopper(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In three dimensions with many outputs, and in float32 for a scatter of few positions."""
-    for size, points, dtype, kernel in (
-        ((8, 20, 20), 128, torch.float16, "forward_hopper"),
-        ((8, 20, 20), 192, torch.bfloat16, "multiply_columns"),
-        ((8, 20, 20), 256, torch.float32, "forward_hopper"),
-        ((8, 20, 20), 320, torch.float32, "multiply_columns"),
-        ((20, 20), 512, torch.float16, "forward_hopper"),
+    """A forward with many outputs or few columns, and in float32 a scatter of few positions."""
+    for size, image, points, groups, dtype, kernel in (
+        ((20, 20), 64, 256, 1, torch.float16, "forward_product_hopper"),
+        ((20, 20), 64, 128, 1, torch.float16, "forward_hopper"),
+        ((150, 150), 64, 256, 1, torch.float16, "forward_hopper"),
+        ((100, 100), 64, 160, 1, torch.float32, "forward_hopper"),
+        ((150, 150), 64, 320, 1, torch.float16, "forward_product_hopper"),
+        ((150, 150), 64, 320, 1, torch.float32, "forward_product_hopper"),
+        ((999,), 64, 256, 1, torch.float16, "forward_hopper"),
+        ((8, 20, 20), 64, 64, 1, torch.float16, "forward_product_hopper"),
+        ((20, 60, 60), 64, 128, 1, torch.float32, "forward_hopper"),
+        ((20, 60, 60), 64, 192, 1, torch.bfloat16, "forward_product_hopper"),
+        ((20, 20), 64, 128, 4, torch.float16, "forward_narrow_hopper"),
+        ((20, 20), 64, 192, 4, torch.float16, "forward_product_hopper"),
+        ((20, 20), 64, 192, 8, torch.float16, "forward_narrow_hopper"),
+        ((20, 20), 64, 512, 8, torch.float16, "forward_product_hopper"),
+        ((8, 20, 20), 64, 64, 4, torch.float32, "forward_product_hopper"),
+        ((8, 20, 20), 64, 64, 8, torch.float32, "forward_narrow_hopper"),
     ):
-        case = Case(size, (3,) * len(size), image=64, points=points)
+        case = Case(size, (3,) * len(size), image=image, points=points, offset_groups=groups,
+                    mask_groups=groups)  # fmt: skip
         on_meta(case, dtype).forward(backend)
-        assert kernel in names(plans[-1]), (size, points, dtype)
+        assert kernel in names(plans[-1]), case
     for image, points, size, kernel in (
         *((64, 128, 9, "backward_atomic_hopper"), (64, 192, 9, "multiply_weight")),
         *((64, 256, 99, "backward_atomic_hopper"), (64, 384, 99, "multiply_weight")),
@@ -1859,6 +1871,37 @@ HOPPER = [
     Case((8, 8, 8), (3, 3, 3), image=64, points=64, offset_groups=8, mask_groups=8),
     Case((16, 16), (3, 3), image=192, points=128, offset_groups=2, mask_groups=1),
 ]
+
+# Forwards that Hopper's own kernels leave to im2col.py.
+PRODUCTS = [
+    Case((16, 16), (3, 3), image=64, points=200),
+    Case((16, 16), (3, 3), image=40, points=320, last=True),
+    Case((8, 8, 8), (3, 3, 3), image=64, points=64, last=True),
+    Case((16, 16), (3, 3), image=80, points=160, offset_groups=4, mask_groups=4),
+]
+
+
+@needs_gluon
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_products_compile_for_hopper(
+    case: Case, dtype: torch.dtype, plans: list[Plan], tmp_path: Path
+) -> None:
+    on_meta(case, dtype).forward(backend)
+    (step,) = (step for step in plans[0].steps if step.name == "forward_product_hopper")
+    if case.image == 80:  # Sample groups of 20 channels are padded to 24 or to 32.
+        length = 9 * 4 * (32 if dtype == torch.float32 else 24)
+        assert step.arguments["laid"].shape[1] == length
+    compiled = compile_for("sm_90", step)
+    assert compiled.metadata.shared <= (227 if dtype == torch.float32 else 113) * 1024
+    assert runtime._parameters(compiled.asm["ptx"]).count(128) == 2
+    assert stack(compiled.asm["cubin"], tmp_path) == 0
+    if triton.__version__.startswith("3.6"):
+        listing = cuobjdump("--dump-sass", compiled.asm["cubin"], tmp_path)
+        assert not unset_in(listing)
+        # After the first product, in the loop, and after it.
+        assert listing.count("WARPGROUP.DEPBAR") == 3
+
 
 # More pixels than positions.
 UPSAMPLING = [
@@ -2767,6 +2810,8 @@ def test_gpu_random(
 ) -> None:
     rng = random.Random(100 * n + part)
     sorting(monkeypatch, part % 2 == 0)
+    if part % 3 == 0:  # lots of one tile
+        limits(monkeypatch, COLUMNS_AT_ONCE=1, SHARE=0)
     for i in range(50):
         case = draw(rng, n)
         try:
