@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import columns, depthwise, forward, tiles
+from . import columns, depthwise, tiles
 from .backward_atomic import arguments_of
 from .layout import Call, Operand, fit, round_up
 from .prepare import Order, sum_parts
@@ -379,15 +379,11 @@ def takes_forward(call: Call) -> bool:
     n = call.sizes
     if call.g.groups > 1:
         return takes_groups(call)
-    if not (is_one_matrix(call) and samples_once(call)):
+    if not is_one_matrix(call):
         return False
-    # A block of forward.py that takes all outputs finds samples once, too. If it is nearly full and
-    # there are enough positions, it is done before the samples would be written down and read.
-    full = n.group_out in tiles.FULL
-    if full and not call.narrow and n.group_out <= forward.tiles_of(call, n.group_out).block_o:
-        many = n.batch * n.positions >= tiles.POSITIONS * call.multiprocessors
-        return call.steps.depending(not many)
-    return True
+    if samples_once(call) or (call.precision == "native" and n.outputs > tiles.FORWARD_ONCE):
+        return True
+    return call.narrow and call.columns_fit()
 
 
 def launch_product(

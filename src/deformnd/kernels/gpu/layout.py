@@ -397,10 +397,15 @@ class Call:
         least = (tiles.SAMPLED_IN_SPACE if rank == 3 else tiles.SAMPLED_BY_BLOCKS)[self.precision]
         if g.point_channels > least[int(padded > 8) if narrow else 2]:
             return True
-        if narrow or not self.gathers or g.point_channels <= (0, 1 << 31, 128, 0)[rank]:
+        if narrow or not self.gathers or g.point_channels <= (0, tiles.ANY, 128, 0)[rank]:
             return False
+        return self.columns_fit()
+
+    def columns_fit(self) -> bool:
+        """Whether all columns that im2col.py writes for a call of this size stay in the cache."""
+        g, width = self.g, self.dtype.itemsize
         columns = g.batch * math.prod(g.point_size) * math.prod(g.kernel) * g.image_channels
-        return self.steps.depending(columns * self.dtype.itemsize <= 2 * tiles.COLUMNS_AT_ONCE)
+        return self.steps.depending(columns * width <= 2 * tiles.COLUMNS_AT_ONCE)
 
     def make(
         self,

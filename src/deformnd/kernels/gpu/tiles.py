@@ -228,19 +228,23 @@ BLOCKS = frozenset(("sm_90",))
 # (im2col.py) instead of being found anew for each block of outputs. Hopper's kernels for the
 # forward give way to columns where there are more outputs than SAMPLED_BY_BLOCKS, or in three
 # dimensions than SAMPLED_IN_SPACE. The three numbers are for sample groups of up to 8 channels, for
-# other narrow ones, and for wide ones. With wide ones they also give way while the columns take no
-# more than COLUMNS_AT_ONCE (layout.py, _gives_way).
+# other narrow ones, and for wide ones. With wide ones they also give way while the columns stay in
+# the cache (layout.py, _gives_way).
 SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
 SAMPLED_BY_BLOCKS = {"native": (256, 128, 256), "bf16x3": (384, 128, 256)}
 SAMPLED_IN_SPACE = {"native": (256, 0, 128), "bf16x3": (384, 0, 128)}
 
-# So many outputs nearly fill a block of 256. Where forward.py takes them in one, samples are not
-# written down if each multiprocessor has at least this many POSITIONS (im2col.py, takes_forward).
-FULL, POSITIONS = range(225, 257), 100
+# In half precision a forward of a single weight group writes columns with more outputs than this.
+FORWARD_ONCE = 64
 
-# At least COLUMNS_AT_ONCE numbers of columns are kept at once, which are 32 MiB in half precision,
-# or half as many float32 gradients of samples, of which there are at most LOTS lots. Each lot costs
-# two launches. Where memory is not short, a lot may have this SHARE of what is left (im2col.py).
+# Where the image's gradient is wanted alone, Hopper's kernel for it is faster than im2col.py if
+# each multiprocessor has at least this many POSITIONS (im2col.py, atomic_beats_hopper).
+POSITIONS = 100
+
+# At least COLUMNS_AT_ONCE numbers of columns are kept at once, which are 32 MiB in half precision
+# and stay in the cache, or half as many float32 gradients of samples, of which there are at most
+# LOTS lots. Each lot costs two launches. Where memory is not short, a lot may have this SHARE of
+# what is left (im2col.py).
 COLUMNS_AT_ONCE = 16 << 20
 LOTS = 64
 SHARE = 0.75
