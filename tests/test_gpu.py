@@ -3074,12 +3074,23 @@ def test_gpu_repeated_calls(
 
 
 @gpu
-def test_gpu_graphs_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "results"), [(3, 8), (20, 2)])
+def test_gpu_graphs_beside_other_threads(
+    most: int, results: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another thread synchronizes the device, or records a graph of its own, while graphs are made
-    and destroyed."""
+    and destroyed, or with few results, whose addresses come again, made and launched."""
+    launched: list[int] = []
+
+    class Counted(runtime.Graph):
+        def __call__(self, stream: int) -> None:
+            super().__call__(stream)
+            launched.append(stream)
+
     forget()
     monkeypatch.setattr(runtime, "REPEATED", 0)
-    monkeypatch.setattr(runtime, "GRAPHS", 3)
+    monkeypatch.setattr(runtime, "GRAPHS", most)
+    monkeypatch.setattr(runtime, "Graph", Counted)
     problem = Case((20, 20), (3, 3), image=64, points=64).make(torch.float16, "cuda")
     wanted = problem.double().forward(reference)
     problem.forward(backend)
@@ -3089,7 +3100,7 @@ def test_gpu_graphs_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     def make_graphs() -> int:
         kept: list[Tensor] = []
         while not stop.is_set():
-            kept = [problem.forward(backend), *kept[:7]]
+            kept = [problem.forward(backend), *kept[: results - 1]]
         torch.cuda.current_stream().synchronize()
         assert all(relative_error(t, wanted) <= 1e-3 for t in kept)
         return len(kept)
@@ -3106,9 +3117,10 @@ def test_gpu_graphs_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> Non
                     y = x + 1
         finally:
             stop.set()
-        assert made.result() == 8
+        assert made.result() == results
     graphs[-1].replay()
     assert bool((y == 2).all())
+    assert most == 3 or len(launched) > 1000
     forget()
 
 

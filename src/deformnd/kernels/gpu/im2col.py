@@ -280,7 +280,7 @@ class Lots:
         self.positions = n.positions
         self.tiles: int = triton.cdiv(n.positions, block_p)  # of a batch item
         self.all_tiles, self.length = n.batch * self.tiles, n.taps * tap_columns(call)
-        most = triton.cdiv(numbers, self.length * block_p)
+        most = max(triton.cdiv(numbers, self.length * block_p), 1)
         even = triton.cdiv(self.all_tiles, triton.cdiv(self.all_tiles, most))
         whole = round_up(even, max(wave // block_p, 1))
         self.tiles_at_once = min(self.all_tiles, whole if whole <= most else even)
