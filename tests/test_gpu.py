@@ -3111,16 +3111,19 @@ def test_gpu_graphs_beside_other_threads(
         try:
             for _ in range(1000):
                 torch.cuda.synchronize()
-            graphs = [torch.cuda.CUDAGraph() for _ in range(20)]
-            for graph in graphs:
+            enough = len(launched) + (100 if most > 3 else 0)
+            for i in range(5000):
+                graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     y = x + 1
+                if i >= 20 and len(launched) >= enough:
+                    break
         finally:
             stop.set()
         assert made.result() == results
-    graphs[-1].replay()
+    graph.replay()
     assert bool((y == 2).all())
-    assert most == 3 or len(launched) > 1000
+    assert len(launched) >= enough
     forget()
 
 
