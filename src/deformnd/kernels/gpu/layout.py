@@ -397,9 +397,8 @@ class Call:
         least = (tiles.SAMPLED_IN_SPACE if rank == 3 else tiles.SAMPLED_BY_BLOCKS)[self.precision]
         if g.point_channels > least[int(padded > 8) if narrow else 2]:
             return True
-        if narrow or not self.gathers or g.point_channels <= (0, tiles.ANY, 128, 0)[rank]:
-            return False
-        return self.columns_fit()
+        suits = rank == 3 or (rank == 2 and g.point_channels > 128)
+        return self.gathers and suits and not narrow and self.columns_fit()
 
     def columns_fit(self) -> bool:
         """Whether all columns that im2col.py writes for a call of this size stay in the cache."""
