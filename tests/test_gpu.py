@@ -47,6 +47,7 @@ from deformnd.kernels import gpu as backend  # noqa: E402
 from deformnd.kernels.gpu import (  # noqa: E402
     backward_sorted,
     driver,
+    forward,
     hopper,
     layout,
     prepare,
@@ -557,6 +558,9 @@ IM2COL = [
     Case((5, 4), (2, 3), image=40, points=20, offset_groups=1, mask_groups=0, last=True),
     Case((3, 4, 3), (2, 1, 2), image=16, offset_groups=2),
     Case((9, 8), (3, 1), image=8, points=16, transposed=True),
+    # A half-precision weight with channels last is not copied, and groups of 20 are padded to 24.
+    Case((6, 7), (3, 3), image=32, points=20, offset_groups=1, mask_groups=1, last=True),
+    Case((6, 7), (3, 3), image=60, points=20, offset_groups=3, mask_groups=3),
 ]
 # The same with several weight groups, which only the forward takes.
 IM2COL_GROUPS = [
@@ -591,8 +595,17 @@ def test_interpreted_im2col(case: Case, interpreted: None, monkeypatch: pytest.M
     check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
     by_products = {"sample_columns", "multiply_columns", "multiply_points", "multiply_weight"}
     assert by_products <= kernels_used()
-    if case.image == 24:
+    if case.image in (24, 32, 60):
         check(case.make(torch.float16, "cpu", float_offset=True), *TOLERANCE[torch.float16])
+    if case.image == 32:
+        steps = [step for plan in backend._PLANS.values() for step in plan.steps]
+        weights = [s.arguments["weight"] for s in steps if s.name == "multiply_columns"]
+        assert GIVEN in {weight.kind for weight in weights}
+    if case.image == 60:  # forward.py, too, takes groups that are padded to 24
+        monkeypatch.setattr(strategy, "FORWARD", forward.VARIANTS)
+        forget()
+        check(case.make(torch.float16, "cpu", float_offset=True), *TOLERANCE[torch.float16])
+        assert "forward" in kernels_used()
 
 
 @pytest.mark.parametrize("case", IM2COL_GROUPS, ids=str)
@@ -1252,7 +1265,10 @@ def test_im2col_before_hopper(plans: list[Plan], monkeypatch: pytest.MonkeyPatch
         ((150, 150), 64, 320, 1, torch.float16, "forward_product_hopper"),
         ((150, 150), 64, 320, 1, torch.float32, "forward_product_hopper"),
         ((999,), 64, 256, 1, torch.float16, "forward_hopper"),
-        ((8, 20, 20), 64, 64, 1, torch.float16, "forward_product_hopper"),
+        ((99,), 64, 320, 1, torch.float16, "forward_product_hopper"),
+        ((99999,), 64, 320, 1, torch.float16, "forward_hopper"),
+        ((8, 9, 9), 64, 64, 1, torch.float16, "forward_product_hopper"),
+        ((8, 20, 20), 64, 64, 1, torch.float16, "forward_hopper"),
         ((20, 60, 60), 64, 128, 1, torch.float32, "forward_hopper"),
         ((20, 60, 60), 64, 192, 1, torch.bfloat16, "forward_product_hopper"),
         ((20, 20), 64, 128, 4, torch.float16, "forward_narrow_hopper"),
@@ -1883,7 +1899,7 @@ HOPPER = [
 GIVEN_UP = [
     Case((16, 16), (3, 3), image=64, points=200),
     Case((16, 16), (3, 3), image=40, points=320, last=True),
-    Case((8, 8, 8), (3, 3, 3), image=64, points=64, last=True),
+    Case((8, 8, 8), (3, 3, 3), image=32, points=64, last=True),
     Case((16, 16), (3, 3), image=80, points=160, offset_groups=4, mask_groups=4),
 ]
 

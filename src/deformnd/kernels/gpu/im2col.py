@@ -1,5 +1,6 @@
 """The operations by im2col: samples are written to memory as columns, and one product of matrices
-takes them all. Or one product writes the gradients of all samples, as columns.
+takes them all. Or one product writes the gradients of all samples, as columns. On Hopper the
+forward's product is that of hopper/product.py.
 
     columns [rows, taps, channels]      a row for each position of each batch item
     out [rows, outputs] = columns @ weight      or one product for each weight group
@@ -273,9 +274,10 @@ class Lots:
     positions."""
 
     def __init__(self, call: Call, block_p: int, numbers: int, wave: int = 0) -> None:
-        """A tile has block_p positions, and a lot about `numbers` numbers. `wave` is the number of
-        rows for which a product has about as many programs as the device runs at once. Lots have
-        whole waves, if these are not too large, or else are of equal size."""
+        """A tile has block_p positions, and a lot at most `numbers` numbers, up to a tile. `wave`
+        is the number of rows for which a product has about as many programs as the device runs at
+        once. Lots are rounded up to whole waves if they may have so many rows, and else are of
+        equal size."""
         n, self.block_p = call.sizes, block_p
         self.positions = n.positions
         self.tiles: int = triton.cdiv(n.positions, block_p)  # of a batch item
@@ -359,8 +361,8 @@ def is_one_matrix(call: Call) -> bool:
 
 def samples_once(call: Call) -> bool:
     """Whether the samples are worth writing down, so that they are found once for all outputs of a
-    weight group, or so that no product waits for narrow sample groups. Where these are very narrow,
-    writing their columns costs most, so it takes as many outputs in half precision, too."""
+    weight group, or so that no product waits for narrow sample groups. To write down the columns of
+    very narrow ones costs most, so it takes 128 outputs in half precision, too."""
     n = call.sizes
     least = tiles.SAMPLED_ONCE["bf16x3" if call.narrow else call.precision]
     return n.group_out > least or (call.narrow and n.padded >= 16)
@@ -376,6 +378,8 @@ def takes_groups(call: Call) -> bool:
 
 
 def takes_forward(call: Call) -> bool:
+    """Whether it takes a forward. One alone has a faster product than gradients have, so that it
+    takes fewer outputs, and narrow sample groups while their columns stay in the cache."""
     n = call.sizes
     if call.g.groups > 1:
         return takes_groups(call)
@@ -422,7 +426,8 @@ def write_forward(
     length = n.taps * group_columns(call)
     block_o = fit(n.group_out, row.block_o)
     of_rows = groups * triton.cdiv(n.group_out, block_o)  # programs for a tile of rows
-    made = Columns(call, image, max(2 * call.multiprocessors // of_rows, 1) * row.block_p)
+    programs_at_once = (row.resident or 2) * call.multiprocessors
+    made = Columns(call, image, max(programs_at_once // of_rows, 1) * row.block_p)
     programs = triton.cdiv(made.lots.rows, row.block_p) * of_rows
     most = tiles.PARTS
     if not call.steps.together:

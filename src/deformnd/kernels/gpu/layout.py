@@ -4,16 +4,18 @@ told of a call.
 Note [layouts]
 Torch's tensors have channels first, [B, C, pixels], or last. The kernels want 16 bytes of a pixel's
 channels in a row. So images are copied, and padded with zeros where the channels of a sample group
-are no multiple of 8 (of 32 for Hopper's kernels, which take 32 at once):
+are no multiple of 8 (of 32 for most of Hopper's kernels, which take 32 at once):
 
     wide    [B, pixels, C]                        if the channels of a sample group need no padding,
             [B, sample group, pixels, padded]     else;
     narrow  [B, sample group, pixels, padded]     padded to a power of two, so that the two corners
-                                                  of a cell on the last axis are neighbours.
+                                                  of a cell on the last axis are neighbours, or for
+                                                  im2col.py alone to a multiple of 8.
 
 All of these have one form: element (b, s, pixel, c) lies at b * item + s * plane + pixel * row + c.
 Points are read as rows [B, positions, padded_outputs]. A weight is packed as [taps, padded_outputs,
-columns], and in "bf16x3" twice, first heads and then tails (sampling.py, Note [precision]).
+columns], or for im2col.py as [padded_outputs, taps, columns], and in "bf16x3" twice, first heads
+and then tails (sampling.py, Note [precision]).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class Sizes(NamedTuple):
     row: int  # elements between pixels of the image as it is laid out
     plane: int  # elements between its sample groups
     item: int  # elements between its batch items
-    columns: int  # elements of a row of the packed weight
+    columns: int  # elements of an output and tap in the packed weight
     weights: int  # elements of all rows of the packed weight
     padded_outputs: int  # channels of the points as they are read, and rows of the weight of a tap
 
@@ -336,8 +338,8 @@ class Call:
         # sample groups, which are padded, if no gradient has to be computed for each of these.
         of_group = g.image_channels // g.groups
         odd = of_group > tiles.NARROW and of_group * dtype.itemsize % 16 > 0
-        # Gradients and Hopper's narrow kernel need powers of two, and im2col.py does not. But in
-        # float32 samples of 24 channels are written down more slowly than those of 32.
+        # Gradients and Hopper's narrow kernel need powers of two. The other kernels of the forward
+        # do not, but in float32 im2col.py writes 24 channels down more slowly than 32.
         tight = gathers and g.groups == 1 and dtype.itemsize == 2 and not self.by_blocks
         self.sizes = sizes_of(g, self.by_blocks, rows, gathers and odd, tight)
         self.narrow = is_narrow(self.sizes.group_channels, self.sizes.sample_groups)
@@ -388,21 +390,29 @@ class Call:
 
     def _gives_way(self, g: Geometry) -> bool:
         """Whether Hopper's kernels for the forward give way to im2col.py, which finds samples only
-        once. It is faster where there are many outputs, or while the columns stay in the cache."""
-        rank, length = len(g.kernel), sample_channels(g)
+        once (tiles.py, GIVES_WAY). What forward.py takes in any case (takes_single) is not asked
+        for, since the answer may depend on the call's size."""
+        rank, length, outputs = len(g.kernel) - 1, sample_channels(g), g.point_channels
         number, padded = g.image_channels // length, triton.next_power_of_2(length)
+        single = math.prod(g.kernel) == number == 1 and outputs <= tiles.SINGLE_OUTPUTS
+        if single and length * self.dtype.itemsize <= tiles.SINGLE:
+            return False
         if number * padded % 8 > 0:  # Loads of 16 bytes would not fit the columns.
             return False
-        narrow = is_narrow(length, number)
-        least = (tiles.SAMPLED_IN_SPACE if rank == 3 else tiles.SAMPLED_BY_BLOCKS)[self.precision]
-        if g.point_channels > least[int(padded > 8) if narrow else 2]:
+        if is_narrow(length, number):
+            wider = padded > 8
+            least = tiles.GIVES_WAY_WIDER[rank] if wider else tiles.GIVES_WAY_NARROW[self.precision]
+            return outputs > least
+        if outputs > tiles.GIVES_WAY[rank]:
             return True
-        suits = rank == 3 or (rank == 2 and g.point_channels > 128)
-        return self.gathers and suits and not narrow and self.columns_fit()
+        # In three dimensions, where a sample has eight corners, the cache has to hold more of them.
+        many = outputs > tiles.GIVES_WAY_IN_CACHE[rank]
+        return self.gathers and many and self.columns_fit(2 if rank == 2 else 1)
 
-    def columns_fit(self) -> bool:
-        """Whether all columns that im2col.py writes for a call of this size stay in the cache."""
-        g, width = self.g, self.dtype.itemsize
+    def columns_fit(self, times: int = 1) -> bool:
+        """Whether so many times the columns that im2col.py writes for a call of this size stay in
+        the cache."""
+        g, width = self.g, times * self.dtype.itemsize
         columns = g.batch * math.prod(g.point_size) * math.prod(g.kernel) * g.image_channels
         return self.steps.depending(columns * width <= 2 * tiles.COLUMNS_AT_ONCE)
 
@@ -683,6 +693,8 @@ class Call:
         if key in self._made:
             return self._made[key]
         n, weight, bf16x3 = self.sizes, self.given_weight, self.precision == "bf16x3"
+        if order == Order.FLAT and n.taps == self.g.groups == 1:
+            return self.weight()
         columns, arrays, lengths = n.columns, 1, (n.group_channels, n.padded)
         if order == Order.BY_GROUP:
             columns, arrays = whole_blocks(n.channels), n.sample_groups
@@ -690,10 +702,10 @@ class Call:
             columns = n.group_in // n.group_channels * n.padded
         elif order == Order.BY_GROUP or self.g.groups > 1:
             lengths = (n.group_in, columns)
-        plain = columns == n.group_in and n.padded_outputs == n.outputs and not self.spread
+        plain = columns == n.group_in and not bf16x3 and not self.spread
         group_in, group_out = self._given_group()
-        in_order = n.taps == 1 and order in (Order.PLAIN, Order.FLAT)
-        if plain and not bf16x3 and (in_order or (order == Order.FLAT and weight.last)):
+        single = n.taps == 1 and order == Order.PLAIN and n.padded_outputs == n.outputs
+        if plain and (single or (order == Order.FLAT and weight.last)):
             return weight.buffer._replace(shape=(n.outputs * n.taps, columns))
         shape = ((arrays + bf16x3) * n.taps * n.padded_outputs, columns)
         out = self.plan.scratch(*shape, dtype=torch.bfloat16 if bf16x3 else weight.buffer.dtype)

@@ -14,8 +14,8 @@ from .sampling import unravel, wait_for_previous
 
 
 class Order(enum.IntEnum):
-    """The order of the channels of a packed weight. OPERAND, ACCUMULATOR and BY_GROUP are for the
-    kernels in Gluon."""
+    """The order of a packed weight: of its channels, and with FLAT of its axes. OPERAND,
+    ACCUMULATOR and BY_GROUP are for the kernels in Gluon."""
 
     PLAIN = 0
     OPERAND = 1  # image channels as registers hold a factor, point channels as they hold a sum

@@ -116,8 +116,8 @@ HOPPER = (
     Tiles("forward_hopper", 4, 64, 64, 64, 32, 4, 2, registers=128),
     Tiles("forward_hopper", 4, 128, 64, 128, 32, 4, 2, resident=2),
     Tiles("forward_hopper", 4, ANY, 64, 256, 32, 4, 2),
-    Tiles("forward_product_hopper", 2, ANY, 128, 128, 64, 4, 3),
-    Tiles("forward_product_hopper", 4, ANY, 128, 128, 64, 8, 3),
+    Tiles("forward_product_hopper", 2, ANY, 128, 128, 64, 4, 3, resident=2),
+    Tiles("forward_product_hopper", 4, ANY, 128, 128, 64, 8, 3, resident=1),
     Tiles("forward_hopper 3d", 2, 64, 64, 64, 64, 4, 2),
     Tiles("forward_hopper 3d", 2, ANY, 64, 128, 32, 4, 2, registers=168),
     Tiles("forward_hopper 3d", 4, 64, 64, 64, 32, 4, 2),
@@ -194,8 +194,8 @@ class Costs(NamedTuple):
 
 # These costs decide into how many parts sums are split (layout.py, Call.splits). What a unit is,
 # the callers say: some taps, a tap of one sample group, a block of columns, or a tile of positions.
-# In the first four kernels its work is the bytes that it samples, in im2col its products, and in
-# the others 1. benchmarks/gpu_costs.py fits them; these are of an H200.
+# In the first four kernels its work is the bytes that it samples, in the next three (im2col.py) its
+# products, and in the others 1. benchmarks/gpu_costs.py fits them; these are of an H200.
 COSTS = {
     "forward": Costs(16, 1.0, 1 / 12_000),
     "forward narrow": Costs(24, 1.9, 1 / 7_300),
@@ -220,22 +220,24 @@ COSTS = {
 START_US, ADD_US, BANDWIDTH = 1.5, 1.2, 4e6
 PARTS = 16
 
-# These architectures have kernels that take whole blocks of channels, so their calls pad the
+# These architectures have kernels that take whole blocks of channels. Calls for those pad the
 # channels to whole blocks (layout.py, sizes_of).
 BLOCKS = frozenset(("sm_90",))
 
 # With more outputs than SAMPLED_ONCE, by precision, samples are written to memory as columns
-# (im2col.py) instead of being found anew for each block of outputs. Hopper's kernels for the
-# forward give way to columns where there are more outputs than SAMPLED_BY_BLOCKS, or in three
-# dimensions than SAMPLED_IN_SPACE. The three numbers are for sample groups of up to 8 channels, for
-# other narrow ones, and for wide ones. With wide ones they also give way while the columns stay in
-# the cache (layout.py, _gives_way).
+# (im2col.py) instead of being found anew for each block of outputs. In half precision a forward of
+# a single weight group does so with more than FORWARD_ONCE.
 SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
-SAMPLED_BY_BLOCKS = {"native": (256, 128, 256), "bf16x3": (384, 128, 256)}
-SAMPLED_IN_SPACE = {"native": (256, 0, 128), "bf16x3": (384, 0, 128)}
-
-# In half precision a forward of a single weight group writes columns with more outputs than this.
 FORWARD_ONCE = 64
+
+# With more outputs than these, Hopper's kernels for the forward give way to im2col.py. The numbers
+# are for one, two and three dimensions: where a call wants nothing but the forward and all columns
+# stay in the cache, and anyhow. In one dimension neighbours share most corners, so that finding
+# them again costs little. In three, Hopper's blocks have 128 outputs at most.
+GIVES_WAY_IN_CACHE, GIVES_WAY = (256, 128, 0), (ANY, 256, 128)
+# The same with narrow sample groups, of at most 8 channels (by precision) and of more. In three
+# dimensions those of more channels always give way.
+GIVES_WAY_NARROW, GIVES_WAY_WIDER = {"native": 256, "bf16x3": 384}, (128, 128, 0)
 
 # Where the image's gradient is wanted alone, Hopper's kernel for it is faster than im2col.py if
 # each multiprocessor has at least this many POSITIONS (im2col.py, atomic_beats_hopper).

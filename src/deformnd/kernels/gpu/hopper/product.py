@@ -112,6 +112,7 @@ def forward_product_hopper(laid, weight, bias, out, parts, g, first_row, room, n
         acc = multiply_step(held, stage, acc, PRECISION)
         acc = warpgroup_mma_wait(UNDER_WAY, deps=[acc])
         common.barrier()
+        # Only this step's products are under way now, so the stage of the one before is free.
         ahead = i - 1 + STAGES
         bring_step(laid, weight, first + ahead, row, o, room, g.padded_outputs, held, bars,
                    (i - 1) % STAGES, first + ahead < last, PRECISION)  # fmt: skip
