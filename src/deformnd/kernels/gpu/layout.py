@@ -392,29 +392,26 @@ class Call:
         """Whether Hopper's kernels for the forward give way to im2col.py, which finds samples only
         once (tiles.py, GIVES_WAY). What forward.py takes in any case (takes_single) is not asked
         for, since the answer may depend on the call's size."""
-        rank, length, outputs = len(g.kernel) - 1, sample_channels(g), g.point_channels
+        length, outputs = sample_channels(g), g.point_channels
         number, padded = g.image_channels // length, triton.next_power_of_2(length)
         single = math.prod(g.kernel) == number == 1 and outputs <= tiles.SINGLE_OUTPUTS
         if single and length * self.dtype.itemsize <= tiles.SINGLE:
             return False
         if number * padded % 8 > 0:  # Loads of 16 bytes would not fit the columns.
             return False
-        if is_narrow(length, number):
-            wider = padded > 8
-            least = tiles.GIVES_WAY_WIDER[rank] if wider else tiles.GIVES_WAY_NARROW[self.precision]
-            return outputs > least
-        if outputs > tiles.GIVES_WAY[rank]:
-            return True
-        # In three dimensions, where a sample has eight corners, the cache has to hold more of them.
-        many = outputs > tiles.GIVES_WAY_IN_CACHE[rank]
-        return self.gathers and many and self.columns_fit(2 if rank == 2 else 1)
+        kind = int(padded > 8) if is_narrow(length, number) else 2
+        pairs = tiles.GIVES_WAY[self.precision][kind][len(g.kernel) - 1]
+        times = next((times for least, times in pairs if outputs > least), 0)
+        if times in (0, math.inf):
+            return times > 0
+        return self.gathers and self.columns_fit(times)
 
-    def columns_fit(self, times: int = 1) -> bool:
-        """Whether so many times the columns that im2col.py writes for a call of this size stay in
-        the cache."""
-        g, width = self.g, times * self.dtype.itemsize
+    def columns_fit(self, times: float = 1) -> bool:
+        """Whether the columns that im2col.py writes for a call of this size take at most so many
+        times the 32 MiB that stay in the cache."""
+        g, width = self.g, self.dtype.itemsize
         columns = g.batch * math.prod(g.point_size) * math.prod(g.kernel) * g.image_channels
-        return self.steps.depending(columns * width <= 2 * tiles.COLUMNS_AT_ONCE)
+        return self.steps.depending(columns * width <= times * 2 * tiles.COLUMNS_AT_ONCE)
 
     def make(
         self,

@@ -10,6 +10,7 @@ taps; benchmarks/gpu_tune.py tries other rows.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -230,14 +231,25 @@ BLOCKS = frozenset(("sm_90",))
 SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
 FORWARD_ONCE = 64
 
-# With more outputs than these, Hopper's kernels for the forward give way to im2col.py. The numbers
-# are for one, two and three dimensions: where a call wants nothing but the forward and all columns
-# stay in the cache, and anyhow. In one dimension neighbours share most corners, so that finding
-# them again costs little. In three, Hopper's blocks have 128 outputs at most.
-GIVES_WAY_IN_CACHE, GIVES_WAY = (256, 128, 0), (ANY, 256, 128)
-# The same with narrow sample groups, of at most 8 channels (by precision) and of more. In three
-# dimensions those of more channels always give way.
-GIVES_WAY_NARROW, GIVES_WAY_WIDER = {"native": 256, "bf16x3": 384}, (128, 128, 0)
+# Hopper's kernels for the forward give way to im2col.py where they would find samples anew for each
+# block of 256 outputs (in three dimensions of 128), and where few positions fill few of their
+# programs. But to write many columns down costs more. So with more outputs than the first number
+# of a pair they give way, while all columns take no more than the second number times 32 MiB. By
+# precision, the tuples are for sample groups of up to 8 channels, other narrow ones and wide ones,
+# each in one, two and three dimensions.
+NARROWEST = ((512, math.inf), (256, 1))
+GIVES_WAY = {
+    "native": (
+        (NARROWEST,) * 3,
+        (*(((256, math.inf), (128, 1)),) * 2, ((256, math.inf), (0, 3))),
+        (((256, 0.5),), ((512, math.inf), (256, 3), (128, 1)), ((128, math.inf), (0, 0.5))),
+    ),
+    "bf16x3": (
+        (NARROWEST,) * 3,
+        (*(((384, math.inf), (128, 1)),) * 2, ((384, math.inf), (0, 3))),
+        (((256, 0.5),), ((512, math.inf), (256, 3), (128, 1)), ((256, math.inf), (128, 3), (0, 0.5))),
+    ),
+}
 
 # Where the image's gradient is wanted alone, Hopper's kernel for it is faster than im2col.py if
 # each multiprocessor has at least this many POSITIONS (im2col.py, atomic_beats_hopper).
