@@ -402,7 +402,7 @@ class Call:
         kind = int(padded > 8) if is_narrow(length, number) else 2
         pairs = tiles.GIVES_WAY[self.precision][kind][len(g.kernel) - 1]
         times = next((times for least, times in pairs if outputs > least), 0)
-        if times in (0, math.inf):
+        if times in (0, tiles.ALWAYS):
             return times > 0
         return self.gathers and self.columns_fit(times)
 

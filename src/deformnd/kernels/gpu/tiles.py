@@ -237,17 +237,19 @@ FORWARD_ONCE = 64
 # of a pair they give way, while all columns take no more than the second number times 32 MiB. By
 # precision, the tuples are for sample groups of up to 8 channels, other narrow ones and wide ones,
 # each in one, two and three dimensions.
-NARROWEST = ((512, math.inf), (256, 1))
+ALWAYS = math.inf
+NARROWEST = ((512, ALWAYS), (256, 1))
+IN_LINE, IN_PLANE = ((256, 0.5),), ((512, ALWAYS), (256, 3), (128, 1))  # of wide ones
 GIVES_WAY = {
     "native": (
         (NARROWEST,) * 3,
-        (*(((256, math.inf), (128, 1)),) * 2, ((256, math.inf), (0, 3))),
-        (((256, 0.5),), ((512, math.inf), (256, 3), (128, 1)), ((128, math.inf), (0, 0.5))),
+        (((256, ALWAYS), (128, 1)), ((256, ALWAYS), (128, 1)), ((256, ALWAYS), (0, 3))),
+        (IN_LINE, IN_PLANE, ((128, ALWAYS), (0, 0.5))),
     ),
     "bf16x3": (
         (NARROWEST,) * 3,
-        (*(((384, math.inf), (128, 1)),) * 2, ((384, math.inf), (0, 3))),
-        (((256, 0.5),), ((512, math.inf), (256, 3), (128, 1)), ((256, math.inf), (128, 3), (0, 0.5))),
+        (((384, ALWAYS), (128, 1)), ((384, ALWAYS), (128, 1)), ((384, ALWAYS), (0, 3))),
+        (IN_LINE, IN_PLANE, ((256, ALWAYS), (128, 3), (0, 0.5))),
     ),
 }
 
