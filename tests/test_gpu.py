@@ -1242,7 +1242,9 @@ def test_portable_columns(plans: list[Plan], monkeypatch: pytest.MonkeyPatch) ->
     """Samples are written down for many outputs, and narrow ones while they stay in the cache."""
     on_device(monkeypatch, "portable")
     for size, points, groups, dtype, by_columns in (
-        *((224, 64, 1, torch.float16, False), (224, 72, 1, torch.float16, True)),
+        *((99, 64, 1, torch.float16, False), (99, 72, 1, torch.float16, True)),
+        *((224, 72, 1, torch.float16, False), (224, 120, 1, torch.float16, True)),
+        *((99, 240, 1, torch.float16, True), (224, 240, 1, torch.float16, False)),
         *((224, 128, 1, torch.float32, False), (224, 136, 1, torch.float32, True)),
         *((9, 256, 1, torch.float16, True), (9, 64, 32, torch.float16, True)),
         *((99, 64, 32, torch.float32, False), (224, 64, 8, torch.float32, True)),

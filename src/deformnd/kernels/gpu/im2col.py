@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import columns, depthwise, tiles
+from . import columns, depthwise, forward, tiles
 from .backward_atomic import arguments_of
 from .layout import Call, Operand, fit, round_up
 from .prepare import Order, sum_parts
@@ -378,15 +378,21 @@ def takes_groups(call: Call) -> bool:
 
 
 def takes_forward(call: Call) -> bool:
-    """Whether it takes a forward. One alone has a faster product than gradients have, so that it
-    takes fewer outputs, and narrow sample groups while their columns stay in the cache."""
+    """Whether it takes a forward. While there are few columns, it takes calls of fewer outputs and
+    of narrower sample groups than otherwise."""
     n = call.sizes
     if call.g.groups > 1:
         return takes_groups(call)
     if not is_one_matrix(call):
         return False
-    if samples_once(call) or (call.precision == "native" and n.outputs > tiles.FORWARD_ONCE):
-        return True
+    if samples_once(call):
+        # A block of forward.py that takes all outputs finds samples once, too. If it is nearly
+        # full, it is done before very many samples would be written down and read.
+        full = n.group_out in tiles.FULL and not call.narrow
+        full = full and n.group_out <= forward.tiles_of(call, n.group_out).block_o
+        return not full or call.columns_fit(tiles.MANY[call.dtype.itemsize])
+    if call.precision == "native" and n.outputs > tiles.FORWARD_ONCE and not call.narrow:
+        return call.columns_fit(tiles.MANY[2])
     return call.narrow and call.columns_fit()
 
 
