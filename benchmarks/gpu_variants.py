@@ -40,6 +40,8 @@ def able(variant: Variant, call: Call) -> bool:
     """Whether it can do a call that it may leave to a variant which should be faster."""
     if variant.name == "forward_im2col":
         return im2col.group_columns(call) > 0
+    if variant.name == "forward_product_hopper":
+        return call.suits_hopper and im2col.is_one_matrix(call)
     if variant.name in ("backward_weight_im2col", "backward_atomic_im2col"):
         return im2col.is_one_matrix(call)
     if variant.name == "forward_narrow_hopper":

@@ -126,6 +126,7 @@ def forward_product_hopper(laid, weight, bias, out, parts, g, first_row, room, n
 def launch_product(
     call: Call, row: Tiles, rows: int, splits: int, weight: Buffer, last: bool, **rest: Any
 ) -> None:
+    """Launch the product of a lot (im2col.py, launch_product)."""
     n, parts = call.sizes, common.parts_in(call.precision)
     block_o = fit(n.outputs, row.block_o, 64)
     blocks = triton.cdiv(n.outputs, block_o)
@@ -153,6 +154,7 @@ def launch_product(
 
 
 def takes(call: Call) -> bool:
+    """Whether it takes a forward that im2col.py would take on any GPU."""
     return call.suits_hopper and im2col.takes_forward(call)
 
 
