@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from . import columns, sampling
-from .layout import Call, Operand, fit
+from .layout import Call, Operand, fit, is_single
 from .runtime import Buffer
-from .tiles import DEEP, SINGLE, SINGLE_OUTPUTS, Tiles
+from .tiles import DEEP, Tiles
 from .variants import Variant, portable
 
 # A program takes this many columns of a strip (sampling.py, in_strips) one after another. In
@@ -231,9 +231,7 @@ def write(
 def takes_single(call: Call) -> bool:
     """Whether a call has a single tap and few channels and outputs. Then there is so little to sum
     that other ways, which prepare more before they begin, take longer."""
-    n = call.sizes
-    few = n.padded * call.dtype.itemsize <= SINGLE and n.outputs <= SINGLE_OUTPUTS
-    return n.taps == n.sample_groups == call.g.groups == 1 and few and not call.narrow
+    return is_single(call.g, call.dtype) and not call.narrow
 
 
 VARIANTS = portable("forward", write)

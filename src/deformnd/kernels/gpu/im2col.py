@@ -390,9 +390,9 @@ def takes_forward(call: Call) -> bool:
         # full, it is done before very many samples would be written down and read.
         full = n.group_out in tiles.FULL and not call.narrow
         full = full and n.group_out <= forward.tiles_of(call, n.group_out).block_o
-        return not full or call.columns_fit(tiles.MANY[call.dtype.itemsize])
+        return not full or call.columns_fit(tiles.MANY * call.dtype.itemsize)
     if call.precision == "native" and n.outputs > tiles.FORWARD_ONCE and not call.narrow:
-        return call.columns_fit(tiles.MANY[2])
+        return call.columns_fit(tiles.MANY * call.dtype.itemsize)
     return call.narrow and call.columns_fit()
 
 

@@ -145,6 +145,15 @@ def is_narrow(length: int, number: int) -> bool:
     return length <= (tiles.NARROW if number > 1 else tiles.NARROW // 2)
 
 
+def is_single(g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether a call has a single tap, sample group and weight group, and few channels and
+    outputs."""
+    channels = g.image_channels
+    single = math.prod(g.kernel) == g.groups == 1 and sample_channels(g) == channels
+    few = channels * dtype.itemsize <= tiles.SINGLE and g.point_channels <= tiles.SINGLE_OUTPUTS
+    return single and few
+
+
 def fit(size: int, block: int, least: int = 32) -> int:
     """A block that is not much larger than what it holds, but has at least `least` channels: a
     product needs 16 of them, and 32 fill a sector of memory."""
@@ -392,11 +401,10 @@ class Call:
         """Whether Hopper's kernels for the forward give way to im2col.py, which finds samples only
         once (tiles.py, GIVES_WAY). What forward.py takes in any case (takes_single) is not asked
         for, since the answer may depend on the call's size."""
+        if is_single(g, self.dtype):
+            return False
         length, outputs = sample_channels(g), g.point_channels
         number, padded = g.image_channels // length, triton.next_power_of_2(length)
-        single = math.prod(g.kernel) == number == 1 and outputs <= tiles.SINGLE_OUTPUTS
-        if single and length * self.dtype.itemsize <= tiles.SINGLE:
-            return False
         if number * padded % 8 > 0:  # Loads of 16 bytes would not fit the columns.
             return False
         kind = int(padded > 8) if is_narrow(length, number) else 2

@@ -227,11 +227,11 @@ BLOCKS = frozenset(("sm_90",))
 
 # With more outputs than SAMPLED_ONCE, by precision, samples are written to memory as columns
 # (im2col.py) instead of being found anew for each block of outputs. In half precision a forward of
-# a single weight group does so with more than FORWARD_ONCE, and forward.py takes FULL outputs, in
-# one block that is nearly full, unless there are less than MANY columns: so many times 32 MiB, by
-# the bytes of an element.
+# a single weight group does so with more than FORWARD_ONCE, while there are at most MANY columns.
+# With more than MANY, forward.py takes FULL outputs, in one block that is nearly full. MANY is so
+# many times 32 MiB for each byte of an element.
 SAMPLED_ONCE = {"native": 112, "bf16x3": 128, "tf32x3": 128, "tf32": 128, "ieee": 128}
-FORWARD_ONCE, FULL, MANY = 64, range(225, 257), {2: 3, 4: 6}
+FORWARD_ONCE, FULL, MANY = 64, range(225, 257), 1.5
 
 # Hopper's kernels for the forward give way to im2col.py where they would find samples anew for each
 # block of 256 outputs (in three dimensions of 128), and where few positions fill few of their

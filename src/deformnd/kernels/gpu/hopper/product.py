@@ -124,7 +124,15 @@ def forward_product_hopper(laid, weight, bias, out, parts, g, first_row, room, n
 
 
 def launch_product(
-    call: Call, row: Tiles, rows: int, splits: int, weight: Buffer, last: bool, **rest: Any
+    call: Call,
+    row: Tiles,
+    rows: int,
+    splits: int,
+    weight: Buffer,
+    last: bool,
+    *,
+    laid: Buffer,
+    **rest: Any,
 ) -> None:
     """Launch the product of a lot (im2col.py, launch_product)."""
     n, parts = call.sizes, common.parts_in(call.precision)
@@ -134,7 +142,6 @@ def launch_product(
         stored = gl.BlockedLayout([1, 8], [256 // block_o, block_o // 8], [row.warps, 1], [1, 0])
     else:
         stored = gl.BlockedLayout([1, 1], [32, 1], [4, row.warps // 4], [0, 1])
-    laid = rest.pop("laid")
     length = laid.shape[-1]
     outputs = math.prod(weight.shape) // length
     call.launch(
