@@ -674,6 +674,34 @@ def test_interpreted_deterministic(interpreted: None, monkeypatch: pytest.Monkey
         check(case.make(torch.float32, "cpu"), 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("lots", [1, 2, 3], ids=str)
+def test_interpreted_sorted_columns(
+    lots: int, dtype: torch.dtype, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samples' gradients are written down before they are added up from sorted lists, those of
+    some taps at a time where there are many."""
+    repeatable(monkeypatch, True)
+    monkeypatch.setattr(layout, "allows_tf32", lambda: False)
+    for case in (
+        Case((5, 4), (1, 3), image=32, points=24, offset_groups=8, mask_groups=4),
+        Case((3, 3, 3), (1, 3, 1), image=40, points=32, transposed=True),
+        Case((9,), (3,), image=24, points=24, offset_groups=3, mask_groups=1, last=True, batch=3),
+    ):
+        backend._PLANS.clear()
+        call = case.make(dtype, "cpu")
+        g = call.g
+        # There is room for the columns of so many taps that the three come in so many lots.
+        numbers = g.batch * math.prod(g.point_size) * layout.sizes_of(g, False).columns
+        at_once = numbers * -(-3 // lots) * dtype.itemsize // 2
+        limits(monkeypatch, COLUMNS_AT_ONCE=at_once, SHARE=0, SORTED_ONCE=0)
+        check(call, *((1e-5, 1e-5) if dtype == torch.float32 else (2e-3, 2e-3)))
+        for plan in backend._PLANS.values():
+            laid = [step for step in plan.steps if step.name == "backward_sorted"]
+            if dtype == torch.float32 or g.offset_groups > 1:
+                assert len(laid) in (0, lots) and all(step.constants["LAID"] for step in laid)
+
+
 CHUNKS = [
     Case((4, 5), (3, 2), batch=5),
     Case((4, 5), (2, 3), batch=4, last=True, bias=False),

@@ -72,11 +72,48 @@ def tile_of(axes, valid, q: tl.constexpr, g, TILE: tl.constexpr):
 
 
 @triton.jit
+def add_by_warps(at, tile):
+    """Add 1 at the place of every lane whose tile is not negative, and return what was there before
+    each. Lanes of a warp with the same tile have the same place. The first of them adds for all.
+
+    All is one block of instructions, so that no lane gets another element meanwhile. No two lanes
+    may have the same element: so there are at least as many elements as lanes.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 same, before, count, first, found;
+        .reg .pred adds;
+        match.any.sync.b32 same, $2, 0xffffffff;
+        mov.u32 before, %lanemask_lt;
+        and.b32 before, before, same;
+        popc.b32 before, before;
+        popc.b32 count, same;
+        brev.b32 first, same;
+        clz.b32 first, first;
+        setp.eq.u32 adds, before, 0;
+        setp.ge.and.s32 adds, $2, 0, adds;
+        mov.u32 found, 0;
+        @adds atom.relaxed.gpu.global.add.u32 found, [$1], count;
+        shfl.sync.idx.b32 found, found, first, 31, 0xffffffff;
+        add.u32 $0, found, before;
+        }
+        """,
+        "=r,l,r",
+        [at.to(tl.int64), tile],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
                  TOGETHER: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-                 CHAINED: tl.constexpr):  # fmt: skip
+                 BY_WARPS: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Count the samples of every list. With FILL write them instead, from the start that
-    start_lists has stored as the list's end, and move that end on.
+    start_lists has stored as the list's end, and move that end on. BY_WARPS makes fewer additions,
+    which take most of the time.
 
     Grid: (B x offset groups x taps x blocks of positions).
     """
@@ -93,10 +130,12 @@ def list_samples(offset, lists, entries, g, number, blocks, FILL: tl.constexpr,
         tile, new = tile_of(axes, valid, q, g, TILE)
         at = lists + (first + tile)
         if FILL:
-            place = tl.atomic_add(at + number + 1, 1, mask=new, sem="relaxed")
-            places = places + ((place, new),)
+            at += number + 1
+        if BY_WARPS:
+            place = add_by_warps(at, tl.where(new, tile, -1))
         else:
-            tl.atomic_add(at, 1, mask=new, sem="relaxed")
+            place = tl.atomic_add(at, 1, mask=new, sem="relaxed")
+        places = places + ((place, new),)
     if FILL:  # the stores follow all requests for places, so that no request waits for a store
         for q in tl.static_range(2 ** len(TILE)):
             tl.store(entries + places[q][0], p, mask=places[q][1])
@@ -152,16 +191,19 @@ def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.
 
 @triton.jit
 def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, parts, g, number,
-                    splits, LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
-                    INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, TILE: tl.constexpr,
-                    BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+                    first_tap, taps, splits, before, in_parts,
+                    LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+                    INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, LAID: tl.constexpr,
+                    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
                     BLOCK_C: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
-    """dF/dimage of a tile, in [B, S, C] with LAST, else in [B, C, S]. MULTIPLIER is how many
-    channels of the points a channel of the image has in a depthwise call (depthwise.py), and 0 in
-    others.
+    """dF/dimage of a tile by `taps` taps from `first_tap` on, in [B, S, C] with LAST, else in
+    [B, C, S]. MULTIPLIER is how many channels of the points a channel of the image has in a
+    depthwise call (depthwise.py), and 0 in others. With LAID the samples' gradients at these taps
+    have been computed, and are given as columns instead of the points (im2col.py).
 
-    With several splits a program takes a share of the taps, and its sum goes to `parts`
-    [splits, B, ...]. Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
+    With several splits a program takes a share of the taps. If `in_parts` is positive, its sum goes
+    to `parts` [splits, B, ...], and if `before` is positive, too, it is added to what is there.
+    Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
     """
     sampling.wait_for_previous(CHAINED)
     rank: tl.constexpr = len(TILE)
@@ -192,10 +234,18 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
         o_first, o_last = columns.met(s * g.group_channels + c0, last, g.group_in, g.group_out)
         o_read = o_last
     item = b.to(tl.int64)
-    points += item * g.positions * g.padded_outputs
+    if LAID:
+        points += item * g.positions * (taps * g.columns) + s * g.padded
+    else:
+        points += item * g.positions * g.padded_outputs
     owner = (item * (g.sample_groups // g.per_offset) + s // g.per_offset) * g.taps
     acc = tl.zeros((64, BLOCK_C), tl.float32)
-    for tap in range(split * g.taps // splits, (split + 1) * g.taps // splits):
+    first = split * taps // splits
+    stop = (split + 1) * taps // splits
+    if LAID:
+        first += first_tap
+        stop += first_tap
+    for tap in range(first, stop):
         at = lists + ((owner + tap) * tiles + tile)
         stop = tl.load(at + number + 1)
         for e0 in range(stop - tl.load(at), stop, BLOCK_E):
@@ -219,7 +269,15 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                 else:
                     blend *= share
             blend = sampling.parts_of(blend, dtype, PRECISION)
-            if MULTIPLIER > 0:
+            if LAID:
+                place = (p.to(INDEX) * (taps * g.columns))[:, None] + c[None, :]
+                x = tl.load(
+                    points + (tap - first_tap) * g.columns + place,
+                    mask=listed[:, None] & c_in[None, :],
+                    other=0.0,
+                )
+                acc = columns.dot(blend, sampling.parts_of(x, dtype, PRECISION), acc, PRECISION)
+            elif MULTIPLIER > 0:
                 for i in tl.static_range(MULTIPLIER):
                     x = tl.load(
                         points + (p.to(INDEX) * g.padded_outputs)[:, None] + (own + i)[None, :],
@@ -254,14 +312,16 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
         place = (place * g.channels)[:, None] + c[None, :]
     else:
         place = place[:, None] + (c.to(INDEX) * g.pixels)[None, :]
-    before = (split.to(tl.int64) * g.batch + b) * g.pixels * g.channels
+    item = (split.to(tl.int64) * g.batch + b) * g.pixels * g.channels
     keep = here[:, None] & c_in[None, :]
-    if splits > 1:
-        tl.store(parts + before + place, acc, mask=keep)
+    if in_parts > 0:
+        if LAID:
+            acc += tl.load(parts + item + place, mask=keep & (before > 0), other=0.0)
+        tl.store(parts + item + place, acc, mask=keep)
     else:
         if bias is not None:
             acc += tl.load(bias + c, mask=c_in, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + before + place, acc.to(out.dtype.element_ty), mask=keep)
+        tl.store(out + item + place, acc.to(out.dtype.element_ty), mask=keep)
 
 
 def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
@@ -283,10 +343,11 @@ def make_lists(call: Call, variant: Variant) -> tuple[Buffer, Buffer]:
     index = torch.int32 if most < 2**31 else torch.int64
     lists = call.plan.scratch(2 * number + 1, dtype=index)
     entries = call.plan.scratch(most, dtype=torch.int32)
+    by_warps = call.on_nvidia and index == torch.int32 and LISTED >= 128
     call.zero(lists)
 
     def add(kernel: Any, programs: int, warps: int, **constants: Any) -> None:
-        constants = dict(TILE=tile, BLOCK=LISTED) | constants
+        constants = dict(TILE=tile, BLOCK=LISTED, BY_WARPS=by_warps) | constants
         arguments = dict(lists=lists, entries=entries, number=number, blocks=blocks)
         # These launches come after the jobs that the next one needs, so that those are done in the
         # same launch that writes the zeros.
@@ -302,8 +363,11 @@ def make_lists(call: Call, variant: Variant) -> tuple[Buffer, Buffer]:
 
 def arguments_of(call: Call, points: Operand, lists: tuple[Buffer, Buffer]) -> dict[str, Any]:
     """The arguments that this kernel and Hopper's share."""
-    number = lists[0].shape[0] // 2
-    return dict(points=call.rows(points), lists=lists[0], entries=lists[1], number=number)
+    return dict(points=call.rows(points), **lists_of(lists))
+
+
+def lists_of(lists: tuple[Buffer, Buffer]) -> dict[str, Any]:
+    return dict(lists=lists[0], entries=lists[1], number=lists[0].shape[0] // 2)
 
 
 def write(
@@ -318,19 +382,46 @@ def write(
     if tiles is None:
         name = "backward_sorted depthwise" if multiplier else "backward_sorted"
         tiles = call.tiles(name, n.group_channels)
-    block_o, block_c = fit(n.group_out, tiles.block_o), fit(n.group_channels, tiles.block_c)
-    tile, count = tiles_of(call)
-    programs, blocks = n.sample_groups * count, triton.cdiv(n.group_channels, block_c)
-    splits = max(1, min(n.taps, 2 * call.multiprocessors // (n.batch * programs * blocks)))
-    call.launch_split(
-        *(backward_sorted, (n.batch * programs, blocks, splits)),
-        dict(
-            **dict(TILE=tile, MULTIPLIER=multiplier),
-            **dict(BLOCK_E=tiles.block_p, BLOCK_O=block_o, BLOCK_C=block_c),
-        ),
-        *(out, bias),
+    block_c = fit(n.group_channels, tiles.block_c)
+    splits = splits_of(call, block_c, n.taps)
+    parts = call.room_for_parts(splits, *out.buffer.shape)
+    launch(
+        *(call, tiles, block_c, out, n.taps, splits),
+        **dict(MULTIPLIER=multiplier, LAID=False, BLOCK_O=fit(n.group_out, tiles.block_o)),
         **arguments_of(call, points, lists),
-        **dict(weight=call.weight(), warps=tiles.warps, stages=tiles.stages),
+        **dict(weight=call.weight(), bias=bias, parts=parts, in_parts=splits - 1),
+    )
+    call.reduce(parts, out, bias)
+
+
+def splits_of(call: Call, block_c: int, taps: int) -> int:
+    """How many programs share the taps of a tile."""
+    n, (_, count) = call.sizes, tiles_of(call)
+    programs = n.batch * n.sample_groups * count * triton.cdiv(n.group_channels, block_c)
+    return max(1, min(taps, 2 * call.multiprocessors // programs))
+
+
+def launch(
+    call: Call,
+    row: Tiles,
+    block_c: int,
+    out: Operand,
+    taps: int,
+    splits: int,
+    *,
+    first_tap: int = 0,
+    before: int = 0,
+    **rest: Any,
+) -> None:
+    """Launch backward_sorted with these tiles. `rest` are its other arguments and constants."""
+    n, (tile, count) = call.sizes, tiles_of(call)
+    call.launch(
+        backward_sorted,
+        (n.batch * n.sample_groups * count, triton.cdiv(n.group_channels, block_c), splits),
+        dict(TILE=tile, LAST=out.last, BLOCK_E=row.block_p, BLOCK_C=block_c)
+        | {name: rest.pop(name) for name in ("MULTIPLIER", "LAID", "BLOCK_O")},
+        **dict(rest, out=out.buffer, first_tap=first_tap, taps=taps, before=before, splits=splits),
+        **dict(warps=row.warps, stages=row.stages),
     )
 
 

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import columns, depthwise, forward, tiles
+from . import backward_sorted, columns, depthwise, forward, tiles
 from .backward_atomic import arguments_of
 from .layout import Call, Operand, fit, round_up
 from .prepare import Order, sum_parts
@@ -227,18 +227,18 @@ def multiply_points(laid, points, parts, g, first_row, room, number, blocks, spl
 
 
 @triton.jit
-def multiply_weight(points, weight, out, g, first_row, number, blocks,
+def multiply_weight(points, weight, out, g, first_row, number, first_tap, taps, blocks,
                     PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr,
                     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
                     CHAINED: tl.constexpr):  # fmt: skip
-    """Write the gradients of the columns of `number` rows, in float32.
+    """Write the gradients of the columns of `number` rows at `taps` taps from `first_tap` on.
 
     Grid: (tiles of rows x taps x blocks of a tap's columns).
     """
     wait_for_previous(CHAINED)
-    row = tl.program_id(0) // blocks // g.taps * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = tl.program_id(0) // blocks // taps * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < number
-    tap = tl.program_id(0) // blocks % g.taps
+    tap = tl.program_id(0) // blocks % taps
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     c_in = c < g.columns
     points += first_row.to(tl.int64) * g.padded_outputs
@@ -249,15 +249,15 @@ def multiply_weight(points, weight, out, g, first_row, number, blocks,
     for o0 in range(0, g.padded_outputs, BLOCK_O):
         o = o0 + tl.arange(0, BLOCK_O)
         o_in = o < g.padded_outputs
-        of_output = (tap * g.padded_outputs + o) * g.columns
+        of_output = ((first_tap + tap) * g.padded_outputs + o) * g.columns
         x = read_factor(points, point_tails, of_row, inside, o, o_in, False, PRECISION)
         w = read_factor(weight, weight_tails, of_output, o_in, c, c_in, EVEN, PRECISION)
         acc = columns.dot(x, w, acc, PRECISION)
     keep = inside[:, None]
     if not EVEN:
         keep = keep & (c < g.columns)[None, :]
-    place = (row * g.taps + tap) * g.columns
-    tl.store(out + place[:, None] + c[None, :], acc, mask=keep)
+    place = (row * taps + tap) * g.columns
+    tl.store(out + place[:, None] + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
 
 
 def at_once(call: Call, width: int, least: int) -> int:
@@ -531,13 +531,9 @@ def write_atomic(
     by_offset: Buffer | None,
     by_mask: Buffer | None,
 ) -> None:
-    n, factors, weight = call.sizes, call.factors(points), call.weight()
+    n = call.sizes
     constants, across = depthwise.blocks_of_atomic(call)
     constants |= dict(MULTIPLIER=0, SHARED=False, LAID=True)
-    # Where blocks of 128 columns would take 64 or more in vain, those of 64 are taken.
-    row = call.tiles("backward_atomic_im2col", 64 if -n.columns % 128 >= 64 else n.columns)
-    block_c = fit(n.columns, row.block_c)
-    blocks = triton.cdiv(n.columns, block_c)
     # These columns are in float32, so half as many stay in the cache. Beyond that they take no more
     # memory than all columns of the call's dtype would.
     every = n.batch * n.positions * n.taps * n.columns
@@ -547,19 +543,79 @@ def write_atomic(
     laid = call.plan.scratch(lots.rows, lots.length, dtype=torch.float32)
     arguments = arguments_of(call, image, laid, by_image, by_offset, by_mask)
     for first, count, first_row, number in lots:
-        call.launch(
-            multiply_weight,
-            (triton.cdiv(number, row.block_p) * n.taps * blocks,),
-            dict(
-                EVEN=n.columns % block_c == 0,
-                **dict(BLOCK_P=row.block_p, BLOCK_O=row.block_o, BLOCK_C=block_c),
-            ),
-            **dict(points=factors, weight=weight, out=laid, first_row=first_row, number=number),
-            **dict(blocks=blocks, warps=row.warps, stages=row.stages),
-        )
+        write_gradients(call, points, laid, n.taps, number, first_row)
         depthwise.launch_atomic(
             *(call, constants, count, across, first, first_row), weight=None, **arguments
         )
+
+
+def write_gradients(
+    call: Call,
+    points: Operand,
+    laid: Buffer,
+    taps: int,
+    number: int,
+    first_row: int = 0,
+    first_tap: int = 0,
+) -> None:
+    """Launch the product that writes the gradients of the samples of some rows at some taps."""
+    n = call.sizes
+    # Where blocks of 128 columns would take 64 or more in vain, those of 64 are taken.
+    row = call.tiles("backward_atomic_im2col", 64 if -n.columns % 128 >= 64 else n.columns)
+    block_c = fit(n.columns, row.block_c)
+    blocks = triton.cdiv(n.columns, block_c)
+    call.launch(
+        multiply_weight,
+        (triton.cdiv(number, row.block_p) * taps * blocks,),
+        dict(
+            EVEN=n.columns % block_c == 0,
+            **dict(BLOCK_P=row.block_p, BLOCK_O=row.block_o, BLOCK_C=block_c),
+        ),
+        **dict(points=call.factors(points), weight=call.weight(), out=laid, blocks=blocks),
+        **dict(first_row=first_row, number=number, first_tap=first_tap, taps=taps),
+        **dict(warps=row.warps, stages=row.stages),
+    )
+
+
+def takes_sorted(call: Call) -> bool:
+    """Whether the product may come before the sums from sorted lists. It has to be repeated for the
+    many tiles that a sample's neighbours touch where each tile makes it, which costs most with
+    three products, and where a sample group has much fewer channels than the outputs. The columns
+    of a tap have to have places of 32 bits."""
+    n = call.sizes
+    several = n.sample_groups > 1
+    worth = several and (call.narrow or call.precision == "bf16x3")
+    worth = worth or (call.precision == "bf16x3" and n.outputs > tiles.SORTED_ONCE)
+    if not (worth and is_one_matrix(call) and n.outputs >= tiles.PRODUCT_FIRST):
+        return False
+    return call.steps.depending(n.batch * n.positions * n.columns < 2**31)
+
+
+def write_sorted(
+    call: Call, points: Operand, bias: Buffer | None, out: Operand, lists: tuple[Buffer, Buffer]
+) -> None:
+    n, dtype = call.sizes, call.dtype
+    row = call.tiles("backward_sorted_im2col", n.group_channels)
+    rows, of_lists = n.batch * n.positions, backward_sorted.lists_of(lists)
+    numbers = at_once(call, dtype.itemsize, tiles.COLUMNS_AT_ONCE * 2 // dtype.itemsize)
+    lots = triton.cdiv(n.taps, max(numbers // (rows * n.columns), 1))
+    at_a_time = triton.cdiv(n.taps, lots)
+    laid = call.plan.scratch(rows, at_a_time * n.columns, dtype=dtype)
+    block_c = fit(n.group_channels, row.block_c, 16)
+    splits = backward_sorted.splits_of(call, block_c, at_a_time)
+    in_parts = max(lots, splits) - 1
+    shape = (splits, *out.buffer.shape) if in_parts else (1,)
+    parts = call.plan.scratch(*shape, dtype=torch.float32)
+    for first_tap in range(0, n.taps, at_a_time):
+        taps = min(at_a_time, n.taps - first_tap)
+        write_gradients(call, points, laid, taps, rows, first_tap=first_tap)
+        backward_sorted.launch(
+            *(call, row, block_c, out, taps, splits),
+            **dict(MULTIPLIER=0, LAID=True, BLOCK_O=0, first_tap=first_tap, before=first_tap),
+            **dict(points=laid, weight=None, bias=bias, parts=parts, in_parts=in_parts),
+            **of_lists,
+        )
+    call.reduce(parts, out, bias, in_parts > 0)
 
 
 FORWARD = Variant(
@@ -581,6 +637,13 @@ BACKWARD_ATOMIC = Variant(
     write_atomic,
     wants_parts=True,
     others=("multiply_weight", "backward_atomic_depthwise"),
+)
+BACKWARD_SORTED = Variant(
+    "backward_sorted_im2col",
+    takes_sorted,
+    write_sorted,
+    wants_parts=True,
+    others=("multiply_weight", "backward_sorted"),
 )
 # These come before Hopper's own kernels.
 FORWARD_FIRST = FORWARD._replace(takes=forward_beats_hopper)

@@ -377,8 +377,11 @@ class Call:
                 n.point, n.stride, n.padding, n.kernel, n.dilation, strict=True
             )
         ]
-        there = self.architecture != "interpreter" and not self.architecture.startswith("gfx")
-        return there and max(*n.image, *reach) < 2**21
+        return self.on_nvidia and max(*n.image, *reach) < 2**21
+
+    @property
+    def on_nvidia(self) -> bool:
+        return self.architecture != "interpreter" and not self.architecture.startswith("gfx")
 
     def _spreads(self, g: Geometry) -> bool:
         """Whether the weight of several groups is spread: treated as one of a single group, with
@@ -606,7 +609,10 @@ class Call:
 
     def factors(self, points: Operand) -> Buffer:
         """The points as factors of products, which are parts in "bf16x3" and else rows."""
-        return self.parts(points) if self.precision == "bf16x3" else self.rows(points)
+        return self.read(points, self.precision == "bf16x3")
+
+    def read(self, points: Operand, in_parts: bool) -> Buffer:
+        return self.parts(points) if in_parts else self.rows(points)
 
     def lend(self, t: Operand, result: Operand) -> None:
         """Let a copy of t lie in a result's memory. The result has to be written last, when the
@@ -657,7 +663,8 @@ class Call:
         to: tuple[int, int, int],
     ) -> None:
         batch, pixels, groups, channels, written = count
-        block_c = fit(max(channels, written), 64, least=1)
+        narrows = out.buffer.dtype.itemsize < source.buffer.dtype.itemsize and not out.last
+        block_c = fit(max(channels, written), 32 if narrows else 64, least=1)
         block_p = 4096 // max(block_c, 32)
         blocks, across = triton.cdiv(pixels, block_p), triton.cdiv(max(channels, written), block_c)
         # These divide every distance between pixels, groups and items, so that loads are aligned.
@@ -776,16 +783,19 @@ class Call:
             **dict(inner=inner or count, sizes=sizes, strides=strides, warps=4),
         )
 
-    def reduce(self, parts: Buffer, out: Operand, bias: Buffer | None = None) -> None:
-        """Sum parts [splits, *out as it lies in memory] and add a bias, if there are several parts.
-        If there is one, the kernel has written the result itself, and the sum is only loaded."""
+    def reduce(
+        self, parts: Buffer, out: Operand, bias: Buffer | None = None, runs: bool | None = None
+    ) -> None:
+        """Sum parts [splits, *out as it lies in memory] and add a bias. Unless `runs` says more, it
+        is done if there are several parts. If there is one, the kernel has written the result
+        itself, and the sum is only loaded."""
         batch, channels, *size = out.buffer.shape
         positions = math.prod(size)
         sizes = (batch * positions, channels, 1) if out.last else (batch, channels, positions)
         strides = (sizes[1] * sizes[2], sizes[2], 1)
         splits = parts.shape[0]
         launch = self._reduce(splits, sizes, strides, parts, out.buffer, bias)
-        self.steps.launch(launch, splits > 1)
+        self.steps.launch(launch, splits > 1 if runs is None else runs)
 
     def reduce_flat(
         self, parts: Buffer, splits: int, out: Buffer, inner: int = 0, runs: bool = True

@@ -43,7 +43,7 @@ ATOMIC = (
     im2col.BACKWARD_ATOMIC,
     *backward_atomic.VARIANTS,
 )
-SORTED = (*hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
+SORTED = (im2col.BACKWARD_SORTED, *hopper.BACKWARD_SORTED, *backward_sorted.VARIANTS)
 WEIGHT = (
     depthwise.BACKWARD_WEIGHT,
     im2col.BACKWARD_WEIGHT_FIRST,
@@ -239,8 +239,9 @@ def _gradients(
         # prepared in one launch.
         sorting = _sorting(call)
         call.weight(sorting.order)
-        if call.steps.together or True not in in_parts:
-            call.rows(points)
+        parts = call.precision == "bf16x3" and sorting.wants_parts
+        if call.steps.together or in_parts <= {parts}:
+            call.read(points, parts)
         if call.steps.together:
             lists = backward_sorted.make_lists(call, sorting)
     with call.frame():
@@ -250,7 +251,7 @@ def _gradients(
             call.image(image)
         if call.steps.together or len(in_parts) == 1:
             for parts in sorted(in_parts):
-                call.parts(points) if parts else call.rows(points)
+                call.read(points, parts)
         if atomic is not None:
             call.weight(atomic.order)
             if by_atomics is not None and call.steps.together:

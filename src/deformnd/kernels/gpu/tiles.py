@@ -84,6 +84,10 @@ PORTABLE = (
     Tiles("backward_sorted", 2, 128, 128, 32, 128, 4, 3),
     Tiles("backward_sorted", 2, ANY, 128, 32, 256, 4, 3),
     Tiles("backward_sorted", 4, ANY, 64, 32, 64, 4, 1),
+    Tiles("backward_sorted_im2col", 2, ANY, 32, 0, 32, 1, 2),
+    Tiles("backward_sorted_im2col", 4, 16, 32, 0, 16, 1, 2),
+    Tiles("backward_sorted_im2col", 4, 64, 32, 0, 64, 2, 1),
+    Tiles("backward_sorted_im2col", 4, ANY, 32, 0, 128, 4, 1),
     Tiles("backward_sorted depthwise", 2, ANY, 128, 32, 128, 4, 1),
     Tiles("backward_sorted depthwise", 4, ANY, 64, 32, 64, 4, 1),
     Tiles("backward_weight", 2, 64, 64, 64, 64, 4, 2),
@@ -212,7 +216,7 @@ COSTS = {
     "backward_atomic": Costs(48, 2.6, 0.85),
     "backward_atomic_depthwise": Costs(32, 10.0, 0.02),
     "backward_atomic_hopper": Costs(16, 1.7, 1.5),
-    "multiply_columns_hopper": Costs(8, 1.5, 1.5),
+    "multiply_columns_hopper": Costs(8, 1.7, 1 / 2_200_000),
 }
 
 # The start and end of a program take START_US. To add parts takes ADD_US, and memory writes and
@@ -275,6 +279,10 @@ WIDE = 32
 # takes_atomic). With fewer a product is short, and writing its result costs more than it saves.
 PRODUCT_FIRST = 24
 
+# With a single sample group, this holds for sums from sorted lists (im2col.py, takes_sorted) with
+# more than this many outputs.
+SORTED_ONCE = 64
+
 # Tensor cores round sums toward zero. Where float32 numbers are multiplied as parts, a sum errs by
 # 3.6e-6 of itself for every thousand products in it, so sums of more than LONGEST are split. The
 # longest ones, over the positions, are added up outside of the tensor cores (columns.py, dot_once).
@@ -329,7 +337,7 @@ KEPT = 8
 ADDED, ADDED_BY_BLOCKS, ADDED_DEPTHWISE, SORTED_CHANNELS = 9_000_000, 5_000_000, 30_000_000, 96
 
 # This many positions are listed at a time for the sorted image gradient.
-LISTED = 512
+LISTED = 128
 
 # Most lists have at most SHORT samples and are sorted at once as lists of that size. Those of at
 # most LONG samples are sorted as lists of that larger size. Longer ones are written anew, in order

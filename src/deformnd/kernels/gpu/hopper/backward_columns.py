@@ -15,6 +15,7 @@ The columns of as many batch items are kept at once as tiles.COLUMNS has room fo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import namedtuple
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import sampling, tiles
-from ..backward_sorted import tiles_of
+from ..backward_sorted import lists_of, tiles_of
 from ..layout import Call, Operand, whole_blocks
 from ..prepare import Order
 from ..runtime import Buffer
@@ -244,18 +245,19 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(call: Call) -> Blocks | None:
-    """The largest blocks that fit into a multiprocessor's shared memory, or None if none do. It
-    keeps 1024 bytes for itself."""
+    """The blocks of which two programs fit into a multiprocessor's shared memory, so that one
+    multiplies while the other one stores, or else the largest that fit, or None if none do. A
+    program takes 1024 bytes beside its own."""
     n = call.sizes
     row = call.tiles("multiply_columns_hopper", n.padded_outputs)
     block_o = min(row.block_o, n.padded_outputs & -n.padded_outputs)
     blocks = n.padded_outputs // block_o
-    for block_p in (row.block_p, 64):
-        for block_c in (row.block_c, 64, 32):
-            for stages in (2 * blocks, blocks + 1):
-                shared = 2 * (block_p * n.padded_outputs + stages * block_o * block_c) + 2048
-                if n.columns % block_c == 0 and shared <= call.device.shared_memory:
-                    return Blocks(block_p, block_o, blocks, block_c, stages)
+    widths = [width for width in (row.block_c, 64, 32) if n.columns % width == 0]
+    large = itertools.product((1,), (row.block_p, 64), widths, (2 * blocks, blocks + 1))
+    for programs, block_p, block_c, stages in (*((2, 64, c, blocks + 1) for c in widths), *large):
+        shared = 2 * (block_p * n.padded_outputs + stages * block_o * block_c) + 2048
+        if programs * shared <= call.device.shared_memory:
+            return Blocks(block_p, block_o, blocks, block_c, stages)
     return None
 
 
@@ -297,8 +299,7 @@ def write(
         multiply(call, points, columns.part(0, now), before)
         call.launch(
             *(backward_columns_hopper, (now * count, blocks, splits), constants),
-            **dict(columns=columns, bias=bias, lists=lists[0], entries=lists[1]),
-            **dict(out=out.buffer, parts=parts, number=lists[0].shape[0] // 2),
+            **dict(columns=columns, bias=bias, out=out.buffer, parts=parts, **lists_of(lists)),
             **dict(before=before, splits=splits, warps=row.warps),
             registers=65536 // (256 * row.resident) // 8 * 8,
         )
@@ -313,7 +314,10 @@ def multiply(call: Call, points: Operand, columns: Buffer, before: int) -> None:
     warps, across = block_p // 16, min(32, block_o // 8)
     rows = columns.shape[0] * n.positions
     programs = triton.cdiv(rows, block_p)
-    splits = call.splits("multiply_columns_hopper", programs, warps, n.taps)
+    work, steps = block_p * n.padded_outputs * n.columns, max(n.columns // 128, 1)
+    splits = call.splits(
+        "multiply_columns_hopper", programs, warps, n.taps, work=work, steps=steps
+    )
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=number, BLOCK_C=block_c, STAGES=stages),
         MMA=common.mma_layout(block_c, warps),

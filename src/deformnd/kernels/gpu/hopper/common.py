@@ -51,9 +51,15 @@ def parts_in(PRECISION):
 def bring(source, row, column, rows, held, bars, stage, pred, PRECISION: gl.constexpr):
     """Start the copy of a block of a matrix of 16-bit numbers into a stage of a ring. In "bf16x3"
     it is a block of heads and then one of tails, which lie `rows` rows further on."""
-    parts: gl.constexpr = parts_in(PRECISION)
-    size: gl.constexpr = 2 * parts * held.shape[1] * held.shape[2]
+    size: gl.constexpr = 2 * parts_in(PRECISION) * held.shape[1] * held.shape[2]
     mbarrier.expect(bars.index(stage), size, pred=pred)
+    bring_parts(source, row, column, rows, held, bars, stage, pred, PRECISION)
+
+
+@gluon.jit
+def bring_parts(source, row, column, rows, held, bars, stage, pred, PRECISION: gl.constexpr):
+    """Start the copies that `bring` starts, of which the stage's barrier has been told before."""
+    parts: gl.constexpr = parts_in(PRECISION)
     for part in gl.static_range(parts):
         async_load(
             source, [row + part * rows, column], bars.index(stage),

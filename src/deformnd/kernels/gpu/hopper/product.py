@@ -28,19 +28,13 @@ def bring_step(laid, weight, step, row, o, room, outputs, held, bars, stage, pre
                PRECISION: gl.constexpr):  # fmt: skip
     """Start the copies of a step's blocks of columns and of weights."""
     columns, weights = held
-    parts: gl.constexpr = common.parts_in(PRECISION)
     block: gl.constexpr = columns.shape[2]
-    size: gl.constexpr = 2 * parts * (columns.shape[1] + weights.shape[1]) * block
-    bar = bars.index(stage)
-    mbarrier.expect(bar, size, pred=pred)
-    for part in gl.static_range(parts):
-        at = stage * parts + part
-        common.async_load(
-            laid, [row + part * room, step * block], bar, columns.index(at), pred=pred
-        )
-        common.async_load(
-            weight, [o + part * outputs, step * block], bar, weights.index(at), pred=pred
-        )
+    rows: gl.constexpr = columns.shape[1] + weights.shape[1]
+    size: gl.constexpr = 2 * common.parts_in(PRECISION) * rows * block
+    mbarrier.expect(bars.index(stage), size, pred=pred)
+    k = step * block
+    common.bring_parts(laid, row, k, room, columns, bars, stage, pred, PRECISION)
+    common.bring_parts(weight, o, k, outputs, weights, bars, stage, pred, PRECISION)
 
 
 @gluon.jit
@@ -49,15 +43,6 @@ def multiply_step(held, stage, acc, PRECISION: gl.constexpr, use_acc: gl.constex
     x = common.factor(held[0], stage, PRECISION)
     w = common.factor(held[1], stage, PRECISION, True)
     return common.multiply(x, w, acc, use_acc)
-
-
-@gluon.jit
-def store_part(parts, acc, first, row, o, number, g, MMA: gl.constexpr):
-    """Store a block of a partial sum, whose rows are counted from `first` on."""
-    p = row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, MMA))
-    c = o + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, MMA))
-    place = ((first + p) * g.outputs)[:, None] + c[None, :]
-    gl.store(parts + place, acc, mask=(p < number)[:, None] & (c < g.outputs)[None, :])
 
 
 @gluon.jit
@@ -118,7 +103,10 @@ def forward_product_hopper(laid, weight, bias, out, parts, g, first_row, room, n
                    (i - 1) % STAGES, first + ahead < last, PRECISION)  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=[acc])
     if splits > 1:
-        store_part(parts, acc, gl.program_id(1) * room, row, o, number, g, MMA)
+        p = row + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(1, MMA))
+        c = o + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, MMA))
+        parts += gl.program_id(1) * room * g.outputs
+        common.store_points(parts, acc, p, c, p < number, g, True, 1)
     else:
         deliver(out, acc, bias, first_row, row, o, number, g, LAST, INDEX, MMA, STORED)
 
