@@ -1229,9 +1229,10 @@ def test_chunks_bound_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On an H200 a plan's scratch memory is at most a tenth of what torchvision takes there, or an
-    eighth where a float32 backward keeps the gradients of samples (im2col.py)."""
+    eighth where a float32 backward keeps the gradients of samples (im2col.py), or a sixth where it
+    keeps lists of samples, too."""
     torchvision = 352 * dtype.itemsize << 20
-    most = torchvision / (8 if dtype == torch.float32 and not deterministic else 10)
+    most = torchvision / (10 if dtype == torch.float16 else 6 if deterministic else 8)
     repeatable(monkeypatch, deterministic)
     size, ones = (128, 128), (1, 1)
     g = Geometry(8, 256, 256, 1, 1, 1, size, size, (3, 3), ones, ones, ones)

@@ -135,7 +135,7 @@ HOPPER = (
     Tiles("forward_narrow_hopper", 4, ANY, 64, 256, 32, 4, 2),
     Tiles("backward_narrow_hopper", 2, ANY, 64, 128, 32, 4, 2, resident=2),
     Tiles("backward_narrow_hopper", 4, ANY, 64, 128, 32, 4, 2, resident=2),
-    Tiles("backward_atomic_hopper", 2, 128, 64, 128, 32, 4, 3),
+    Tiles("backward_atomic_hopper", 2, 128, 64, 128, 64, 4, 3),
     Tiles("backward_atomic_hopper", 2, 256, 64, 256, 64, 4, 2),
     Tiles("backward_atomic_hopper", 2, 512, 64, 256, 64, 4, 3),
     Tiles("backward_atomic_hopper", 2, ANY, 64, 256, 32, 4, 3),
@@ -199,8 +199,9 @@ class Costs(NamedTuple):
 
 # These costs decide into how many parts sums are split (layout.py, Call.splits). What a unit is,
 # the callers say: some taps, a tap of one sample group, a block of columns, or a tile of positions.
-# In the first four kernels its work is the bytes that it samples, in the next three (im2col.py) its
-# products, and in the others 1. benchmarks/gpu_costs.py fits them; these are of an H200.
+# In the first four kernels its work is the bytes that it samples, in the next three (im2col.py) and
+# the last one its products, in the one before the last its blocks of channels, and in the others 1.
+# benchmarks/gpu_costs.py fits them; these are of an H200.
 COSTS = {
     "forward": Costs(16, 1.0, 1 / 12_000),
     "forward narrow": Costs(24, 1.9, 1 / 7_300),
@@ -216,6 +217,7 @@ COSTS = {
     "backward_atomic": Costs(48, 2.6, 0.85),
     "backward_atomic_depthwise": Costs(32, 10.0, 0.02),
     "backward_atomic_hopper": Costs(16, 1.7, 1.5),
+    "backward_atomic_hopper wide": Costs(12, 1.5, 0.675),
     "multiply_columns_hopper": Costs(8, 1.7, 1 / 2_200_000),
 }
 

@@ -202,9 +202,9 @@ def plan_of(call: Call) -> Plan:
     block_o = min(row.block_o, n.padded_outputs & -n.padded_outputs)
     blocks = n.padded_outputs // block_o
     # A sample group that is one wide block gains nothing from it (314 against 271 us, 48 channels).
-    wide = n.padded > row.block_c and n.padded % row.block_c == 0
-    block_c = row.block_c if len(n.image) < 3 and wide else 32
-    stages = max(row.stages, blocks + 1)
+    wide = n.padded > row.block_c > 32 and n.padded % row.block_c == 0 and len(n.image) < 3
+    block_c = row.block_c if wide else 32
+    stages = max(row.stages - wide, blocks + 1)
     size = row.block_p * n.padded_outputs + stages * block_o * block_c
     # A multiprocessor keeps 1024 bytes for itself beside those of a program.
     shared = 2 * common.parts_in(call.precision) * size + 1024
@@ -231,7 +231,11 @@ def write(
     tiles = triton.cdiv(n.positions, block_p)
     programs = n.batch * tiles
     units = n.sample_groups * n.taps
-    splits = call.splits("backward_atomic_hopper", programs, warps, units)
+    if block_c > 32 and n.padded_outputs <= 128:
+        name, steps = "backward_atomic_hopper wide", n.padded // block_c
+    else:
+        name, steps = "backward_atomic_hopper", 1
+    splits = call.splits(name, programs, warps, units, work=steps, steps=steps)
     across = min(32, block_o // 8)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=blocks, BLOCK_C=block_c, STAGES=stages),

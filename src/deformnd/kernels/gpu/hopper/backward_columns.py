@@ -315,9 +315,7 @@ def multiply(call: Call, points: Operand, columns: Buffer, before: int) -> None:
     rows = columns.shape[0] * n.positions
     programs = triton.cdiv(rows, block_p)
     work, steps = block_p * n.padded_outputs * n.columns, max(n.columns // 128, 1)
-    splits = call.splits(
-        "multiply_columns_hopper", programs, warps, n.taps, work=work, steps=steps
-    )
+    splits = call.splits("multiply_columns_hopper", programs, warps, n.taps, work=work, steps=steps)
     constants: dict[str, Any] = dict(
         **dict(BLOCK_P=block_p, BLOCK_O=block_o, BLOCKS=number, BLOCK_C=block_c, STAGES=stages),
         MMA=common.mma_layout(block_c, warps),
