@@ -398,7 +398,8 @@ def splits_of(call: Call, block_c: int, taps: int) -> int:
     """How many programs share the taps of a tile."""
     n, (_, count) = call.sizes, tiles_of(call)
     programs = n.batch * n.sample_groups * count * triton.cdiv(n.group_channels, block_c)
-    return max(1, min(taps, 2 * call.multiprocessors // programs))
+    splits: int = min(taps, 2 * call.multiprocessors // programs)
+    return max(1, splits)
 
 
 def launch(
