@@ -2947,16 +2947,25 @@ def test_gpu_needs() -> None:
 
 
 @gpu
-@pytest.mark.parametrize("groups", [1, 64])
+@pytest.mark.parametrize(("points", "groups"), [(64, 1), (72, 1), (64, 64)])
 @pytest.mark.parametrize("offset_groups", [1, 16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_gpu_deterministic(
-    dtype: torch.dtype, transposed: bool, offset_groups: int, groups: int, exact_float32: None
+    dtype: torch.dtype,
+    transposed: bool,
+    offset_groups: int,
+    points: int,
+    groups: int,
+    exact_float32: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bitwise the same results, also where very many samples crowd into one tile."""
+    """Bitwise the same results, also where very many samples crowd into one tile, or where the
+    samples' gradients are written down for one tap at a time."""
+    if points == 72:
+        limits(monkeypatch, COLUMNS_AT_ONCE=1, SHARE=0)
     case = Case(
-        (40, 40), (3, 3), transposed, image=64, points=64, groups=groups,
+        (40, 40), (3, 3), transposed, image=64, points=points, groups=groups,
         offset_groups=offset_groups, mask_groups=offset_groups,
     )  # fmt: skip
     problem = case.make(dtype, "cuda", float_offset=True)
