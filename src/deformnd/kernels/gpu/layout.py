@@ -381,7 +381,9 @@ class Call:
 
     @property
     def on_nvidia(self) -> bool:
-        return self.architecture != "interpreter" and not self.architecture.startswith("gfx")
+        """Whether kernels may have NVIDIA's instructions."""
+        other = self.architecture == "interpreter" or self.architecture.startswith("gfx")
+        return not (other or torch.version.hip)
 
     def _spreads(self, g: Geometry) -> bool:
         """Whether the weight of several groups is spread: treated as one of a single group, with
