@@ -93,6 +93,18 @@ MUTATIONS = (
         "            new = new & (first > last)\n",
     ),
     Mutation(
+        "the columns of a later lot of taps take the place of those before",
+        "backward_sorted.py",
+        "mask=keep & (before > 0), other=0.0)",
+        "mask=keep & (before < 0), other=0.0)",
+    ),
+    Mutation(
+        "the columns of a later lot are those of the first taps",
+        "im2col.py",
+        "of_output = ((first_tap + tap) * g.padded_outputs + o) * g.columns",
+        "of_output = (tap * g.padded_outputs + o) * g.columns",
+    ),
+    Mutation(
         "the points of a weight group end too early",
         "columns.py",
         "return first // own * other, ((stop - 1) // own + 1) * other",

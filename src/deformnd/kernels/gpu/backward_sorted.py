@@ -8,6 +8,7 @@ listed samples bring, by two products for each tap:
 
 where blend is the share that a pixel has in a sample, times the mask. The gradient is bitwise
 repeatable if the lists are in order, so they are sorted where algorithms must be deterministic.
+Then im2col.py may do the second product first, for all samples once.
 
 Note [lists]
 There is a list for every (batch item, offset group, tap, tile), numbered in that order. It holds
@@ -77,7 +78,7 @@ def add_by_warps(at, tile):
     each. Lanes of a warp with the same tile have the same place. The first of them adds for all.
 
     All is one block of instructions, so that no lane gets another element meanwhile. No two lanes
-    may have the same element: so there are at least as many elements as lanes.
+    may have the same element, so there are at least as many elements as lanes.
     """
     return tl.inline_asm_elementwise(
         """
@@ -196,13 +197,13 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                     INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, LAID: tl.constexpr,
                     TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
                     BLOCK_C: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
-    """dF/dimage of a tile by `taps` taps from `first_tap` on, in [B, S, C] with LAST, else in
-    [B, C, S]. MULTIPLIER is how many channels of the points a channel of the image has in a
-    depthwise call (depthwise.py), and 0 in others. With LAID the samples' gradients at these taps
+    """dF/dimage of a tile, in [B, S, C] with LAST, else in [B, C, S]. MULTIPLIER is how many
+    channels of the points a channel of the image has in a depthwise call (depthwise.py), and 0 in
+    others. With LAID it is the sum over `taps` taps from `first_tap` on, whose samples' gradients
     have been computed, and are given as columns instead of the points (im2col.py).
 
     With several splits a program takes a share of the taps. If `in_parts` is positive, its sum goes
-    to `parts` [splits, B, ...], and if `before` is positive, too, it is added to what is there.
+    to `parts` [splits, B, ...]. With LAID it is added to what is there if `before` is positive.
     Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
     """
     sampling.wait_for_previous(CHAINED)
@@ -240,12 +241,12 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
         points += item * g.positions * g.padded_outputs
     owner = (item * (g.sample_groups // g.per_offset) + s // g.per_offset) * g.taps
     acc = tl.zeros((64, BLOCK_C), tl.float32)
-    first = split * taps // splits
-    stop = (split + 1) * taps // splits
+    begin = split * taps // splits
+    end = (split + 1) * taps // splits
     if LAID:
-        first += first_tap
-        stop += first_tap
-    for tap in range(first, stop):
+        begin += first_tap
+        end += first_tap
+    for tap in range(begin, end):
         at = lists + ((owner + tap) * tiles + tile)
         stop = tl.load(at + number + 1)
         for e0 in range(stop - tl.load(at), stop, BLOCK_E):
@@ -276,7 +277,8 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
                     mask=listed[:, None] & c_in[None, :],
                     other=0.0,
                 )
-                acc = columns.dot(blend, sampling.parts_of(x, dtype, PRECISION), acc, PRECISION)
+                x = sampling.parts_of(x, dtype, PRECISION)
+                acc = columns.dot_once(blend, x, acc, PRECISION)
             elif MULTIPLIER > 0:
                 for i in tl.static_range(MULTIPLIER):
                     x = tl.load(
@@ -324,6 +326,9 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
         tl.store(out + item + place, acc.to(out.dtype.element_ty), mask=keep)
 
 
+WARPS = 4  # of the programs that make lists
+
+
 def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
     """The shape of the image's tiles, and how many there are."""
     tile = IMAGE_TILES[len(call.sizes.image)]
@@ -343,21 +348,21 @@ def make_lists(call: Call, variant: Variant) -> tuple[Buffer, Buffer]:
     index = torch.int32 if most < 2**31 else torch.int64
     lists = call.plan.scratch(2 * number + 1, dtype=index)
     entries = call.plan.scratch(most, dtype=torch.int32)
-    by_warps = call.on_nvidia and index == torch.int32 and LISTED >= 128
+    by_warps = call.on_nvidia and index == torch.int32 and LISTED >= 32 * WARPS
     call.zero(lists)
 
-    def add(kernel: Any, programs: int, warps: int, **constants: Any) -> None:
+    def add(kernel: Any, programs: int, warps: int = WARPS, **constants: Any) -> None:
         constants = dict(TILE=tile, BLOCK=LISTED, BY_WARPS=by_warps) | constants
         arguments = dict(lists=lists, entries=entries, number=number, blocks=blocks)
         # These launches come after the jobs that the next one needs, so that those are done in the
         # same launch that writes the zeros.
         call.steps.then(call.make(kernel, (programs,), constants, warps=warps, **arguments))
 
-    add(list_samples, owners * blocks, 4, FILL=False, TOGETHER=together)
-    add(start_lists, triton.cdiv(number, 1024), 4, BLOCK=1024)
-    add(list_samples, owners * blocks, 4, FILL=True, TOGETHER=together)
+    add(list_samples, owners * blocks, FILL=False, TOGETHER=together)
+    add(start_lists, triton.cdiv(number, 1024), BLOCK=1024)
+    add(list_samples, owners * blocks, FILL=True, TOGETHER=together)
     if torch.are_deterministic_algorithms_enabled():
-        add(sort_lists, number, 1, SHORT=SHORT, LONG=LONG)
+        add(sort_lists, number, 1, SHORT=SHORT, LONG=LONG, BLOCK=4 * LISTED)
     return lists, entries
 
 
@@ -389,7 +394,7 @@ def write(
         *(call, tiles, block_c, out, n.taps, splits),
         **dict(MULTIPLIER=multiplier, LAID=False, BLOCK_O=fit(n.group_out, tiles.block_o)),
         **arguments_of(call, points, lists),
-        **dict(weight=call.weight(), bias=bias, parts=parts, in_parts=splits - 1),
+        **dict(weight=call.weight(), bias=bias, parts=parts, in_parts=int(splits > 1)),
     )
     call.reduce(parts, out, bias)
 

@@ -11,7 +11,8 @@ In forward.py and backward_weight.py each program finds the samples for its own 
 Im2col is faster where there are several such blocks, which would find the same samples again, and
 where sample groups are narrow, so that a product waits long for its samples. In backward_atomic.py
 a program keeps a product beside the samples' cells and corners, and has registers for few warps.
-Here depthwise.py adds up what the product has written. The columns go through memory in lots of
+Here depthwise.py adds up what the product has written, or backward_sorted.py does where algorithms
+have to be deterministic. The columns go through memory in lots of
 rows. Small lots stay in the second-level cache. But the last programs of a lot leave
 multiprocessors idle, so fewer and larger lots are faster where memory is not short.
 """
@@ -578,17 +579,18 @@ def write_gradients(
 
 
 def takes_sorted(call: Call) -> bool:
-    """Whether the product may come before the sums from sorted lists. It has to be repeated for the
-    many tiles that a sample's neighbours touch where each tile makes it, which costs most with
-    three products, and where a sample group has much fewer channels than the outputs. The columns
-    of a tap have to have places of 32 bits."""
+    """Whether the product comes before the sums from sorted lists. Otherwise every tile multiplies
+    the points of its samples, and a sample lies in several tiles. That costs most with three
+    products, or where a group has far fewer channels than outputs. The places of the points and of
+    a tap's columns have to fit into 32 bits."""
     n = call.sizes
     several = n.sample_groups > 1
     worth = several and (call.narrow or call.precision == "bf16x3")
     worth = worth or (call.precision == "bf16x3" and n.outputs > tiles.SORTED_ONCE)
     if not (worth and is_one_matrix(call) and n.outputs >= tiles.PRODUCT_FIRST):
         return False
-    return call.steps.depending(n.batch * n.positions * n.columns < 2**31)
+    places = n.batch * n.positions * max(n.columns, n.padded_outputs)
+    return call.steps.depending(places < 2**31)
 
 
 def write_sorted(
@@ -603,7 +605,7 @@ def write_sorted(
     laid = call.plan.scratch(rows, at_a_time * n.columns, dtype=dtype)
     block_c = fit(n.group_channels, row.block_c, 16)
     splits = backward_sorted.splits_of(call, block_c, at_a_time)
-    in_parts = max(lots, splits) - 1
+    in_parts = lots > 1 or splits > 1
     shape = (splits, *out.buffer.shape) if in_parts else (1,)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     for first_tap in range(0, n.taps, at_a_time):
@@ -612,10 +614,10 @@ def write_sorted(
         backward_sorted.launch(
             *(call, row, block_c, out, taps, splits),
             **dict(MULTIPLIER=0, LAID=True, BLOCK_O=0, first_tap=first_tap, before=first_tap),
-            **dict(points=laid, weight=None, bias=bias, parts=parts, in_parts=in_parts),
+            **dict(points=laid, weight=None, bias=bias, parts=parts, in_parts=int(in_parts)),
             **of_lists,
         )
-    call.reduce(parts, out, bias, in_parts > 0)
+    call.reduce(parts, out, bias, in_parts)
 
 
 FORWARD = Variant(
