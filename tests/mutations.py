@@ -95,8 +95,8 @@ MUTATIONS = (
     Mutation(
         "the columns of a later lot of taps take the place of those before",
         "backward_sorted.py",
-        "mask=keep & (before > 0), other=0.0)",
-        "mask=keep & (before < 0), other=0.0)",
+        "mask=keep & (first_tap > 0), other=0.0)",
+        "mask=keep & (first_tap < 0), other=0.0)",
     ),
     Mutation(
         "the columns of a later lot are those of the first taps",

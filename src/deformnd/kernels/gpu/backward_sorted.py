@@ -192,19 +192,19 @@ def sort_lists(offset, lists, entries, g, number, TILE: tl.constexpr, SHORT: tl.
 
 @triton.jit
 def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, parts, g, number,
-                    first_tap, taps, splits, before, in_parts,
-                    LAST: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
-                    INDEX: tl.constexpr, MULTIPLIER: tl.constexpr, LAID: tl.constexpr,
-                    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+                    first_tap, taps, splits, LAST: tl.constexpr, GROUPED: tl.constexpr,
+                    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+                    MULTIPLIER: tl.constexpr, LAID: tl.constexpr, TILE: tl.constexpr,
+                    BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
                     BLOCK_C: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """dF/dimage of a tile, in [B, S, C] with LAST, else in [B, C, S]. MULTIPLIER is how many
     channels of the points a channel of the image has in a depthwise call (depthwise.py), and 0 in
     others. With LAID it is the sum over `taps` taps from `first_tap` on, whose samples' gradients
     have been computed, and are given as columns instead of the points (im2col.py).
 
-    With several splits a program takes a share of the taps. If `in_parts` is positive, its sum goes
-    to `parts` [splits, B, ...]. With LAID it is added to what is there if `before` is positive.
-    Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
+    With several splits a program takes a share of the taps, and its sum goes to `parts`
+    [splits, B, ...]. With LAID and fewer than all taps it goes there, too, and is added to the sum
+    of the taps before. Grid: (B x sample groups x tiles, blocks of a group's channels, splits).
     """
     sampling.wait_for_previous(CHAINED)
     rank: tl.constexpr = len(TILE)
@@ -316,9 +316,12 @@ def backward_sorted(points, weight, offset, mask, bias, lists, entries, out, par
         place = place[:, None] + (c.to(INDEX) * g.pixels)[None, :]
     item = (split.to(tl.int64) * g.batch + b) * g.pixels * g.channels
     keep = here[:, None] & c_in[None, :]
-    if in_parts > 0:
+    in_parts = splits > 1
+    if LAID:
+        in_parts = in_parts | (taps < g.taps)
+    if in_parts:
         if LAID:
-            acc += tl.load(parts + item + place, mask=keep & (before > 0), other=0.0)
+            acc += tl.load(parts + item + place, mask=keep & (first_tap > 0), other=0.0)
         tl.store(parts + item + place, acc, mask=keep)
     else:
         if bias is not None:
@@ -372,6 +375,7 @@ def arguments_of(call: Call, points: Operand, lists: tuple[Buffer, Buffer]) -> d
 
 
 def lists_of(lists: tuple[Buffer, Buffer]) -> dict[str, Any]:
+    """The arguments that tell a kernel of the lists."""
     return dict(lists=lists[0], entries=lists[1], number=lists[0].shape[0] // 2)
 
 
@@ -387,48 +391,26 @@ def write(
     if tiles is None:
         name = "backward_sorted depthwise" if multiplier else "backward_sorted"
         tiles = call.tiles(name, n.group_channels)
-    block_c = fit(n.group_channels, tiles.block_c)
-    splits = splits_of(call, block_c, n.taps)
-    parts = call.room_for_parts(splits, *out.buffer.shape)
-    launch(
-        *(call, tiles, block_c, out, n.taps, splits),
-        **dict(MULTIPLIER=multiplier, LAID=False, BLOCK_O=fit(n.group_out, tiles.block_o)),
+    constants = dict(MULTIPLIER=multiplier, LAID=False, BLOCK_O=fit(n.group_out, tiles.block_o))
+    call.launch_split(
+        *launch_of(call, tiles, fit(n.group_channels, tiles.block_c), n.taps, **constants),
+        *(out, bias),
         **arguments_of(call, points, lists),
-        **dict(weight=call.weight(), bias=bias, parts=parts, in_parts=int(splits > 1)),
+        **dict(weight=call.weight(), first_tap=0, taps=n.taps),
+        **dict(warps=tiles.warps, stages=tiles.stages),
     )
-    call.reduce(parts, out, bias)
 
 
-def splits_of(call: Call, block_c: int, taps: int) -> int:
-    """How many programs share the taps of a tile."""
-    n, (_, count) = call.sizes, tiles_of(call)
-    programs = n.batch * n.sample_groups * count * triton.cdiv(n.group_channels, block_c)
-    splits: int = min(taps, 2 * call.multiprocessors // programs)
-    return max(1, splits)
-
-
-def launch(
-    call: Call,
-    row: Tiles,
-    block_c: int,
-    out: Operand,
-    taps: int,
-    splits: int,
-    *,
-    first_tap: int = 0,
-    before: int = 0,
-    **rest: Any,
-) -> None:
-    """Launch backward_sorted with these tiles. `rest` are its other arguments and constants."""
+def launch_of(
+    call: Call, row: Tiles, block_c: int, taps: int, **constants: Any
+) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
+    """The kernel, its grid, whose last axis is splits, and its constants but LAST, for a launch for
+    so many taps."""
     n, (tile, count) = call.sizes, tiles_of(call)
-    call.launch(
-        backward_sorted,
-        (n.batch * n.sample_groups * count, triton.cdiv(n.group_channels, block_c), splits),
-        dict(TILE=tile, LAST=out.last, BLOCK_E=row.block_p, BLOCK_C=block_c)
-        | {name: rest.pop(name) for name in ("MULTIPLIER", "LAID", "BLOCK_O")},
-        **dict(rest, out=out.buffer, first_tap=first_tap, taps=taps, before=before, splits=splits),
-        **dict(warps=row.warps, stages=row.stages),
-    )
+    tiles, blocks = n.batch * n.sample_groups * count, triton.cdiv(n.group_channels, block_c)
+    splits = max(1, min(taps, 2 * call.multiprocessors // (tiles * blocks)))
+    constants |= dict(TILE=tile, BLOCK_E=row.block_p, BLOCK_C=block_c)
+    return backward_sorted, (tiles, blocks, splits), constants
 
 
 VARIANTS = portable("backward_sorted", write)

@@ -12,9 +12,9 @@ Im2col is faster where there are several such blocks, which would find the same 
 where sample groups are narrow, so that a product waits long for its samples. In backward_atomic.py
 a program keeps a product beside the samples' cells and corners, and has registers for few warps.
 Here depthwise.py adds up what the product has written, or backward_sorted.py does where algorithms
-have to be deterministic. The columns go through memory in lots of
-rows. Small lots stay in the second-level cache. But the last programs of a lot leave
-multiprocessors idle, so fewer and larger lots are faster where memory is not short.
+have to be deterministic. The columns go through memory in lots of rows, or there of taps. Small
+lots stay in the second-level cache. But the last programs of a lot leave multiprocessors idle, so
+fewer and larger lots are faster where memory is not short.
 """
 
 from __future__ import annotations
@@ -603,21 +603,24 @@ def write_sorted(
     lots = triton.cdiv(n.taps, max(numbers // (rows * n.columns), 1))
     at_a_time = triton.cdiv(n.taps, lots)
     laid = call.plan.scratch(rows, at_a_time * n.columns, dtype=dtype)
-    block_c = fit(n.group_channels, row.block_c, 16)
-    splits = backward_sorted.splits_of(call, block_c, at_a_time)
-    in_parts = lots > 1 or splits > 1
-    shape = (splits, *out.buffer.shape) if in_parts else (1,)
+    kernel, grid, constants = backward_sorted.launch_of(
+        *(call, row, fit(n.group_channels, row.block_c, 16), at_a_time),
+        **dict(LAST=out.last, MULTIPLIER=0, LAID=True, BLOCK_O=0),
+    )
+    splits = grid[-1]
+    several = lots > 1 or splits > 1
+    shape = (splits, *out.buffer.shape) if several else (1,)
     parts = call.plan.scratch(*shape, dtype=torch.float32)
     for first_tap in range(0, n.taps, at_a_time):
         taps = min(at_a_time, n.taps - first_tap)
         write_gradients(call, points, laid, taps, rows, first_tap=first_tap)
-        backward_sorted.launch(
-            *(call, row, block_c, out, taps, splits),
-            **dict(MULTIPLIER=0, LAID=True, BLOCK_O=0, first_tap=first_tap, before=first_tap),
-            **dict(points=laid, weight=None, bias=bias, parts=parts, in_parts=int(in_parts)),
-            **of_lists,
+        call.launch(
+            *(kernel, grid, constants),
+            **dict(points=laid, weight=None, bias=bias, out=out.buffer, parts=parts),
+            **dict(of_lists, first_tap=first_tap, taps=taps, splits=splits),
+            **dict(warps=row.warps, stages=row.stages),
         )
-    call.reduce(parts, out, bias, in_parts)
+    call.reduce(parts, out, bias, several)
 
 
 FORWARD = Variant(

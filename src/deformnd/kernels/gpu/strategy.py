@@ -224,8 +224,12 @@ def _gradients(
         users.append(atomic)
     if narrow is None and grad_weight is not None:
         users.append(variants.choose(WEIGHT, call) or WEIGHT[-1])
+
+    def reads_parts(user: variants.Variant) -> bool:
+        return call.precision == "bf16x3" and user.wants_parts
+
     # How these kernels read the points: as parts, as rows, or some so and some so.
-    in_parts = {call.precision == "bf16x3" and user.wants_parts for user in users}
+    in_parts = set(map(reads_parts, users))
     # The gradient of the image, or of the points, is written last, because until then a copy of the
     # image, or of the points, lies in its memory. So atomic additions come after the weight's
     # gradient.
@@ -239,7 +243,7 @@ def _gradients(
         # prepared in one launch.
         sorting = _sorting(call)
         call.weight(sorting.order)
-        parts = call.precision == "bf16x3" and sorting.wants_parts
+        parts = reads_parts(sorting)
         if call.steps.together or in_parts <= {parts}:
             call.read(points, parts)
         if call.steps.together:

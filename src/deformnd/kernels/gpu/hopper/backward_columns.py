@@ -253,8 +253,11 @@ def blocks_of(call: Call) -> Blocks | None:
     block_o = min(row.block_o, n.padded_outputs & -n.padded_outputs)
     blocks = n.padded_outputs // block_o
     widths = [width for width in (row.block_c, 64, 32) if n.columns % width == 0]
-    large = itertools.product((1,), (row.block_p, 64), widths, (2 * blocks, blocks + 1))
-    for programs, block_p, block_c, stages in (*((2, 64, c, blocks + 1) for c in widths), *large):
+    choices = [
+        *itertools.product((2,), (64,), widths, (blocks + 1,)),
+        *itertools.product((1,), (row.block_p, 64), widths, (2 * blocks, blocks + 1)),
+    ]
+    for programs, block_p, block_c, stages in choices:
         shared = 2 * (block_p * n.padded_outputs + stages * block_o * block_c) + 2048
         if programs * shared <= call.device.shared_memory:
             return Blocks(block_p, block_o, blocks, block_c, stages)
